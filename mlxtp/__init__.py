@@ -1,0 +1,11 @@
+"""One language model on several machines: tensor parallelism for MLX over MPI."""
+
+from importlib.metadata import version
+
+from mlxtp.communicator import Communicator
+from mlxtp.decoding import stream_generate
+from mlxtp.loading import load
+
+__all__ = ["Communicator", "__version__", "load", "stream_generate"]
+
+__version__ = version("mlxtp")

@@ -1,0 +1,173 @@
+"""mlx-lm's model, built as mlx-lm builds it, without reading a weight."""
+
+import dataclasses
+import json
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+from mlx.utils import tree_flatten, tree_unflatten
+from mlx_lm import utils as mlx_lm_utils
+from mlx_lm.tuner.utils import linear_to_lora_layers
+
+from mlxtp.checkpoint import Checkpoint, Tensor
+
+
+@dataclasses.dataclass(frozen=True)
+class EmptyModel:
+    """A model that holds no weights, and where each parameter is to be read."""
+
+    model: nn.Module
+    config: dict[str, Any]
+    sources: dict[str, Tensor]
+
+
+def build(
+    folder: Path, adapter: Path | None = None, *, trust_remote_code: bool = False
+) -> EmptyModel:
+    """Build the model in `folder`, with the LoRA layers of `adapter` if there is one.
+
+    Reads the config and the headers of the safetensors files.
+
+    Raises: ValueError, with what is wrong and where, for what does not make a
+        model of mlx-lm, and for parameters that are missing, unexpected or of
+        another shape than the model's.
+    """
+    _read_json(folder / "config.json", needed=["model_type"])
+    tensors = Checkpoint.of_folder(folder).tensors
+    # mlx-lm gets arrays with the names, shapes and dtypes of the checkpoint, which
+    # nobody evaluates: their identity tells which parameter comes from where.
+    promises = {name: mx.zeros(t.shape, t.dtype) for name, t in tensors.items()}
+    weights: dict[str, mx.array] = {}
+    try:
+        model, config = mlx_lm_utils.load_model(
+            folder,
+            lazy=True,
+            get_model_classes=_answering(promises, weights),
+            trust_remote_code=trust_remote_code,
+        )
+    except Exception as error:  # all that mlx-lm may stumble over in a config
+        reason = str(error) if isinstance(error, ValueError) else repr(error)
+        raise ValueError(f"mlx-lm cannot build the model in {folder}: {reason}") from error
+    _check_parameters(model, {name: w.shape for name, w in weights.items()}, folder)
+    model.update(tree_unflatten(list(weights.items())))
+    if adapter is not None:
+        added = _add_adapter(model, adapter)
+        promises |= {name: mx.zeros(t.shape, t.dtype) for name, t in added.items()}
+        tensors |= added
+        _check_shapes(model, {name: t.shape for name, t in added.items()}, adapter)
+        model.update(tree_unflatten([(name, promises[name]) for name in added]))
+    origins = {id(promise): tensors[name] for name, promise in promises.items()}
+    sources = {}
+    for name, parameter in tree_flatten(model.parameters()):
+        if id(parameter) not in origins:
+            raise ValueError(
+                f"{name} is computed from other tensors of {folder} by mlx-lm; mlxtp "
+                "cannot read such a checkpoint yet: convert it with mlx_lm.convert"
+            )
+        sources[name] = origins[id(parameter)]
+    return EmptyModel(model, config, sources)
+
+
+def _answering(
+    promises: Mapping[str, mx.array], weights: dict[str, mx.array]
+) -> Callable[..., tuple[Callable[[Any], nn.Module], type]]:
+    """A hook for `load_model`: models that take `promises` for the checkpoint.
+
+    What mlx-lm would load into the model after its renaming goes to `weights`.
+    """
+
+    def classes(config: dict[str, Any]) -> tuple[Callable[[Any], nn.Module], type]:
+        model_class, args_class = mlx_lm_utils._get_classes(config)
+        missing = [
+            field.name
+            for field in dataclasses.fields(args_class)
+            if field.name not in config
+            and field.default is dataclasses.MISSING
+            and field.default_factory is dataclasses.MISSING
+        ]
+        if missing:
+            raise ValueError(f"config.json lacks {', '.join(missing)}")
+
+        def instance(args: Any) -> nn.Module:
+            model = model_class(args)
+            sanitize = getattr(model, "sanitize", dict)
+            model.sanitize = lambda _: sanitize(dict(promises))
+            model.load_weights = lambda pairs, strict: weights.update(pairs)
+            return model
+
+        return instance, args_class
+
+    return classes
+
+
+def _check_parameters(
+    model: nn.Module, shapes: Mapping[str, tuple[int, ...]], folder: Path
+) -> None:
+    expected = dict(tree_flatten(model.parameters()))
+    if missing := sorted(expected.keys() - shapes.keys()):
+        raise ValueError(f"the checkpoint in {folder} lacks {_some(missing)}")
+    if extra := sorted(shapes.keys() - expected.keys()):
+        raise ValueError(
+            f"the checkpoint in {folder} has {_some(extra)}, which its model has not"
+        )
+    _check_shapes(model, shapes, folder)
+
+
+def _check_shapes(
+    model: nn.Module, shapes: Mapping[str, tuple[int, ...]], folder: Path
+) -> None:
+    expected = dict(tree_flatten(model.parameters()))
+    for name, shape in shapes.items():
+        if shape != expected[name].shape:
+            raise ValueError(
+                f"{name} in {folder} has the shape {shape}; the model's is "
+                f"{expected[name].shape}"
+            )
+
+
+def _some(names: list[str]) -> str:
+    more = f" and {len(names) - 5} more" if len(names) > 5 else ""
+    return ", ".join(names[:5]) + more
+
+
+def _add_adapter(model: nn.Module, adapter: Path) -> dict[str, Tensor]:
+    """Put the LoRA layers of `adapter` into `model`; their tensors, by parameter."""
+    config = _read_json(adapter / "adapter_config.json")
+    kind = config.get("fine_tune_type", "lora")
+    if kind == "dora":
+        raise ValueError(
+            f"{adapter} is a DoRA adapter: its norms run over rows that are split, "
+            "which mlxtp cannot compute yet; put it into the model with mlx_lm.fuse"
+        )
+    if kind != "full":
+        try:
+            linear_to_lora_layers(model, config["num_layers"], config["lora_parameters"])
+        except (KeyError, TypeError, ValueError) as error:
+            raise ValueError(
+                f"{adapter / 'adapter_config.json'} describes no LoRA layers of this "
+                f"model: {error!r}"
+            ) from error
+        model.eval()
+    tensors = Checkpoint([adapter / "adapters.safetensors"]).tensors
+    expected = dict(tree_flatten(model.parameters()))
+    if extra := sorted(tensors.keys() - expected.keys()):
+        raise ValueError(f"{adapter} has {_some(extra)}, which its model has not")
+    return tensors
+
+
+def _read_json(file: Path, needed: list[str] | None = None) -> dict[str, Any]:
+    try:
+        content = json.loads(file.read_text())
+    except FileNotFoundError:
+        raise ValueError(f"there is no {file.name} in {file.parent}") from None
+    except ValueError as error:
+        raise ValueError(f"{file} is no JSON: {error}") from None
+    if not isinstance(content, dict):
+        raise ValueError(f"{file} holds no JSON object")
+    for key in needed or []:
+        if key not in content:
+            raise ValueError(f"{file} lacks {key}")
+    return content

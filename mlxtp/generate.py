@@ -1,0 +1,254 @@
+"""The main job: `mpirun -hostfile HOSTFILE python -m mlxtp.generate`.
+
+The whole program of a rank, from top to bottom. Every rank runs every line; only
+what people see is rank 0's.
+"""
+
+import argparse
+import json
+import secrets
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+from mlx_lm.sample_utils import make_logits_processors, make_sampler
+from mlx_lm.tokenizer_utils import TokenizerWrapper
+
+import mlxtp
+from mlxtp import options
+from mlxtp.communicator import AgreedError, Communicator
+from mlxtp.prompt_cache import SavedPrompt
+from mlxtp.stories import PATH as STORIES
+
+
+def main() -> None:
+    comm = Communicator.world()
+    try:
+        check_same_start(comm)
+        args = options.parse(sys.argv[1:], show=comm.rank == 0)
+        job = prepare(args, comm)
+    except AgreedError as error:
+        if comm.rank == 0:
+            print(f"mlxtp.generate: error: {error}", file=sys.stderr)
+        sys.exit(2)
+    run(job, args, comm)
+
+
+def check_same_start(comm: Communicator) -> None:
+    """Compare what the ranks were started with.
+
+    Raises: AgreedError, with the first rank that differs from rank 0, and in what.
+    """
+    mine = {
+        "arguments": " ".join(sys.argv[1:]),
+        "version of mlxtp": mlxtp.__version__,
+        "version of mlx": mlxtp.version("mlx"),
+        "version of mlx-lm": mlxtp.version("mlx-lm"),
+    }
+    starts = comm.gather((comm.host, mine))
+    first_host, first = starts[0]
+    for rank, (host, start) in enumerate(starts):
+        for what, value in start.items():
+            if value != first[what]:
+                raise AgreedError(
+                    f"the ranks do not start alike: {what} {first[what]!r} on rank 0 "
+                    f"({first_host}), {value!r} on rank {rank} ({host})"
+                )
+
+
+@dataclass
+class Job:
+    """All that generating takes."""
+
+    model: nn.Module
+    tokenizer: TokenizerWrapper
+    prompt: list[int]
+    options: dict[str, Any]  # of `mlxtp.stream_generate`
+
+
+def prepare(args: argparse.Namespace, comm: Communicator) -> Job:
+    """From options to a loaded model and a prompt.
+
+    Raises: AgreedError for whatever was given wrong.
+    """
+    if args.prompt == "-":
+        args.prompt = comm.bcast(sys.stdin.read() if comm.rank == 0 else None)
+    else:
+        args.prompt = args.prompt.replace("\\n", "\n").replace("\\t", "\t")
+    with comm.agreement():
+        options.check(args)
+        saved = SavedPrompt.of_file(args.prompt_cache_file) if args.prompt_cache_file else None
+        if saved:
+            saved.check_quantization(args.kv_bits, args.kv_group_size)
+            if args.model not in (None, saved.model):
+                raise ValueError(
+                    f"--model is {args.model}; the prompt cache is of {saved.model}"
+                )
+    mx.random.seed(comm.bcast(secrets.randbits(64) if args.seed is None else args.seed))
+    show = not (args.quiet or args.json)
+    name = args.model or (saved.model if saved else STORIES)
+    model, tokenizer = mlxtp.load(
+        name,
+        comm,
+        weights=args.weights,
+        adapter_path=args.adapter_path,
+        tokenizer_config=saved.tokenizer_config if saved else None,
+        trust_remote_code=args.trust_remote_code,
+        progress=show,
+    )
+    draft_model = None
+    if args.draft_model:
+        draft_model, draft_tokenizer = mlxtp.load(
+            args.draft_model, comm, weights=args.weights, progress=show
+        )
+    with comm.agreement():
+        if draft_model and draft_tokenizer.vocab_size != tokenizer.vocab_size:
+            raise ValueError(
+                f"the tokenizer of --draft-model has {draft_tokenizer.vocab_size} words, "
+                f"the model's {tokenizer.vocab_size}: they do not fit together"
+            )
+        for token in args.extra_eos_token:
+            tokenizer.add_eos_token(token)
+        for dims in model.slice_table.head_dims if args.kv_bits else ():
+            if dims % args.kv_group_size:
+                raise ValueError(
+                    f"--kv-group-size is {args.kv_group_size}: it does not divide the "
+                    f"model's heads of {dims}; without --kv-bits nothing is quantized"
+                )
+        prompt = encode_prompt(args, tokenizer, continues=saved is not None)
+        caches = saved.shard(model, comm) if saved else None
+    return Job(
+        model,
+        tokenizer,
+        prompt,
+        dict(
+            max_tokens=args.max_tokens,
+            sampler=make_sampler(
+                args.temp,
+                args.top_p,
+                args.min_p,
+                args.min_tokens_to_keep,
+                top_k=args.top_k,
+                xtc_probability=args.xtc_probability,
+                xtc_threshold=args.xtc_threshold,
+                xtc_special_tokens=[*tokenizer.encode("\n"), *tokenizer.eos_token_ids],
+            ),
+            logits_processors=make_logits_processors(
+                repetition_penalty=args.repetition_penalty
+            ),
+            max_kv_size=args.max_kv_size,
+            prefill_step_size=args.prefill_step_size,
+            prompt_cache=caches,
+            kv_bits=args.kv_bits,
+            kv_group_size=args.kv_group_size,
+            quantized_kv_start=args.quantized_kv_start,
+            draft_model=draft_model,
+            num_draft_tokens=args.num_draft_tokens,
+        ),
+    )
+
+
+def encode_prompt(
+    args: argparse.Namespace, tokenizer: TokenizerWrapper, *, continues: bool
+) -> list[int]:
+    """The prompt as tokens, in the chat template as mlx-lm puts it there.
+
+    What `continues` a saved prompt is the end of the conversation alone.
+
+    Raises: ValueError if no tokens come of it.
+    """
+    if args.use_default_chat_template and not tokenizer.has_chat_template:
+        raise ValueError("--use-default-chat-template: the tokenizer has no template")
+    text = args.prompt
+    templated = tokenizer.has_chat_template and not args.ignore_chat_template
+    if templated:
+        prefill = args.prefill_response
+
+        def rendered(user: str) -> str:
+            messages = [{"role": "user", "content": user}]
+            if args.system_prompt is not None:
+                messages.insert(0, {"role": "system", "content": args.system_prompt})
+            if prefill is not None:
+                messages.append({"role": "assistant", "content": prefill})
+            return tokenizer.apply_chat_template(
+                messages,
+                tokenize=False,
+                continue_final_message=prefill is not None,
+                add_generation_prompt=prefill is None,
+                **args.chat_template_config,
+            )
+
+        text = rendered(text)
+        if continues:
+            text = text[rendered("<query>").index("<query>") :]
+    elif args.system_prompt is not None or args.prefill_response is not None:
+        raise ValueError(
+            "--system-prompt and --prefill-response need a chat template: the tokenizer "
+            "has none, or --ignore-chat-template is given"
+        )
+    tokens = tokenizer.encode(text, add_special_tokens=not templated)
+    if not tokens:
+        raise ValueError(f"the tokenizer makes no token of the prompt {args.prompt!r}")
+    return tokens
+
+
+def run(job: Job, args: argparse.Namespace, comm: Communicator) -> None:
+    """Generate; rank 0 shows the text as it is made and what it took."""
+    to_screen = comm.rank == 0 and not args.json
+    figures = to_screen and not args.quiet
+    if figures:
+        print("=" * 10)
+    text, tokens = "", []
+    comm.traffic = type(comm.traffic)()
+    begin = time.perf_counter()
+    for response in mlxtp.stream_generate(
+        job.model, job.tokenizer, job.prompt, **job.options
+    ):
+        text += response.text
+        tokens.append(response.token)
+        if to_screen:
+            print(response.text, end="", flush=True)
+    seconds = time.perf_counter() - begin
+    if to_screen:
+        print()
+    reports = comm.gather(
+        (tokens, mx.get_peak_memory() / 1e9, comm.traffic.seconds / seconds)
+    )
+    all_tokens, peaks_gb, collective_shares = zip(*reports, strict=True)
+    for rank, others in enumerate(all_tokens):
+        if others != tokens:
+            raise RuntimeError(f"rank {rank} made other tokens than rank {comm.rank}")
+    share = sum(collective_shares) / comm.size
+    if figures:
+        print("=" * 10)
+        print(
+            f"Prompt: {response.prompt_tokens} tokens, "
+            f"{response.prompt_tps:.3f} tokens-per-sec\n"
+            f"Generation: {response.generation_tokens} tokens, "
+            f"{response.generation_tps:.3f} tokens-per-sec\n"
+            f"Peak memory: {max(peaks_gb):.3f} GB on the largest of {comm.size} ranks, "
+            f"{min(peaks_gb):.3f} GB on the smallest\n"
+            f"Collectives: {100 * share:.0f} % of the time, mean over ranks"
+        )
+    if comm.rank == 0 and args.json:
+        report = {
+            "text": text,
+            "tokens": tokens,
+            "finish_reason": response.finish_reason,
+            "prompt_tokens": response.prompt_tokens,
+            "prompt_tokens_per_second": response.prompt_tps,
+            "generation_tokens": response.generation_tokens,
+            "generation_tokens_per_second": response.generation_tps,
+            "peak_memory_gb": {"largest": max(peaks_gb), "smallest": min(peaks_gb)},
+            "collectives_share": share,
+            "world_size": comm.size,
+        }
+        print(json.dumps(report))
+
+
+if __name__ == "__main__":
+    main()

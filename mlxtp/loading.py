@@ -1,0 +1,174 @@
+"""`load`: from a checkpoint to a model of which each rank holds its slices."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+from huggingface_hub import snapshot_download
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError
+from mlx.utils import tree_unflatten
+from mlx_lm.tokenizer_utils import TokenizerWrapper
+from mlx_lm.utils import load_tokenizer
+from tqdm import tqdm
+
+from mlxtp import checkpoint, memory
+from mlxtp.building import EmptyModel, build
+from mlxtp.communicator import AgreedError, Communicator
+from mlxtp.sharding import Slice, parallelize, slice_table
+
+# What of a repository on the hub makes a model.
+HUB_PATTERNS = ["*.json", "model*.safetensors", "*.model", "*.tiktoken", "*.txt", "*.jinja"]
+
+
+def load(
+    path_or_hf_repo: str | Path,
+    comm: Communicator,
+    *,
+    weights: Sequence[int] | None = None,
+    adapter_path: str | Path | None = None,
+    tokenizer_config: dict[str, Any] | None = None,
+    trust_remote_code: bool = False,
+    progress: bool = False,
+) -> tuple[nn.Module, TokenizerWrapper]:
+    """Load a model and its tokenizer, split over the ranks of `comm`.
+
+    Every rank calls it alike. It reads and keeps its own slices of the weights.
+    The model is mlx-lm's and is called as such: `model(tokens, cache=cache)` with
+    tokens (B, L) gives logits (B, L, V), the same bytes on every rank.
+
+    Args:
+        path_or_hf_repo: a folder, or a name on the hub, whose files each host
+            fetches once, whole.
+        weights: one positive number a rank, in whose proportion the ranks get
+            work and memory. Default: equal.
+        adapter_path: a folder with LoRA adapters or full weights of mlx-lm's
+            tuner.
+        tokenizer_config: more arguments for the tokenizer.
+        trust_remote_code: run Python code that the checkpoint carries.
+        progress: show a progress bar on rank 0.
+
+    Raises: AgreedError (a ValueError) on every rank, with one message, if what was
+        given does not make a model or its slices do not fit in memory, before a
+        weight is read.
+    """
+    with comm.agreement():
+        rank_weights = _checked_weights(weights, comm)
+    folder = find(path_or_hf_repo, comm)
+    with comm.agreement():
+        adapter = Path(adapter_path) if adapter_path is not None else None
+        empty = build(folder, adapter, trust_remote_code=trust_remote_code)
+        table = slice_table(empty.model, rank_weights)
+        slices = table.slices(comm.rank)
+    check_memory(comm, _bytes_of(empty, slices), folder)
+    with comm.agreement():
+        tokenizer = _load_tokenizer(folder, tokenizer_config, empty.config, trust_remote_code)
+    with comm.agreement():
+        _read(empty, slices, show=progress and comm.rank == 0)
+    parallelize(empty.model, table, comm)
+    return empty.model, tokenizer
+
+
+def find(path_or_hf_repo: str | Path, comm: Communicator) -> Path:
+    """The local folder of a model; from the hub, one rank of each host fetches it."""
+    local = Path(path_or_hf_repo).expanduser()
+    with comm.agreement():
+        if local.exists() and not local.is_dir():
+            raise ValueError(f"the model {local} is a file; give the folder it is in")
+    hosts = comm.gather((comm.host, local.is_dir()))
+    if all(there for _, there in hosts):
+        return local
+    with comm.agreement():
+        looks_local = str(path_or_hf_repo).startswith((".", "/", "~"))
+        if looks_local or any(there for _, there in hosts):
+            if not local.is_dir():
+                raise ValueError(f"there is no model folder {local}")
+        elif comm.rank == [host for host, _ in hosts].index(comm.host):
+            _fetch(str(path_or_hf_repo))
+    with comm.agreement():
+        local = _fetch(str(path_or_hf_repo), local_files_only=True)
+    return local
+
+
+def _fetch(name: str, *, local_files_only: bool = False) -> Path:
+    try:
+        return Path(
+            snapshot_download(
+                name, allow_patterns=HUB_PATTERNS, local_files_only=local_files_only
+            )
+        )
+    except (HfHubHTTPError, HFValidationError, OSError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise ValueError(
+            f"there is no folder {name}, and it could not be fetched from the hub: {reason}"
+        ) from error
+
+
+def _checked_weights(weights: Sequence[int] | None, comm: Communicator) -> list[int]:
+    if weights is None:
+        return [1] * comm.size
+    if len(weights) != comm.size or any(weight < 1 for weight in weights):
+        raise ValueError(
+            f"weights {','.join(map(str, weights))}: wanted one positive whole number "
+            f"for each of {comm.size} ranks"
+        )
+    return list(weights)
+
+
+def check_memory(comm: Communicator, bytes_of_rank: int, folder: Path) -> None:
+    """Compare what the ranks of each host will hold with what the host has.
+
+    Raises: AgreedError, with the numbers of the host that lacks most.
+    """
+    hosts: dict[str, int] = {}
+    available: dict[str, int] = {}
+    for host, wanted, free in comm.gather(
+        (comm.host, bytes_of_rank, memory.available_bytes())
+    ):
+        hosts[host] = hosts.get(host, 0) + wanted
+        if free is not None:
+            available[host] = free
+    lacking = {host: hosts[host] - free for host, free in available.items()}
+    host = max(lacking, key=lambda name: lacking[name], default=None)
+    if host is not None and lacking[host] > 0:
+        raise AgreedError(
+            f"the slices of {folder} for {host} take {hosts[host] / 1e9:.1f} GB, and it "
+            f"has {available[host] / 1e9:.1f} GB free: use more hosts, give it a smaller "
+            "share with --weights, or take a model with fewer bits"
+        )
+
+
+def _bytes_of(empty: EmptyModel, slices: dict[str, Slice]) -> int:
+    return sum(
+        part.size * empty.sources[name].dtype.size for name, part in slices.items()
+    )
+
+
+def _load_tokenizer(
+    folder: Path,
+    tokenizer_config: dict[str, Any] | None,
+    config: dict[str, Any],
+    trust_remote_code: bool,
+) -> TokenizerWrapper:
+    extra = {**(tokenizer_config or {}), "trust_remote_code": trust_remote_code}
+    try:
+        return load_tokenizer(folder, extra, eos_token_ids=config.get("eos_token_id"))
+    except Exception as error:  # all that transformers may stumble over in files
+        raise ValueError(f"the tokenizer in {folder} does not load: {error!r}") from error
+
+
+def _read(empty: EmptyModel, slices: dict[str, Slice], *, show: bool) -> None:
+    """Put this rank's slices into the model, in the order in which they lie in files."""
+    order = sorted(
+        slices, key=lambda name: (empty.sources[name].file, empty.sources[name].offset)
+    )
+    with tqdm(
+        total=_bytes_of(empty, slices), unit="B", unit_scale=True, disable=not show,
+        desc="Loading", leave=False,
+    ) as bar:  # fmt: skip
+        for name in order:
+            array = checkpoint.read(empty.sources[name], slices[name])
+            mx.eval(array)
+            empty.model.update(tree_unflatten([(name, array)]))
+            bar.update(array.nbytes)

@@ -1,0 +1,122 @@
+"""The options of `mlxtp.generate`: mlx-lm's, with its meanings, and a few of ours."""
+
+import argparse
+import contextlib
+import io
+import json
+from collections.abc import Callable
+from typing import Any
+
+from mlx_lm.generate import setup_arg_parser
+
+from mlxtp.stories import PATH as STORIES
+
+# Options of mlx-lm that a split model does not take.
+REFUSED = {
+    "image": "mlxtp splits language models: it takes no images",
+    "quantize_activations": "mlxtp does not quantize activations",
+}
+
+# What an option may be, in words and as a test; None is always allowed.
+LIMITS: dict[str, tuple[str, Callable[[Any], bool]]] = {
+    "prompt": ("some text", lambda value: bool(value.strip())),
+    "max_tokens": ("at least 1, or -1 for no limit", lambda n: n >= 1 or n == -1),
+    "temp": ("at least 0", lambda x: 0 <= x < float("inf")),
+    "top_p": ("from 0 to 1", lambda x: 0 <= x <= 1),
+    "min_p": ("from 0 to 1", lambda x: 0 <= x <= 1),
+    "top_k": ("at least 0", lambda n: n >= 0),
+    "min_tokens_to_keep": ("at least 1", lambda n: n >= 1),
+    "xtc_probability": ("from 0 to 1", lambda x: 0 <= x <= 1),
+    "xtc_threshold": ("from 0 to 0.5", lambda x: 0 <= x <= 0.5),
+    "repetition_penalty": ("above 0", lambda x: 0 < x < float("inf")),
+    "seed": ("from 0 to 2^64 - 1", lambda n: 0 <= n < 2**64),
+    "max_kv_size": ("above 4: the first 4 tokens are kept", lambda n: n > 4),
+    "prefill_step_size": ("at least 1", lambda n: n >= 1),
+    "kv_bits": ("2, 3, 4, 5, 6 or 8", lambda n: n in (2, 3, 4, 5, 6, 8)),
+    "kv_group_size": ("32, 64 or 128", lambda n: n in (32, 64, 128)),
+    "quantized_kv_start": ("at least 0", lambda n: n >= 0),
+    "num_draft_tokens": ("at least 1", lambda n: n >= 1),
+}
+
+
+def _parser() -> argparse.ArgumentParser:
+    result = argparse.ArgumentParser(
+        prog="mlxtp.generate",
+        description="Generate text from one language model on all ranks of mpirun.",
+        parents=[setup_arg_parser()],
+        conflict_handler="resolve",
+    )
+    result.add_argument(
+        "--model",
+        help="A folder or a Hugging Face repo. Default: the small model that comes "
+        "with mlxtp.",
+    )
+    result.add_argument("--repetition-penalty", type=float, help="Repetition penalty")
+    result.add_argument(
+        "--chat-template-config",
+        type=_json_object,
+        default={},
+        help="Arguments for the chat template, as a JSON object",
+    )
+    ours = result.add_argument_group("mlxtp")
+    ours.add_argument(
+        "--weights",
+        type=_weights,
+        help="Shares of the ranks in the work, whole numbers such as 2,1,1,1,1. "
+        "Default: equal.",
+    )
+    ours.add_argument("--quiet", action="store_true", help="Print the text alone")
+    ours.add_argument(
+        "--json", action="store_true", help="Print one JSON object: text, tokens, figures"
+    )
+    result.set_defaults(prompt="Once upon a time")
+    return result
+
+
+def _weights(text: str) -> list[int]:
+    weights = [int(part) for part in text.split(",")]
+    if min(weights) < 1:
+        raise ValueError
+    return weights
+
+
+def _json_object(text: str) -> dict[str, Any]:
+    value = json.loads(text)
+    if not isinstance(value, dict):
+        raise ValueError
+    return value
+
+
+def parse(arguments: list[str], *, show: bool) -> argparse.Namespace:
+    """Parse the command line. Only where `show` is set anything is printed.
+
+    Raises: SystemExit, as argparse does, for --help and for mistakes.
+    """
+    nowhere = io.StringIO()
+    with contextlib.ExitStack() as stack:
+        if not show:
+            stack.enter_context(contextlib.redirect_stdout(nowhere))
+            stack.enter_context(contextlib.redirect_stderr(nowhere))
+        return _parser().parse_args(arguments)
+
+
+def check(args: argparse.Namespace) -> None:
+    """Check what the options hold, without looking at a file.
+
+    Raises: ValueError that says what was given and what was wanted.
+    """
+    for name, reason in REFUSED.items():
+        if getattr(args, name):
+            raise ValueError(f"{_flag(name)}: {reason}")
+    for name, (wanted, allowed) in LIMITS.items():
+        value = getattr(args, name)
+        if value is not None and not allowed(value):
+            raise ValueError(f"{_flag(name)} is {value!r}: wanted {wanted}")
+    if args.draft_model and args.prompt_cache_file:
+        raise ValueError(
+            "--prompt-cache-file holds no cache of the --draft-model: give one of them"
+        )
+
+
+def _flag(name: str) -> str:
+    return "--" + name.replace("_", "-")

@@ -1,0 +1,69 @@
+"""The ranks that mpirun has started, through mpi4py."""
+
+import os
+from typing import Any
+
+import numpy as np
+
+
+def _set_defaults() -> None:
+    """Set what Open MPI reads when it starts; what the user has set stays."""
+    local_ranks = int(os.environ.get("OMPI_COMM_WORLD_LOCAL_SIZE", "1"))
+    if local_ranks > (os.cpu_count() or 1):
+        # Ranks that outnumber the cores and poll starve the one they wait for.
+        os.environ.setdefault("OMPI_MCA_mpi_yield_when_idle", "1")
+
+
+_set_defaults()
+
+from mpi4py import MPI  # noqa: E402 - importing it starts MPI
+
+WORLD = MPI.COMM_WORLD
+
+
+class MPITransport:
+    """A communicator of mpi4py as a `Transport`."""
+
+    def __init__(self, comm: MPI.Intracomm = WORLD) -> None:
+        self._comm = comm
+        self.rank: int = comm.rank
+        self.size: int = comm.size
+
+    def allgather(self, send: np.ndarray, receive: np.ndarray) -> None:
+        self._comm.Allgather(_bytes(send), _bytes(receive))
+
+    def allgatherv(
+        self, send: np.ndarray, receive: np.ndarray, counts: list[int]
+    ) -> None:
+        nbytes = [count * send.itemsize for count in counts]
+        self._comm.Allgatherv(_bytes(send), (receive.view(np.uint8), nbytes, MPI.BYTE))
+
+    def alltoallv(
+        self, send: np.ndarray, counts: list[int], receive: np.ndarray
+    ) -> None:
+        nbytes = [count * send.itemsize for count in counts]
+        mine = [nbytes[self.rank]] * self.size
+        self._comm.Alltoallv(
+            (send.view(np.uint8), nbytes, MPI.BYTE),
+            (receive.view(np.uint8), mine, MPI.BYTE),
+        )
+
+    def bcast_object(self, value: Any, root: int) -> Any:
+        return self._comm.bcast(value, root)
+
+    def allgather_objects(self, value: Any) -> list[Any]:
+        return self._comm.allgather(value)
+
+    def barrier(self) -> None:
+        self._comm.Barrier()
+
+    def split(self, color: int) -> "MPITransport | None":
+        comm = self._comm.Split(color, self.rank)
+        return None if comm.size == 1 else MPITransport(comm)
+
+    def abort(self) -> None:
+        WORLD.Abort(1)
+
+
+def _bytes(buffer: np.ndarray) -> tuple[np.ndarray, Any]:
+    return buffer.view(np.uint8), MPI.BYTE
