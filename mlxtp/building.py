@@ -50,7 +50,9 @@ def build(
         )
     except Exception as error:  # all that mlx-lm may stumble over in a config
         reason = str(error) if isinstance(error, ValueError) else repr(error)
-        raise ValueError(f"mlx-lm cannot build the model in {folder}: {reason}") from error
+        raise ValueError(
+            f"mlx-lm cannot build the model in {folder}: {reason}"
+        ) from error
     _check_parameters(model, {name: w.shape for name, w in weights.items()}, folder)
     model.update(tree_unflatten(list(weights.items())))
     if adapter is not None:
@@ -144,7 +146,9 @@ def _add_adapter(model: nn.Module, adapter: Path) -> dict[str, Tensor]:
         )
     if kind != "full":
         try:
-            linear_to_lora_layers(model, config["num_layers"], config["lora_parameters"])
+            linear_to_lora_layers(
+                model, config["num_layers"], config["lora_parameters"]
+            )
         except (KeyError, TypeError, ValueError) as error:
             raise ValueError(
                 f"{adapter / 'adapter_config.json'} describes no LoRA layers of this "

@@ -73,7 +73,9 @@ class Checkpoint:
             weight_map: dict[str, str] = json.loads(index.read_text())["weight_map"]
             names = sorted(set(weight_map.values()))
         except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise ValueError(f"{index} is no index of safetensors files: {error!r}") from None
+            raise ValueError(
+                f"{index} is no index of safetensors files: {error!r}"
+            ) from None
         missing = [name for name in names if not (folder / name).is_file()]
         if missing:
             raise ValueError(
@@ -167,7 +169,7 @@ def _read_into(memory: np.ndarray, fd: int, tensor: Tensor, part: Slice) -> None
 
 
 def _pread(fd: int, target: np.ndarray, offset: int) -> None:
-    view = memoryview(target)
+    view = target.data
     while view:
         count = os.preadv(fd, [view], offset)
         if count == 0:

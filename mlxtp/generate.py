@@ -10,7 +10,7 @@ import secrets
 import sys
 import time
 from dataclasses import dataclass
-from pathlib import Path
+from importlib.metadata import version
 from typing import Any
 
 import mlx.core as mx
@@ -46,8 +46,8 @@ def check_same_start(comm: Communicator) -> None:
     mine = {
         "arguments": " ".join(sys.argv[1:]),
         "version of mlxtp": mlxtp.__version__,
-        "version of mlx": mlxtp.version("mlx"),
-        "version of mlx-lm": mlxtp.version("mlx-lm"),
+        "version of mlx": version("mlx"),
+        "version of mlx-lm": version("mlx-lm"),
     }
     starts = comm.gather((comm.host, mine))
     first_host, first = starts[0]
@@ -81,8 +81,9 @@ def prepare(args: argparse.Namespace, comm: Communicator) -> Job:
         args.prompt = args.prompt.replace("\\n", "\n").replace("\\t", "\t")
     with comm.agreement():
         options.check(args)
-        saved = SavedPrompt.of_file(args.prompt_cache_file) if args.prompt_cache_file else None
-        if saved:
+        saved = None
+        if args.prompt_cache_file:
+            saved = SavedPrompt.of_file(args.prompt_cache_file)
             saved.check_quantization(args.kv_bits, args.kv_group_size)
             if args.model not in (None, saved.model):
                 raise ValueError(
@@ -108,8 +109,8 @@ def prepare(args: argparse.Namespace, comm: Communicator) -> Job:
     with comm.agreement():
         if draft_model and draft_tokenizer.vocab_size != tokenizer.vocab_size:
             raise ValueError(
-                f"the tokenizer of --draft-model has {draft_tokenizer.vocab_size} words, "
-                f"the model's {tokenizer.vocab_size}: they do not fit together"
+                f"--draft-model knows {draft_tokenizer.vocab_size} tokens, the model "
+                f"{tokenizer.vocab_size}: they do not fit together"
             )
         for token in args.extra_eos_token:
             tokenizer.add_eos_token(token)
@@ -187,8 +188,8 @@ def encode_prompt(
             text = text[rendered("<query>").index("<query>") :]
     elif args.system_prompt is not None or args.prefill_response is not None:
         raise ValueError(
-            "--system-prompt and --prefill-response need a chat template: the tokenizer "
-            "has none, or --ignore-chat-template is given"
+            "--system-prompt and --prefill-response need a chat template: the "
+            "tokenizer has none, or --ignore-chat-template is given"
         )
     tokens = tokenizer.encode(text, add_special_tokens=not templated)
     if not tokens:

@@ -65,7 +65,8 @@ def _fill_up(spans: Sequence[Span], covered: Iterable[Span]) -> list[int]:
     """For every place in `covered`: which element of x_r is there, -1 for a zero."""
     places = [place for start, stop in spans for place in range(start, stop)]
     index = {place: number for number, place in enumerate(places)}
-    return [index.get(place, -1) for start, stop in covered for place in range(start, stop)]
+    held = [place for start, stop in covered for place in range(start, stop)]
+    return [index.get(place, -1) for place in held]
 
 
 class VocabParallel(Communicating):

@@ -19,7 +19,14 @@ from mlxtp.communicator import AgreedError, Communicator
 from mlxtp.sharding import Slice, parallelize, slice_table
 
 # What of a repository on the hub makes a model.
-HUB_PATTERNS = ["*.json", "model*.safetensors", "*.model", "*.tiktoken", "*.txt", "*.jinja"]
+HUB_PATTERNS = [
+    "*.json",
+    "model*.safetensors",
+    "*.model",
+    "*.tiktoken",
+    "*.txt",
+    "*.jinja",
+]
 
 
 def load(
@@ -39,6 +46,7 @@ def load(
     tokens (B, L) gives logits (B, L, V), the same bytes on every rank.
 
     Args:
+        comm: the ranks to split it over.
         path_or_hf_repo: a folder, or a name on the hub, whose files each host
             fetches once, whole.
         weights: one positive number a rank, in whose proportion the ranks get
@@ -63,7 +71,9 @@ def load(
         slices = table.slices(comm.rank)
     check_memory(comm, _bytes_of(empty, slices), folder)
     with comm.agreement():
-        tokenizer = _load_tokenizer(folder, tokenizer_config, empty.config, trust_remote_code)
+        tokenizer = _load_tokenizer(
+            folder, tokenizer_config, empty.config, trust_remote_code
+        )
     with comm.agreement():
         _read(empty, slices, show=progress and comm.rank == 0)
     parallelize(empty.model, table, comm)
@@ -101,7 +111,7 @@ def _fetch(name: str, *, local_files_only: bool = False) -> Path:
     except (HfHubHTTPError, HFValidationError, OSError) as error:
         reason = str(error).strip().splitlines()[0]
         raise ValueError(
-            f"there is no folder {name}, and it could not be fetched from the hub: {reason}"
+            f"there is no folder {name}, and the hub did not give it: {reason}"
         ) from error
 
 
@@ -133,9 +143,9 @@ def check_memory(comm: Communicator, bytes_of_rank: int, folder: Path) -> None:
     host = max(lacking, key=lambda name: lacking[name], default=None)
     if host is not None and lacking[host] > 0:
         raise AgreedError(
-            f"the slices of {folder} for {host} take {hosts[host] / 1e9:.1f} GB, and it "
-            f"has {available[host] / 1e9:.1f} GB free: use more hosts, give it a smaller "
-            "share with --weights, or take a model with fewer bits"
+            f"the slices of {folder} for {host} take {hosts[host] / 1e9:.1f} GB, and "
+            f"it has {available[host] / 1e9:.1f} GB free: use more hosts, give it a "
+            "smaller share with --weights, or take a model with fewer bits"
         )
 
 
@@ -155,11 +165,13 @@ def _load_tokenizer(
     try:
         return load_tokenizer(folder, extra, eos_token_ids=config.get("eos_token_id"))
     except Exception as error:  # all that transformers may stumble over in files
-        raise ValueError(f"the tokenizer in {folder} does not load: {error!r}") from error
+        raise ValueError(
+            f"the tokenizer in {folder} does not load: {error!r}"
+        ) from error
 
 
 def _read(empty: EmptyModel, slices: dict[str, Slice], *, show: bool) -> None:
-    """Put this rank's slices into the model, in the order in which they lie in files."""
+    """Put this rank's slices into the model, in the order of the files."""
     order = sorted(
         slices, key=lambda name: (empty.sources[name].file, empty.sources[name].offset)
     )

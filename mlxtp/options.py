@@ -9,8 +9,6 @@ from typing import Any
 
 from mlx_lm.generate import setup_arg_parser
 
-from mlxtp.stories import PATH as STORIES
-
 # Options of mlx-lm that a split model does not take.
 REFUSED = {
     "image": "mlxtp splits language models: it takes no images",
@@ -67,7 +65,9 @@ def _parser() -> argparse.ArgumentParser:
     )
     ours.add_argument("--quiet", action="store_true", help="Print the text alone")
     ours.add_argument(
-        "--json", action="store_true", help="Print one JSON object: text, tokens, figures"
+        "--json",
+        action="store_true",
+        help="Print one JSON object: text, tokens, figures",
     )
     result.set_defaults(prompt="Once upon a time")
     return result

@@ -8,6 +8,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 from functools import lru_cache
+from itertools import pairwise
 from math import ceil
 
 Span = tuple[int, int]
@@ -47,7 +48,7 @@ def spans(
     stops = [0]
     for share in shares(total // granule, weights, minimum):
         stops.append(stops[-1] + share * granule)
-    return list(zip(stops, stops[1:]))
+    return list(pairwise(stops))
 
 
 def cover(needed: Sequence[Span], granule: int) -> tuple[Span, ...]:
@@ -188,7 +189,8 @@ def _tile(
     ]
     capacity = [0] * (ranks + 1)  # of the ranks from i on
     for rank in reversed(range(ranks)):
-        capacity[rank] = capacity[rank + 1] + max((s[0] for s in shapes[rank]), default=0)
+        largest = shapes[rank][0][0] if shapes[rank] else 0
+        capacity[rank] = capacity[rank + 1] + largest
     dead: set[tuple[int, tuple[int, ...]]] = set()
     nodes = 0
 

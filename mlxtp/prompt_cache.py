@@ -44,7 +44,7 @@ class SavedPrompt:
         if kv_bits not in (None, first.bits) or kv_group_size != first.group_size:
             raise ValueError(
                 f"the prompt cache has {first.bits} bits in groups of "
-                f"{first.group_size}; asked for were {kv_bits} in groups of {kv_group_size}"
+                f"{first.group_size}; asked for: {kv_bits} in groups of {kv_group_size}"
             )
 
     def shard(self, model: nn.Module, comm: Communicator) -> list[Any]:
@@ -57,7 +57,8 @@ class SavedPrompt:
         heads = list(model.slice_table.heads.values())
         if len(heads) != len(self.caches):
             raise ValueError(
-                f"the prompt cache has {len(self.caches)} layers, the model {len(heads)}"
+                f"the prompt cache has {len(self.caches)} layers, "
+                f"the model {len(heads)}"
             )
         for cache, shards in zip(self.caches, heads, strict=True):
             num_kv_heads = 1 + max(kv for shard in shards for kv in shard.kv_heads)

@@ -24,8 +24,8 @@ WORLD = MPI.COMM_WORLD
 class MPITransport:
     """A communicator of mpi4py as a `Transport`."""
 
-    def __init__(self, comm: MPI.Intracomm = WORLD) -> None:
-        self._comm = comm
+    def __init__(self, comm: MPI.Comm = WORLD) -> None:
+        self._comm: MPI.Comm = comm
         self.rank: int = comm.rank
         self.size: int = comm.size
 
