@@ -23,6 +23,11 @@ from mlxtp.transports import Transport
 LAUNCHED_SIZES = ("OMPI_COMM_WORLD_SIZE", "PMI_SIZE")
 
 
+def launched_by_mpirun() -> int:
+    """The number of ranks that mpirun started this one among; 0 without mpirun."""
+    return max(int(os.environ.get(name, "0")) for name in LAUNCHED_SIZES)
+
+
 class AgreedError(ValueError):
     """A mistake in what people gave us, raised on every rank alike."""
 
@@ -65,7 +70,7 @@ class Communicator:
 
         Raises: RuntimeError if mpirun and mpi4py belong to different MPIs.
         """
-        launched = max(int(os.environ.get(name, "0")) for name in LAUNCHED_SIZES)
+        launched = launched_by_mpirun()
         if launched == 0:
             return cls()
         from mlxtp.transports.mpi import MPITransport

@@ -19,8 +19,8 @@ from mlx_lm.sample_utils import make_logits_processors, make_sampler
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 
 import mlxtp
-from mlxtp import options
-from mlxtp.communicator import AgreedError, Communicator
+from mlxtp import options, stdin
+from mlxtp.communicator import AgreedError, Communicator, launched_by_mpirun
 from mlxtp.prompt_cache import SavedPrompt
 from mlxtp.stories import PATH as STORIES
 
@@ -76,7 +76,9 @@ def prepare(args: argparse.Namespace, comm: Communicator) -> Job:
     Raises: AgreedError for whatever was given wrong.
     """
     if args.prompt == "-":
-        args.prompt = comm.bcast(sys.stdin.read() if comm.rank == 0 else None)
+        with comm.agreement():
+            args.prompt = read_stdin(comm)
+        args.prompt = comm.bcast(args.prompt)
     else:
         args.prompt = args.prompt.replace("\\n", "\n").replace("\\t", "\t")
     with comm.agreement():
@@ -151,6 +153,13 @@ def prepare(args: argparse.Namespace, comm: Communicator) -> Job:
             num_draft_tokens=args.num_draft_tokens,
         ),
     )
+
+
+def read_stdin(comm: Communicator) -> str:
+    """Standard input, which mpirun gives to rank 0 alone; nothing on the others."""
+    if comm.rank > 0:
+        return ""
+    return stdin.read() if launched_by_mpirun() else sys.stdin.read()
 
 
 def encode_prompt(

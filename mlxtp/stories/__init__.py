@@ -1,5 +1,5 @@
-"""The small model that comes with mlxtp, and what it was trained from."""
+"""A tiny language model that ships with the package and tells short stories."""
 
 from pathlib import Path
 
-PATH = Path(__file__).parent / "model"
+PATH: Path = Path(__file__).parent / "model"

@@ -1,0 +1,237 @@
+"""`python -m mlxtp.generate` as people start it."""
+
+import json
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import mlx_lm
+import pytest
+from launcher import mpirun, run
+from mlx_lm.generate import setup_arg_parser
+from test_models import MODELS, heads
+from tiny import Tiny
+
+from mlxtp import options
+from mlxtp.stories import PATH as STORIES
+
+pytestmark = pytest.mark.once
+
+MLX_LM = [sys.executable, "-m", "mlx_lm"]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("models") / "model"
+    path.mkdir()
+    Tiny(heads(8, 2, head_dim=32)).save(path)
+    return path
+
+
+def generate(
+    ranks: int, *arguments: str | Path, stdin: str | None = None
+) -> subprocess.CompletedProcess[str]:
+    return mpirun(ranks, "-m", "mlxtp.generate", *map(str, arguments), stdin=stdin)
+
+
+def tokens(done: subprocess.CompletedProcess[str]) -> list[int]:
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout)["tokens"]
+
+
+def one_process(folder: Path, prompt: str, **options: object) -> list[int]:
+    model, tokenizer = mlx_lm.load(str(folder))
+    responses = mlx_lm.stream_generate(model, tokenizer, prompt, **options)
+    return [response.token for response in responses]
+
+
+def test_the_shipped_model_on_five_ranks() -> None:
+    arguments = ["--prompt", "One day a girl named Mia", "--max-tokens", "40", "--json"]
+    done = generate(5, *arguments)
+    assert tokens(done) == one_process(STORIES, arguments[1], max_tokens=40)
+    report = json.loads(done.stdout)
+    assert report["world_size"] == 5
+    assert report["generation_tokens"] == len(report["tokens"])
+    assert (
+        0 < report["peak_memory_gb"]["smallest"] <= report["peak_memory_gb"]["largest"]
+    )
+    assert 0 < report["collectives_share"] < 1
+
+
+def test_what_is_shown(folder: Path) -> None:
+    model = ["--model", folder, "--prompt", "abc", "--max-tokens", "8"]
+    text = json.loads(generate(3, *model, "--json").stdout)["text"]
+    assert generate(3, *model, "--quiet").stdout == text + "\n"
+    shown = generate(3, *model)
+    assert shown.stdout.count(text) == 1
+    for figure in ("Prompt: 3 tokens", "Generation: 8 tokens", "Peak", "Collectives: "):
+        assert shown.stdout.count(figure) == 1
+    assert "Loading" in shown.stderr
+
+
+def test_the_prompt_may_come_from_standard_input(folder: Path) -> None:
+    model = ["--model", folder, "--max-tokens", "8", "--json"]
+    expected = tokens(generate(1, *model, "--prompt", "abc"))
+    for ranks, given in [(1, "abc"), (3, "abc"), (3, "abc\x04")]:
+        assert tokens(generate(ranks, *model, "--prompt", "-", stdin=given)) == expected
+
+
+def test_equals_mlx_lm_with_the_same_options_and_seed(folder: Path) -> None:
+    arguments = f"--model {folder} --prompt abc --max-tokens 16 --seed 5 --temp 0.8"
+    arguments += " --top-p 0.9 --min-p 0.01 --top-k 50 --xtc-probability 0.3"
+    arguments += " --kv-bits 8 --kv-group-size 32 --quantized-kv-start 4"
+    alone = subprocess.run(
+        [*MLX_LM, "generate", *arguments.split(), "--verbose", "False"],
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert generate(3, *arguments.split(), "--quiet").stdout == alone.stdout
+
+
+def test_draft_model_and_rotating_cache(folder: Path, tmp_path: Path) -> None:
+    MODELS["llama-8-4-tied"].save(tmp_path)
+    model = ["--model", folder, "--prompt", "abcdef", "--max-tokens", "16", "--json"]
+    plain = tokens(generate(2, *model))
+    assert tokens(generate(2, *model, "--draft-model", tmp_path)) == plain
+    rotated = tokens(generate(2, *model, "--max-kv-size", "5"))
+    assert rotated == one_process(folder, "abcdef", max_tokens=16, max_kv_size=5)
+
+
+def test_prompt_cache(folder: Path, tmp_path: Path) -> None:
+    file = tmp_path / "cache.safetensors"
+    cache = [*MLX_LM, "cache_prompt", "--model", str(folder)]
+    cache += ["--prompt", "abc", "--prompt-cache-file", str(file)]
+    subprocess.run(cache, check=True, capture_output=True)
+    arguments = f"--prompt-cache-file {file} --prompt def --max-tokens 16".split()
+    alone = subprocess.run(
+        [*MLX_LM, "generate", *arguments, "--verbose", "False"],
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert generate(3, *arguments, "--quiet").stdout == alone.stdout
+    other = generate(2, *arguments, "--model", STORIES)
+    assert_one_message(other, "the prompt cache is of")
+
+
+def assert_one_message(done: subprocess.CompletedProcess[str], message: str) -> None:
+    assert done.returncode == 2, done.stderr
+    assert "Traceback" not in done.stderr
+    assert done.stderr.count("error:") == 1, done.stderr
+    assert message in done.stderr
+    assert done.stdout == ""
+
+
+MISTAKES: dict[str, tuple[list[str], str]] = {
+    "no such folder": (["--model", "./nowhere"], "there is no model folder nowhere"),
+    "a file": (["--model", __file__], "is a file; give the folder it is in"),
+    "no number": (["--max-tokens", "many"], "invalid int value: 'many'"),
+    "out of range": (["--temp", "-1"], "--temp is -1.0: wanted at least 0"),
+    "empty prompt": (["--prompt", ""], "--prompt is '': wanted some text"),
+    "too many ranks": (["--model", "FEW HEADS"], "start at most 1 ranks"),
+    "weights of another world": (["--weights", "1,1,1"], "for each of 2 ranks"),
+    "images": (["--image", "cat.png"], "--image: mlxtp splits language models"),
+    "no template": (["--system-prompt", "Be kind"], "need a chat template"),
+    "kv groups": (["--kv-bits", "8"], "it does not divide the model's heads of 12"),
+    "cache and draft": (
+        ["--prompt-cache-file", "x", "--draft-model", "y"],
+        "holds no cache of the --draft-model",
+    ),
+    "no cache": (["--prompt-cache-file", "x"], "x is no prompt cache of"),
+}
+
+
+@pytest.mark.parametrize("mistake", MISTAKES)
+def test_mistakes(mistake: str, tmp_path: Path) -> None:
+    arguments, message = MISTAKES[mistake]
+    if "FEW HEADS" in arguments:
+        Tiny(heads(1, 1)).save(tmp_path)
+        arguments = ["--model", str(tmp_path)]
+    begin = time.monotonic()
+    assert_one_message(generate(2, *arguments), message)
+    assert time.monotonic() - begin < 60
+
+
+def test_the_prompt_from_standard_input_may_be_empty() -> None:
+    assert_one_message(generate(2, "--prompt", "-", stdin=""), "wanted some text")
+
+
+def test_help_is_shown_once() -> None:
+    done = generate(3, "--help")
+    assert done.returncode == 0
+    assert done.stdout.count("usage: mlxtp.generate") == 1
+
+
+def test_slices_that_do_not_fit_in_memory(tmp_path: Path) -> None:
+    """A checkpoint of 4 TB: a sparse file that nothing reads."""
+    Tiny().save(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    hidden, layers = 1 << 17, 20
+    config |= {"hidden_size": hidden, "num_hidden_layers": layers}
+    config |= {"intermediate_size": hidden, "tie_word_embeddings": True}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    (tmp_path / "model.safetensors.index.json").unlink()
+    shapes: dict[str, list[int]] = {
+        "model.embed_tokens.weight": [config["vocab_size"], hidden],
+        "model.norm.weight": [hidden],
+    }
+    wide = 8 * config["head_dim"]
+    for layer in range(layers):
+        block = f"model.layers.{layer}"
+        shapes |= {
+            f"{block}.self_attn.q_proj.weight": [wide, hidden],
+            f"{block}.self_attn.k_proj.weight": [wide // 4, hidden],
+            f"{block}.self_attn.v_proj.weight": [wide // 4, hidden],
+            f"{block}.self_attn.o_proj.weight": [hidden, wide],
+            f"{block}.mlp.gate_proj.weight": [hidden, hidden],
+            f"{block}.mlp.up_proj.weight": [hidden, hidden],
+            f"{block}.mlp.down_proj.weight": [hidden, hidden],
+            f"{block}.input_layernorm.weight": [hidden],
+            f"{block}.post_attention_layernorm.weight": [hidden],
+        }
+    header, end = {}, 0
+    for name, shape in shapes.items():
+        begin, end = end, end + 4 * shape[0] * (shape[1] if len(shape) > 1 else 1)
+        header[name] = {"dtype": "F32", "shape": shape, "data_offsets": [begin, end]}
+    text = json.dumps(header).encode()
+    try:
+        with open(tmp_path / "model.safetensors", "wb") as file:
+            file.write(len(text).to_bytes(8, "little") + text)
+            file.truncate(8 + len(text) + end)
+    except OSError:
+        pytest.skip("this file system takes no sparse file of such a size")
+    done = generate(2, "--model", str(tmp_path))
+    assert_one_message(done, "GB free: use more hosts")
+
+
+def test_ranks_that_start_differently() -> None:
+    program = [sys.executable, "-m", "mlxtp.generate", "--max-tokens"]
+    done = run(["-n", "1", *program, "3", ":", "-n", "1", *program, "4"])
+    assert_one_message(done, "arguments '--max-tokens 3' on rank 0")
+
+
+def test_every_option_of_mlx_lm_is_known() -> None:
+    """An mlx-lm that brings an option makes this fail: take it, or refuse it."""
+    theirs = {action.dest for action in setup_arg_parser()._actions}
+    known = {*options.LIMITS, *options.REFUSED, "help", "verbose", "model"}
+    known |= {"trust_remote_code", "adapter_path", "extra_eos_token", "system_prompt"}
+    known |= {"prefill_response", "ignore_chat_template", "use_default_chat_template"}
+    known |= {"chat_template_config", "prompt_cache_file", "draft_model"}
+    assert theirs <= known
+
+
+@pytest.mark.parametrize("name", options.LIMITS)
+def test_limits(name: str) -> None:
+    args = options.parse([], show=True)
+    options.check(args)
+    setattr(args, name, " " if name == "prompt" else -3)
+    with pytest.raises(ValueError, match=f"--{name.replace('_', '-')} is .*: wanted"):
+        options.check(args)
+
+
+def test_seeds_are_rank_0s(folder: Path) -> None:
+    arguments = ["--model", folder, "--prompt", "abc", "--temp", "1.5", "--json"]
+    first, second = (tokens(generate(3, *arguments)) for _ in range(2))
+    assert first != second
