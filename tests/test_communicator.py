@@ -7,7 +7,7 @@ import time
 from pathlib import Path
 
 import pytest
-from launcher import ROOT, mpirun
+from ranks import mpirun
 
 from mlxtp import Communicator
 from mlxtp.communicator import AgreedError
@@ -54,7 +54,7 @@ if comm.rank in {failing}:
 comm.barrier()
 """
     begin = time.monotonic()
-    done = mpirun(3, "-c", program)
+    done = mpirun("-n", 3, sys.executable, "-c", program, timeout_seconds=90)
     assert done.returncode != 0
     assert done.stderr.count("RuntimeError: no more") == 1
     assert f"mlxtp: rank {min(eval(failing))} on {os.uname().nodename}" in done.stderr
@@ -70,7 +70,7 @@ import mlxtp
 comm = mlxtp.Communicator.world()
 assert (comm.rank, comm.size) == (0, 1)
 """
-    subprocess.run([sys.executable, "-c", program], check=True, cwd=ROOT)
+    subprocess.run([sys.executable, "-c", program], check=True)
 
 
 @pytest.mark.once

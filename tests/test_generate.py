@@ -8,8 +8,8 @@ from pathlib import Path
 
 import mlx_lm
 import pytest
-from launcher import mpirun, run
 from mlx_lm.generate import setup_arg_parser
+from ranks import mpirun
 from test_models import MODELS, heads
 from tiny import Tiny
 
@@ -18,6 +18,8 @@ from mlxtp.stories import PATH as STORIES
 
 pytestmark = pytest.mark.once
 
+# Less than pytest's own limit, which would leave the ranks running.
+TIMEOUT_SECONDS = 100
 MLX_LM = [sys.executable, "-m", "mlx_lm"]
 
 
@@ -30,9 +32,10 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def generate(
-    ranks: int, *arguments: str | Path, stdin: str | None = None
+    ranks: int, *arguments: object, stdin: str = ""
 ) -> subprocess.CompletedProcess[str]:
-    return mpirun(ranks, "-m", "mlxtp.generate", *map(str, arguments), stdin=stdin)
+    program = ["-n", ranks, sys.executable, "-m", "mlxtp.generate"]
+    return mpirun(*program, *arguments, stdin=stdin, timeout_seconds=TIMEOUT_SECONDS)
 
 
 def tokens(done: subprocess.CompletedProcess[str]) -> list[int]:
@@ -208,7 +211,8 @@ def test_slices_that_do_not_fit_in_memory(tmp_path: Path) -> None:
 
 def test_ranks_that_start_differently() -> None:
     program = [sys.executable, "-m", "mlxtp.generate", "--max-tokens"]
-    done = run(["-n", "1", *program, "3", ":", "-n", "1", *program, "4"])
+    one_each = ["-n", 1, *program, 3, ":", "-n", 1, *program, 4]
+    done = mpirun(*one_each, timeout_seconds=TIMEOUT_SECONDS)
     assert_one_message(done, "arguments '--max-tokens 3' on rank 0")
 
 

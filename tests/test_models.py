@@ -55,7 +55,7 @@ def mixed_bits(path: str, module: nn.Module) -> bool | dict[str, Any]:
     return "v_proj" not in path
 
 
-QWEN2_HEADS = heads(14, 2, model_type="qwen2", hidden_size=14 * 8)
+QWEN2_HEADS = heads(14, 2, model_type="qwen2", hidden_size=14 * 8, head_dim=8)
 LLAMA3_ROPE = {
     "rope_type": "llama3",
     "factor": 8.0,
@@ -131,7 +131,10 @@ def on_rank_0(comm: Communicator, compute: Callable[[], Any]) -> Any:
     """What one machine says, computed once and told to all."""
     said: Any = None
     with comm.agreement():
-        said = compute() if comm.rank == 0 else None
+        try:
+            said = compute() if comm.rank == 0 else None
+        except Exception as error:
+            raise ValueError(f"the reference failed: {error!r}") from error
     return comm.bcast(said)
 
 

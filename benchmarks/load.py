@@ -1,0 +1,141 @@
+"""What a rank holds and reads while it loads, against the least it could.
+
+Makes a checkpoint with random weights and the shapes of Llama 3.2 1B, loads it on
+the ranks of this machine (Linux) and shows for each: the bytes of its slices, the
+peak of its anonymous memory above what the imports take (RssAnon of /proc, looked
+at every 2 ms), and what it read (rchar of /proc). Columns lie apart in the file:
+their floor is the pages they lie in.
+"""
+
+import argparse
+import json
+import tempfile
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+import numpy as np
+from models import LLAMA_3_2_1B, make
+from ranks import measured
+
+import mlxtp
+from mlxtp.building import EmptyModel, build
+from mlxtp.checkpoint import PAGE_BYTES, Tensor
+from mlxtp.sharding import Slice, slice_table
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--ranks", type=int, default=5)
+    parser.add_argument("--layers", type=int, default=16)
+    parser.add_argument("--bits", type=int, help="quantize; default: bfloat16")
+    parser.add_argument("--folder", type=Path, help="keep the checkpoint here")
+    parser.add_argument("--rank", action="store_true", help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    if args.rank:
+        measure(args.folder)
+        return
+    with tempfile.TemporaryDirectory() as temporary:
+        args.folder = args.folder or Path(temporary) / "model"
+        config = {**LLAMA_3_2_1B, "num_hidden_layers": args.layers}
+        make(args.folder, config, mx.bfloat16, args.bits)
+        options = ["--rank", "--folder", args.folder]
+        report(args, measured(args.ranks, __file__, *options))
+
+
+def report(args: argparse.Namespace, result: dict[str, Any]) -> None:
+    ranks = result["ranks"]
+    whole = sum(file.stat().st_size for file in args.folder.glob("*.safetensors")) / 1e6
+    print(f"a checkpoint of {whole:.0f} MB on {len(ranks)} ranks; all in MB")
+    print(
+        f"{'rank':>4} {'slices':>8} {'peak memory':>12} {'allowed':>8} {'read':>8} "
+        f"{'least to read':>14} {'read/least':>11} {'seconds':>8}"
+    )
+    for number, rank in enumerate(ranks):
+        allowed = 1.2 * rank["slices_mb"] + 64
+        print(
+            f"{number:4} {rank['slices_mb']:8.1f} {rank['peak_mb']:12.1f} "
+            f"{allowed:8.1f} {rank['read_mb']:8.1f} {rank['floor_mb']:14.1f} "
+            f"{rank['read_mb'] / rank['floor_mb']:11.3f} {rank['seconds']:8.2f}"
+        )
+    print(json.dumps(result))
+
+
+def measure(folder: Path) -> None:
+    """Load on this rank and tell what it took; rank 0 prints it for all."""
+    comm = mlxtp.Communicator.world()
+    empty = build(folder)
+    slices = slice_table(empty.model, [1] * comm.size).slices(comm.rank)
+    slice_bytes = sum(p.size * empty.sources[n].dtype.size for n, p in slices.items())
+    floor = floor_bytes(empty, slices)
+    del empty
+    before_memory, before_read = anonymous_bytes(), read_bytes()
+    peak, loaded = [0], threading.Event()
+
+    def watch() -> None:
+        while not loaded.wait(0.002):
+            peak[0] = max(peak[0], anonymous_bytes())
+
+    watcher = threading.Thread(target=watch)
+    watcher.start()
+    begin = time.perf_counter()
+    model, _ = mlxtp.load(folder, comm)
+    seconds = time.perf_counter() - begin
+    loaded.set()
+    watcher.join()
+    # The watcher reads /proc/self/status, about 1.5 kB each time: not of the file.
+    figures = {
+        "slices_mb": slice_bytes / 1e6,
+        "peak_mb": (peak[0] - before_memory) / 1e6,
+        "read_mb": (read_bytes() - before_read - watched_bytes[0]) / 1e6,
+        "floor_mb": floor / 1e6,
+        "seconds": seconds,
+    }
+    ranks = comm.gather(figures)
+    assert model is not None
+    if comm.rank == 0:
+        print(json.dumps({"ranks": ranks}), flush=True)
+
+
+def floor_bytes(empty: EmptyModel, slices: dict[str, Slice]) -> int:
+    """The least to read: rows as they are, columns with the pages they lie in."""
+    return sum(
+        page_bytes(empty.sources[name], part)
+        if part.axis not in (None, 0)
+        else part.size * empty.sources[name].dtype.size
+        for name, part in slices.items()
+    )
+
+
+def page_bytes(tensor: Tensor, part: Slice) -> int:
+    """Bytes of the pages in which the columns `part` of a matrix lie."""
+    rows, columns = tensor.shape
+    item = tensor.dtype.size
+    starts = tensor.offset + np.arange(rows) * columns * item
+    pages: set[int] = set()
+    for start, stop in part.spans:
+        first = (starts + start * item) // PAGE_BYTES
+        last = (starts + stop * item - 1) // PAGE_BYTES
+        for page in range(int((last - first).max()) + 1):
+            pages.update(np.minimum(first + page, last).tolist())
+    return len(pages) * PAGE_BYTES
+
+
+watched_bytes = [0]
+
+
+def anonymous_bytes() -> int:
+    text = Path("/proc/self/status").read_text()
+    watched_bytes[0] += len(text)
+    return int(text.partition("RssAnon:")[2].split()[0]) * 1024
+
+
+def read_bytes() -> int:
+    text = Path("/proc/self/io").read_text()
+    return int(text.partition("rchar:")[2].split()[0])
+
+
+if __name__ == "__main__":
+    main()
