@@ -23,7 +23,8 @@ from ranks import measured
 import mlxtp
 from mlxtp.building import EmptyModel, build
 from mlxtp.checkpoint import PAGE_BYTES, Tensor
-from mlxtp.sharding import Slice, slice_table
+from mlxtp.partition import Slice
+from mlxtp.sharding import slice_table
 
 
 def main() -> None:

@@ -12,7 +12,7 @@ from huggingface_hub import parse_local_safetensors_file_metadata
 from huggingface_hub.errors import SafetensorsParsingError
 from safetensors import SafetensorError, safe_open
 
-from mlxtp.sharding import Slice
+from mlxtp.partition import Slice
 
 # What MLX makes of the types of a safetensors file.
 DTYPES = {

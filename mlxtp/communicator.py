@@ -66,7 +66,8 @@ class Communicator:
         """All ranks that mpirun started; without mpirun a world of size 1.
 
         An exception that nothing catches then ends all ranks, and is printed
-        once, with rank and host.
+        once, with rank and host. It has to be one: MPI waits for a rank that
+        leaves by `sys.exit` alone until the others leave too.
 
         Raises: RuntimeError if mpirun and mpi4py belong to different MPIs.
         """

@@ -15,12 +15,13 @@ from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
+from mlx_lm.models.cache import RotatingKVCache, make_prompt_cache
 from mlx_lm.sample_utils import make_logits_processors, make_sampler
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 
 import mlxtp
-from mlxtp import options, stdin
-from mlxtp.communicator import AgreedError, Communicator, launched_by_mpirun
+from mlxtp import options, prompt
+from mlxtp.communicator import AgreedError, Communicator, Traffic
 from mlxtp.prompt_cache import SavedPrompt
 from mlxtp.stories import PATH as STORIES
 
@@ -75,12 +76,7 @@ def prepare(args: argparse.Namespace, comm: Communicator) -> Job:
 
     Raises: AgreedError for whatever was given wrong.
     """
-    if args.prompt == "-":
-        with comm.agreement():
-            args.prompt = read_stdin(comm)
-        args.prompt = comm.bcast(args.prompt)
-    else:
-        args.prompt = args.prompt.replace("\\n", "\n").replace("\\t", "\t")
+    args.prompt = prompt.read(args.prompt, comm)
     with comm.agreement():
         options.check(args)
         saved = None
@@ -116,18 +112,13 @@ def prepare(args: argparse.Namespace, comm: Communicator) -> Job:
             )
         for token in args.extra_eos_token:
             tokenizer.add_eos_token(token)
-        for dims in model.slice_table.head_dims if args.kv_bits else ():
-            if dims % args.kv_group_size:
-                raise ValueError(
-                    f"--kv-group-size is {args.kv_group_size}: it does not divide the "
-                    f"model's heads of {dims}; without --kv-bits nothing is quantized"
-                )
-        prompt = encode_prompt(args, tokenizer, continues=saved is not None)
+        check_caches(args, model)
+        tokens = prompt.encode(args, tokenizer, continues=saved is not None)
         caches = saved.shard(model, comm) if saved else None
     return Job(
         model,
         tokenizer,
-        prompt,
+        tokens,
         dict(
             max_tokens=args.max_tokens,
             sampler=make_sampler(
@@ -155,55 +146,20 @@ def prepare(args: argparse.Namespace, comm: Communicator) -> Job:
     )
 
 
-def read_stdin(comm: Communicator) -> str:
-    """Standard input, which mpirun gives to rank 0 alone; nothing on the others."""
-    if comm.rank > 0:
-        return ""
-    return stdin.read() if launched_by_mpirun() else sys.stdin.read()
-
-
-def encode_prompt(
-    args: argparse.Namespace, tokenizer: TokenizerWrapper, *, continues: bool
-) -> list[int]:
-    """The prompt as tokens, in the chat template as mlx-lm puts it there.
-
-    What `continues` a saved prompt is the end of the conversation alone.
-
-    Raises: ValueError if no tokens come of it.
-    """
-    if args.use_default_chat_template and not tokenizer.has_chat_template:
-        raise ValueError("--use-default-chat-template: the tokenizer has no template")
-    text = args.prompt
-    templated = tokenizer.has_chat_template and not args.ignore_chat_template
-    if templated:
-        prefill = args.prefill_response
-
-        def rendered(user: str) -> str:
-            messages = [{"role": "user", "content": user}]
-            if args.system_prompt is not None:
-                messages.insert(0, {"role": "system", "content": args.system_prompt})
-            if prefill is not None:
-                messages.append({"role": "assistant", "content": prefill})
-            return tokenizer.apply_chat_template(
-                messages,
-                tokenize=False,
-                continue_final_message=prefill is not None,
-                add_generation_prompt=prefill is None,
-                **args.chat_template_config,
+def check_caches(args: argparse.Namespace, model: nn.Module) -> None:
+    """Raise ValueError if the model's caches cannot be what the options ask for."""
+    caches = make_prompt_cache(model)
+    slides = any(isinstance(cache, RotatingKVCache) for cache in caches)
+    if args.kv_bits and slides:
+        raise ValueError("--kv-bits: mlx-lm does not quantize sliding windows")
+    if args.draft_model and slides:
+        raise ValueError("--draft-model: a sliding window cannot take drafts back")
+    for dims in model.slice_table.head_dims if args.kv_bits else ():
+        if dims % args.kv_group_size:
+            raise ValueError(
+                f"--kv-group-size is {args.kv_group_size}: it does not divide the "
+                f"model's heads of {dims}; without --kv-bits nothing is quantized"
             )
-
-        text = rendered(text)
-        if continues:
-            text = text[rendered("<query>").index("<query>") :]
-    elif args.system_prompt is not None or args.prefill_response is not None:
-        raise ValueError(
-            "--system-prompt and --prefill-response need a chat template: the "
-            "tokenizer has none, or --ignore-chat-template is given"
-        )
-    tokens = tokenizer.encode(text, add_special_tokens=not templated)
-    if not tokens:
-        raise ValueError(f"the tokenizer makes no token of the prompt {args.prompt!r}")
-    return tokens
 
 
 def run(job: Job, args: argparse.Namespace, comm: Communicator) -> None:
@@ -213,7 +169,7 @@ def run(job: Job, args: argparse.Namespace, comm: Communicator) -> None:
     if figures:
         print("=" * 10)
     text, tokens = "", []
-    comm.traffic = type(comm.traffic)()
+    comm.traffic = Traffic()
     begin = time.perf_counter()
     for response in mlxtp.stream_generate(
         job.model, job.tokenizer, job.prompt, **job.options

@@ -8,6 +8,7 @@ import mlx.core as mx
 import mlx.nn as nn
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError
+from huggingface_hub.utils.tqdm import disable_progress_bars
 from mlx.utils import tree_unflatten
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 from mlx_lm.utils import load_tokenizer
@@ -16,17 +17,12 @@ from tqdm import tqdm
 from mlxtp import checkpoint, memory
 from mlxtp.building import EmptyModel, build
 from mlxtp.communicator import AgreedError, Communicator
-from mlxtp.sharding import Slice, parallelize, slice_table
+from mlxtp.partition import Slice
+from mlxtp.sharding import parallelize, slice_table
 
-# What of a repository on the hub makes a model.
-HUB_PATTERNS = [
-    "*.json",
-    "model*.safetensors",
-    "*.model",
-    "*.tiktoken",
-    "*.txt",
-    "*.jinja",
-]
+# What of a repository on the hub makes a model; code in it runs only when trusted.
+HUB_PATTERNS = ["*.json", "model*.safetensors", "*.model", "*.tiktoken"]
+HUB_PATTERNS += ["*.txt", "*.jinja", "*.py"]
 
 
 def load(
@@ -95,6 +91,8 @@ def find(path_or_hf_repo: str | Path, comm: Communicator) -> Path:
             if not local.is_dir():
                 raise ValueError(f"there is no model folder {local}")
         elif comm.rank == [host for host, _ in hosts].index(comm.host):
+            if comm.rank > 0:
+                disable_progress_bars()
             _fetch(str(path_or_hf_repo))
     with comm.agreement():
         local = _fetch(str(path_or_hf_repo), local_files_only=True)

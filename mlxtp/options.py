@@ -97,7 +97,9 @@ def parse(arguments: list[str], *, show: bool) -> argparse.Namespace:
         if not show:
             stack.enter_context(contextlib.redirect_stdout(nowhere))
             stack.enter_context(contextlib.redirect_stderr(nowhere))
-        return _parser().parse_args(arguments)
+        args = _parser().parse_args(arguments)
+    args.quiet = args.quiet or not args.verbose
+    return args
 
 
 def check(args: argparse.Namespace) -> None:
@@ -112,6 +114,8 @@ def check(args: argparse.Namespace) -> None:
         value = getattr(args, name)
         if value is not None and not allowed(value):
             raise ValueError(f"{_flag(name)} is {value!r}: wanted {wanted}")
+    if args.max_kv_size is not None and args.kv_bits is not None:
+        raise ValueError("--kv-bits: mlx-lm does not quantize what --max-kv-size makes")
     if args.draft_model and args.prompt_cache_file:
         raise ValueError(
             "--prompt-cache-file holds no cache of the --draft-model: give one of them"

@@ -7,7 +7,6 @@ or any weight at hand.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from math import prod
 
 import mlx.nn as nn
 from mlx.utils import tree_flatten
@@ -15,15 +14,14 @@ from mlx.utils import tree_flatten
 from mlxtp import architectures, partition
 from mlxtp.architectures import Architecture, Cut
 from mlxtp.communicator import Communicator
+from mlxtp.heads import HeadShard, head_shards
 from mlxtp.layers import (
     EmptyLinear,
     RowParallelLinear,
     VocabParallelEmbedding,
     VocabParallelLinear,
 )
-from mlxtp.partition import HeadShard, Span
-
-Spans = tuple[Span, ...]
+from mlxtp.partition import Slice, Span, Spans
 
 # The axis of each parameter that a cut divides, by the parameter's last name. The
 # weights are (..., out, in), lora_a (in, r), lora_b (r, out). What is missing here
@@ -33,29 +31,6 @@ CUT_AXIS = {
     "row": {"weight": -1, "scales": -1, "biases": -1, "lora_a": -2},
     "lookup": {"weight": -2, "scales": -2, "biases": -2, "lora_a": -2},
 }
-
-
-@dataclass(frozen=True)
-class Slice:
-    """A part of an array: of its axis `axis` the `spans`, joined.
-
-    `axis` counts from the first; None stands for the whole array.
-    """
-
-    full_shape: tuple[int, ...]
-    axis: int | None = None
-    spans: Spans = ()
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        if self.axis is None:
-            return self.full_shape
-        before, after = self.full_shape[: self.axis], self.full_shape[self.axis + 1 :]
-        return (*before, _length(self.spans), *after)
-
-    @property
-    def size(self) -> int:
-        return prod(self.shape)
 
 
 @dataclass(frozen=True)
@@ -145,7 +120,7 @@ def slice_table(model: nn.Module, weights: Sequence[int]) -> SliceTable:
         else:
             num_heads = getattr(modules[parent], architecture.num_heads)
             num_kv_heads = getattr(modules[parent], architecture.num_kv_heads)
-            shards = partition.heads(num_heads, num_kv_heads, tuple(weights))
+            shards = head_shards(num_heads, num_kv_heads, tuple(weights))
             heads[parent] = shards
             if cut.axis == "query heads":
                 dims = features // num_heads
@@ -183,7 +158,7 @@ def _parallel(module: nn.Module, matrix: MatrixShards, comm: Communicator) -> nn
         return VocabParallelEmbedding(module, comm, [s for (s,) in matrix.spans])
     if matrix.cut.axis == "vocabulary":
         return VocabParallelLinear(module, comm, [s for (s,) in matrix.spans])
-    empty = _length(spans) == 0
+    empty = partition.length(spans) == 0
     if matrix.cut.style == "row":
         out_features, _ = _features(module)
         inner = EmptyLinear(out_features) if empty else module
@@ -206,10 +181,6 @@ def _one_each(cuts: Sequence[Span]) -> tuple[Spans, ...]:
 
 def _scaled(spans: Spans, factor: int) -> Spans:
     return tuple((start * factor, stop * factor) for start, stop in spans)
-
-
-def _length(spans: Spans) -> int:
-    return sum(stop - start for start, stop in spans)
 
 
 def _base(module: nn.Module) -> nn.Module:

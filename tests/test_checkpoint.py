@@ -12,7 +12,7 @@ from safetensors.numpy import save_file
 
 from mlxtp import checkpoint
 from mlxtp.checkpoint import PAGE_BYTES, Checkpoint
-from mlxtp.sharding import Slice
+from mlxtp.partition import Slice
 
 pytestmark = pytest.mark.once
 

@@ -142,6 +142,14 @@ MISTAKES: dict[str, tuple[list[str], str]] = {
         ["--prompt-cache-file", "x", "--draft-model", "y"],
         "holds no cache of the --draft-model",
     ),
+    "no quantized rotation": (
+        ["--kv-bits", "8", "--max-kv-size", "64"],
+        "mlx-lm does not quantize what --max-kv-size makes",
+    ),
+    "drafts in a window": (
+        ["--model", "SLIDING", "--draft-model", str(STORIES)],
+        "--draft-model: a sliding window cannot take drafts back",
+    ),
     "no cache": (["--prompt-cache-file", "x"], "x is no prompt cache of"),
 }
 
@@ -149,9 +157,10 @@ MISTAKES: dict[str, tuple[list[str], str]] = {
 @pytest.mark.parametrize("mistake", MISTAKES)
 def test_mistakes(mistake: str, tmp_path: Path) -> None:
     arguments, message = MISTAKES[mistake]
-    if "FEW HEADS" in arguments:
-        Tiny(heads(1, 1)).save(tmp_path)
-        arguments = ["--model", str(tmp_path)]
+    models = {"FEW HEADS": Tiny(heads(1, 1)), "SLIDING": MODELS["llama-sliding"]}
+    for name in models.keys() & set(arguments):
+        models[name].save(tmp_path)
+        arguments = [str(tmp_path) if word == name else word for word in arguments]
     begin = time.monotonic()
     assert_one_message(generate(2, *arguments), message)
     assert time.monotonic() - begin < 60

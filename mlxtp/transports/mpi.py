@@ -30,23 +30,18 @@ class MPITransport:
         self.size: int = comm.size
 
     def allgather(self, send: np.ndarray, receive: np.ndarray) -> None:
-        self._comm.Allgather(_bytes(send), _bytes(receive))
+        self._comm.Allgather(_opaque(send), _opaque(receive))
 
     def allgatherv(
         self, send: np.ndarray, receive: np.ndarray, counts: list[int]
     ) -> None:
-        nbytes = [count * send.itemsize for count in counts]
-        self._comm.Allgatherv(_bytes(send), (receive.view(np.uint8), nbytes, MPI.BYTE))
+        self._comm.Allgatherv(_opaque(send), (_opaque(receive), counts))
 
     def alltoallv(
         self, send: np.ndarray, counts: list[int], receive: np.ndarray
     ) -> None:
-        nbytes = [count * send.itemsize for count in counts]
-        mine = [nbytes[self.rank]] * self.size
-        self._comm.Alltoallv(
-            (send.view(np.uint8), nbytes, MPI.BYTE),
-            (receive.view(np.uint8), mine, MPI.BYTE),
-        )
+        mine = [counts[self.rank]] * self.size
+        self._comm.Alltoallv((_opaque(send), counts), (_opaque(receive), mine))
 
     def bcast_object(self, value: Any, root: int) -> Any:
         return self._comm.bcast(value, root)
@@ -65,5 +60,6 @@ class MPITransport:
         WORLD.Abort(1)
 
 
-def _bytes(buffer: np.ndarray) -> tuple[np.ndarray, Any]:
-    return buffer.view(np.uint8), MPI.BYTE
+def _opaque(buffer: np.ndarray) -> np.ndarray:
+    """The buffer as unsigned integers, which MPI has for every width."""
+    return buffer.view(f"u{buffer.itemsize}")
