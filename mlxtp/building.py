@@ -35,7 +35,12 @@ def build(
         model of mlx-lm, and for parameters that are missing, unexpected or of
         another shape than the model's.
     """
-    _read_json(folder / "config.json", needed=["model_type"])
+    given = _read_json(folder / "config.json", needed=["model_type"])
+    if trust_remote_code and "model_file" in given:
+        raise ValueError(
+            f"{folder} brings an architecture of its own ({given['model_file']}): "
+            "mlxtp does not know how to split it"
+        )
     tensors = Checkpoint.of_folder(folder).tensors
     # mlx-lm gets arrays with the names, shapes and dtypes of the checkpoint, which
     # nobody evaluates: their identity tells which parameter comes from where.

@@ -6,12 +6,13 @@ what people see is rank 0's.
 
 import argparse
 import json
+import os
 import secrets
 import sys
 import time
 from dataclasses import dataclass
 from importlib.metadata import version
-from typing import Any
+from typing import Any, TextIO
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -31,12 +32,24 @@ def main() -> None:
     try:
         check_same_start(comm)
         args = options.parse(sys.argv[1:], show=comm.rank == 0)
+        screen = only_ours(comm)
         job = prepare(args, comm)
     except AgreedError as error:
         if comm.rank == 0:
             print(f"mlxtp.generate: error: {error}", file=sys.stderr)
         sys.exit(2)
-    run(job, args, comm)
+    run(job, args, comm, screen)
+
+
+def only_ours(comm: Communicator) -> TextIO:
+    """Keep standard output for what this program prints, on rank 0.
+
+    What libraries print there (mlx-lm warns of large models) goes to rank 0's
+    standard error.
+    """
+    screen = sys.stdout
+    sys.stdout = sys.stderr if comm.rank == 0 else open(os.devnull, "w")  # noqa: SIM115
+    return screen
 
 
 def check_same_start(comm: Communicator) -> None:
@@ -162,12 +175,12 @@ def check_caches(args: argparse.Namespace, model: nn.Module) -> None:
             )
 
 
-def run(job: Job, args: argparse.Namespace, comm: Communicator) -> None:
+def run(job: Job, args: argparse.Namespace, comm: Communicator, screen: TextIO) -> None:
     """Generate; rank 0 shows the text as it is made and what it took."""
     to_screen = comm.rank == 0 and not args.json
     figures = to_screen and not args.quiet
     if figures:
-        print("=" * 10)
+        print("=" * 10, file=screen)
     text, tokens = "", []
     comm.traffic = Traffic()
     begin = time.perf_counter()
@@ -177,10 +190,10 @@ def run(job: Job, args: argparse.Namespace, comm: Communicator) -> None:
         text += response.text
         tokens.append(response.token)
         if to_screen:
-            print(response.text, end="", flush=True)
+            print(response.text, end="", flush=True, file=screen)
     seconds = time.perf_counter() - begin
     if to_screen:
-        print()
+        print(file=screen)
     reports = comm.gather(
         (tokens, mx.get_peak_memory() / 1e9, comm.traffic.seconds / seconds)
     )
@@ -190,15 +203,16 @@ def run(job: Job, args: argparse.Namespace, comm: Communicator) -> None:
             raise RuntimeError(f"rank {rank} made other tokens than rank {comm.rank}")
     share = sum(collective_shares) / comm.size
     if figures:
-        print("=" * 10)
         print(
+            "=" * 10 + "\n"
             f"Prompt: {response.prompt_tokens} tokens, "
             f"{response.prompt_tps:.3f} tokens-per-sec\n"
             f"Generation: {response.generation_tokens} tokens, "
             f"{response.generation_tps:.3f} tokens-per-sec\n"
             f"Peak memory: {max(peaks_gb):.3f} GB on the largest of {comm.size} ranks, "
             f"{min(peaks_gb):.3f} GB on the smallest\n"
-            f"Collectives: {100 * share:.0f} % of the time, mean over ranks"
+            f"Collectives: {100 * share:.0f} % of the time, mean over ranks",
+            file=screen,
         )
     if comm.rank == 0 and args.json:
         report = {
@@ -213,7 +227,7 @@ def run(job: Job, args: argparse.Namespace, comm: Communicator) -> None:
             "collectives_share": share,
             "world_size": comm.size,
         }
-        print(json.dumps(report))
+        print(json.dumps(report), file=screen)
 
 
 if __name__ == "__main__":

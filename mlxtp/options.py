@@ -88,7 +88,7 @@ def _json_object(text: str) -> dict[str, Any]:
 
 
 def parse(arguments: list[str], *, show: bool) -> argparse.Namespace:
-    """Parse the command line. Only where `show` is set anything is printed.
+    """Parse the command line; where `show` is not set nothing is printed.
 
     Raises: SystemExit, as argparse does, for --help and for mistakes.
     """
