@@ -131,11 +131,12 @@ class VocabParallelEmbedding(VocabParallel):
 
 
 class EmptyLinear(nn.Module):
-    """Stands for a linear layer of which the rank holds nothing.
+    """Stands for a row-parallel layer of which the rank holds nothing.
 
-    MLX's quantized kernels take no matrix without elements.
+    MLX's quantized kernels take no matrix without elements; what makes x is not
+    evaluated either, for nobody looks at it.
 
-    Shapes: x (..., in_r) -> zeros (..., out_r).
+    Shapes: x (..., 0) sharded -> zeros (..., out) partial.
     Communicates: nothing.
     """
 

@@ -153,17 +153,16 @@ def parallelize(model: nn.Module, table: SliceTable, comm: Communicator) -> None
 
 def _parallel(module: nn.Module, matrix: MatrixShards, comm: Communicator) -> nn.Module:
     """The layer that does a rank's part of `module`."""
-    spans = matrix.spans[comm.rank]
     if matrix.cut.style == "lookup":
         return VocabParallelEmbedding(module, comm, [s for (s,) in matrix.spans])
     if matrix.cut.axis == "vocabulary":
         return VocabParallelLinear(module, comm, [s for (s,) in matrix.spans])
-    empty = partition.length(spans) == 0
-    if matrix.cut.style == "row":
-        out_features, _ = _features(module)
-        inner = EmptyLinear(out_features) if empty else module
-        return RowParallelLinear(inner, comm, spans, matrix.covered[comm.rank])
-    return EmptyLinear(0) if empty else module
+    if matrix.cut.style == "column":
+        return module
+    spans, covered = matrix.spans[comm.rank], matrix.covered[comm.rank]
+    if partition.length(spans) == 0:
+        module = EmptyLinear(_features(module)[0])
+    return RowParallelLinear(module, comm, spans, covered)
 
 
 def _row_group_size(path: str, block: nn.Module, architecture: Architecture) -> int:
