@@ -94,7 +94,7 @@ def measure(folder: Path) -> None:
         "floor_mb": floor / 1e6,
         "seconds": seconds,
     }
-    ranks = comm.gather(figures)
+    ranks = comm.allgather_objects(figures)
     assert model is not None
     if comm.rank == 0:
         print(json.dumps({"ranks": ranks}), flush=True)

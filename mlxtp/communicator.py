@@ -89,10 +89,6 @@ class Communicator:
         sys.excepthook = comm._end_all_ranks
         return comm
 
-    def split(self, color: int) -> "Communicator":
-        """The ranks that give the same `color`, as a world of their own."""
-        return Communicator(self._transport and self._transport.split(color))
-
     def allreduce(self, x: mx.array) -> mx.array:
         """Sum `x` over ranks: in rank order, the same bits on every rank.
 
@@ -128,7 +124,7 @@ class Communicator:
             return value
         return self._transport.bcast_object(value, root)
 
-    def gather(self, value: Any) -> list[Any]:
+    def allgather_objects(self, value: Any) -> list[Any]:
         """Give every rank the plain object of every rank, in rank order."""
         if self._transport is None:
             return [value]
@@ -154,7 +150,9 @@ class Communicator:
             yield
         except (ValueError, OSError) as error:
             found = error
-        reports = self.gather(found and (str(found) or repr(found), self.host))
+        reports = self.allgather_objects(
+            found and (str(found) or repr(found), self.host)
+        )
         if all(report is None for report in reports):
             return
         rank, report = next((r, it) for r, it in enumerate(reports) if it is not None)

@@ -63,7 +63,7 @@ def check_same_start(comm: Communicator) -> None:
         "version of mlx": version("mlx"),
         "version of mlx-lm": version("mlx-lm"),
     }
-    starts = comm.gather((comm.host, mine))
+    starts = comm.allgather_objects((comm.host, mine))
     first_host, first = starts[0]
     for rank, (host, start) in enumerate(starts):
         for what, value in start.items():
@@ -194,7 +194,7 @@ def run(job: Job, args: argparse.Namespace, comm: Communicator, screen: TextIO) 
     seconds = time.perf_counter() - begin
     if to_screen:
         print(file=screen)
-    reports = comm.gather(
+    reports = comm.allgather_objects(
         (tokens, mx.get_peak_memory() / 1e9, comm.traffic.seconds / seconds)
     )
     all_tokens, peaks_gb, collective_shares = zip(*reports, strict=True)

@@ -82,7 +82,7 @@ def find(path_or_hf_repo: str | Path, comm: Communicator) -> Path:
     with comm.agreement():
         if local.exists() and not local.is_dir():
             raise ValueError(f"the model {local} is a file; give the folder it is in")
-    hosts = comm.gather((comm.host, local.is_dir()))
+    hosts = comm.allgather_objects((comm.host, local.is_dir()))
     if all(there for _, there in hosts):
         return local
     with comm.agreement():
@@ -131,7 +131,7 @@ def check_memory(comm: Communicator, bytes_of_rank: int, folder: Path) -> None:
     """
     hosts: dict[str, int] = {}
     available: dict[str, int] = {}
-    for host, wanted, free in comm.gather(
+    for host, wanted, free in comm.allgather_objects(
         (comm.host, bytes_of_rank, memory.available_bytes())
     ):
         hosts[host] = hosts.get(host, 0) + wanted

@@ -59,7 +59,7 @@ def pytest_runtest_call(item: pytest.Item) -> Iterator[None]:
         failure = error
         raise
     finally:
-        failed = WORLD.gather(failure is not None and not _is_skip(failure))
+        failed = WORLD.allgather_objects(failure is not None and not _is_skip(failure))
         if any(failed) and failure is None:
             pytest.fail(f"failed on ranks {[r for r, f in enumerate(failed) if f]}")
 

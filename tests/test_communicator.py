@@ -6,6 +6,7 @@ import sys
 import time
 from pathlib import Path
 
+import mlx.core as mx
 import pytest
 from ranks import mpirun
 
@@ -14,16 +15,12 @@ from mlxtp.communicator import AgreedError
 
 
 def test_objects(comm: Communicator) -> None:
-    assert comm.gather(comm.rank) == list(range(comm.size))
+    assert comm.allgather_objects(comm.rank) == list(range(comm.size))
     assert comm.bcast({"rank": comm.rank}) == {"rank": 0}
     assert comm.bcast(comm.rank, root=comm.size - 1) == comm.size - 1
+    array = comm.bcast(mx.full((2, 3), comm.rank + 1, mx.bfloat16))
+    assert mx.array_equal(array, mx.ones((2, 3), mx.bfloat16))
     comm.barrier()
-
-
-def test_split(comm: Communicator) -> None:
-    half = comm.split(comm.rank % 2)
-    assert half.gather(comm.rank) == list(range(comm.rank % 2, comm.size, 2))
-    assert half.rank == comm.rank // 2
 
 
 def test_agreement(comm: Communicator) -> None:

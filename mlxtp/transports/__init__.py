@@ -37,10 +37,6 @@ class Transport(Protocol):
 
     def barrier(self) -> None: ...
 
-    def split(self, color: int) -> "Transport | None":
-        """The ranks that give the same color, in order; None if that is one."""
-        ...
-
     def abort(self) -> None:
         """End all ranks at once."""
         ...

@@ -18,16 +18,14 @@ _set_defaults()
 
 from mpi4py import MPI  # noqa: E402 - importing it starts MPI
 
-WORLD = MPI.COMM_WORLD
-
 
 class MPITransport:
-    """A communicator of mpi4py as a `Transport`."""
+    """All ranks of the job as a `Transport`."""
 
-    def __init__(self, comm: MPI.Comm = WORLD) -> None:
-        self._comm: MPI.Comm = comm
-        self.rank: int = comm.rank
-        self.size: int = comm.size
+    def __init__(self) -> None:
+        self._comm = MPI.COMM_WORLD
+        self.rank: int = self._comm.rank
+        self.size: int = self._comm.size
 
     def allgather(self, send: np.ndarray, receive: np.ndarray) -> None:
         self._comm.Allgather(_opaque(send), _opaque(receive))
@@ -52,12 +50,8 @@ class MPITransport:
     def barrier(self) -> None:
         self._comm.Barrier()
 
-    def split(self, color: int) -> "MPITransport | None":
-        comm = self._comm.Split(color, self.rank)
-        return None if comm.size == 1 else MPITransport(comm)
-
     def abort(self) -> None:
-        WORLD.Abort(1)
+        self._comm.Abort(1)
 
 
 def _opaque(buffer: np.ndarray) -> np.ndarray:
