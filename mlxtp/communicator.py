@@ -150,9 +150,8 @@ class Communicator:
             yield
         except (ValueError, OSError) as error:
             found = error
-        reports = self.allgather_objects(
-            found and (str(found) or repr(found), self.host)
-        )
+        mine = found and (str(found) or repr(found), self.host)
+        reports = self.allgather_objects(mine)
         if all(report is None for report in reports):
             return
         rank, report = next((r, it) for r, it in enumerate(reports) if it is not None)
