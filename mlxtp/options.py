@@ -74,16 +74,20 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _weights(text: str) -> list[int]:
-    weights = [int(part) for part in text.split(",")]
+    weights = [int(part) if part.strip().isdigit() else 0 for part in text.split(",")]
     if min(weights) < 1:
-        raise ValueError
+        wanted = "whole numbers above 0, one for each rank, such as 2,1,1,1,1"
+        raise argparse.ArgumentTypeError(f"{text!r}: wanted {wanted}")
     return weights
 
 
 def _json_object(text: str) -> dict[str, Any]:
-    value = json.loads(text)
+    try:
+        value = json.loads(text)
+    except ValueError:
+        value = None
     if not isinstance(value, dict):
-        raise ValueError
+        raise argparse.ArgumentTypeError(f"{text!r}: wanted a JSON object")
     return value
 
 

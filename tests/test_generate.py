@@ -135,6 +135,8 @@ MISTAKES: dict[str, tuple[list[str], str]] = {
     "empty prompt": (["--prompt", ""], "--prompt is '': wanted some text"),
     "too many ranks": (["--model", "FEW HEADS"], "start at most 1 ranks"),
     "weights of another world": (["--weights", "1,1,1"], "for each of 2 ranks"),
+    "weights that are none": (["--weights", "1,x"], "'1,x': wanted whole numbers"),
+    "no object": (["--chat-template-config", "[1]"], "'[1]': wanted a JSON object"),
     "images": (["--image", "cat.png"], "--image: mlxtp splits language models"),
     "no template": (["--system-prompt", "Be kind"], "need a chat template"),
     "kv groups": (["--kv-bits", "8"], "it does not divide the model's heads of 12"),
