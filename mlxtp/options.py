@@ -40,6 +40,7 @@ LIMITS: dict[str, tuple[str, Callable[[Any], bool]]] = {
 def _parser() -> argparse.ArgumentParser:
     result = argparse.ArgumentParser(
         prog="mlxtp.generate",
+        usage="mpirun -hostfile HOSTFILE python -m mlxtp.generate [OPTION ...]",
         description="Generate text from one language model on all ranks of mpirun.",
         parents=[setup_arg_parser()],
         conflict_handler="resolve",
