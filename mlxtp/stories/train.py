@@ -1,9 +1,9 @@
 """Train the tiny model that ships with the package: `python -m mlxtp.stories.train`.
 
-Everything is seeded. The shipped model saw 1.65 million tokens in 1000 steps: held-out
-loss 0.649 nats per token, in 8 minutes 19 seconds on two shared CPU cores with OpenBLAS
+Everything is seeded. The shipped model saw 4.3 million tokens in 2600 steps: held-out
+loss 0.470 nats per token, in 22 minutes 44 seconds on two shared CPU cores with OpenBLAS
 standing in for the reference BLAS of MLX's Linux wheel, which is several times slower.
-It writes whole sentences, but it does not hold on to who is who through a story.
+After 1000 steps alone the loss is 0.649, and who is who gets lost more often.
 """
 
 import argparse
@@ -157,7 +157,7 @@ def main() -> None:
     """Train the tokenizer and the model, report the held-out loss, and save both."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--output", type=Path, required=True, metavar="DIR")
-    parser.add_argument("--steps", type=int, default=1000)
+    parser.add_argument("--steps", type=int, default=2600)
     options = parser.parse_args()
 
     mx.random.seed(0)
