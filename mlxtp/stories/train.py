@@ -1,9 +1,9 @@
 """Train the tiny model that ships with the package: `python -m mlxtp.stories.train`.
 
 Everything is seeded. The shipped model saw 4.3 million tokens in 2600 steps: held-out
-loss 0.470 nats per token, in 22 minutes 44 seconds on two shared CPU cores with OpenBLAS
-standing in for the reference BLAS of MLX's Linux wheel, which is several times slower.
-After 1000 steps alone the loss is 0.649, and who is who gets lost more often.
+loss 0.470 nats per token, in 22 minutes 44 seconds on two shared CPU cores. OpenBLAS
+stood in for the reference BLAS of MLX's Linux wheel, which is several times slower.
+After 1000 steps the loss is 0.649, and the text loses more often who is who.
 """
 
 import argparse
