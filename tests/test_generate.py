@@ -149,7 +149,7 @@ MISTAKES: dict[str, tuple[list[str], str]] = {
         "mlx-lm does not quantize what --max-kv-size makes",
     ),
     "drafts in a window": (
-        ["--model", "SLIDING", "--draft-model", str(STORIES)],
+        ["--model", "SLIDING", "--draft-model", "SLIDING"],
         "--draft-model: a sliding window cannot take drafts back",
     ),
     "no cache": (["--prompt-cache-file", "x"], "x is no prompt cache of"),
