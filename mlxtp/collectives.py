@@ -1,61 +1,323 @@
-"""How an allreduce is made, and which way is taken for which size.
+"""How an allreduce and an allgather are made out of sends and receives.
 
-Every way adds the ranks' parts in rank order, in float32 for 16-bit types, so
-the result is the same to the bit on every rank and whatever the way.
+An allreduce is *one-shot* (everyone gets every part and adds them) or *two-shot*
+(everyone adds one block, then gets the others' sums). Either way the parts are
+added in rank order, so the result is the same to the bit on every rank and
+whatever the way. Under both lies a gather, for the cables there are:
+
+    ring     to both neighbours, which pass on: floor(N/2) hops, and every cable
+             carries each part once in each direction at most
+    direct   to everyone at once: one hop on a mesh or a switch; on a ring the
+             hosts between forward, so the far parts cross several cables
+    mpi      as MPI sees fit (a block of a two-shot sum is collected directly)
+
+For parts of n bytes on a ring of five, a cable carries in each direction 2n bytes
+one-shot by the ring, 3n directly, and n two-shot by the ring, 3n/5 for the parts of
+the blocks and 2n/5 for their sums. Fewer bytes would take adding on the way, which
+changes the order of the sum.
 """
 
+from collections import OrderedDict
+from collections.abc import Callable, Sequence
+from itertools import accumulate, pairwise
+from typing import Any
+
+import ml_dtypes
 import numpy as np
 
-from mlxtp.transports import Transport
+from mlxtp.partition import spans
+from mlxtp.transports import MessageTransport, Request
+from mlxtp.wire import GROUP_SIZE, Int8Wire, PlainWire, Wire
 
-# Up to here (bytes that a rank receives in one step) fewer steps win, above it fewer
-# bytes: measured in shared memory on 2 and 5 ranks.
-EXCHANGE_LIMIT = 256 * 1024
+# Buffers and requests are kept for the sizes used last, up to so many bytes.
+KEPT_BYTES = 256 * 1024 * 1024
+
+FLOATS = {np.dtype(kind) for kind in ("f2", "f4", ml_dtypes.bfloat16)}
 
 
-class Allreduce:
-    """Sums of equal arrays over all ranks, into buffers that are kept."""
+class Gather:
+    """Everyone's part to everyone, of fixed sizes: counts[rank] bytes each.
 
-    def __init__(self, transport: Transport) -> None:
-        self._transport = transport
-        self._memory = np.empty(0, np.uint8)
+    `parts` are views of one buffer, `joined`, in rank order. A call fills all but
+    the rank's own.
+    """
+
+    def __init__(self, transport: MessageTransport, counts: Sequence[int]) -> None:
+        self.transport = transport
+        self.counts = counts
+        self.joined = np.empty(sum(counts), np.uint8)
+        edges = pairwise(accumulate(counts, initial=0))
+        self.parts = [self.joined[start:stop] for start, stop in edges]
+        self.prepare()
+
+    def prepare(self) -> None:
+        """Make the requests that every call starts."""
+
+    def __call__(self, mine: np.ndarray) -> None:
+        raise NotImplementedError
+
+    def requests(self) -> list[Request]:
+        """What has to be freed in the end."""
+        return []
+
+
+class MPIGather(Gather):
+    """Gather as MPI sees fit."""
+
+    def __call__(self, mine: np.ndarray) -> None:
+        self.transport.allgatherv(mine, self.joined, self.counts)
+
+
+class DirectGather(Gather):
+    """Send to everyone and receive from everyone, all at once."""
+
+    def prepare(self) -> None:
+        rank = self.transport.rank
+        self._peers = [peer for peer in range(self.transport.size) if peer != rank]
+        self._receives = [
+            self.transport.prepare_receive(self.parts[peer], peer, tag=peer)
+            for peer in self._peers
+            if self.counts[peer]
+        ]
+
+    def __call__(self, mine: np.ndarray) -> None:
+        transport = self.transport
+        transport.start(self._receives)
+        # Beginning with the next rank, so that not all send to rank 0 first.
+        order = [*self._peers[transport.rank :], *self._peers[: transport.rank]]
+        sends = [
+            transport.send(mine, peer, tag=transport.rank)
+            for peer in order
+            if mine.size
+        ]
+        transport.wait([*self._receives, *sends])
+
+    def requests(self) -> list[Request]:
+        return self._receives
+
+
+class RingGather(Gather):
+    """Send to both neighbours, and pass on what comes from one to the other.
+
+    For at least four ranks: with fewer all are neighbours. With an even number the
+    part of the rank opposite comes in two halves, one from each side.
+    """
+
+    def prepare(self) -> None:
+        transport, size = self.transport, self.transport.size
+        rank, hops = transport.rank, size // 2
+        neighbours = (rank - 1) % size, (rank + 1) % size
+        self._neighbours = neighbours
+        self._receives: list[Request] = []
+        # What each receive is passed on as, and the halves of the rank's own part.
+        self._forwards: list[Request | None] = []
+        for side, step in enumerate((-1, 1)):
+            for hop in range(1, hops + 1):
+                origin = (rank + step * hop) % size
+                arriving = self._piece(origin, hop, side)
+                if arriving.size == 0:
+                    continue
+                tag = 2 * origin + side
+                self._receives.append(
+                    transport.prepare_receive(arriving, neighbours[side], tag)
+                )
+                leaving = self._piece(origin, hop + 1, side)
+                self._forwards.append(
+                    transport.prepare_send(leaving, neighbours[1 - side], tag)
+                    if hop < hops and leaving.size
+                    else None
+                )
+
+    def _piece(self, origin: int, hop: int, side: int) -> np.ndarray:
+        """What travels of a part on its `hop`th hop, coming from `side`."""
+        part, size = self.parts[origin], self.transport.size
+        if 2 * hop < size:
+            return part
+        half = part.size // 2
+        return part[half:] if side else part[:half]
+
+    def __call__(self, mine: np.ndarray) -> None:
+        transport = self.transport
+        transport.start(self._receives)
+        under_way = []
+        if mine.size:
+            tag = 2 * transport.rank
+            under_way = [
+                transport.send(mine, self._neighbours[1 - side], tag + side)
+                for side in (0, 1)
+            ]
+        missing = len(self._receives)
+        while missing:
+            done = transport.wait_some(self._receives)
+            missing -= len(done)
+            forwards = [f for place in done if (f := self._forwards[place]) is not None]
+            transport.start(forwards)
+            under_way += forwards
+        transport.wait(under_way)
+
+    def requests(self) -> list[Request]:
+        return [*self._receives, *filter(None, self._forwards)]
+
+
+class OneShot:
+    """Everyone gets every part and adds them."""
+
+    def __init__(
+        self,
+        transport: MessageTransport,
+        gather: type[Gather],
+        wire: Wire,
+        size: int,
+        dtype: np.dtype,
+    ) -> None:
+        self._rank = transport.rank
+        self._wire = wire
+        self._result = np.empty(size, dtype)
+        self._gather = gather(transport, [wire.nbytes(size)] * transport.size)
 
     def __call__(self, x: np.ndarray) -> np.ndarray:
-        """Sum `x` (n,) over ranks."""
-        if x.nbytes * (self._transport.size - 1) <= EXCHANGE_LIMIT:
-            return self._exchange(x)
-        return self._scatter_gather(x)
+        mine = self._wire.encode(x)
+        self._gather(mine)
+        parts = list(self._gather.parts)
+        parts[self._rank] = mine
+        self._wire.sum(parts, self._result)
+        return self._result
 
-    def _exchange(self, x: np.ndarray) -> np.ndarray:
-        """One step: everyone gets every part and sums. Receives size * n elements."""
-        parts = self._buffer((self._transport.size, x.size), x.dtype)
-        self._transport.allgather(x, parts)
-        return sum_in_rank_order(parts)
-
-    def _scatter_gather(self, x: np.ndarray) -> np.ndarray:
-        """Two steps: a rank sums its block, then gathers the others' sums.
-
-        Receives about 2 * n elements, however many ranks there are.
-        """
-        size, rank = self._transport.size, self._transport.rank
-        counts = [x.size // size + (r < x.size % size) for r in range(size)]
-        parts = self._buffer((size, counts[rank]), x.dtype)
-        self._transport.alltoallv(x, counts, parts)
-        result = np.empty_like(x)
-        self._transport.allgatherv(sum_in_rank_order(parts), result, counts)
-        return result
-
-    def _buffer(self, shape: tuple[int, int], dtype: np.dtype) -> np.ndarray:
-        nbytes = shape[0] * shape[1] * dtype.itemsize
-        if self._memory.size < nbytes:
-            self._memory = np.empty(nbytes, np.uint8)
-        return self._memory[:nbytes].view(dtype).reshape(shape)
+    def requests(self) -> list[Request]:
+        return self._gather.requests()
 
 
-def sum_in_rank_order(parts: np.ndarray) -> np.ndarray:
-    """Add the rows of `parts` (ranks, n), the first rank's first."""
-    narrow_float = parts.dtype.itemsize == 2 and parts.dtype.kind not in "iu"
-    total = parts[0].astype(np.float32 if narrow_float else parts.dtype)
-    for part in parts[1:]:
-        np.add(total, part, out=total, casting="same_kind")
-    return total.astype(parts.dtype, copy=False)
+class TwoShot:
+    """Everyone gets all parts of one block and adds them, then gathers the sums."""
+
+    def __init__(
+        self,
+        transport: MessageTransport,
+        gather: type[Gather],
+        wire: Wire,
+        size: int,
+        dtype: np.dtype,
+    ) -> None:
+        self._transport = transport
+        self._wire = wire
+        ranks, rank = transport.size, transport.rank
+        edges = [0]
+        for _, stop in spans(-(-size // GROUP_SIZE), [1] * ranks):
+            edges.append(min(stop * GROUP_SIZE, size))
+        self._blocks = list(pairwise(edges))
+        sizes = [stop - start for start, stop in self._blocks]
+        self._counts = [wire.nbytes(n) for n in sizes]
+        self._gather = gather(transport, [n * dtype.itemsize for n in sizes])
+        self._result = self._gather.joined.view(dtype)
+        self._sum = self._gather.parts[rank].view(dtype)
+        self._parts = list(np.empty((ranks, self._counts[rank]), np.uint8))
+        self._peers = [(rank + 1 + i) % ranks for i in range(ranks - 1)]
+        self._receives = [
+            transport.prepare_receive(self._parts[peer], peer, tag=2 * ranks + peer)
+            for peer in self._peers
+            if self._counts[rank]
+        ]
+
+    def __call__(self, x: np.ndarray) -> np.ndarray:
+        transport, rank = self._transport, self._transport.rank
+        transport.start(self._receives)
+        blocks = [self._wire.encode(x[start:stop]) for start, stop in self._blocks]
+        sends = [
+            transport.send(blocks[peer], peer, tag=2 * transport.size + rank)
+            for peer in self._peers
+            if self._counts[peer]
+        ]
+        self._parts[rank] = blocks[rank]
+        transport.wait([*self._receives, *sends])
+        self._wire.sum(self._parts, self._sum)
+        self._gather(self._sum.view(np.uint8))
+        return self._result
+
+    def requests(self) -> list[Request]:
+        return [*self._receives, *self._gather.requests()]
+
+
+Sum = OneShot | TwoShot
+
+# The ways of an allreduce, by name.
+WAYS: dict[str, tuple[type[OneShot] | type[TwoShot], type[Gather]]] = {
+    "ring-one-shot": (OneShot, RingGather),
+    "ring-two-shot": (TwoShot, RingGather),
+    "direct-one-shot": (OneShot, DirectGather),
+    "direct-two-shot": (TwoShot, DirectGather),
+    "mpi-one-shot": (OneShot, MPIGather),
+    "mpi-two-shot": (TwoShot, MPIGather),
+}
+
+
+def ways(size: int, name: str = "auto") -> list[str]:
+    """The ways that `name` admits with `size` ranks; "ring" admits both of the ring.
+
+    On a ring of up to three ranks all are neighbours: the direct ways are its own.
+    """
+    if size <= 3:
+        name = name.replace("ring", "direct")
+        names = [way for way in WAYS if not way.startswith("ring")]
+    else:
+        names = list(WAYS)
+    return [way for way in names if name in ("auto", way) or way.startswith(f"{name}-")]
+
+
+class Collectives:
+    """Sums and gathers of arrays over all ranks, with buffers that are kept.
+
+    What a call returns is overwritten by the next.
+    """
+
+    def __init__(self, transport: MessageTransport, wire: str = "plain") -> None:
+        self._transport = transport
+        self._wire = wire
+        self._kept: OrderedDict[tuple[object, ...], Sum | Gather] = OrderedDict()
+        self._kept_bytes: dict[tuple[object, ...], int] = {}
+
+    def allreduce(self, x: np.ndarray, way: str) -> np.ndarray:
+        """Sum `x` (n,) over ranks, in one of `WAYS`."""
+        kind, gather = WAYS[way]
+
+        def prepare() -> Sum:
+            quantized = self._wire == "int8" and x.dtype in FLOATS
+            wire = Int8Wire() if quantized else PlainWire(x.dtype)
+            return kind(self._transport, gather, wire, x.size, x.dtype)
+
+        nbytes = x.nbytes * (self._transport.size + 1 if kind is OneShot else 2)
+        plan = self._plan((way, x.size, x.dtype), nbytes, prepare)
+        return plan(x)
+
+    def allgather(self, x: np.ndarray, counts: Sequence[int], way: str) -> np.ndarray:
+        """Join every rank's `x` (counts[rank],) in rank order, as `way` gathers."""
+        gather = WAYS[way][1]
+        nbytes = [count * x.itemsize for count in counts]
+        key = (gather, tuple(nbytes))
+        plan = self._plan(key, sum(nbytes), lambda: gather(self._transport, nbytes))
+        mine = x.view(np.uint8)
+        plan(mine)
+        plan.parts[self._transport.rank][:] = mine
+        return plan.joined.view(x.dtype)
+
+    def _plan(
+        self, key: tuple[object, ...], nbytes: int, prepare: Callable[[], Any]
+    ) -> Any:
+        """What is kept under `key`; what was used longest ago makes room for it."""
+        if key in self._kept:
+            self._kept.move_to_end(key)
+            return self._kept[key]
+        while self._kept and sum(self._kept_bytes.values()) + nbytes > KEPT_BYTES:
+            self._forget_oldest()
+        self._kept[key] = prepare()
+        self._kept_bytes[key] = nbytes
+        return self._kept[key]
+
+    def forget(self) -> None:
+        """Give up all buffers and requests."""
+        while self._kept:
+            self._forget_oldest()
+
+    def _forget_oldest(self) -> None:
+        oldest, plan = self._kept.popitem(last=False)
+        del self._kept_bytes[oldest]
+        self._transport.free(plan.requests())

@@ -1,139 +1,180 @@
 """`Communicator`: what a rank knows of the others, and its collectives."""
 
-import math
 import os
 import socket
 import sys
 import time
 import traceback
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from types import TracebackType
 from typing import Any
 
-import ml_dtypes
 import mlx.core as mx
-import numpy as np
 
-from mlxtp.collectives import Allreduce
-from mlxtp.transports import Transport
+from mlxtp.eager import EagerCollectives
+from mlxtp.in_graph import GraphCollectives
+from mlxtp.traffic import Traffic
+from mlxtp.transports import GraphTransport, MessageTransport, connect
+from mlxtp.watch import Watch
 
-# Environment variables in which launchers tell how many ranks they started.
+# Where launchers tell a rank its number, and how many there are.
+LAUNCHED_RANKS = ("OMPI_COMM_WORLD_RANK", "PMI_RANK")
 LAUNCHED_SIZES = ("OMPI_COMM_WORLD_SIZE", "PMI_SIZE")
+
+TIMEOUT_SECONDS = 60.0
 
 
 def launched_by_mpirun() -> int:
     """The number of ranks that mpirun started this one among; 0 without mpirun."""
-    return max(int(os.environ.get(name, "0")) for name in LAUNCHED_SIZES)
+    return _largest(LAUNCHED_SIZES)
+
+
+def launched_rank() -> int:
+    """This rank's number, as mpirun tells it; 0 without mpirun."""
+    return _largest(LAUNCHED_RANKS)
+
+
+def _largest(names: tuple[str, ...]) -> int:
+    return max(int(os.environ.get(name, "0")) for name in names)
 
 
 class AgreedError(ValueError):
     """A mistake in what people gave us, raised on every rank alike."""
 
 
-@dataclass
-class Traffic:
-    """What one rank's collectives on arrays have cost since it was last reset.
-
-    `seconds` runs from the moment the rank's own part is computed, so it counts
-    waiting for slower ranks. `bytes` is the size of this rank's own parts.
-    """
-
-    calls: int = 0
-    bytes: int = 0
-    seconds: float = 0.0
-
-
 class Communicator:
     """The ranks of one job, each a process, numbered from 0 to `size` - 1.
 
-    Every rank makes the same collective calls in the same order. Collectives on
-    arrays evaluate their input. With one rank they return it as it is.
+    Every rank makes the same collective calls in the same order. Over mpi4py,
+    collectives on arrays evaluate their input; over MLX's backends they are part of
+    the graph. With one rank they return it as it is.
     """
 
-    def __init__(self, transport: Transport | None = None) -> None:
-        """A communicator over `transport`; without one, a world of size 1."""
+    def __init__(
+        self,
+        transport: MessageTransport | GraphTransport | None = None,
+        *,
+        allreduce: str = "auto",
+        wire: str = "plain",
+        timeout_seconds: float = TIMEOUT_SECONDS,
+    ) -> None:
+        """A communicator over `transport`; without one, a world of size 1.
+
+        The other arguments are those of `world`.
+        """
         self.rank = transport.rank if transport else 0
         self.size = transport.size if transport else 1
         self.host = socket.gethostname()
         self.traffic = Traffic()
         self._transport = transport
-        self._sum = Allreduce(transport) if transport else None
+        if transport is None:
+            return
+        self._watch = Watch(transport, timeout_seconds)
+        self._arrays: EagerCollectives | GraphCollectives
+        if isinstance(transport, MessageTransport):
+            self._arrays = EagerCollectives(
+                transport, self._watch, self.traffic, allreduce, wire
+            )
+        else:
+            self._arrays = GraphCollectives(transport, self.traffic)
 
     @classmethod
-    def world(cls) -> "Communicator":
+    def world(
+        cls,
+        transport: str = "mpi",
+        *,
+        allreduce: str = "auto",
+        wire: str = "plain",
+        timeout_seconds: float = TIMEOUT_SECONDS,
+    ) -> "Communicator":
         """All ranks that mpirun started; without mpirun a world of size 1.
 
-        An exception that nothing catches then ends all ranks, and is printed
-        once, with rank and host. It has to be one: MPI waits for a rank that
-        leaves by `sys.exit` alone until the others leave too.
+        From then on an exception that nothing catches ends all ranks, and is printed
+        once, with rank and host; and so does a rank that is missing.
 
-        Raises: RuntimeError if mpirun and mpi4py belong to different MPIs.
+        Args:
+            transport: "mpi", or one of MLX's backends: "ring", "mlx-mpi", "jaccl",
+                "nccl".
+            allreduce: the way of an allreduce, as in `collectives.WAYS`, or the
+                beginning of its name; "auto" measures which is the fastest.
+            wire: "plain", or "int8" to send activations with 8 bits, inexactly.
+            timeout_seconds: the longest that a rank may be silent, or wait in one
+                collective.
+
+        Raises:
+            AgreedError: if the transport is not available.
+            RuntimeError: if mpirun and mpi4py belong to different MPIs.
         """
         launched = launched_by_mpirun()
         if launched == 0:
             return cls()
-        from mlxtp.transports.mpi import MPITransport
-
-        transport = MPITransport()
-        if transport.size != launched:
+        try:
+            connected = connect(transport)
+        except ValueError as error:
+            raise AgreedError(f"--transport {transport}: {error}") from error
+        if connected.size != launched:
             raise RuntimeError(
-                f"mpirun started {launched} ranks, mpi4py sees {transport.size}: they "
+                f"mpirun started {launched} ranks, mpi4py sees {connected.size}: they "
                 "belong to different MPI libraries; start with the mpirun of the "
                 "environment that mpi4py is installed in"
             )
-        if transport.size == 1:
+        if connected.size == 1:
             return cls()
-        comm = cls(transport)
+        comm = cls(
+            connected, allreduce=allreduce, wire=wire, timeout_seconds=timeout_seconds
+        )
         sys.excepthook = comm._end_all_ranks
         return comm
 
-    def allreduce(self, x: mx.array) -> mx.array:
+    def allreduce(self, x: mx.array, at: str = "") -> mx.array:
         """Sum `x` over ranks: in rank order, the same bits on every rank.
+
+        `at` is the layer that messages name if a rank is missing.
 
         Shapes: x (...) partial -> (...) replicated, of the same dtype.
         """
-        if self._sum is None:
-            return x
-        with self._counted(x) as part:
-            return mx.array(self._sum(part.reshape(-1)).reshape(x.shape))
+        return x if self._transport is None else self._arrays.allreduce(x, at)
 
-    def allgather(self, x: mx.array, sizes: Sequence[int]) -> mx.array:
+    def allgather(self, x: mx.array, sizes: Sequence[int], at: str = "") -> mx.array:
         """Join the ranks' arrays along the last axis, in rank order.
 
         Shapes: x (..., sizes[rank]) sharded -> (..., sum(sizes)) replicated.
         """
+        return x if self._transport is None else self._arrays.allgather(x, sizes, at)
+
+    def describe(self) -> str:
+        """How arrays travel: the transport, and the measured ways of an allreduce."""
         if self._transport is None:
-            return x
-        with self._counted(x) as part:
-            rows = math.prod(x.shape[:-1])
-            counts = [rows * size for size in sizes]
-            joined = np.empty(sum(counts), part.dtype)
-            self._transport.allgatherv(part.reshape(-1), joined, counts)
-            if rows > 1:
-                pieces = np.split(joined, np.cumsum(counts)[:-1])
-                joined = np.concatenate(
-                    [piece.reshape(rows, -1) for piece in pieces if piece.size], axis=1
-                )
-            return mx.array(joined.reshape(*x.shape[:-1], sum(sizes)))
+            return "one rank: nothing travels"
+        return f"{self.size} ranks over {self._transport}\n{self._arrays}"
 
     def bcast(self, value: Any, root: int = 0) -> Any:
         """Give every rank the `value` of `root`: an array or a plain object."""
         if self._transport is None:
             return value
-        return self._transport.bcast_object(value, root)
+        with self._watch.collective("bcast"):
+            return self._transport.bcast_object(value, root)
 
     def allgather_objects(self, value: Any) -> list[Any]:
         """Give every rank the plain object of every rank, in rank order."""
         if self._transport is None:
             return [value]
-        return self._transport.allgather_objects(value)
+        with self._watch.collective("allgather"):
+            return self._transport.allgather_objects(value)
 
     def barrier(self) -> None:
         """Wait until every rank has come here."""
         if self._transport is not None:
-            self._transport.barrier()
+            with self._watch.collective("barrier"):
+                self._transport.barrier()
+
+    def unlimited(self) -> AbstractContextManager[None]:
+        """Within it the others may take as long as they need, to load, say.
+
+        Ranks that die, stop or are cut off are noticed all the same.
+        """
+        return nullcontext() if self._transport is None else self._watch.unlimited()
 
     @contextmanager
     def agreement(self) -> Iterator[None]:
@@ -170,19 +211,6 @@ class Communicator:
         # The others may have failed alike: the first to print ends them all.
         time.sleep(0.5 * min(self.rank, 2))
         text = "".join(traceback.format_exception(kind, error, trace))
-        print(f"{text}mlxtp: rank {self.rank} on {self.host} failed: all ranks end",
-              file=sys.stderr, flush=True)  # fmt: skip
-        assert self._transport is not None
-        self._transport.abort()
-
-    @contextmanager
-    def _counted(self, x: mx.array) -> Iterator[np.ndarray]:
-        """Evaluate `x` and give its memory; count what is done with it as traffic."""
-        as_bytes = x.view(mx.uint16) if x.dtype == mx.bfloat16 else x
-        mx.eval(as_bytes)
-        begin = time.perf_counter()
-        part = np.ascontiguousarray(np.asarray(as_bytes))
-        yield part.view(ml_dtypes.bfloat16) if x.dtype == mx.bfloat16 else part
-        self.traffic.calls += 1
-        self.traffic.bytes += part.nbytes
-        self.traffic.seconds += time.perf_counter() - begin
+        self._watch.end_job(
+            f"{text}mlxtp: rank {self.rank} on {self.host} failed: all ranks end"
+        )

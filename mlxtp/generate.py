@@ -22,20 +22,22 @@ from mlx_lm.tokenizer_utils import TokenizerWrapper
 
 import mlxtp
 from mlxtp import options, prompt
-from mlxtp.communicator import AgreedError, Communicator, Traffic
+from mlxtp.communicator import AgreedError, Communicator, launched_rank
 from mlxtp.prompt_cache import SavedPrompt
 from mlxtp.stories import PATH as STORIES
 
 
 def main() -> None:
-    comm = Communicator.world()
     try:
+        comm = Communicator.world(**options.of_world(sys.argv[1:]))
         check_same_start(comm)
         args = options.parse(sys.argv[1:], show=comm.rank == 0)
         screen = only_ours(comm)
+        if args.verbose and comm.rank == 0:
+            print(comm.describe(), file=screen)
         job = prepare(args, comm)
     except AgreedError as error:
-        if comm.rank == 0:
+        if launched_rank() == 0:
             print(f"mlxtp.generate: error: {error}", file=sys.stderr)
         sys.exit(2)
     run(job, args, comm, screen)
@@ -182,7 +184,7 @@ def run(job: Job, args: argparse.Namespace, comm: Communicator, screen: TextIO) 
     if figures:
         print("=" * 10, file=screen)
     text, tokens = "", []
-    comm.traffic = Traffic()
+    comm.traffic.reset()
     begin = time.perf_counter()
     for response in mlxtp.stream_generate(
         job.model, job.tokenizer, job.prompt, **job.options

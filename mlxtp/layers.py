@@ -16,10 +16,12 @@ class Communicating(nn.Module):
     """A layer that communicates.
 
     While `unread` is set, nobody looks at the layer's output: it does not
-    communicate, and what it returns is right in its shape alone.
+    communicate, and what it returns is right in its shape alone. `path` is where
+    the model has it.
     """
 
     unread: bool = False
+    path: str = ""
 
 
 class RowParallelLinear(Communicating):
@@ -57,7 +59,7 @@ class RowParallelLinear(Communicating):
             x = mx.concatenate([x, zero], axis=-1)[..., mx.array(self._sources)]
         y = self.linear(x)
         if not self.unread:
-            y = self.comm.allreduce(y)
+            y = self.comm.allreduce(y, self.path)
         return y + self.bias if "bias" in self else y
 
 
@@ -81,7 +83,7 @@ class VocabParallel(Communicating):
         """(..., V_r) sharded -> (..., V) replicated."""
         if self.unread:
             return mx.zeros((*logits.shape[:-1], sum(self._sizes)), logits.dtype)
-        return self.comm.allgather(logits, self._sizes)
+        return self.comm.allgather(logits, self._sizes, self.path)
 
 
 class VocabParallelLinear(VocabParallel):
@@ -124,7 +126,7 @@ class VocabParallelEmbedding(VocabParallel):
         start, stop = self._span
         held = (tokens >= start) & (tokens < stop)
         rows = self.embedding(mx.where(held, tokens - start, 0))
-        return self.comm.allreduce(mx.where(held[..., None], rows, 0))
+        return self.comm.allreduce(mx.where(held[..., None], rows, 0), self.path)
 
     def as_linear(self, x: mx.array) -> mx.array:
         return self._gather(self.embedding.as_linear(x))

@@ -57,23 +57,24 @@ def load(
         given does not make a model or its slices do not fit in memory, before a
         weight is read.
     """
-    with comm.agreement():
-        rank_weights = _checked_weights(weights, comm)
-    folder = find(path_or_hf_repo, comm)
-    with comm.agreement():
-        adapter = Path(adapter_path) if adapter_path is not None else None
-        empty = build(folder, adapter, trust_remote_code=trust_remote_code)
-        table = slice_table(empty.model, rank_weights)
-        slices = table.slices(comm.rank)
-    check_memory(comm, _bytes_of(empty, slices), folder)
-    with comm.agreement():
-        tokenizer = _load_tokenizer(
-            folder, tokenizer_config, empty.config, trust_remote_code
-        )
-    with comm.agreement():
-        _read(empty, slices, show=progress and comm.rank == 0)
-    parallelize(empty.model, table, comm)
-    return empty.model, tokenizer
+    with comm.unlimited():
+        with comm.agreement():
+            rank_weights = _checked_weights(weights, comm)
+        folder = find(path_or_hf_repo, comm)
+        with comm.agreement():
+            adapter = Path(adapter_path) if adapter_path is not None else None
+            empty = build(folder, adapter, trust_remote_code=trust_remote_code)
+            table = slice_table(empty.model, rank_weights)
+            slices = table.slices(comm.rank)
+        check_memory(comm, _bytes_of(empty, slices), folder)
+        with comm.agreement():
+            tokenizer = _load_tokenizer(
+                folder, tokenizer_config, empty.config, trust_remote_code
+            )
+        with comm.agreement():
+            _read(empty, slices, show=progress and comm.rank == 0)
+        parallelize(empty.model, table, comm)
+        return empty.model, tokenizer
 
 
 def find(path_or_hf_repo: str | Path, comm: Communicator) -> Path:

@@ -9,6 +9,10 @@ from typing import Any
 
 from mlx_lm.generate import setup_arg_parser
 
+from mlxtp.collectives import WAYS
+from mlxtp.communicator import TIMEOUT_SECONDS
+from mlxtp.transports import TRANSPORTS
+
 # Options of mlx-lm that a split model does not take.
 REFUSED = {
     "image": "mlxtp splits language models: it takes no images",
@@ -33,8 +37,66 @@ LIMITS: dict[str, tuple[str, Callable[[Any], bool]]] = {
     "kv_bits": ("2, 3, 4, 5, 6 or 8", lambda n: n in (2, 3, 4, 5, 6, 8)),
     "kv_group_size": ("32, 64 or 128", lambda n: n in (32, 64, 128)),
     "quantized_kv_start": ("at least 0", lambda n: n >= 0),
+    "timeout": ("above 0", lambda x: 0 < x < float("inf")),
     "num_draft_tokens": ("at least 1", lambda n: n >= 1),
 }
+
+
+def _world_parser() -> argparse.ArgumentParser:
+    """Of the options that the ranks need to find each other."""
+    result = argparse.ArgumentParser(add_help=False)
+    ours = result.add_argument_group("how the ranks talk")
+    ours.add_argument(
+        "--transport",
+        choices=TRANSPORTS,
+        default="mpi",
+        help="mpi4py (mpi), or one of MLX's backends. Default: mpi",
+    )
+    ours.add_argument(
+        "--allreduce",
+        choices=["auto", "ring", "direct", "mpi", *WAYS],
+        default="auto",
+        metavar="NAME",
+        help="Over --transport mpi, the way of an allreduce: ring, direct or mpi, or "
+        "one of them with -one-shot or -two-shot behind. Default: auto, whichever a "
+        "short measurement finds the fastest for each size.",
+    )
+    ours.add_argument(
+        "--wire",
+        choices=["plain", "int8"],
+        default="plain",
+        help="Over --transport mpi, int8 sends activations with 8 bits: for slow "
+        "links, and not exact. Default: plain.",
+    )
+    ours.add_argument(
+        "--timeout",
+        type=float,
+        default=TIMEOUT_SECONDS,
+        metavar="SECONDS",
+        help="End the job when a rank is silent or a collective waits for so long; "
+        f"the time to load does not count. Default: {TIMEOUT_SECONDS:g}.",
+    )
+    return result
+
+
+def of_world(arguments: list[str]) -> dict[str, Any]:
+    """The arguments of `Communicator.world`; its defaults where they are mistaken.
+
+    `parse` then says what is wrong, when there are ranks to say it once.
+    """
+    nowhere = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(nowhere):
+            args, _ = _world_parser().parse_known_args(arguments)
+        _check_values(args)
+    except (SystemExit, ValueError):
+        return {}
+    return {
+        "transport": args.transport,
+        "allreduce": args.allreduce,
+        "wire": args.wire,
+        "timeout_seconds": args.timeout,
+    }
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -42,7 +104,7 @@ def _parser() -> argparse.ArgumentParser:
         prog="mlxtp.generate",
         usage="mpirun -hostfile HOSTFILE python -m mlxtp.generate [OPTION ...]",
         description="Generate text from one language model on all ranks of mpirun.",
-        parents=[setup_arg_parser()],
+        parents=[setup_arg_parser(), _world_parser()],
         conflict_handler="resolve",
     )
     result.add_argument(
@@ -63,6 +125,11 @@ def _parser() -> argparse.ArgumentParser:
         type=_weights,
         help="Shares of the ranks in the work, whole numbers such as 2,1,1,1,1. "
         "Default: equal.",
+    )
+    ours.add_argument(
+        "--verbose",
+        action="store_true",
+        help="Print how arrays travel, and what was measured to choose it",
     )
     ours.add_argument("--quiet", action="store_true", help="Print the text alone")
     ours.add_argument(
@@ -102,9 +169,7 @@ def parse(arguments: list[str], *, show: bool) -> argparse.Namespace:
         if not show:
             stack.enter_context(contextlib.redirect_stdout(nowhere))
             stack.enter_context(contextlib.redirect_stderr(nowhere))
-        args = _parser().parse_args(arguments)
-    args.quiet = args.quiet or not args.verbose
-    return args
+        return _parser().parse_args(arguments)
 
 
 def check(args: argparse.Namespace) -> None:
@@ -115,16 +180,25 @@ def check(args: argparse.Namespace) -> None:
     for name, reason in REFUSED.items():
         if getattr(args, name):
             raise ValueError(f"{_flag(name)}: {reason}")
-    for name, (wanted, allowed) in LIMITS.items():
-        value = getattr(args, name)
-        if value is not None and not allowed(value):
-            raise ValueError(f"{_flag(name)} is {value!r}: wanted {wanted}")
+    _check_values(args)
+    if args.transport != "mpi" and (args.allreduce, args.wire) != ("auto", "plain"):
+        raise ValueError(
+            f"--transport {args.transport}: MLX's backend chooses the way itself; "
+            "--allreduce and --wire go with --transport mpi"
+        )
     if args.max_kv_size is not None and args.kv_bits is not None:
         raise ValueError("--kv-bits: mlx-lm does not quantize what --max-kv-size makes")
     if args.draft_model and args.prompt_cache_file:
         raise ValueError(
             "--prompt-cache-file holds no cache of the --draft-model: give one of them"
         )
+
+
+def _check_values(args: argparse.Namespace) -> None:
+    for name, (wanted, allowed) in LIMITS.items():
+        value = getattr(args, name, None)
+        if value is not None and not allowed(value):
+            raise ValueError(f"{_flag(name)} is {value!r}: wanted {wanted}")
 
 
 def _flag(name: str) -> str:

@@ -26,7 +26,7 @@ def read(given: str, comm: Communicator) -> str:
     if given != "-":
         return given.replace("\\n", "\n").replace("\\t", "\t")
     text = ""
-    with comm.agreement():
+    with comm.unlimited(), comm.agreement():
         if comm.rank == 0:
             text = _read_under_mpirun() if launched_by_mpirun() else sys.stdin.read()
     return str(comm.bcast(text))

@@ -16,6 +16,7 @@ from mlxtp.architectures import Architecture, Cut
 from mlxtp.communicator import Communicator
 from mlxtp.heads import HeadShard, head_shards
 from mlxtp.layers import (
+    Communicating,
     EmptyLinear,
     RowParallelLinear,
     VocabParallelEmbedding,
@@ -148,7 +149,10 @@ def parallelize(model: nn.Module, table: SliceTable, comm: Communicator) -> None
         setattr(modules[path], table.architecture.num_kv_heads, local.local_kv_heads)
     for path, matrix in table.matrices.items():
         parent, _, name = path.rpartition(".")
-        setattr(modules[parent], name, _parallel(modules[path], matrix, comm))
+        layer = _parallel(modules[path], matrix, comm)
+        if isinstance(layer, Communicating):
+            layer.path = path
+        setattr(modules[parent], name, layer)
 
 
 def _parallel(module: nn.Module, matrix: MatrixShards, comm: Communicator) -> nn.Module:

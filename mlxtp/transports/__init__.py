@@ -1,35 +1,34 @@
-"""How bytes get to the other ranks. What is above names no message library."""
+"""How bytes get to the other ranks. What is above names no message library.
 
-from typing import Any, Protocol
+`connect` starts one of `TRANSPORTS`. They are of two kinds: a `MessageTransport`
+moves memory, so what is sent has to be evaluated first; a `GraphTransport` has
+collectives that stand in MLX's graph.
+"""
 
+from collections.abc import Sequence
+from typing import Any, Protocol, runtime_checkable
+
+import mlx.core as mx
 import numpy as np
+
+# Name -> MLX's name of its backend; None is mpi4py.
+TRANSPORTS: dict[str, str | None] = {
+    "mpi": None,
+    "ring": "ring",
+    "mlx-mpi": "mpi",
+    "jaccl": "jaccl",
+    "nccl": "nccl",
+}
 
 
 class Transport(Protocol):
-    """Moves buffers and plain objects between the ranks of one job.
+    """Moves plain objects between the ranks of one job.
 
-    Buffers are contiguous arrays, sent as the bytes that they are. Every rank
-    makes the same calls in the same order.
+    Every rank makes the same calls in the same order.
     """
 
     rank: int
     size: int
-
-    def allgather(self, send: np.ndarray, receive: np.ndarray) -> None:
-        """Put every rank's `send` (n,) into the rows of `receive` (size, n)."""
-        ...
-
-    def allgatherv(
-        self, send: np.ndarray, receive: np.ndarray, counts: list[int]
-    ) -> None:
-        """Put every rank's `send` (counts[rank],) after another in `receive`."""
-        ...
-
-    def alltoallv(
-        self, send: np.ndarray, counts: list[int], receive: np.ndarray
-    ) -> None:
-        """Send counts[i] elements to rank i; row i of `receive` is rank i's part."""
-        ...
 
     def bcast_object(self, value: Any, root: int) -> Any: ...
 
@@ -37,6 +36,76 @@ class Transport(Protocol):
 
     def barrier(self) -> None: ...
 
-    def abort(self) -> None:
-        """End all ranks at once."""
+
+# A send or a receive that is under way, or can be started again.
+Request = Any
+
+
+@runtime_checkable
+class MessageTransport(Transport, Protocol):
+    """Moves contiguous buffers of bytes, each (n,) uint8.
+
+    Messages between two ranks with the same tag arrive in the order they were sent.
+    """
+
+    def send(self, buffer: np.ndarray, to: int, tag: int) -> Request:
+        """Begin to send; the buffer stays as it is until the request is done."""
         ...
+
+    def prepare_send(self, buffer: np.ndarray, to: int, tag: int) -> Request:
+        """A send of what is in `buffer` whenever `start` is called."""
+        ...
+
+    def prepare_receive(self, buffer: np.ndarray, source: int, tag: int) -> Request:
+        """A receive into `buffer` whenever `start` is called."""
+        ...
+
+    def start(self, requests: Sequence[Request]) -> None:
+        """Begin prepared requests."""
+        ...
+
+    def wait(self, requests: Sequence[Request]) -> None:
+        """Wait until all are done."""
+        ...
+
+    def wait_some(self, requests: Sequence[Request]) -> list[int]:
+        """Wait until at least one is done; the places of those that now are."""
+        ...
+
+    def free(self, requests: Sequence[Request]) -> None:
+        """Give up prepared requests."""
+        ...
+
+    def allgatherv(
+        self, send: np.ndarray, receive: np.ndarray, counts: Sequence[int]
+    ) -> None:
+        """Put every rank's `send` (counts[rank],) after another in `receive`."""
+        ...
+
+
+class GraphTransport(Transport, Protocol):
+    """Has collectives that are part of MLX's graph."""
+
+    def allgather(self, x: mx.array) -> mx.array:
+        """Every rank's x (...), alike in shape, as (size, ...), unevaluated."""
+        ...
+
+
+def connect(name: str) -> MessageTransport | GraphTransport:
+    """Start a transport between the ranks that mpirun has started.
+
+    Raises: ValueError, on every rank, that says what the transport lacks.
+    """
+    backend = TRANSPORTS[name]
+    if backend == "mpi":  # MLX's MPI and mpi4py never share a process
+        from mlxtp.transports.mlx import MLXTransport
+
+        return MLXTransport(backend, None)
+    from mlxtp.transports.mpi import MPITransport
+
+    transport = MPITransport()
+    if backend is None:
+        return transport
+    from mlxtp.transports.mlx import MLXTransport
+
+    return MLXTransport(backend, transport)

@@ -1,45 +1,61 @@
 """The ranks that mpirun has started, through mpi4py."""
 
-import os
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 
+from mlxtp.transports.openmpi import set_defaults
 
-def _set_defaults() -> None:
-    """Set what Open MPI reads when it starts; what the user has set stays."""
-    local_ranks = int(os.environ.get("OMPI_COMM_WORLD_LOCAL_SIZE", "1"))
-    if local_ranks > (os.cpu_count() or 1):
-        # Ranks that outnumber the cores and poll starve the one they wait for.
-        os.environ.setdefault("OMPI_MCA_mpi_yield_when_idle", "1")
-
-
-_set_defaults()
+set_defaults()
 
 from mpi4py import MPI  # noqa: E402 - importing it starts MPI
 
 
 class MPITransport:
-    """All ranks of the job as a `Transport`."""
+    """All ranks of the job as a `MessageTransport`."""
 
     def __init__(self) -> None:
         self._comm = MPI.COMM_WORLD
         self.rank: int = self._comm.rank
         self.size: int = self._comm.size
 
-    def allgather(self, send: np.ndarray, receive: np.ndarray) -> None:
-        self._comm.Allgather(_opaque(send), _opaque(receive))
+    def __str__(self) -> str:
+        return "mpi4py"
+
+    def send(self, buffer: np.ndarray, to: int, tag: int) -> MPI.Request:
+        return self._comm.Isend((buffer, MPI.BYTE), to, tag)
+
+    def prepare_send(self, buffer: np.ndarray, to: int, tag: int) -> MPI.Prequest:
+        return self._comm.Send_init((buffer, MPI.BYTE), to, tag)
+
+    def prepare_receive(
+        self, buffer: np.ndarray, source: int, tag: int
+    ) -> MPI.Prequest:
+        return self._comm.Recv_init((buffer, MPI.BYTE), source, tag)
+
+    def start(self, requests: Sequence[MPI.Prequest]) -> None:
+        MPI.Prequest.Startall(list(requests))
+
+    def wait(self, requests: Sequence[MPI.Request]) -> None:
+        MPI.Request.Waitall(list(requests))
+
+    def wait_some(self, requests: Sequence[MPI.Request]) -> list[int]:
+        return MPI.Request.Waitsome(list(requests)) or []
+
+    def free(self, requests: Sequence[MPI.Prequest]) -> None:
+        for request in requests:
+            request.Free()
 
     def allgatherv(
-        self, send: np.ndarray, receive: np.ndarray, counts: list[int]
+        self, send: np.ndarray, receive: np.ndarray, counts: Sequence[int]
     ) -> None:
-        self._comm.Allgatherv(_opaque(send), (_opaque(receive), counts))
-
-    def alltoallv(
-        self, send: np.ndarray, counts: list[int], receive: np.ndarray
-    ) -> None:
-        mine = [counts[self.rank]] * self.size
-        self._comm.Alltoallv((_opaque(send), counts), (_opaque(receive), mine))
+        aliased = np.may_share_memory(send, receive)
+        part = MPI.IN_PLACE if aliased else (send, MPI.BYTE)
+        if len(set(counts)) == 1:  # MPI has faster ways for equal parts
+            self._comm.Allgather(part, (receive, MPI.BYTE))
+        else:
+            self._comm.Allgatherv(part, (receive, counts, MPI.BYTE))
 
     def bcast_object(self, value: Any, root: int) -> Any:
         return self._comm.bcast(value, root)
@@ -49,11 +65,3 @@ class MPITransport:
 
     def barrier(self) -> None:
         self._comm.Barrier()
-
-    def abort(self) -> None:
-        self._comm.Abort(1)
-
-
-def _opaque(buffer: np.ndarray) -> np.ndarray:
-    """The buffer as unsigned integers, which MPI has for every width."""
-    return buffer.view(f"u{buffer.itemsize}")

@@ -1,0 +1,30 @@
+"""What Open MPI is told before it starts, by whatever starts it in this process."""
+
+import os
+
+from mlxtp.transports.network import RING_NETWORK, ring_address
+
+# A message up to here goes out at once; a larger one asks the receiver first, which
+# costs a way there and back. Blocks of prefill stay below.
+EAGER_BYTES = 1024 * 1024
+
+
+def set_defaults() -> None:
+    """Set the variables that Open MPI reads in MPI_Init; what the user has set stays.
+
+    They concern ranks alone: what `mpirun` reads has to be set around it.
+    """
+    defaults = {
+        "btl_tcp_eager_limit": EAGER_BYTES,
+        "btl_tcp_rndv_eager_limit": EAGER_BYTES,
+    }
+    local_ranks = int(os.environ.get("OMPI_COMM_WORLD_LOCAL_SIZE", "1"))
+    if local_ranks > (os.cpu_count() or 1):
+        # Ranks that outnumber the cores and poll starve the one they wait for.
+        defaults["mpi_yield_when_idle"] = 1
+    if ring_address() is not None:
+        # The two ends of a cable know each other alone: of all its addresses a host
+        # may name only the one that everybody has a route to.
+        os.environ.setdefault("OMPI_MCA_btl_tcp_if_include", RING_NETWORK)
+    for name, value in defaults.items():
+        os.environ.setdefault(f"OMPI_MCA_{name}", str(value))
