@@ -12,6 +12,7 @@ HOSTFILE = Path(__file__).parent.parent / "hostfiles" / "localhost"
 
 def mpirun(
     *arguments: object,
+    hostfile: Path = HOSTFILE,
     stdin: str = "",
     timeout_seconds: float | None = None,
     **env: str,
@@ -20,11 +21,11 @@ def mpirun(
 
     Raises: subprocess.TimeoutExpired for a job that takes too long, after ending it.
     """
-    command = [Path(sys.executable).parent / "mpirun", "-hostfile", HOSTFILE]
+    command = [Path(sys.executable).parent / "mpirun", "-hostfile", hostfile]
     command += arguments
     environment = {
         **os.environ,
-        "PRTE_MCA_rmaps_default_mapping_policy": ":oversubscribe",
+        "PRTE_MCA_rmaps_default_mapping_policy": "slot:oversubscribe",
         "PRTE_MCA_hwloc_default_binding_policy": "none",
         **env,
     }
@@ -44,12 +45,14 @@ def mpirun(
     return subprocess.CompletedProcess(command, job.returncode, stdout, stderr)
 
 
-def measured(ranks: int, *arguments: object, **env: str) -> dict[str, Any]:
+def measured(
+    ranks: int, *arguments: object, hostfile: Path = HOSTFILE, **env: str
+) -> dict[str, Any]:
     """Run Python on `ranks` ranks; the JSON object that rank 0 prints last.
 
     Raises: RuntimeError with what the ranks said, if they fail.
     """
-    done = mpirun("-n", ranks, sys.executable, *arguments, **env)
+    done = mpirun("-n", ranks, sys.executable, *arguments, hostfile=hostfile, **env)
     if done.returncode != 0:
         raise RuntimeError(done.stdout + done.stderr)
     result: dict[str, Any] = json.loads(done.stdout.strip().splitlines()[-1])

@@ -15,7 +15,7 @@ import mlx.core as mx
 from mlxtp.eager import EagerCollectives
 from mlxtp.in_graph import GraphCollectives
 from mlxtp.traffic import Traffic
-from mlxtp.transports import GraphTransport, MessageTransport, connect
+from mlxtp.transports import GraphTransport, MessageTransport, add_backend, connect
 from mlxtp.watch import Watch
 
 # Where launchers tell a rank its number, and how many there are.
@@ -53,31 +53,38 @@ class Communicator:
 
     def __init__(
         self,
-        transport: MessageTransport | GraphTransport | None = None,
+        control: MessageTransport | GraphTransport | None = None,
+        transport: str = "mpi",
         *,
         allreduce: str = "auto",
         wire: str = "plain",
         timeout_seconds: float = TIMEOUT_SECONDS,
     ) -> None:
-        """A communicator over `transport`; without one, a world of size 1.
+        """The ranks that `control` connects; without it, a world of size 1.
 
-        The other arguments are those of `world`.
+        Arguments and errors are those of `world`.
         """
-        self.rank = transport.rank if transport else 0
-        self.size = transport.size if transport else 1
+        self.rank = control.rank if control else 0
+        self.size = control.size if control else 1
         self.host = socket.gethostname()
         self.traffic = Traffic()
-        self._transport = transport
-        if transport is None:
+        self._control = control
+        if control is None:
             return
-        self._watch = Watch(transport, timeout_seconds)
+        self._watch = Watch(control, timeout_seconds)
+        sys.excepthook = self._end_all_ranks
+        try:
+            connected = add_backend(transport, control)
+        except ValueError as error:
+            raise AgreedError(str(error)) from error
+        self._transport = str(connected)
         self._arrays: EagerCollectives | GraphCollectives
-        if isinstance(transport, MessageTransport):
+        if isinstance(connected, MessageTransport):
             self._arrays = EagerCollectives(
-                transport, self._watch, self.traffic, allreduce, wire
+                connected, self._watch, self.traffic, allreduce, wire
             )
         else:
-            self._arrays = GraphCollectives(transport, self.traffic)
+            self._arrays = GraphCollectives(connected, self.traffic)
 
     @classmethod
     def world(
@@ -110,22 +117,24 @@ class Communicator:
         if launched == 0:
             return cls()
         try:
-            connected = connect(transport)
+            control = connect(transport)
         except ValueError as error:
-            raise AgreedError(f"--transport {transport}: {error}") from error
-        if connected.size != launched:
+            raise AgreedError(str(error)) from error
+        if control.size != launched:
             raise RuntimeError(
-                f"mpirun started {launched} ranks, mpi4py sees {connected.size}: they "
+                f"mpirun started {launched} ranks, {control} sees {control.size}: they "
                 "belong to different MPI libraries; start with the mpirun of the "
                 "environment that mpi4py is installed in"
             )
-        if connected.size == 1:
+        if control.size == 1:
             return cls()
-        comm = cls(
-            connected, allreduce=allreduce, wire=wire, timeout_seconds=timeout_seconds
+        return cls(
+            control,
+            transport,
+            allreduce=allreduce,
+            wire=wire,
+            timeout_seconds=timeout_seconds,
         )
-        sys.excepthook = comm._end_all_ranks
-        return comm
 
     def allreduce(self, x: mx.array, at: str = "") -> mx.array:
         """Sum `x` over ranks: in rank order, the same bits on every rank.
@@ -134,47 +143,47 @@ class Communicator:
 
         Shapes: x (...) partial -> (...) replicated, of the same dtype.
         """
-        return x if self._transport is None else self._arrays.allreduce(x, at)
+        return x if self._control is None else self._arrays.allreduce(x, at)
 
     def allgather(self, x: mx.array, sizes: Sequence[int], at: str = "") -> mx.array:
         """Join the ranks' arrays along the last axis, in rank order.
 
         Shapes: x (..., sizes[rank]) sharded -> (..., sum(sizes)) replicated.
         """
-        return x if self._transport is None else self._arrays.allgather(x, sizes, at)
+        return x if self._control is None else self._arrays.allgather(x, sizes, at)
 
     def describe(self) -> str:
         """How arrays travel: the transport, and the measured ways of an allreduce."""
-        if self._transport is None:
+        if self._control is None:
             return "one rank: nothing travels"
         return f"{self.size} ranks over {self._transport}\n{self._arrays}"
 
     def bcast(self, value: Any, root: int = 0) -> Any:
         """Give every rank the `value` of `root`: an array or a plain object."""
-        if self._transport is None:
+        if self._control is None:
             return value
         with self._watch.collective("bcast"):
-            return self._transport.bcast_object(value, root)
+            return self._control.bcast_object(value, root)
 
     def allgather_objects(self, value: Any) -> list[Any]:
         """Give every rank the plain object of every rank, in rank order."""
-        if self._transport is None:
+        if self._control is None:
             return [value]
         with self._watch.collective("allgather"):
-            return self._transport.allgather_objects(value)
+            return self._control.allgather_objects(value)
 
     def barrier(self) -> None:
         """Wait until every rank has come here."""
-        if self._transport is not None:
+        if self._control is not None:
             with self._watch.collective("barrier"):
-                self._transport.barrier()
+                self._control.barrier()
 
     def unlimited(self) -> AbstractContextManager[None]:
         """Within it the others may take as long as they need, to load, say.
 
         Ranks that die, stop or are cut off are noticed all the same.
         """
-        return nullcontext() if self._transport is None else self._watch.unlimited()
+        return nullcontext() if self._control is None else self._watch.unlimited()
 
     @contextmanager
     def agreement(self) -> Iterator[None]:

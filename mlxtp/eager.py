@@ -4,6 +4,7 @@ import math
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from functools import cache
 
 import ml_dtypes
 import mlx.core as mx
@@ -37,6 +38,8 @@ class EagerCollectives:
             names = ways(transport.size, allreduce)
             self.choice = choose(self._collectives, transport, names)
         self._collectives.forget()
+        self._way = cache(self.choice.way)
+        self._gather = cache(self.choice.gather)
 
     def __str__(self) -> str:
         return str(self.choice)
@@ -44,8 +47,8 @@ class EagerCollectives:
     def allreduce(self, x: mx.array, at: str) -> mx.array:
         """Sum x (...) over ranks."""
         with self._counted(x, "allreduce", at) as part:
-            way = self.choice.way(part.nbytes)
-            total = self._collectives.allreduce(part.reshape(-1), way)
+            way = self._way(part.nbytes)
+            total = self._collectives.allreduce(part, way)
             return mx.array(total.reshape(x.shape))
 
     def allgather(self, x: mx.array, sizes: Sequence[int], at: str) -> mx.array:
@@ -53,8 +56,8 @@ class EagerCollectives:
         rows = math.prod(x.shape[:-1])
         counts = [rows * size for size in sizes]
         with self._counted(x, "allgather", at) as part:
-            way = self.choice.gather(max(counts) * part.itemsize)
-            joined = self._collectives.allgather(part.reshape(-1), counts, way)
+            way = self._gather(max(counts) * part.itemsize)
+            joined = self._collectives.allgather(part, counts, way)
             if rows > 1:
                 pieces = np.split(joined, np.cumsum(counts)[:-1])
                 joined = np.concatenate(
@@ -64,11 +67,18 @@ class EagerCollectives:
 
     @contextmanager
     def _counted(self, x: mx.array, what: str, at: str) -> Iterator[np.ndarray]:
-        """Evaluate `x` and give its memory; count what is done with it as traffic."""
-        as_bytes = x.view(mx.uint16) if x.dtype == mx.bfloat16 else x
-        mx.eval(as_bytes)
+        """Evaluate `x` and give its memory (n,); count what is done as traffic."""
+        mx.eval(x)
         begin = time.perf_counter()
-        part = np.ascontiguousarray(np.asarray(as_bytes))
         with self._watch.collective(what, at):
-            yield part.view(ml_dtypes.bfloat16) if x.dtype == mx.bfloat16 else part
-        self._traffic.count(part.nbytes, time.perf_counter() - begin)
+            yield memory(x)
+        self._traffic.count(x.nbytes, time.perf_counter() - begin)
+
+
+def memory(x: mx.array) -> np.ndarray:
+    """The memory of an array (n,) as it lies; of one with gaps a copy without them."""
+    view = memoryview(x)  # type: ignore[arg-type]  # mlx tells no types of buffers
+    if not view.c_contiguous:
+        view = memoryview(mx.contiguous(x))  # type: ignore[arg-type]
+    dtype = ml_dtypes.bfloat16 if x.dtype == mx.bfloat16 else np.dtype(view.format)
+    return np.frombuffer(view, dtype) if x.size else np.empty(0, dtype)

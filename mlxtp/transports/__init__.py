@@ -92,20 +92,29 @@ class GraphTransport(Transport, Protocol):
 
 
 def connect(name: str) -> MessageTransport | GraphTransport:
-    """Start a transport between the ranks that mpirun has started.
+    """Start MPI between the ranks that mpirun has started: mpi4py's, or MLX's.
+
+    Raises: ValueError that says what is missing.
+    """
+    if TRANSPORTS[name] == "mpi":  # MLX's MPI and mpi4py never share a process
+        from mlxtp.transports.mlx import MLXTransport
+
+        return MLXTransport("mpi", None)
+    from mlxtp.transports.mpi import MPITransport
+
+    return MPITransport()
+
+
+def add_backend(
+    name: str, control: MessageTransport | GraphTransport
+) -> MessageTransport | GraphTransport:
+    """Start the backend of a transport besides `control`, where it has one.
 
     Raises: ValueError, on every rank, that says what the transport lacks.
     """
     backend = TRANSPORTS[name]
-    if backend == "mpi":  # MLX's MPI and mpi4py never share a process
-        from mlxtp.transports.mlx import MLXTransport
-
-        return MLXTransport(backend, None)
-    from mlxtp.transports.mpi import MPITransport
-
-    transport = MPITransport()
-    if backend is None:
-        return transport
+    if backend in (None, "mpi"):
+        return control
     from mlxtp.transports.mlx import MLXTransport
 
-    return MLXTransport(backend, transport)
+    return MLXTransport(backend, control)

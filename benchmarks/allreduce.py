@@ -1,0 +1,184 @@
+"""An allreduce, every way of it side by side, from an MLX array to an MLX array.
+
+Beside ours: MPI_Allreduce as Open MPI chooses it, each of Open MPI's algorithms, and
+the sums of MLX's backends. Where the links' delay is known (in the lab) times are
+also given as multiples of the floor, which is the hops between the farthest ranks.
+Parts are bfloat16, for MPI_Allreduce float32 of as many bytes.
+"""
+
+import argparse
+import json
+import time
+from collections.abc import Callable
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import mlx.core as mx
+import numpy as np
+from ranks import HOSTFILE, measured
+
+from mlxtp.collectives import ways
+from mlxtp.eager import EagerCollectives
+from mlxtp.in_graph import GraphCollectives
+from mlxtp.traffic import Traffic
+from mlxtp.transports import add_backend, connect
+from mlxtp.watch import Watch
+
+SIZES = [2**power for power in range(10, 25, 2)]
+
+# Numbers of coll_tuned_allreduce_algorithm.
+OPEN_MPI = {
+    "default": 0,
+    "linear": 1,
+    "nonoverlapping": 2,
+    "recursive doubling": 3,
+    "ring": 4,
+    "segmented ring": 5,
+    "Rabenseifner": 6,
+}
+MLX = ["ring", "mlx-mpi"]
+
+# Name of what is timed -> median seconds by bytes.
+Times = dict[str, dict[str, float]]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--ranks", type=int, nargs="+", default=[2, 3, 4, 5, 6, 7, 8])
+    parser.add_argument("--hostfile", type=Path, default=HOSTFILE)
+    parser.add_argument("--hop-ms", type=float, help="the delay of a link")
+    parser.add_argument("--topology", choices=["ring", "mesh"], default="ring")
+    parser.add_argument("--sizes", type=int, nargs="+", default=SIZES)
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--calls", type=int, default=5, help="in a round")
+    parser.add_argument("--only", nargs="+", help="parts of names")
+    parser.add_argument("--job", help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    if args.job:
+        print(json.dumps(measure(args)), flush=True)
+        return
+    results = {}
+    for ranks in args.ranks:
+        times: Times = {}
+        for job, env in jobs(args).items():
+            times |= measured(
+                ranks, __file__, *forwarded(args, job), hostfile=args.hostfile, **env
+            )
+        results[ranks] = times
+        report(args, ranks, times)
+    print(json.dumps({"hop_ms": args.hop_ms, "seconds": results}))
+
+
+def jobs(args: argparse.Namespace) -> dict[str, dict[str, str]]:
+    """What one mpirun each measures, with its environment."""
+    tuned = {"OMPI_MCA_coll_tuned_use_dynamic_rules": "1"}
+    algorithm = "OMPI_MCA_coll_tuned_allreduce_algorithm"
+    all_jobs: dict[str, dict[str, str]] = {"mlxtp": {}}
+    for name, number in OPEN_MPI.items():
+        chosen = {**tuned, algorithm: str(number)} if number else {}
+        all_jobs[f"Open MPI, {name}"] = chosen
+    all_jobs |= {f"MLX over {name}": {} for name in MLX}
+    wanted = args.only or [""]
+    return {
+        job: env for job, env in all_jobs.items() if any(word in job for word in wanted)
+    }
+
+
+def forwarded(args: argparse.Namespace, job: str) -> list[object]:
+    options: list[object] = ["--job", job, "--sizes", *args.sizes]
+    return [*options, "--rounds", args.rounds, "--calls", args.calls]
+
+
+def measure(args: argparse.Namespace) -> Times:
+    """One job, on every rank: the median seconds of each way, on the slowest rank."""
+    name = args.job.removeprefix("MLX over ")
+    backend = name if name in MLX else "mpi"
+    control = connect(backend)
+    watch = Watch(control, timeout_seconds=600)
+    transport: Any = add_backend(backend, control)
+    if name in MLX:
+        sums = sums_in_graph(transport, name)
+    elif name == "mlxtp":
+        sums = our_sums(transport, watch)
+    else:
+        sums = {name: sum_of_mpi}
+    result: Times = {way: {} for way in sums}
+    for size in args.sizes:
+        for way, allreduce in sums.items():
+            x = mx.zeros(size // 2, mx.bfloat16)
+            mx.eval(x)
+            rounds = [timed(allreduce, x, args.calls) for _ in range(1 + args.rounds)]
+            mine = median(rounds[1:])
+            result[way][str(size)] = max(transport.allgather_objects(mine))
+    watch.leave()
+    return result
+
+
+def timed(allreduce: Callable[[mx.array], mx.array], x: mx.array, calls: int) -> float:
+    """Seconds a call, each of which takes the result of the last."""
+    begin = time.perf_counter()
+    for _ in range(calls):
+        x = allreduce(x)
+    return (time.perf_counter() - begin) / calls
+
+
+def our_sums(transport: Any, watch: Watch) -> dict[str, Any]:
+    def sum_by(name: str) -> Callable[[mx.array], mx.array]:
+        arrays = EagerCollectives(transport, watch, Traffic(), name, "plain")
+        return lambda x: arrays.allreduce(x, "")
+
+    return {name: sum_by(name) for name in ["auto", *ways(transport.size)]}
+
+
+def sum_of_mpi(x: mx.array) -> mx.array:
+    from mpi4py import MPI
+
+    part = np.asarray(x.view(mx.float32))
+    total = np.empty_like(part)
+    MPI.COMM_WORLD.Allreduce(part, total)
+    return mx.array(total).view(mx.bfloat16)
+
+
+def sums_in_graph(transport: Any, name: str) -> dict[str, Any]:
+    ours = GraphCollectives(transport, Traffic())
+
+    def evaluated(total: mx.array) -> mx.array:
+        mx.eval(total)
+        return total
+
+    return {
+        f"{name}, gather and sum": lambda x: evaluated(ours.allreduce(x, "")),
+        f"{name}, all_sum": lambda x: evaluated(mx.distributed.all_sum(x)),
+    }
+
+
+def report(args: argparse.Namespace, ranks: int, times: Times) -> None:
+    print(f"\n{ranks} ranks, milliseconds; medians of {args.rounds} rounds")
+    print(f"{'':26}" + "".join(f"{words(size):>10}" for size in args.sizes))
+    for name, row in times.items():
+        cells = "".join(f"{1000 * row[str(size)]:10.3f}" for size in args.sizes)
+        print(f"{name:26}{cells}")
+    ours = times.get("auto")
+    if ours is None:
+        return
+    rates = "".join(f"{size / ours[str(size)] / 1e9:10.3f}" for size in args.sizes)
+    print(f"{'auto, GB/s of a part':26}{rates}")
+    if args.hop_ms:
+        hops = ranks // 2 if args.topology == "ring" else 1
+        floor = hops * args.hop_ms / 1000
+        cells = "".join(f"{ours[str(size)] / floor:10.2f}" for size in args.sizes)
+        print(f"{f'auto, x {1000 * floor:g} ms':26}{cells}")
+    theirs = [row for name, row in times.items() if name.startswith("Open MPI")]
+    if theirs:
+        best = {size: min(row[str(size)] for row in theirs) for size in args.sizes}
+        cells = "".join(f"{ours[str(s)] / best[s]:10.2f}" for s in args.sizes)
+        print(f"{'auto / best of Open MPI':26}{cells}", flush=True)
+
+
+def words(size: int) -> str:
+    return f"{size // 2**20} MiB" if size >= 2**20 else f"{size // 1024} KiB"
+
+
+if __name__ == "__main__":
+    main()
