@@ -11,20 +11,20 @@ import numpy as np
 from mlxtp.collectives import Collectives
 from mlxtp.transports import Transport
 
-# Bytes of a part that are timed: those of decoding, then those of prefill.
-SIZES = (4 * 1024, 32 * 1024, 256 * 1024, 2 * 1024 * 1024)
+# Bytes of a part that are timed, the most telling first: decoding, prefill, between.
+SIZES = (32 * 1024, 1024 * 1024, 256 * 1024, 4 * 1024)
 REPEATS = 3
 
-# When so much time is spent, larger sizes are not timed any more.
-BUDGET_SECONDS = 1.5
+# When so much time is spent, no other size is begun.
+BUDGET_SECONDS = 1.2
 
 
 @dataclass(frozen=True)
 class Choice:
     """The seconds that each way took for parts of `sizes` bytes, on the slowest rank.
 
-    All ranks hold the same numbers, so they choose alike. A way without any other
-    beside it is not timed.
+    The sizes ascend. All ranks hold the same numbers, so they choose alike. A way
+    without any other beside it is not timed.
     """
 
     sizes: tuple[int, ...]
@@ -43,11 +43,13 @@ class Choice:
         return min(names, key=lambda name: self._expected(name, nbytes))
 
     def _expected(self, name: str, nbytes: int) -> float:
-        """Between the sizes on a line; above the last in proportion."""
+        """On the lines between the sizes, the last of which goes on."""
         if not self.sizes:
             return 0.0
-        above = max(1.0, nbytes / self.sizes[-1])
-        return above * float(np.interp(nbytes, self.sizes, self.seconds[name]))
+        sizes, seconds = self.sizes, self.seconds[name]
+        rate = max(0.0, (seconds[-1] - seconds[-2]) / (sizes[-1] - sizes[-2]))
+        above = rate * max(0, nbytes - sizes[-1])
+        return float(np.interp(nbytes, sizes, seconds)) + above
 
     def __str__(self) -> str:
         if not self.sizes:
@@ -71,21 +73,19 @@ def choose(
     """Time the ways of `names` against each other, on all ranks together."""
     if len(names) == 1:
         return Choice((), {names[0]: ()})
-    sizes: list[int] = []
-    seconds: dict[str, tuple[float, ...]] = {name: () for name in names}
+    by_size: dict[int, list[float]] = {}
     spent = 0.0
     for size in SIZES:
+        if len(by_size) >= 2 and spent > BUDGET_SECONDS:
+            break
         part = np.zeros(size, np.uint8).view(np.float32)
         mine = [_timed(collectives, part, name) for name in names]
         everyones = np.array(transport.allgather_objects(mine))
-        slowest = everyones.max(axis=0)[:, 0]
-        for name, median_seconds in zip(names, slowest, strict=True):
-            seconds[name] += (float(median_seconds),)
-        sizes.append(size)
+        by_size[size] = everyones.max(axis=0)[:, 0].tolist()
         spent += float(everyones[:, :, 1].sum(axis=1).max())
-        if spent > BUDGET_SECONDS:
-            break
-    return Choice(tuple(sizes), seconds)
+    sizes = sorted(by_size)
+    columns = zip(*(by_size[size] for size in sizes), strict=True)
+    return Choice(tuple(sizes), dict(zip(names, columns, strict=True)))
 
 
 def _timed(collectives: Collectives, part: np.ndarray, way: str) -> tuple[float, float]:
