@@ -10,6 +10,16 @@ from typing import Any
 HOSTFILE = Path(__file__).parent.parent / "hostfiles" / "localhost"
 
 
+def environment(**more: str) -> dict[str, str]:
+    """What mpirun is started with here, where ranks outnumber cores."""
+    return {
+        **os.environ,
+        "PRTE_MCA_rmaps_default_mapping_policy": "slot:oversubscribe",
+        "PRTE_MCA_hwloc_default_binding_policy": "none",
+        **more,
+    }
+
+
 def mpirun(
     *arguments: object,
     hostfile: Path = HOSTFILE,
@@ -23,19 +33,13 @@ def mpirun(
     """
     command = [Path(sys.executable).parent / "mpirun", "-hostfile", hostfile]
     command += arguments
-    environment = {
-        **os.environ,
-        "PRTE_MCA_rmaps_default_mapping_policy": "slot:oversubscribe",
-        "PRTE_MCA_hwloc_default_binding_policy": "none",
-        **env,
-    }
     with subprocess.Popen(
         [str(word) for word in command],
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
-        env=environment,
+        env=environment(**env),
     ) as job:
         try:
             stdout, stderr = job.communicate(stdin, timeout=timeout_seconds)

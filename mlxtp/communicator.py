@@ -1,5 +1,6 @@
 """`Communicator`: what a rank knows of the others, and its collectives."""
 
+import atexit
 import os
 import socket
 import sys
@@ -15,7 +16,13 @@ import mlx.core as mx
 from mlxtp.eager import EagerCollectives
 from mlxtp.in_graph import GraphCollectives
 from mlxtp.traffic import Traffic
-from mlxtp.transports import GraphTransport, MessageTransport, add_backend, connect
+from mlxtp.transports import (
+    GraphTransport,
+    MessageTransport,
+    Transport,
+    add_backend,
+    connect,
+)
 from mlxtp.watch import Watch
 
 # Where launchers tell a rank its number, and how many there are.
@@ -68,6 +75,7 @@ class Communicator:
         self.size = control.size if control else 1
         self.host = socket.gethostname()
         self.traffic = Traffic()
+        self.is_eager = True  # collectives evaluate, and so can be timed
         self._control = control
         if control is None:
             return
@@ -78,6 +86,7 @@ class Communicator:
         except ValueError as error:
             raise AgreedError(str(error)) from error
         self._transport = str(connected)
+        atexit.register(self._close, *{id(t): t for t in (connected, control)}.values())
         self._arrays: EagerCollectives | GraphCollectives
         if isinstance(connected, MessageTransport):
             self._arrays = EagerCollectives(
@@ -85,6 +94,7 @@ class Communicator:
             )
         else:
             self._arrays = GraphCollectives(connected, self.traffic)
+            self.is_eager = False
 
     @classmethod
     def world(
@@ -209,6 +219,11 @@ class Communicator:
         if any(other is None or other[0] != message for other in reports):
             message = f"rank {rank} on {host}: {message}"
         raise AgreedError(message) from found
+
+    def _close(self, *transports: Transport) -> None:
+        with self._watch.finish():
+            for transport in transports:
+                transport.close()
 
     def _end_all_ranks(
         self,

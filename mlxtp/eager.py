@@ -34,7 +34,10 @@ class EagerCollectives:
         self._watch = watch
         self._traffic = traffic
         self._collectives = Collectives(transport, wire)
-        with watch.collective("measurement of the ways of an allreduce"):
+        with (
+            watch.unlimited(),
+            watch.collective("measurement of allreduces"),
+        ):
             names = ways(transport.size, allreduce)
             self.choice = choose(self._collectives, transport, names)
         self._collectives.forget()

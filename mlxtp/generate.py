@@ -204,6 +204,7 @@ def run(job: Job, args: argparse.Namespace, comm: Communicator, screen: TextIO) 
         if others != tokens:
             raise RuntimeError(f"rank {rank} made other tokens than rank {comm.rank}")
     share = sum(collective_shares) / comm.size
+    timed = f"{100 * share:.0f} % of the time, mean over ranks"
     if figures:
         print(
             "=" * 10 + "\n"
@@ -213,7 +214,7 @@ def run(job: Job, args: argparse.Namespace, comm: Communicator, screen: TextIO) 
             f"{response.generation_tps:.3f} tokens-per-sec\n"
             f"Peak memory: {max(peaks_gb):.3f} GB on the largest of {comm.size} ranks, "
             f"{min(peaks_gb):.3f} GB on the smallest\n"
-            f"Collectives: {100 * share:.0f} % of the time, mean over ranks",
+            f"Collectives: {timed if comm.is_eager else 'in the graph, not timed'}",
             file=screen,
         )
     if comm.rank == 0 and args.json:
@@ -226,7 +227,7 @@ def run(job: Job, args: argparse.Namespace, comm: Communicator, screen: TextIO) 
             "generation_tokens": response.generation_tokens,
             "generation_tokens_per_second": response.generation_tps,
             "peak_memory_gb": {"largest": max(peaks_gb), "smallest": min(peaks_gb)},
-            "collectives_share": share,
+            "collectives_share": share if comm.is_eager else None,
             "world_size": comm.size,
         }
         print(json.dumps(report), file=screen)

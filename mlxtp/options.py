@@ -129,7 +129,8 @@ def _parser() -> argparse.ArgumentParser:
     ours.add_argument(
         "--verbose",
         action="store_true",
-        help="Print how arrays travel, and what was measured to choose it",
+        help="Print how arrays travel, and what was measured to choose it "
+        "(mlx-lm's --verbose False is --quiet)",
     )
     ours.add_argument("--quiet", action="store_true", help="Print the text alone")
     ours.add_argument(

@@ -7,7 +7,6 @@ however long others compute. Where there is a ring of cables the datagrams go
 through it, like the data.
 """
 
-import atexit
 import json
 import os
 import secrets
@@ -69,6 +68,7 @@ class Watch:
         self._since: float | None = None  # when the wait began
         self._limited = True
         self._ending = False
+        self._finish_by: float | None = None  # when the end has to be over
         self._parent = os.getppid()
         self._peers: list[Peer] = []
         self._listen = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
@@ -79,7 +79,6 @@ class Watch:
         self._thread = threading.Thread(target=self._run, name="watch", daemon=True)
         self._thread.start()
         self._notice_sigterm(wake)
-        atexit.register(self.leave)
 
     def _connect(self, transport: Transport) -> None:
         hosts = transport.allgather_objects(self._host)
@@ -122,6 +121,14 @@ class Watch:
         finally:
             self._limited = before
 
+    @contextmanager
+    def finish(self) -> Iterator[None]:
+        """The last thing that this rank does with the others."""
+        self.leave()
+        self._finish_by = time.monotonic() + self.timeout_seconds
+        yield
+        self._finish_by = None
+
     def leave(self) -> None:
         """Tell the others that this rank ends, so that nobody misses it."""
         if not self._ending:
@@ -139,15 +146,18 @@ class Watch:
 
     def _run(self) -> None:
         next_beat, last_turn = 0.0, time.monotonic()
-        while not self._ending:
+        while True:
             now = time.monotonic()
             if now - last_turn > 2 * BEAT_SECONDS:
                 self._forget_silence(now)  # this rank itself was stopped
             last_turn = now
             if now >= next_beat:
                 next_beat = now + self._beat_seconds
-                self._tell()
-                self._check(now)
+                if self._ending:
+                    self._check_finish(now)
+                else:
+                    self._tell()
+                    self._check(now)
             sources = [self._listen, self._terminated]
             readable, _, _ = select.select(sources, [], [], max(0, next_beat - now))
             if self._listen in readable:
@@ -195,8 +205,8 @@ class Watch:
             peer.left = peer.left or state.get("left", False)
             if state.get("asks"):
                 self._tell(peer)
-            if "verdict" in state and not self._ending:
-                self.end_job(state["verdict"])
+            if "what" in state and not self._ending:
+                self._judge(peer, state)
 
     def _check(self, now: float) -> None:
         """End the job if a rank is missing or this rank has waited too long."""
@@ -209,41 +219,65 @@ class Watch:
         ]
         since = self._since
         overdue = since is not None and now - since > self.timeout_seconds
+        if len(silent) > max(1, len(self._peers) / 2):
+            # It is this rank that is cut off: let those who see each other say so.
+            time.sleep(2 * LEAVE_SECONDS)
         if silent or (overdue and self._limited):
-            self._report(self._verdict(silent))
+            self._report(silent)
 
-    def _verdict(self, silent: list[Peer]) -> str:
+    def _check_finish(self, now: float) -> None:
+        """End this process if the others do not let it."""
+        if self._finish_by is not None and now > self._finish_by:
+            me = f"rank {self._rank} on {self._host}"
+            limit = f"{self.timeout_seconds:g} s"
+            self.end_job(f"mlxtp: {me} waited {limit} for the others to end")
+
+    def _report(self, silent: list[Peer]) -> None:
+        """Let the lowest rank that answers say what is wrong, and end."""
+        what, where = self._trouble(silent), self._where()
+        missed = [peer.rank for peer in silent]
+        lower = [p for p in self._peers if p.rank < self._rank and self._hears(p)]
+        deadline = time.monotonic() + LEAVE_SECONDS
+        while lower and time.monotonic() < deadline:
+            self._tell(lower[0], what=what, where=where, missed=missed)
+            select.select([self._listen], [], [], 0.2)
+            self._hear()
+        self.end_job(f"mlxtp: {what}{where}: all ranks end")
+
+    def _judge(self, reporter: Peer, state: dict[str, Any]) -> None:
+        """End the job with what a higher rank reports and this one knows better."""
+        what = state["what"]
+        missed = [peer for peer in self._peers if peer.rank in state["missed"]]
+        silent = [peer for peer in missed if not self._hears(peer)]
+        if silent:
+            what = self._trouble(silent)
+        elif missed:
+            what = f"{reporter} and {_list(missed)} do not hear each other (a cable?)"
+        self.end_job(f"mlxtp: {what}{state['where']}: all ranks end")
+
+    def _hears(self, peer: Peer) -> bool:
+        return peer.heard > time.monotonic() - 3 * self._beat_seconds
+
+    def _trouble(self, silent: list[Peer]) -> str:
         """What is wrong, in words."""
         limit = f"{self.timeout_seconds:g} s"
         if silent:
-            what = f"{_list(silent)} did not answer for {limit}"
-        elif left := [peer for peer in self._peers if peer.left]:
-            what = f"{_list(left)} left while others waited"
-        elif late := [peer for peer in self._peers if peer.number < self._number]:
-            what = f"{_list(late)} did not come within {limit}"
-        else:
-            what = f"messages did not arrive within {limit}, though all ranks answer"
-        return self._sentence(what)
+            return f"{_list(silent)} did not answer for {limit} (stopped or cut off)"
+        if left := [peer for peer in self._peers if peer.left]:
+            return f"{_list(left)} left while others waited"
+        if late := [peer for peer in self._peers if peer.number < self._number]:
+            return f"{_list(late)} did not come within {limit}"
+        return f"messages did not arrive within {limit}, though all ranks answer"
 
-    def _sentence(self, what: str) -> str:
+    def _where(self) -> str:
+        """What this rank was doing meanwhile, in words."""
         collective, at = self._doing
-        where = f"{collective} {self._number}" + (f" of {at}" if at else "")
+        if not collective:
+            return ""
+        of = f" of {at}" if at else ""
         state = "is in" if self._since is not None else "has last done"
         me = f"rank {self._rank} on {self._host}"
-        doing = f"; {me} {state} {where}" if collective else ""
-        return f"mlxtp: {what}{doing}: all ranks end"
-
-    def _report(self, verdict: str) -> None:
-        """Let the lowest rank that answers print the verdict, and end."""
-        now = time.monotonic()
-        fresh = now - 3 * self._beat_seconds
-        lower = [p for p in self._peers if p.rank < self._rank and p.heard > fresh]
-        deadline = now + LEAVE_SECONDS
-        while lower and time.monotonic() < deadline:
-            self._tell(lower[0], verdict=verdict)
-            select.select([self._listen], [], [], 0.2)
-            self._hear()
-        self.end_job(verdict)
+        return f"; {me} {state} {collective} {self._number}{of}"
 
     def _last_look(self) -> None:
         """mpirun ends this rank: say whether another has died, and go."""
@@ -258,7 +292,7 @@ class Watch:
         dead = [p for p in self._peers if p.heard < asked and not p.left]
         alive = [p.rank for p in self._peers if p.heard >= asked]
         if dead and self._rank < min(alive, default=self._rank + 1):
-            self.end_job(self._sentence(f"{_list(dead)} died"))
+            self.end_job(f"mlxtp: {_list(dead)} died{self._where()}: all ranks end")
         os._exit(128 + signal.SIGTERM)
 
 

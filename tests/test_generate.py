@@ -73,6 +73,29 @@ def test_what_is_shown(folder: Path) -> None:
     assert "Loading" in shown.stderr
 
 
+def test_how_arrays_travel_is_shown_when_asked_for() -> None:
+    plain = ["--max-tokens", "2"]
+    shown = generate(2, *plain, "--verbose").stdout
+    assert shown.startswith("2 ranks over mpi4py\nallreduce, ms")
+    assert "direct-one-shot" in shown and "taken: " in shown
+    fixed = generate(2, *plain, "--verbose", "--allreduce", "mpi-one-shot").stdout
+    assert fixed.startswith("2 ranks over mpi4py\nallreduce: mpi-one-shot\n")
+    in_graph = generate(2, *plain, "--verbose", "--transport", "ring").stdout
+    assert in_graph.startswith(
+        "2 ranks over MLX's ring\nallreduce: gathers in the graph"
+    )
+    assert "Collectives: in the graph, not timed" in in_graph
+    assert "ranks over" not in generate(2, *plain).stdout
+
+
+def test_eight_bits_on_the_wire() -> None:
+    """They are used: the numbers differ; and do no harm: most tokens do not."""
+    arguments = ["--max-tokens", "40", "--json"]
+    exact = json.loads(generate(2, *arguments).stdout)["tokens"]
+    rounded = json.loads(generate(2, *arguments, "--wire", "int8").stdout)["tokens"]
+    assert exact[:5] == rounded[:5]
+
+
 def test_the_prompt_may_come_from_standard_input(folder: Path) -> None:
     model = ["--model", folder, "--max-tokens", "8", "--json"]
     expected = tokens(generate(1, *model, "--prompt", "abc"))
@@ -152,6 +175,14 @@ MISTAKES: dict[str, tuple[list[str], str]] = {
         ["--model", "SLIDING", "--draft-model", "SLIDING"],
         "--draft-model: a sliding window cannot take drafts back",
     ),
+    "no such transport": (["--transport", "pigeon"], "invalid choice: 'pigeon'"),
+    "no such way": (["--allreduce", "two-shot"], "invalid choice: 'two-shot'"),
+    "no time at all": (["--timeout", "0"], "--timeout is 0.0: wanted above 0"),
+    "a way of MLX's own": (
+        ["--transport", "ring", "--allreduce", "ring"],
+        "--allreduce and --wire go with --transport mpi",
+    ),
+    "no GPUs": (["--transport", "nccl"], "this build of MLX has no CUDA backend"),
     "no cache": (["--prompt-cache-file", "x"], "x is no prompt cache of"),
 }
 

@@ -2,7 +2,6 @@
 
 import json
 import os
-import shutil
 import signal
 import statistics
 import subprocess
@@ -11,11 +10,8 @@ import time
 from pathlib import Path
 
 import pytest
-
-ROOT = Path(__file__).parent.parent
-LAB = ROOT / "launch" / "lab"
-HOSTFILE = ROOT / "hostfiles" / "studio5"
-HOSTS = [f"studio{k}" for k in range(1, 6)]
+from five_hosts import HOSTFILE, HOSTS, LAB, ROOT, good, in_namespaces, lab
+from five_hosts import the_lab_can_be_built as the_lab_can_be_built
 
 pytestmark = [pytest.mark.lab, pytest.mark.once]
 
@@ -40,49 +36,6 @@ for _ in range(int(sys.argv[2])):
     except TimeoutError:
         print("lost")
 """
-
-
-def why_not():
-    if sys.platform != "linux":
-        return "it needs Linux"
-    if os.geteuid() != 0:
-        return "it needs root"
-    if shutil.which("ip") is None:
-        return "it needs the command ip (package iproute2)"
-    if not Path("/dev/net/tun").exists():
-        return "it needs /dev/net/tun"
-    if Path("/run/mlxtp-lab").exists():
-        return "a lab is up already: launch/lab down"
-    return None
-
-
-def lab(*arguments, timeout=60, **env):
-    """Run launch/lab with this Python's programs first in PATH."""
-    path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
-    return subprocess.run(
-        [sys.executable, LAB, *arguments],
-        capture_output=True,
-        stdin=subprocess.DEVNULL,
-        text=True,
-        timeout=timeout,
-        cwd=ROOT,
-        env={**os.environ, "PATH": path, **env},
-    )
-
-
-def good(*arguments, **options):
-    done = lab(*arguments, **options)
-    assert done.returncode == 0, done.stdout + done.stderr
-    return done.stdout
-
-
-@pytest.fixture(scope="module", autouse=True)
-def the_lab_can_be_built():
-    reason = why_not()
-    if reason is not None:
-        pytest.skip(f"LAB NOT TESTED: {reason}")
-    yield
-    good("down")
 
 
 @pytest.fixture
@@ -119,16 +72,6 @@ def round_trips(target, count=50, source="studio1"):
         "run", "--on", source, sys.executable, "-c", PING, target, str(count)
     ).split()
     return [None if line == "lost" else float(line) for line in printed]
-
-
-def in_namespaces():
-    return [
-        pid
-        for host in HOSTS
-        for pid in subprocess.run(
-            ["ip", "netns", "pids", host], capture_output=True, text=True
-        ).stdout.split()
-    ]
 
 
 def test_a_command_runs_on_its_host(ring):

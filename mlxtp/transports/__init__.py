@@ -36,6 +36,10 @@ class Transport(Protocol):
 
     def barrier(self) -> None: ...
 
+    def close(self) -> None:
+        """Part from the other ranks, when all of them do."""
+        ...
+
 
 # A send or a receive that is under way, or can be started again.
 Request = Any

@@ -1,6 +1,5 @@
 """MLX's own backends: collectives that stand in the graph."""
 
-import atexit
 import pickle
 from typing import Any
 
@@ -33,7 +32,6 @@ class MLXTransport:
         # NCCL's collectives are the GPU's own, the others are work of the CPU.
         on_cpu = backend != "nccl"
         self._stream = mx.new_thread_local_stream(mx.cpu) if on_cpu else None
-        atexit.register(self._end)
 
     def __str__(self) -> str:
         return f"MLX's {self._backend}"
@@ -70,7 +68,7 @@ class MLXTransport:
         else:
             mx.eval(self.allgather(mx.zeros(1)))
 
-    def _end(self) -> None:
+    def close(self) -> None:
         """Leave no collective that others are still in."""
         if self._stream is not None:
             mx.synchronize(self._stream)

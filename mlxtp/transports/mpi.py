@@ -65,3 +65,7 @@ class MPITransport:
 
     def barrier(self) -> None:
         self._comm.Barrier()
+
+    def close(self) -> None:
+        if not MPI.Is_finalized():
+            MPI.Finalize()

@@ -8,6 +8,9 @@ from mlxtp.transports.network import RING_NETWORK, ring_address
 # costs a way there and back. Blocks of prefill stay below.
 EAGER_BYTES = 1024 * 1024
 
+# Longer than the others take to say who is missing.
+ABORT_DELAY_SECONDS = 3
+
 
 def set_defaults() -> None:
     """Set the variables that Open MPI reads in MPI_Init; what the user has set stays.
@@ -17,6 +20,9 @@ def set_defaults() -> None:
     defaults = {
         "btl_tcp_eager_limit": EAGER_BYTES,
         "btl_tcp_rndv_eager_limit": EAGER_BYTES,
+        # Where a connection breaks, Open MPI ends the rank at once, before it can be
+        # seen which rank was the first to go.
+        "mpi_abort_delay": ABORT_DELAY_SECONDS,
     }
     local_ranks = int(os.environ.get("OMPI_COMM_WORLD_LOCAL_SIZE", "1"))
     if local_ranks > (os.cpu_count() or 1):
