@@ -219,10 +219,10 @@ class Watch:
         ]
         since = self._since
         overdue = since is not None and now - since > self.timeout_seconds
-        if len(silent) > max(1, len(self._peers) / 2):
-            # It is this rank that is cut off: let those who see each other say so.
-            time.sleep(2 * LEAVE_SECONDS)
         if silent or (overdue and self._limited):
+            if len(self._unheard()) > max(1, len(self._peers) / 2):
+                # It is this rank that is cut off: those who hear each other say so.
+                time.sleep(2 * LEAVE_SECONDS)
             self._report(silent)
 
     def _check_finish(self, now: float) -> None:
@@ -248,15 +248,19 @@ class Watch:
         """End the job with what a higher rank reports and this one knows better."""
         what = state["what"]
         missed = [peer for peer in self._peers if peer.rank in state["missed"]]
-        silent = [peer for peer in missed if not self._hears(peer)]
-        if silent:
-            what = self._trouble(silent)
+        if missed and (unheard := self._unheard()):
+            what = self._trouble(unheard)
         elif missed:
             what = f"{reporter} and {_list(missed)} do not hear each other (a cable?)"
         self.end_job(f"mlxtp: {what}{state['where']}: all ranks end")
 
     def _hears(self, peer: Peer) -> bool:
         return peer.heard > time.monotonic() - 3 * self._beat_seconds
+
+    def _unheard(self) -> list[Peer]:
+        """Who was there once and has not been heard lately."""
+        known = [peer for peer in self._peers if peer.heard and not peer.left]
+        return [peer for peer in known if not self._hears(peer)]
 
     def _trouble(self, silent: list[Peer]) -> str:
         """What is wrong, in words."""
