@@ -98,7 +98,7 @@ def measure(args: argparse.Namespace) -> Times:
     watch = Watch(control, timeout_seconds=600)
     transport: Any = add_backend(backend, control)
     if name in MLX:
-        sums = sums_in_graph(transport, name)
+        sums = sums_in_graph(transport, watch, name)
     elif name == "mlxtp":
         sums = our_sums(transport, watch)
     else:
@@ -141,8 +141,8 @@ def sum_of_mpi(x: mx.array) -> mx.array:
     return mx.array(total).view(mx.bfloat16)
 
 
-def sums_in_graph(transport: Any, name: str) -> dict[str, Any]:
-    ours = GraphCollectives(transport, Traffic())
+def sums_in_graph(transport: Any, watch: Watch, name: str) -> dict[str, Any]:
+    ours = GraphCollectives(transport, watch, Traffic())
 
     def evaluated(total: mx.array) -> mx.array:
         mx.eval(total)

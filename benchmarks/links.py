@@ -25,11 +25,11 @@ from mlxtp.stories import PATH as STORIES
 NARROW: dict[str, Any] = {
     **LLAMA_3_2_1B,
     "hidden_size": 8192,
-    "intermediate_size": 80,
+    "intermediate_size": 40,
     "num_hidden_layers": 8,
     "num_attention_heads": 8,
     "num_key_value_heads": 8,
-    "head_dim": 8,
+    "head_dim": 4,
     "vocab_size": 512,
 }
 SIDES = {"mlxtp": "auto", "MPI_Allreduce": "MPI_Allreduce"}

@@ -29,6 +29,9 @@ from mlxtp.partition import spans
 from mlxtp.transports import MessageTransport, Request
 from mlxtp.wire import GROUP_SIZE, Int8Wire, PlainWire, Wire
 
+# Longer parts go as several messages; a transport sends one of this size at once.
+PIECE_BYTES = 512 * 1024
+
 # Buffers and requests are kept for the sizes used last, up to so many bytes.
 KEPT_BYTES = 256 * 1024 * 1024
 
@@ -72,23 +75,22 @@ class DirectGather(Gather):
     """Send to everyone and receive from everyone, all at once."""
 
     def prepare(self) -> None:
-        rank = self.transport.rank
-        self._peers = [peer for peer in range(self.transport.size) if peer != rank]
+        rank, size = self.transport.rank, self.transport.size
+        # Beginning with the next rank, so that not all send to rank 0 first.
+        self._peers = [(rank + 1 + i) % size for i in range(size - 1)]
         self._receives = [
-            self.transport.prepare_receive(self.parts[peer], peer, tag=peer)
+            self.transport.prepare_receive(piece, peer, tag=peer)
             for peer in self._peers
-            if self.counts[peer]
+            for piece in in_pieces(self.parts[peer])
         ]
 
     def __call__(self, mine: np.ndarray) -> None:
         transport = self.transport
         transport.start(self._receives)
-        # Beginning with the next rank, so that not all send to rank 0 first.
-        order = [*self._peers[transport.rank :], *self._peers[: transport.rank]]
         sends = [
-            transport.send(mine, peer, tag=transport.rank)
-            for peer in order
-            if mine.size
+            transport.send(piece, peer, tag=transport.rank)
+            for piece in in_pieces(mine)
+            for peer in self._peers
         ]
         transport.wait([*self._receives, *sends])
 
@@ -109,43 +111,46 @@ class RingGather(Gather):
         neighbours = (rank - 1) % size, (rank + 1) % size
         self._neighbours = neighbours
         self._receives: list[Request] = []
-        # What each receive is passed on as, and the halves of the rank's own part.
+        # What each receive is passed on as.
         self._forwards: list[Request | None] = []
         for side, step in enumerate((-1, 1)):
             for hop in range(1, hops + 1):
                 origin = (rank + step * hop) % size
-                arriving = self._piece(origin, hop, side)
-                if arriving.size == 0:
-                    continue
-                tag = 2 * origin + side
-                self._receives.append(
-                    transport.prepare_receive(arriving, neighbours[side], tag)
-                )
-                leaving = self._piece(origin, hop + 1, side)
-                self._forwards.append(
-                    transport.prepare_send(leaving, neighbours[1 - side], tag)
-                    if hop < hops and leaving.size
-                    else None
-                )
+                further = self._pieces(origin, hop + 1, side) if hop < hops else {}
+                for tag, piece in self._pieces(origin, hop, side).items():
+                    self._receives.append(
+                        transport.prepare_receive(piece, neighbours[side], tag)
+                    )
+                    self._forwards.append(
+                        transport.prepare_send(further[tag], neighbours[1 - side], tag)
+                        if tag in further
+                        else None
+                    )
 
-    def _piece(self, origin: int, hop: int, side: int) -> np.ndarray:
-        """What travels of a part on its `hop`th hop, coming from `side`."""
+    def _pieces(self, origin: int, hop: int, side: int) -> dict[int, np.ndarray]:
+        """What travels of a part on its `hop`th hop, coming from `side`, by tags."""
         part, size = self.parts[origin], self.transport.size
-        if 2 * hop < size:
-            return part
-        half = part.size // 2
-        return part[half:] if side else part[:half]
+        start, stop = 0, part.size
+        if 2 * hop == size:
+            start, stop = (stop // 2, stop) if side else (0, stop // 2)
+        return {
+            2 * (size * number + origin) + side: part[max(start, low) : min(stop, high)]
+            for number, (low, high) in enumerate(_cuts(part.size))
+            if max(start, low) < min(stop, high)
+        }
 
     def __call__(self, mine: np.ndarray) -> None:
         transport = self.transport
         transport.start(self._receives)
-        under_way = []
-        if mine.size:
-            tag = 2 * transport.rank
-            under_way = [
-                transport.send(mine, self._neighbours[1 - side], tag + side)
-                for side in (0, 1)
-            ]
+        under_way = [
+            transport.send(
+                piece,
+                self._neighbours[1 - side],
+                2 * (transport.size * number + transport.rank) + side,
+            )
+            for number, piece in enumerate(in_pieces(mine))
+            for side in (0, 1)
+        ]
         missing = len(self._receives)
         while missing:
             done = transport.wait_some(self._receives)
@@ -157,6 +162,17 @@ class RingGather(Gather):
 
     def requests(self) -> list[Request]:
         return [*self._receives, *filter(None, self._forwards)]
+
+
+def in_pieces(part: np.ndarray) -> list[np.ndarray]:
+    """The part as messages that are short enough to go out without being asked for."""
+    return [part[start:stop] for start, stop in _cuts(part.size)]
+
+
+def _cuts(size: int) -> list[tuple[int, int]]:
+    return [
+        (start, min(start + PIECE_BYTES, size)) for start in range(0, size, PIECE_BYTES)
+    ]
 
 
 class OneShot:
@@ -206,16 +222,15 @@ class TwoShot:
             edges.append(min(stop * GROUP_SIZE, size))
         self._blocks = list(pairwise(edges))
         sizes = [stop - start for start, stop in self._blocks]
-        self._counts = [wire.nbytes(n) for n in sizes]
         self._gather = gather(transport, [n * dtype.itemsize for n in sizes])
         self._result = self._gather.joined.view(dtype)
         self._sum = self._gather.parts[rank].view(dtype)
-        self._parts = list(np.empty((ranks, self._counts[rank]), np.uint8))
+        self._parts = list(np.empty((ranks, wire.nbytes(sizes[rank])), np.uint8))
         self._peers = [(rank + 1 + i) % ranks for i in range(ranks - 1)]
         self._receives = [
-            transport.prepare_receive(self._parts[peer], peer, tag=2 * ranks + peer)
+            transport.prepare_receive(piece, peer, tag=peer)
             for peer in self._peers
-            if self._counts[rank]
+            for piece in in_pieces(self._parts[peer])
         ]
 
     def __call__(self, x: np.ndarray) -> np.ndarray:
@@ -223,9 +238,9 @@ class TwoShot:
         transport.start(self._receives)
         blocks = [self._wire.encode(x[start:stop]) for start, stop in self._blocks]
         sends = [
-            transport.send(blocks[peer], peer, tag=2 * transport.size + rank)
+            transport.send(piece, peer, tag=rank)
             for peer in self._peers
-            if self._counts[peer]
+            for piece in in_pieces(blocks[peer])
         ]
         self._parts[rank] = blocks[rank]
         transport.wait([*self._receives, *sends])

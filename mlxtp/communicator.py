@@ -93,7 +93,7 @@ class Communicator:
                 connected, self._watch, self.traffic, allreduce, wire
             )
         else:
-            self._arrays = GraphCollectives(connected, self.traffic)
+            self._arrays = GraphCollectives(connected, self._watch, self.traffic)
             self.is_eager = False
 
     @classmethod

@@ -6,6 +6,7 @@ import mlx.core as mx
 
 from mlxtp.traffic import Traffic
 from mlxtp.transports import GraphTransport
+from mlxtp.watch import Watch
 
 
 class GraphCollectives:
@@ -15,8 +16,11 @@ class GraphCollectives:
     types. Ours cost more bytes where arrays are large: every rank gets all parts.
     """
 
-    def __init__(self, transport: GraphTransport, traffic: Traffic) -> None:
+    def __init__(
+        self, transport: GraphTransport, watch: Watch, traffic: Traffic
+    ) -> None:
         self._transport = transport
+        self._watch = watch
         self._traffic = traffic
 
     def __str__(self) -> str:
@@ -25,6 +29,7 @@ class GraphCollectives:
     def allreduce(self, x: mx.array, at: str) -> mx.array:
         """Sum x (...) over ranks, in float32 for 16-bit floats."""
         self._traffic.count(x.nbytes, 0.0)
+        self._watch.put_in_graph("an allreduce", at)
         parts = self._transport.allgather(x)
         if x.dtype in (mx.float16, mx.bfloat16):
             parts = parts.astype(mx.float32)
@@ -36,6 +41,7 @@ class GraphCollectives:
     def allgather(self, x: mx.array, sizes: Sequence[int], at: str) -> mx.array:
         """Join the ranks' x (..., sizes[rank]) along the last axis."""
         self._traffic.count(x.nbytes, 0.0)
+        self._watch.put_in_graph("an allgather", at)
         missing = max(sizes) - x.shape[-1]
         padded = mx.pad(x, [*[(0, 0)] * (x.ndim - 1), (0, missing)])
         parts = self._transport.allgather(padded)

@@ -44,8 +44,7 @@ class Peer:
     heard: float = 0.0  # when last, of the monotonic clock; 0 before the first time
     gone: bool = False  # its host says that nobody listens there any more
     left: bool = False  # it said good-bye
-    number: int = 0
-    waits: bool = False
+    number: int = 0  # of collectives that it has begun
 
     def __str__(self) -> str:
         return f"rank {self.rank} on {self.host}"
@@ -64,7 +63,7 @@ class Watch:
         self._rank = transport.rank
         self._host = socket.gethostname()
         self._number = 0  # of collectives begun
-        self._doing = ("", "")
+        self._doing = ""
         self._since: float | None = None  # when the wait began
         self._limited = True
         self._ending = False
@@ -74,23 +73,26 @@ class Watch:
         self._listen = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
         self._listen.bind(("", 0))
         self._listen.setblocking(False)
-        self._connect(transport)
+        self._key = ""  # of this job
         self._terminated, wake = socket.socketpair()
-        self._thread = threading.Thread(target=self._run, name="watch", daemon=True)
-        self._thread.start()
+        threading.Thread(target=self._run, name="watch", daemon=True).start()
         self._notice_sigterm(wake)
+        with self.collective("the first exchange"):
+            self._connect(transport)
 
     def _connect(self, transport: Transport) -> None:
         hosts = transport.allgather_objects(self._host)
-        self._key = transport.bcast_object(secrets.token_hex(8), 0)
+        key = transport.bcast_object(secrets.token_hex(8), 0)
         mine = (own_address(hosts), self._listen.getsockname()[1])
+        peers = []
         for rank, address in enumerate(transport.allgather_objects(mine)):
             if rank != self._rank:
                 line = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
                 line.setblocking(False)
                 with suppress(OSError):
                     line.connect(address)
-                self._peers.append(Peer(rank, hosts[rank], line))
+                peers.append(Peer(rank, hosts[rank], line))
+        self._peers, self._key = peers, key
 
     def _notice_sigterm(self, wake: socket.socket) -> None:
         """Let the thread answer for a main thread that is deep in MLX or MPI."""
@@ -105,12 +107,16 @@ class Watch:
     def collective(self, what: str, at: str = "") -> Iterator[None]:
         """The main thread is in a collective: `what`, and of which layer."""
         self._number += 1
-        self._doing = (what, at)
+        self._doing = f"{what} {self._number}" + (f" of {at}" if at else "")
         self._since = time.monotonic()
         try:
             yield
         finally:
             self._since = None
+
+    def put_in_graph(self, what: str, at: str) -> None:
+        """The main thread has a collective ahead of it, which MLX will wait for."""
+        self._doing = f"the graph with {what} of {at}"
 
     @contextmanager
     def unlimited(self) -> Iterator[None]:
@@ -139,8 +145,10 @@ class Watch:
     def end_job(self, text: str) -> None:
         """Print `text` and end this process; mpirun then ends all others."""
         self.leave()
-        with suppress(Exception):
-            sys.stdout.flush()
+        # Whoever reads the output may have stopped: no flush is waited for.
+        flush = threading.Thread(target=sys.stdout.flush, daemon=True)
+        flush.start()
+        flush.join(0.5)
         os.write(2, f"{text}\n".encode())
         os._exit(1)
 
@@ -177,7 +185,6 @@ class Watch:
             "key": self._key,
             "rank": self._rank,
             "number": self._number,
-            "waits": self._since is not None,
             **more,
         }
         for peer in [to] if to else self._peers:
@@ -201,7 +208,7 @@ class Watch:
                 continue  # not of this job
             peer = next(p for p in self._peers if p.rank == state["rank"])
             peer.heard, peer.gone = time.monotonic(), False
-            peer.number, peer.waits = state["number"], state["waits"]
+            peer.number = state["number"]
             peer.left = peer.left or state.get("left", False)
             if state.get("asks"):
                 self._tell(peer)
@@ -267,6 +274,8 @@ class Watch:
         limit = f"{self.timeout_seconds:g} s"
         if silent:
             return f"{_list(silent)} did not answer for {limit} (stopped or cut off)"
+        if not self._peers:
+            return f"the ranks did not all find each other within {limit}"
         if left := [peer for peer in self._peers if peer.left]:
             return f"{_list(left)} left while others waited"
         if late := [peer for peer in self._peers if peer.number < self._number]:
@@ -275,13 +284,8 @@ class Watch:
 
     def _where(self) -> str:
         """What this rank was doing meanwhile, in words."""
-        collective, at = self._doing
-        if not collective:
-            return ""
-        of = f" of {at}" if at else ""
-        state = "is in" if self._since is not None else "has last done"
-        me = f"rank {self._rank} on {self._host}"
-        return f"; {me} {state} {collective} {self._number}{of}"
+        state = "is in" if self._since is not None else "was last in"
+        return f"; rank {self._rank} on {self._host} {state} {self._doing}"
 
     def _last_look(self) -> None:
         """mpirun ends this rank: say whether another has died, and go."""

@@ -13,6 +13,7 @@ from mlxtp.wire import GROUP_SIZE, Int8Wire, PlainWire
 
 DTYPES = [mx.float32, mx.float16, mx.bfloat16, mx.int32, mx.uint8]
 SIZES = [1, 2, 7, 64, 65, 1000, 100_003]  # blocks of 64 that some ranks have none of
+LARGE = 1_000_003  # several messages
 
 
 @pytest.fixture(scope="module")
@@ -70,7 +71,7 @@ def test_every_way_gives_the_same_bits(
     if way not in ways(comm.size):
         pytest.skip(f"on {comm.size} ranks all are neighbours")
     sums = make_collectives()
-    for size in SIZES:
+    for size in [*SIZES, LARGE]:
         total = sums.allreduce(as_numpy(part(comm.rank, size, dtype)), way)
         expected = expected_sum(comm.size, size, dtype)
         assert np.array_equal(total.astype(np.float32), expected), size

@@ -1,15 +1,21 @@
 """The ranks that mpirun has started, through mpi4py."""
 
+import os
+import time
 from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 
-from mlxtp.transports.openmpi import set_defaults
+from mlxtp.transports.openmpi import YIELDS, set_defaults
 
 set_defaults()
 
 from mpi4py import MPI  # noqa: E402 - importing it starts MPI
+
+# Polls that only yield, for what comes soon; then each is followed by a nap.
+YIELDING_POLLS = 100
+NAP_SECONDS = 50e-6
 
 
 class MPITransport:
@@ -19,6 +25,8 @@ class MPITransport:
         self._comm = MPI.COMM_WORLD
         self.rank: int = self._comm.rank
         self.size: int = self._comm.size
+        # Ranks outnumber the cores: one that waits is in the way of one that computes.
+        self._crowded = os.environ.get(YIELDS) == "1"
 
     def __str__(self) -> str:
         return "mpi4py"
@@ -38,10 +46,24 @@ class MPITransport:
         MPI.Prequest.Startall(list(requests))
 
     def wait(self, requests: Sequence[MPI.Request]) -> None:
-        MPI.Request.Waitall(list(requests))
+        requests = list(requests)
+        if not self._crowded:
+            MPI.Request.Waitall(requests)
+            return
+        polls = 0
+        while not MPI.Request.Testall(requests):
+            polls += 1
+            _make_room(polls)
 
     def wait_some(self, requests: Sequence[MPI.Request]) -> list[int]:
-        return MPI.Request.Waitsome(list(requests)) or []
+        requests = list(requests)
+        if not self._crowded:
+            return MPI.Request.Waitsome(requests) or []
+        polls = 0
+        while not (done := MPI.Request.Testsome(requests)):
+            polls += 1
+            _make_room(polls)
+        return done
 
     def free(self, requests: Sequence[MPI.Prequest]) -> None:
         for request in requests:
@@ -69,3 +91,10 @@ class MPITransport:
     def close(self) -> None:
         if not MPI.Is_finalized():
             MPI.Finalize()
+
+
+def _make_room(polls: int) -> None:
+    if polls < YIELDING_POLLS:
+        os.sched_yield()
+    else:
+        time.sleep(NAP_SECONDS)

@@ -5,8 +5,11 @@ import os
 from mlxtp.transports.network import RING_NETWORK, ring_address
 
 # A message up to here goes out at once; a larger one asks the receiver first, which
-# costs a way there and back. Blocks of prefill stay below.
+# costs a way there and back. `collectives.PIECE_BYTES` stays below.
 EAGER_BYTES = 1024 * 1024
+
+# Where it is 1, ranks that wait make room for others on the same cores.
+YIELDS = "OMPI_MCA_mpi_yield_when_idle"
 
 # Longer than the others take to say who is missing.
 ABORT_DELAY_SECONDS = 3
@@ -27,7 +30,7 @@ def set_defaults() -> None:
     local_ranks = int(os.environ.get("OMPI_COMM_WORLD_LOCAL_SIZE", "1"))
     if local_ranks > (os.cpu_count() or 1):
         # Ranks that outnumber the cores and poll starve the one they wait for.
-        defaults["mpi_yield_when_idle"] = 1
+        os.environ.setdefault(YIELDS, "1")
     if ring_address() is not None:
         # The two ends of a cable know each other alone: of all its addresses a host
         # may name only the one that everybody has a route to.
