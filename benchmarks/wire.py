@@ -1,8 +1,9 @@
 """What `--wire int8` loses and saves, on the model that ships.
 
 The loss is that of the held-out stories of its training, in nats a token, with parts
-as they are and with 8 bits on the wire; then greedy tokens are compared, up to the
-first that differs: from there on the two write different texts.
+as they are and with 8 bits on the wire. Greedy texts are compared up to the first
+token that differs, from where on they are different texts; and beside them those of
+one rank, for a sum over ranks rounds bfloat16 otherwise than one matrix product.
 """
 
 import argparse
@@ -20,7 +21,7 @@ from tokenizers import Tokenizer
 
 import mlxtp
 from mlxtp.stories import PATH as STORIES
-from mlxtp.stories.train import LONG_LENGTH, batch, row
+from mlxtp.stories.train import CONFIG, LONG_LENGTH, batch, row
 from mlxtp.wire import Int8Wire
 
 WIRES = ["plain", "int8"]
@@ -41,10 +42,11 @@ def main() -> None:
     if args.wire:
         print(json.dumps(measure(args)), flush=True)
         return
+    alone = side(args, 1, "plain")
     results = {}
     for ranks in args.ranks:
         sides = {wire: side(args, ranks, wire) for wire in WIRES}
-        results[ranks] = report(args, ranks, sides)
+        results[ranks] = report(args, ranks, alone, sides)
     print(json.dumps(results))
 
 
@@ -73,32 +75,48 @@ def measure(args: argparse.Namespace) -> Side:
 
 
 def report(
-    args: argparse.Namespace, ranks: int, sides: dict[str, Side]
+    args: argparse.Namespace, ranks: int, alone: Side, sides: dict[str, Side]
 ) -> dict[str, Any]:
-    plain, int8 = (sides[wire]["losses"] for wire in WIRES)
-    lost = [b - a for a, b in zip(plain, int8, strict=True)]
-    texts = zip(*(sides[wire]["texts"] for wire in WIRES), strict=True)
-    agreeing = [
-        len(list(takewhile(lambda pair: pair[0] == pair[1], zip(*pair, strict=True))))
-        for pair in texts
-    ]
-    print(f"\n{ranks} ranks, {args.batches} batches; nats a token")
-    print(f"{'plain':8}{mean(plain):10.5f}")
-    print(f"{'int8':8}{mean(int8):10.5f}")
+    plain, int8 = (sides[wire] for wire in WIRES)
+    lost = [b - a for a, b in zip(plain["losses"], int8["losses"], strict=True)]
     error = stdev(lost) / len(lost) ** 0.5 if len(lost) > 1 else 0.0
-    print(f"{'lost':8}{mean(lost):10.5f} +- {error:.5f} (standard error over batches)")
-    print(f"greedy tokens alike, of {MAX_TOKENS}: {', '.join(map(str, agreeing))}")
-    hidden = 192
+    print(f"\n{ranks} ranks, {args.batches} batches of held-out stories, nats a token")
+    for name, losses in {
+        "one rank": alone["losses"],
+        "plain": plain["losses"],
+        "int8": int8["losses"],
+    }.items():
+        print(f"{name:12}{mean(losses):9.5f}")
+    print(f"{'lost':12}{mean(lost):9.5f} (standard error over batches {error:.5f})")
+    alike = {
+        "plain, int8": agreeing(plain, int8),
+        "one rank, plain": agreeing(alone, plain),
+        "one rank, int8": agreeing(alone, int8),
+    }
+    print(f"greedy tokens before the first that differs, of {MAX_TOKENS}:")
+    for names, counts in alike.items():
+        print(f"{names:16}{''.join(f'{count:5}' for count in counts)}")
+    hidden = CONFIG["hidden_size"]
     saved = Int8Wire().nbytes(hidden) / (2 * hidden)
     print(f"bytes of a part, int8 / bfloat16: {saved:.3f}", flush=True)
     return {
-        "plain": mean(plain),
-        "int8": mean(int8),
+        "one rank": mean(alone["losses"]),
+        "plain": mean(plain["losses"]),
+        "int8": mean(int8["losses"]),
         "lost": mean(lost),
-        "standard_error": error,
-        "alike": agreeing,
-        "bytes_ratio": saved,
+        "standard error": error,
+        "alike": alike,
+        "bytes, int8 / bfloat16": saved,
     }
+
+
+def agreeing(a: Side, b: Side) -> list[int]:
+    """Of each text, the tokens before the first that differs."""
+    counts = []
+    for texts in zip(a["texts"], b["texts"], strict=True):
+        pairs = zip(*texts, strict=True)
+        counts.append(sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], pairs)))
+    return counts
 
 
 if __name__ == "__main__":

@@ -139,7 +139,7 @@ def test_a_rank_is_missing(fault: str, phase: str, transport: str) -> None:
     verdict = "died" if fault == "killed" else "did not answer"
     assert re.search(f"mlxtp: rank 2 on studio3 {verdict}", output), output
     if phase == "decoding":
-        where = {"mpi": r"all(reduce|gather) \d+", "ring": "the graph with an all\\w+"}
+        where = {"mpi": r"all(reduce|gather) \d+", "ring": r"the graph with an all\w+"}
         assert re.search(rf"{where[transport]} of (model|lm_head)", output), output
     deadline = time.monotonic() + 5
     while (left := in_namespaces()) and time.monotonic() < deadline:

@@ -16,9 +16,9 @@ pytestmark = pytest.mark.once
 CHECKS = """
 import sys
 import mlx.core as mx
-from mlxtp.transports import connect
+from mlxtp.transports import add_backend, connect
 
-transport = connect(sys.argv[1])
+transport = add_backend(sys.argv[1], connect(sys.argv[1]))
 rank, size = transport.rank, transport.size
 
 def everyones(part):
@@ -77,9 +77,9 @@ print(f"rank {rank} passed", flush=True)
 
 COMPLAINT = """
 import sys
-from mlxtp.transports import connect
+from mlxtp.transports import add_backend, connect
 try:
-    connect(sys.argv[1])
+    add_backend(sys.argv[1], connect(sys.argv[1]))
 except ValueError as error:
     print(error, flush=True)
 """

@@ -5,7 +5,7 @@ import os
 from mlxtp.transports.network import RING_NETWORK, ring_address
 
 # A message up to here goes out at once; a larger one asks the receiver first, which
-# costs a way there and back. `collectives.PIECE_BYTES` stays below.
+# costs a way there and back. `gathers.PIECE_BYTES` stays below.
 EAGER_BYTES = 1024 * 1024
 
 # Where it is 1, ranks that wait make room for others on the same cores.
