@@ -12,10 +12,14 @@ from mlxtp.transports import Transport
 
 # Bytes of a part that are timed, the most telling first: decoding, prefill, between.
 SIZES = (32 * 1024, 1024 * 1024, 256 * 1024, 4 * 1024)
-REPEATS = 3
 
 # When so much time is spent, no other size is begun.
 BUDGET_SECONDS = 1.2
+
+# Ways that come within this factor of the fastest are timed again, for so long.
+CLOSE = 1.5
+AGAIN_SECONDS = 0.15
+AGAIN_CALLS = (2, 20)
 
 
 @dataclass(frozen=True)
@@ -72,29 +76,49 @@ def choose(
     """Time the ways of `names` against each other, on all ranks together."""
     if len(names) == 1:
         return Choice((), {names[0]: ()})
+    timer = _Timer(collectives, transport)
     by_size: dict[int, list[float]] = {}
-    spent = 0.0
+    begin = time.perf_counter()
     for size in SIZES:
+        spent = max(transport.allgather_objects(time.perf_counter() - begin))
         if len(by_size) >= 2 and spent > BUDGET_SECONDS:
             break
-        part = np.zeros(size, np.uint8).view(np.float32)
-        mine = [_timed(collectives, part, name) for name in names]
-        everyones = np.array(transport.allgather_objects(mine))
-        by_size[size] = everyones.max(axis=0)[:, 0].tolist()
-        spent += float(everyones[:, :, 1].sum(axis=1).max())
+        by_size[size] = timer.seconds(np.zeros(size, np.uint8).view(np.float32), names)
     sizes = sorted(by_size)
     columns = zip(*(by_size[size] for size in sizes), strict=True)
     return Choice(tuple(sizes), dict(zip(names, columns, strict=True)))
 
 
-def _timed(collectives: Collectives, part: np.ndarray, way: str) -> tuple[float, float]:
-    """The quickest of some calls, for whatever else runs only adds; and all seconds."""
-    times = []
-    for _ in range(1 + REPEATS):
-        begin = time.perf_counter()
-        collectives.allreduce(part, way)
-        times.append(time.perf_counter() - begin)
-    return min(times[1:]), sum(times)
+class _Timer:
+    """Times calls on all ranks, which see the same numbers."""
+
+    def __init__(self, collectives: Collectives, transport: Transport) -> None:
+        self._collectives = collectives
+        self._transport = transport
+
+    def seconds(self, part: np.ndarray, names: Sequence[str]) -> list[float]:
+        """What each way takes; those that are close are looked at longer."""
+        for name in names:  # makes buffers and connections
+            self._collectives.allreduce(part, name)
+        [row] = self._timed(part, names, 1)
+        first = dict(zip(names, row, strict=True))
+        close = [name for name in names if first[name] <= CLOSE * min(row)]
+        least, most = AGAIN_CALLS
+        affordable = int(AGAIN_SECONDS / sum(first[name] for name in close))
+        again = self._timed(part, close, min(max(affordable, least), most))
+        # The median, for either side may be interrupted.
+        medians = zip(close, np.median(again, 0).tolist(), strict=True)
+        return list((first | dict(medians)).values())
+
+    def _timed(self, part: np.ndarray, names: Sequence[str], calls: int) -> np.ndarray:
+        """Seconds of every call (calls, names), on the slowest rank, taking turns."""
+        mine = np.empty((calls, len(names)))
+        for call in range(calls):
+            for place, name in enumerate(names):
+                begin = time.perf_counter()
+                self._collectives.allreduce(part, name)
+                mine[call, place] = time.perf_counter() - begin
+        return np.max(self._transport.allgather_objects(mine), axis=0)
 
 
 def _in_words(nbytes: int) -> str:
