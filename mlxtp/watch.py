@@ -29,9 +29,10 @@ BEAT_SECONDS = 1.0
 # How long a rank that misses another leaves it to the lowest rank to say so.
 LEAVE_SECONDS = 1.5
 
-# How long a rank that mpirun ends looks for the one that died. mpirun asks, and
-# kills a second later.
+# How long a rank that mpirun ends looks for the one that died, and then stays for
+# those who look. mpirun asks, and kills a second later, or as soon as one has gone.
 LAST_LOOK_SECONDS = 0.4
+STAY_SECONDS = 0.4
 
 
 @dataclass
@@ -247,8 +248,7 @@ class Watch:
         deadline = time.monotonic() + LEAVE_SECONDS
         while lower and time.monotonic() < deadline:
             self._tell(lower[0], what=what, where=where, missed=missed)
-            select.select([self._listen], [], [], 0.2)
-            self._hear()
+            self._listen_for(0.2)
         self.end_job(f"mlxtp: {what}{where}: all ranks end")
 
     def _judge(self, reporter: Peer, state: dict[str, Any]) -> None:
@@ -294,14 +294,20 @@ class Watch:
         while silent and time.monotonic() - asked < LAST_LOOK_SECONDS:
             for peer in silent:
                 self._tell(peer, asks=True)
-            select.select([self._listen], [], [], 0.05)
-            self._hear()
+            self._listen_for(0.05)
             silent = [p for p in self._peers if p.heard < asked and not p.gone]
         dead = [p for p in self._peers if p.heard < asked and not p.left]
         alive = [p.rank for p in self._peers if p.heard >= asked]
         if dead and self._rank < min(alive, default=self._rank + 1):
             self.end_job(f"mlxtp: {_list(dead)} died{self._where()}: all ranks end")
+        leave_at = time.monotonic() + STAY_SECONDS
+        while (rest := leave_at - time.monotonic()) > 0:
+            self._listen_for(rest)
         os._exit(128 + signal.SIGTERM)
+
+    def _listen_for(self, seconds: float) -> None:
+        select.select([self._listen], [], [], seconds)
+        self._hear()
 
 
 def _list(peers: list[Peer]) -> str:
