@@ -68,6 +68,7 @@ class Watch:
         self._since: float | None = None  # when the wait began
         self._limited = True
         self._ending = False
+        self._speaking = threading.RLock()  # of the thread that ends this process
         self._finish_by: float | None = None  # when the end has to be over
         self._parent = os.getppid()
         self._peers: list[Peer] = []
@@ -145,13 +146,14 @@ class Watch:
 
     def end_job(self, text: str) -> None:
         """Print `text` and end this process; mpirun then ends all others."""
-        self.leave()
-        # Whoever reads the output may have stopped: no flush is waited for.
-        flush = threading.Thread(target=sys.stdout.flush, daemon=True)
-        flush.start()
-        flush.join(0.5)
-        os.write(2, f"{text}\n".encode())
-        os._exit(1)
+        with self._speaking:
+            self.leave()
+            # Whoever reads the output may have stopped: no flush is waited for.
+            flush = threading.Thread(target=sys.stdout.flush, daemon=True)
+            flush.start()
+            flush.join(0.5)
+            os.write(2, f"{text}\n".encode())
+            os._exit(1)
 
     def _run(self) -> None:
         next_beat, last_turn = 0.0, time.monotonic()
@@ -174,7 +176,8 @@ class Watch:
             if self._terminated in readable:
                 signals = self._terminated.recv(16)
                 if signal.SIGTERM in signals:
-                    self._last_look()
+                    with self._speaking:
+                        self._last_look()
 
     def _forget_silence(self, now: float) -> None:
         for peer in self._peers:
