@@ -20,13 +20,7 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 
-from mlxtp.gathers import (
-    DirectGather,
-    Gather,
-    MPIGather,
-    RingGather,
-    in_pieces,
-)
+from mlxtp.gathers import DirectGather, Gather, MPIGather, RingGather, in_pieces
 from mlxtp.partition import spans
 from mlxtp.transports import MessageTransport, Request
 from mlxtp.wire import GROUP_SIZE, Int8Wire, PlainWire, Wire
