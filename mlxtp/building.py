@@ -1,6 +1,8 @@
 """mlx-lm's model, built as mlx-lm builds it, without reading a weight."""
 
+import contextlib
 import dataclasses
+import io
 import json
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -87,7 +89,7 @@ def _answering(
     """
 
     def classes(config: dict[str, Any]) -> tuple[Callable[[Any], nn.Module], type]:
-        model_class, args_class = mlx_lm_utils._get_classes(config)
+        model_class, args_class = _imported(config)
         missing = [
             field.name
             for field in dataclasses.fields(args_class)
@@ -108,6 +110,19 @@ def _answering(
         return instance, args_class
 
     return classes
+
+
+def _imported(config: dict[str, Any]) -> tuple[type, type]:
+    """mlx-lm's classes for a config; some modules exit where a package is missing."""
+    said = io.StringIO()
+    try:
+        with contextlib.redirect_stdout(said):
+            return mlx_lm_utils._get_classes(config)
+    except (SystemExit, ImportError) as error:
+        hint = said.getvalue().strip() or str(error)
+        raise ValueError(
+            f"mlx-lm cannot import the model type {config['model_type']!r}: {hint}"
+        ) from error
 
 
 def _check_parameters(
@@ -144,19 +159,17 @@ def _add_adapter(model: nn.Module, adapter: Path) -> dict[str, Tensor]:
     """Put the LoRA layers of `adapter` into `model`; their tensors, by parameter."""
     config = _read_json(adapter / "adapter_config.json")
     kind = config.get("fine_tune_type", "lora")
-    if kind == "dora":
-        raise ValueError(
-            f"{adapter} is a DoRA adapter: its norms run over rows that are split, "
-            "which mlxtp cannot compute yet; put it into the model with mlx_lm.fuse"
-        )
     if kind != "full":
         try:
             linear_to_lora_layers(
-                model, config["num_layers"], config["lora_parameters"]
+                model,
+                config["num_layers"],
+                config["lora_parameters"],
+                use_dora=kind == "dora",
             )
         except (KeyError, TypeError, ValueError) as error:
             raise ValueError(
-                f"{adapter / 'adapter_config.json'} describes no LoRA layers of this "
+                f"{adapter / 'adapter_config.json'} describes no adapter of this "
                 f"model: {error!r}"
             ) from error
         model.eval()

@@ -48,8 +48,10 @@ def stream_generate(
 def _behind_the_caches(model: nn.Module) -> list[Communicating]:
     """The layers that communicate what no cache depends on.
 
-    They are those of the last block, behind its keys and values, and the head.
+    They are those at the end of the last layer's blocks, and the head.
     """
-    block = [m for m in model.layers[-1].modules() if isinstance(m, Communicating)]
-    head = [m for m in model.modules() if isinstance(m, VocabParallel)]
-    return block + head
+    silent = [m for m in model.modules() if isinstance(m, VocabParallel)]
+    if not model.slice_table.family.loops:
+        last = (m for m in model.layers[-1].modules() if isinstance(m, Communicating))
+        silent += [m for m in last if not m.inner]
+    return silent

@@ -16,6 +16,7 @@ from typing import Any, TextIO
 
 import mlx.core as mx
 import mlx.nn as nn
+from mlx.utils import tree_flatten
 from mlx_lm.models.cache import RotatingKVCache, make_prompt_cache
 from mlx_lm.sample_utils import make_logits_processors, make_sampler
 from mlx_lm.tokenizer_utils import TokenizerWrapper
@@ -119,6 +120,7 @@ def prepare(args: argparse.Namespace, comm: Communicator) -> Job:
         draft_model, draft_tokenizer = mlxtp.load(
             args.draft_model, comm, weights=args.weights, progress=show
         )
+    kv_dims = cached_dims(model) if args.kv_bits else set()
     with comm.agreement():
         if draft_model and draft_tokenizer.vocab_size != tokenizer.vocab_size:
             raise ValueError(
@@ -127,9 +129,9 @@ def prepare(args: argparse.Namespace, comm: Communicator) -> Job:
             )
         for token in args.extra_eos_token:
             tokenizer.add_eos_token(token)
-        check_caches(args, model)
+        check_caches(args, model, kv_dims)
         tokens = prompt.encode(args, tokenizer, continues=saved is not None)
-        caches = saved.shard(model, comm) if saved else None
+    caches = saved.shard(model, comm) if saved else None
     return Job(
         model,
         tokenizer,
@@ -161,7 +163,7 @@ def prepare(args: argparse.Namespace, comm: Communicator) -> Job:
     )
 
 
-def check_caches(args: argparse.Namespace, model: nn.Module) -> None:
+def check_caches(args: argparse.Namespace, model: nn.Module, kv_dims: set[int]) -> None:
     """Raise ValueError if the model's caches cannot be what the options ask for."""
     caches = make_prompt_cache(model)
     slides = any(isinstance(cache, RotatingKVCache) for cache in caches)
@@ -169,12 +171,21 @@ def check_caches(args: argparse.Namespace, model: nn.Module) -> None:
         raise ValueError("--kv-bits: mlx-lm does not quantize sliding windows")
     if args.draft_model and slides:
         raise ValueError("--draft-model: a sliding window cannot take drafts back")
-    for dims in model.slice_table.head_dims if args.kv_bits else ():
+    for dims in sorted(kv_dims):
         if dims % args.kv_group_size:
             raise ValueError(
                 f"--kv-group-size is {args.kv_group_size}: it does not divide the "
                 f"model's heads of {dims}; without --kv-bits nothing is quantized"
             )
+
+
+def cached_dims(model: nn.Module) -> set[int]:
+    """The widths of the keys and values that the model caches, by trying it."""
+    caches = make_prompt_cache(model)
+    mx.eval(model(mx.zeros((1, 1), mx.int32), cache=caches))
+    kept = [cache for cache in caches if hasattr(cache, "to_quantized")]
+    arrays = [x for _, x in tree_flatten([cache.state for cache in kept])]
+    return {x.shape[-1] for x in arrays if isinstance(x, mx.array) and x.ndim == 4}
 
 
 def run(job: Job, args: argparse.Namespace, comm: Communicator, screen: TextIO) -> None:

@@ -36,7 +36,10 @@ class HeadShard:
 
 @lru_cache
 def head_shards(
-    num_heads: int, num_kv_heads: int, weights: tuple[int, ...]
+    num_heads: int,
+    num_kv_heads: int,
+    weights: tuple[int, ...],
+    shared_groups: bool = False,
 ) -> tuple[HeadShard, ...]:
     """Give every rank its attention heads.
 
@@ -44,6 +47,9 @@ def head_shards(
     ranks share KV heads and split the query heads under them: a rank takes a
     rectangle, some KV heads and an equal number of query heads under each, so
     that grouped-query attention runs on it as it is.
+
+    With `shared_groups` they do so wherever whole groups would be too uneven: what
+    belongs to a group of a state space is little beside its heads.
 
     Raises: ValueError if there are more ranks than query heads.
     """
@@ -57,7 +63,9 @@ def head_shards(
             f"ranks: a rank would be left without one; start at most {num_heads} ranks"
         )
     group = num_heads // num_kv_heads
-    if len(weights) <= num_kv_heads:
+    if len(weights) <= num_kv_heads and not (
+        shared_groups and _is_uneven(num_kv_heads, weights)
+    ):
         return tuple(
             HeadShard(
                 tuple(range(start, stop)),
@@ -73,6 +81,34 @@ def head_shards(
         for kv in kv_heads:
             used[kv] += width
     return tuple(shards)
+
+
+def _is_uneven(num_kv_heads: int, weights: tuple[int, ...]) -> bool:
+    """Whether a rank gets too many of the heads where groups stay whole."""
+    counts = partition.shares(num_kv_heads, weights, minimum=1)
+    return any(
+        count * sum(weights) > MOST_QUERIES * num_kv_heads * weight
+        for count, weight in zip(counts, weights, strict=True)
+    )
+
+
+def tiled(shard: HeadShard, num_heads: int, num_kv_heads: int) -> Spans:
+    """The query heads of a shard where head h is under KV head h mod KV.
+
+    They come in turns: the first under each of the rank's KV heads, then the second.
+    """
+    group = num_heads // num_kv_heads
+    firsts = [
+        start - kv * group
+        for kv, (start, _) in zip(shard.kv_heads, shard.query_spans, strict=True)
+    ]
+    width = shard.local_heads // shard.local_kv_heads
+    return tuple(
+        (head, head + 1)
+        for turn in range(width)
+        for kv, first in zip(shard.kv_heads, firsts, strict=True)
+        for head in [kv + (first + turn) * num_kv_heads]
+    )
 
 
 Rectangle = tuple[tuple[int, ...], int]  # KV heads, query heads under each

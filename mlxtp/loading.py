@@ -1,6 +1,8 @@
 """`load`: from a checkpoint to a model of which each rank holds its slices."""
 
+import logging
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -17,8 +19,12 @@ from tqdm import tqdm
 from mlxtp import checkpoint, memory
 from mlxtp.building import EmptyModel, build
 from mlxtp.communicator import AgreedError, Communicator
+from mlxtp.parallel import parallelize
 from mlxtp.partition import Slice
-from mlxtp.sharding import parallelize, slice_table
+from mlxtp.sharding import slice_table
+from mlxtp.shards import SliceTable
+
+logger = logging.getLogger(__name__)
 
 # What of a repository on the hub makes a model; code in it runs only when trusted.
 HUB_PATTERNS = ["*.json", "model*.safetensors", "*.model", "*.tiktoken"]
@@ -58,23 +64,61 @@ def load(
         weight is read.
     """
     with comm.unlimited():
-        with comm.agreement():
-            rank_weights = _checked_weights(weights, comm)
-        folder = find(path_or_hf_repo, comm)
-        with comm.agreement():
-            adapter = Path(adapter_path) if adapter_path is not None else None
-            empty = build(folder, adapter, trust_remote_code=trust_remote_code)
-            table = slice_table(empty.model, rank_weights)
-            slices = table.slices(comm.rank)
-        check_memory(comm, _bytes_of(empty, slices), folder)
+        opened = _open(path_or_hf_repo, comm, weights, adapter_path, trust_remote_code)
         with comm.agreement():
             tokenizer = _load_tokenizer(
-                folder, tokenizer_config, empty.config, trust_remote_code
+                opened.folder, tokenizer_config, opened.empty.config, trust_remote_code
             )
-        with comm.agreement():
-            _read(empty, slices, show=progress and comm.rank == 0)
-        parallelize(empty.model, table, comm)
-        return empty.model, tokenizer
+        return _read(opened, comm, show=progress and comm.rank == 0), tokenizer
+
+
+def load_model(
+    path_or_hf_repo: str | Path,
+    comm: Communicator,
+    *,
+    weights: Sequence[int] | None = None,
+    adapter_path: str | Path | None = None,
+    trust_remote_code: bool = False,
+    progress: bool = False,
+) -> tuple[nn.Module, dict[str, Any]]:
+    """Load a model without its tokenizer: the model, split, and its config.
+
+    Arguments and errors are those of `load`.
+    """
+    with comm.unlimited():
+        opened = _open(path_or_hf_repo, comm, weights, adapter_path, trust_remote_code)
+        model = _read(opened, comm, show=progress and comm.rank == 0)
+        return model, opened.empty.config
+
+
+@dataclass(frozen=True)
+class _Opened:
+    """A model that can be read: nothing that was given stands against it."""
+
+    folder: Path
+    empty: EmptyModel
+    table: SliceTable
+
+
+def _open(
+    path_or_hf_repo: str | Path,
+    comm: Communicator,
+    weights: Sequence[int] | None,
+    adapter_path: str | Path | None,
+    trust_remote_code: bool,
+) -> _Opened:
+    """Find and build a model, decide what is whose, and see if it fits."""
+    with comm.agreement():
+        rank_weights = _checked_weights(weights, comm)
+    folder = find(path_or_hf_repo, comm)
+    with comm.agreement():
+        adapter = Path(adapter_path) if adapter_path is not None else None
+        empty = build(folder, adapter, trust_remote_code=trust_remote_code)
+        table = slice_table(empty.model, rank_weights)
+    if table.remark and comm.rank == 0:
+        logger.warning(table.remark)
+    check_memory(comm, _bytes_of(empty, table.slices(comm.rank)), folder)
+    return _Opened(folder, empty, table)
 
 
 def find(path_or_hf_repo: str | Path, comm: Communicator) -> Path:
@@ -169,7 +213,15 @@ def _load_tokenizer(
         ) from error
 
 
-def _read(empty: EmptyModel, slices: dict[str, Slice], *, show: bool) -> None:
+def _read(opened: _Opened, comm: Communicator, *, show: bool) -> nn.Module:
+    """Read this rank's slices and make the model compute with them."""
+    with comm.agreement():
+        _read_slices(opened.empty, opened.table.slices(comm.rank), show=show)
+    parallelize(opened.empty.model, opened.table, comm)
+    return opened.empty.model
+
+
+def _read_slices(empty: EmptyModel, slices: dict[str, Slice], *, show: bool) -> None:
     """Put this rank's slices into the model, in the order of the files."""
     order = sorted(
         slices, key=lambda name: (empty.sources[name].file, empty.sources[name].offset)

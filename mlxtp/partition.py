@@ -54,13 +54,18 @@ def spans(
 def cover(needed: Sequence[Span], granule: int) -> Spans:
     """The fewest whole granules that contain the `needed` spans, merged."""
     result: list[Span] = []
-    for start, stop in needed:
+    for start, stop in sorted(needed):
         start, stop = start // granule * granule, -(-stop // granule) * granule
         if result and start <= result[-1][1]:
             result[-1] = (result[-1][0], max(stop, result[-1][1]))
         else:
             result.append((start, stop))
     return tuple(result)
+
+
+def keeps_whole(parts: Sequence[Spans], size: int) -> bool:
+    """Whether every rank has whole groups of `size` alone, however many."""
+    return all(cover(spans, size) == cover(spans, 1) for spans in parts)
 
 
 def length(spans: Sequence[Span]) -> int:

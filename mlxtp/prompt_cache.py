@@ -1,16 +1,24 @@
-"""Prompt caches that mlx-lm has saved, of which a rank takes its KV heads."""
+"""Prompt caches that mlx-lm has saved, of which a rank takes its heads."""
 
 import json
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
-from mlx.utils import tree_map
-from mlx_lm.models.cache import QuantizedKVCache, load_prompt_cache
+from mlx.utils import tree_flatten, tree_map
+from mlx_lm.models.cache import (
+    ArraysCache,
+    CacheList,
+    QuantizedKVCache,
+    load_prompt_cache,
+    make_prompt_cache,
+)
 
 from mlxtp.communicator import Communicator
+from mlxtp.partition import Spans, length
 
 
 @dataclass(frozen=True)
@@ -48,34 +56,110 @@ class SavedPrompt:
             )
 
     def shard(self, model: nn.Module, comm: Communicator) -> list[Any]:
-        """The caches of this rank's KV heads, for a `model` that `load` has split.
+        """The caches of this rank's heads and channels, for a split `model`.
 
-        Shapes: keys and values (B, KV heads, L, D) -> (B, local KV heads, L, D).
+        Shapes: keys and values (B, KV heads, L, D) -> (B, local KV heads, L, D);
+            states are cut on the axis on which the rank's own are shorter.
 
-        Raises: ValueError if the caches are not of such a model.
+        Raises: AgreedError if the caches are not of such a model.
         """
-        heads = list(model.slice_table.heads.values())
-        if len(heads) != len(self.caches):
-            raise ValueError(
-                f"the prompt cache has {len(self.caches)} layers, "
-                f"the model {len(heads)}"
-            )
-        for cache, shards in zip(self.caches, heads, strict=True):
-            num_kv_heads = 1 + max(kv for shard in shards for kv in shard.kv_heads)
-            local = mx.array(shards[comm.rank].kv_heads)
-
-            def mine(
-                x: Any, num_kv_heads: int = num_kv_heads, local: mx.array = local
-            ) -> Any:
-                if not isinstance(x, mx.array) or x.ndim != 4:
-                    return x
-                if x.shape[1] != num_kv_heads:
-                    raise ValueError(
-                        f"the prompt cache has {x.shape[1]} KV heads, the model "
-                        f"{num_kv_heads}"
-                    )
-                return mx.contiguous(x[:, local])
-
-            cache.state = tree_map(mine, cache.state)
-            mx.eval(cache.state)
+        own = make_prompt_cache(model)
+        with comm.agreement():
+            if len(own) != len(self.caches):
+                raise ValueError(
+                    f"the prompt cache has {len(self.caches)} layers, the model "
+                    f"{len(own)}"
+                )
+        # One token shows the shapes that the rank's caches have.
+        mx.eval(model(mx.zeros((1, 1), mx.int32), cache=own))
+        axes = _CutAxes.of_model(model, comm.rank)
+        with comm.agreement():
+            for cache, mine in zip(_leaves(self.caches), _leaves(own), strict=True):
+                is_state = isinstance(cache, ArraysCache)
+                (axes.cut_states if is_state else axes.cut_keys)(cache, mine)
+                mx.eval(list(_arrays(cache.state)))
         return self.caches
+
+
+def _leaves(caches: Iterable[Any]) -> Iterator[Any]:
+    """The caches that hold arrays, those within lists too."""
+    for cache in caches:
+        if isinstance(cache, CacheList):
+            yield from _leaves(cache.caches)
+        else:
+            yield cache
+
+
+@dataclass(frozen=True)
+class _CutAxes:
+    """The axes that caches are cut on, as (whole length, the rank's spans).
+
+    `heads` are those of keys and values, `states` those of what recurrent blocks keep
+    or convolve.
+    """
+
+    heads: tuple[tuple[int, Spans], ...]
+    states: tuple[tuple[int, Spans], ...]
+
+    @classmethod
+    def of_model(cls, model: nn.Module, rank: int) -> "_CutAxes":
+        table = model.slice_table
+        return cls(
+            tuple(
+                (shards.counts["kv"], shards.parts[rank].spans["kv"])
+                for shards in table.blocks
+                if "kv" in shards.counts
+            ),
+            tuple(
+                (matrix.features, matrix.spans[rank])
+                for matrix in table.matrices.values()
+                if matrix.cut.style == "along"
+            ),
+        )
+
+    def cut_keys(self, cache: Any, mine: Any) -> None:
+        """Keep the rank's KV heads of a cache of keys and values."""
+        local = next(x.shape[1] for x in _arrays(mine.state) if x.ndim == 4)
+
+        def cut(x: Any) -> Any:
+            if not isinstance(x, mx.array) or x.ndim != 4 or x.shape[1] == local:
+                return x
+            spans = _find(self.heads, x.shape[1], local)
+            if spans is None:
+                raise ValueError(
+                    f"the prompt cache has {x.shape[1]} KV heads, the model "
+                    f"{self.heads[0][0] if self.heads else 'none'}"
+                )
+            return _take(x, spans, axis=1)
+
+        cache.state = tree_map(cut, cache.state)
+
+    def cut_states(self, cache: ArraysCache, mine: ArraysCache) -> None:
+        """Keep the rank's heads or channels of the states of a recurrent block."""
+        for index, (x, like) in enumerate(zip(cache.cache, mine.cache, strict=True)):
+            if x is None or x.shape[1:] == like.shape[1:]:
+                continue
+            axis = next(i for i in range(1, x.ndim) if x.shape[i] != like.shape[i])
+            spans = _find(self.states, x.shape[axis], like.shape[axis])
+            if spans is None:
+                raise ValueError(
+                    f"the prompt cache has a state of the shape {x.shape}, the model "
+                    f"none such"
+                )
+            cache[index] = _take(x, spans, axis)
+
+
+def _find(axes: Iterable[tuple[int, Spans]], whole: int, local: int) -> Spans | None:
+    return next(
+        (spans for size, spans in axes if size == whole and length(spans) == local),
+        None,
+    )
+
+
+def _take(x: mx.array, spans: Spans, axis: int) -> mx.array:
+    own = [i for start, stop in spans for i in range(start, stop)]
+    return mx.contiguous(mx.take(x, mx.array(own), axis))
+
+
+def _arrays(state: Any) -> Iterator[mx.array]:
+    return (x for _, x in tree_flatten(state) if isinstance(x, mx.array))

@@ -1,98 +1,28 @@
-"""Which slice of which parameter is whose, and the model changed to match.
+"""The slice table: which slice of which parameter is whose.
 
-`slice_table` is the one place that decides it: table of architectures x empty
-model x weights of the ranks -> the slices of every rank, without any other rank
-or any weight at hand.
+`slice_table` is the one place that decides it: table of architectures x empty model x
+weights of the ranks -> the slices of every rank, without any other rank or any weight
+at hand.
 """
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Any
 
+import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_flatten
 
 from mlxtp import architectures, partition
-from mlxtp.architectures import Architecture, Cut
-from mlxtp.communicator import Communicator
-from mlxtp.heads import HeadShard, head_shards
-from mlxtp.layers import (
-    Communicating,
-    EmptyLinear,
-    RowParallelLinear,
-    VocabParallelEmbedding,
-    VocabParallelLinear,
-)
-from mlxtp.partition import Slice, Span, Spans
+from mlxtp.architectures import Block, Cut, Family
+from mlxtp.architectures.cuts import BlockShards, Heads, Width, child
+from mlxtp.architectures.layouts import Part, place
+from mlxtp.heads import head_shards, tiled
+from mlxtp.partition import Spans
+from mlxtp.shards import MatrixShards, SliceTable
 
-# The axis of each parameter that a cut divides, by the parameter's last name. The
-# weights are (..., out, in), lora_a (in, r), lora_b (r, out). What is missing here
-# is replicated: a row-parallel bias is added once, after the sum.
-CUT_AXIS = {
-    "column": {"weight": -2, "scales": -2, "biases": -2, "bias": -1, "lora_b": -1},
-    "row": {"weight": -1, "scales": -1, "biases": -1, "lora_a": -2},
-    "lookup": {"weight": -2, "scales": -2, "biases": -2, "lora_a": -2},
-}
-
-
-@dataclass(frozen=True)
-class MatrixShards:
-    """A matrix that is cut, and every rank's part, in features of the cut axis.
-
-    `spans[rank]` are the features that a rank computes with, `covered[rank]` those
-    that it holds: for a row cut through a quantized matrix, whole groups.
-    """
-
-    path: str
-    cut: Cut
-    features: int
-    spans: tuple[Spans, ...]
-    covered: tuple[Spans, ...]
-
-
-@dataclass(frozen=True)
-class SliceTable:
-    """What every rank owns of one model.
-
-    `matrices` and `heads` (of attention modules, one entry a rank) by path;
-    `parameters` are the shapes of the whole model.
-    """
-
-    architecture: Architecture
-    matrices: dict[str, MatrixShards]
-    heads: dict[str, tuple[HeadShard, ...]]
-    parameters: dict[str, tuple[int, ...]]
-
-    @property
-    def head_dims(self) -> set[int]:
-        """The widths of the KV heads."""
-        return {
-            stop - start
-            for matrix in self.matrices.values()
-            if matrix.cut.axis == "kv heads"
-            for start, stop in matrix.spans[0]
-        }
-
-    def slices(self, rank: int) -> dict[str, Slice]:
-        """The slice of every parameter that `rank` owns, by the parameter's path."""
-        return {
-            name: self._slice(name, shape, rank)
-            for name, shape in self.parameters.items()
-        }
-
-    def _slice(self, name: str, shape: tuple[int, ...], rank: int) -> Slice:
-        path, _, leaf = name.rpartition(".")
-        # The parameters of a LoRA layer lie one level deeper than the matrix.
-        matrix = self.matrices.get(path) or self.matrices.get(path.rpartition(".")[0])
-        axis = CUT_AXIS[matrix.cut.style].get(leaf) if matrix else None
-        if matrix is None or axis is None:
-            return Slice(shape)
-        # Packed weights and scales have fewer elements than features.
-        elements, features = shape[axis], matrix.features
-        spans = tuple(
-            (start * elements // features, stop * elements // features)
-            for start, stop in matrix.covered[rank]
-        )
-        return Slice(shape, len(shape) + axis, spans)
+# The most that a rank's share of an MLP may be above an even one before quantization
+# groups are cut in two, and are then held on both sides of the cut.
+UNEVEN = 1.2
 
 
 def slice_table(model: nn.Module, weights: Sequence[int]) -> SliceTable:
@@ -104,101 +34,250 @@ def slice_table(model: nn.Module, weights: Sequence[int]) -> SliceTable:
 
     Raises: ValueError if the model cannot be split so.
     """
-    architecture = architectures.of(model)
-    modules = dict(model.named_modules())
-    matrices, heads = {}, {}
-    for path, module in modules.items():
-        if (cut := architecture.cut_of(path)) is None:
+    family, remark = architectures.of(model)
+    found = list(_blocks(model, family))
+    containers = {
+        path: block
+        for path, _, block in found
+        if block.sums != "rows"
+        and not _inside(
+            path, (p for p, _, b in found if b.sums != "rows" and p != path)
+        )
+    }
+    blocks, matrices = [], {}
+    for path, module, block in found:
+        if block.rule is None:
+            blocks.append(BlockShards(path, block, {}, ()))
             continue
-        parent = path.rpartition(".")[0]
-        out_features, in_features = _features(module)
-        features = in_features if cut.style == "row" else out_features
-        if cut.axis == "vocabulary":
-            spans = _one_each(partition.spans(features, weights, minimum=1))
-        elif cut.axis == "mlp width":
-            granule = _row_group_size(parent, modules[parent], architecture)
-            spans = _one_each(partition.spans(features, weights, granule))
-        else:
-            num_heads = getattr(modules[parent], architecture.num_heads)
-            num_kv_heads = getattr(modules[parent], architecture.num_kv_heads)
-            shards = head_shards(num_heads, num_kv_heads, tuple(weights))
-            heads[parent] = shards
-            if cut.axis == "query heads":
-                dims = features // num_heads
-                spans = tuple(_scaled(shard.query_spans, dims) for shard in shards)
-            else:
-                dims = features // num_kv_heads
-                spans = tuple(_scaled(shard.kv_spans, dims) for shard in shards)
-        granule = _group_size(module) if cut.style == "row" else 1
-        covered = tuple(partition.cover(needed, granule) for needed in spans)
-        matrices[path] = MatrixShards(path, cut, features, spans, covered)
-    parameters = {name: a.shape for name, a in tree_flatten(model.parameters())}
-    return SliceTable(architecture, matrices, heads, parameters)
-
-
-def parallelize(model: nn.Module, table: SliceTable, comm: Communicator) -> None:
-    """Make `model`, whose parameters are this rank's slices, compute its part.
-
-    `model.slice_table` tells afterwards what is whose.
-    """
-    model.slice_table = table
-    modules = dict(model.named_modules())
-    for path, shards in table.heads.items():
-        local = shards[comm.rank]
-        setattr(modules[path], table.architecture.num_heads, local.local_heads)
-        setattr(modules[path], table.architecture.num_kv_heads, local.local_kv_heads)
-    for path, matrix in table.matrices.items():
-        parent, _, name = path.rpartition(".")
-        layer = _parallel(modules[path], matrix, comm)
-        if isinstance(layer, Communicating):
-            layer.path = path
-        setattr(modules[parent], name, layer)
-
-
-def _parallel(module: nn.Module, matrix: MatrixShards, comm: Communicator) -> nn.Module:
-    """The layer that does a rank's part of `module`."""
-    if matrix.cut.style == "lookup":
-        return VocabParallelEmbedding(module, comm, [s for (s,) in matrix.spans])
-    if matrix.cut.axis == "vocabulary":
-        return VocabParallelLinear(module, comm, [s for (s,) in matrix.spans])
-    if matrix.cut.style == "column":
-        return module
-    spans, covered = matrix.spans[comm.rank], matrix.covered[comm.rank]
-    if partition.length(spans) == 0:
-        module = EmptyLinear(_features(module)[0])
-    return RowParallelLinear(module, comm, spans, covered)
-
-
-def _row_group_size(path: str, block: nn.Module, architecture: Architecture) -> int:
-    """Features that the row-parallel matrices of the block at `path` keep together."""
-    return max(
-        _group_size(module)
-        for name, module in block.items()
-        if (cut := architecture.cut_of(f"{path}.{name}")) and cut.style == "row"
+        shards = _share(path, module, block, model, weights)
+        blocks.append(shards)
+        for name, target, cut in _targets(module, block):
+            where = f"{path}.{name}" if path else name
+            partial = _inside(f"{where}.", containers) and not cut.inner
+            matrices[where] = _matrix(
+                where, module, target, cut, shards, not partial, weights
+            )
+    outputs = {
+        shards.path: shards
+        for shards in blocks
+        if shards.path in containers and shards.block.sums == "output"
+    }
+    return SliceTable(
+        family,
+        remark,
+        tuple(blocks),
+        matrices,
+        outputs,
+        tuple(_joints(blocks, matrices, outputs)),
+        {name: a.shape for name, a in tree_flatten(model.parameters())},
     )
 
 
-def _one_each(cuts: Sequence[Span]) -> tuple[Spans, ...]:
-    return tuple((span,) for span in cuts)
+def _blocks(model: nn.Module, family: Family) -> Iterator[tuple[str, nn.Module, Block]]:
+    """The blocks of a model; a child belongs to the first block that cuts it."""
+    for path, module in sorted(model.named_modules(), key=lambda item: item[0]):
+        if "lora_a" in module:
+            continue
+        claimed: set[str] = set()
+        for block in family.blocks:
+            if not block.fits(module) or claimed & set(block.needs):
+                continue
+            if block.rule is not None:
+                claimed |= {name for name, _, _ in _targets(module, block)}
+            yield path, module, block
 
 
-def _scaled(spans: Spans, factor: int) -> Spans:
-    return tuple((start * factor, stop * factor) for start, stop in spans)
+def _targets(module: nn.Module, block: Block) -> Iterator[tuple[str, Any, Cut]]:
+    """What `block` cuts of a module, as far as the module has it."""
+    for name, cut in block.cuts.items():
+        if name.endswith(".*"):
+            members = child(module, name[:-2]) or []
+            for number, member in enumerate(members):
+                yield f"{name[:-2]}.{number}", member, cut
+        elif (target := child(module, name)) is not None:
+            yield name, target, cut
 
 
-def _base(module: nn.Module) -> nn.Module:
+def _share(
+    path: str,
+    module: nn.Module,
+    block: Block,
+    model: nn.Module,
+    weights: Sequence[int],
+) -> BlockShards:
+    """Share the units of one block out among the ranks."""
+    if isinstance(block.rule, Heads):
+        rule = block.rule
+        num_heads = _first(module, rule.queries)
+        if num_heads is None:
+            raise ValueError(f"{path} has none of {', '.join(rule.queries)}")
+        num_kv_heads = rule.kv if isinstance(rule.kv, int) else _first(module, rule.kv)
+        if num_kv_heads is None and rule.kv_from:
+            num_kv_heads = child(model, rule.kv_from)
+        counts = {"q": num_heads, "kv": num_kv_heads or num_heads}
+        shards = head_shards(
+            counts["q"], counts["kv"], tuple(weights), rule.shared_groups
+        )
+        parts = tuple(
+            Part(
+                {
+                    "q": tiled(shard, counts["q"], counts["kv"])
+                    if rule.tiled
+                    else shard.query_spans,
+                    "kv": shard.kv_spans,
+                },
+                tuple(zip(shard.kv_heads, shard.query_spans, strict=True)),
+            )
+            for shard in shards
+        )
+        return BlockShards(path, block, counts, parts)
+    if isinstance(block.rule, Width):
+        width = _features(child(module, block.rule.of))[1] // block.rule.parts
+        rows = [t for _, t, cut in _targets(module, block) if cut.style == "row"]
+        granule = max(max(granule_of(m), getattr(m, "block", 1)) for m in rows)
+        cuts = _width_spans(path, width, granule, weights)
+        parts = tuple(Part({"w": (cut,)}) for cut in cuts)
+        around = child(model, path.rpartition(".")[0])
+        times = child(around, block.times) if block.times else 1
+        return BlockShards(path, block, {"w": width}, parts, times)
+    return BlockShards(path, block, {}, ())
+
+
+def _width_spans(
+    path: str, width: int, granule: int, weights: Sequence[int]
+) -> list[tuple[int, int]]:
+    """Cut the columns of an MLP between quantization groups, if that is even enough."""
+    if width < len(weights):
+        raise ValueError(f"{path} has {width} columns for {len(weights)} ranks")
+    if width % granule == 0 and width // granule >= len(weights):
+        spans = partition.spans(width, weights, granule)
+        shares = [
+            (stop - start) * sum(weights) / (width * weight)
+            for (start, stop), weight in zip(spans, weights, strict=True)
+        ]
+        if max(shares) <= UNEVEN and min(shares) > 0:
+            return spans
+    return partition.spans(width, weights, minimum=1)
+
+
+def _matrix(
+    path: str,
+    module: nn.Module,
+    target: Any,
+    cut: Cut,
+    shards: BlockShards,
+    summed: bool,
+    weights: Sequence[int],
+) -> MatrixShards:
+    """Every rank's part of one matrix."""
+    features = _length(target, cut)
+    if cut.layout == "v":
+        spans: tuple[Spans, ...] = tuple(
+            (span,) for span in partition.spans(features, weights, minimum=1)
+        )
+    else:
+        try:
+            spans = tuple(
+                place(
+                    cut.layout,
+                    features,
+                    shards.counts,
+                    part,
+                    lambda name: int(child(module, name)),
+                )
+                for part in shards.parts
+            )
+        except ValueError as error:
+            raise ValueError(f"{path}: {error}") from error
+    granule = granule_of(target) if cut.style == "row" else 1
+    covered = tuple(partition.cover(needed, granule) for needed in spans)
+    if cut.style != "row":
+        covered = spans
+    if cut.style == "repack":
+        covered = tuple(_bytes_of_four(needed, features // 4) for needed in spans)
+    groups = int(child(module, cut.groups)) if cut.groups else 1
+    width = _width(target, cut)
+    return MatrixShards(
+        path, cut, shards, features, spans, covered, summed, width, groups
+    )
+
+
+def _bytes_of_four(spans: Spans, rows: int) -> Spans:
+    """The rows of bytes in which outputs lie; output i is in row i mod `rows`."""
+    needed = {i % rows for start, stop in spans for i in range(start, stop)}
+    return partition.cover([(row, row + 1) for row in sorted(needed)], 1)
+
+
+def _joints(
+    blocks: Iterable[BlockShards],
+    matrices: Mapping[str, MatrixShards],
+    outputs: Mapping[str, Any],
+) -> Iterator[tuple[str, ...]]:
+    """The places whose sums are made in one: the end of each of two blocks."""
+    for shards in blocks:
+        places = []
+        for name in shards.block.joint:
+            path = f"{shards.path}.{name}" if shards.path else name
+            ends = [p for p in outputs if _inside(f"{p}.", [path])] or [
+                p
+                for p, matrix in matrices.items()
+                if _inside(f"{p}.", [path])
+                and (
+                    matrix.cut.style == "norm" or matrix.cut.style in ("row", "lookup")
+                )
+                and matrix.summed
+                and not matrix.cut.inner
+            ]
+            places += ends
+        if places and len(places) == len(shards.block.joint):
+            yield tuple(places)
+
+
+def _inside(path: str, roots: Iterable[str]) -> bool:
+    return any(path.startswith(f"{root}.") or root == "" for root in roots)
+
+
+def _first(module: nn.Module, names: Iterable[str]) -> int | None:
+    return next((n for name in names if (n := getattr(module, name, None))), None)
+
+
+def base(module: nn.Module) -> nn.Module:
     """The layer under a LoRA layer, or the layer itself."""
     return next((module[k] for k in ("linear", "embedding") if k in module), module)
 
 
-def _group_size(module: nn.Module) -> int:
-    """Input features that share a scale; 1 where nothing is quantized."""
-    return getattr(_base(module), "group_size", 1)
+def granule_of(module: nn.Module) -> int:
+    """Input features that must stay together; 1 where nothing is quantized."""
+    layer = base(module)
+    return getattr(layer, "group_size", 1)
 
 
 def _features(module: nn.Module) -> tuple[int, int]:
     """The output and input features of a linear layer or an embedding."""
-    layer = _base(module)
+    layer = base(module)
     out_features, in_elements = layer.weight.shape[-2:]
-    packing = 32 / layer.bits if "scales" in layer else 1
+    packing = 32 / layer.bits if hasattr(layer, "bits") else 1
     return out_features, round(in_elements * packing)
+
+
+def _width(target: Any, cut: Cut) -> int:
+    """The length of a token's output, where a row or an embedding makes one."""
+    if cut.style == "row":
+        layer = base(target)
+        return int(getattr(layer, "out_features", layer.weight.shape[-2]))
+    return _features(target)[1] if cut.style == "lookup" else 0
+
+
+def _length(target: Any, cut: Cut) -> int:
+    """The number of features on the axis that is cut."""
+    if isinstance(target, list):
+        return len(target)
+    if isinstance(target, mx.array):
+        return int(target.shape[cut.axis])
+    if cut.style == "row":
+        return _features(target)[1]
+    if cut.style == "repack":
+        return int(target.out_features)
+    if cut.style in ("column", "lookup", "head"):
+        return _features(target)[0]
+    return int(base(target).weight.shape[cut.axis if cut.style == "along" else -1])

@@ -62,7 +62,7 @@ def test_every_cut_follows_the_weights() -> None:
     weights = [4, 2, 1, 1]
     model = _unsaved(Tiny({"num_attention_heads": 64, "intermediate_size": 800}))
     for path, matrix in slice_table(model, weights).matrices.items():
-        if matrix.cut.axis == "kv heads":  # two, which four ranks share
+        if matrix.cut.layout == "kv":  # two, which four ranks share
             continue
         held = [partition.length(spans) / matrix.features for spans in matrix.spans]
         assert held == pytest.approx([w / 8 for w in weights], abs=0.06), path

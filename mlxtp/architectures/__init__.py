@@ -1,30 +1,32 @@
 """For each family of models, how each matrix is cut.
 
-`TABLE` is the whole of it: mlx-lm's name of a model's module -> its family. A
-new model of a known family needs a line there.
+`families.TABLE` is the whole of it: mlx-lm's name of a model type -> its family, which
+is made of the blocks of `attention`, `mlp`, `recurrent` and `vocabulary`. A new model
+of a known family needs a line there.
 """
 
-from mlxtp.architectures.cuts import Architecture, Cut
-from mlxtp.architectures.dense import DENSE
+import mlx.nn as nn
 
-__all__ = ["TABLE", "Architecture", "Cut", "of"]
+from mlxtp.architectures.cuts import Block, Cut, Family
+from mlxtp.architectures.families import TABLE
+from mlxtp.architectures.recognition import recognise
 
-TABLE = {
-    "llama": DENSE,
-    "qwen2": DENSE,
-    "qwen3": DENSE,
-}
+__all__ = ["TABLE", "Block", "Cut", "Family", "name_of", "of"]
 
 
-def of(model: object) -> Architecture:
-    """The row of the table for an instance of a model of mlx-lm.
+def name_of(model: nn.Module) -> str:
+    """mlx-lm's name of the type of a model."""
+    return type(model).__module__.rpartition(".")[2]
 
-    Raises: ValueError, with the known names, if the table has no such row.
+
+def of(model: nn.Module) -> tuple[Family, str]:
+    """The family of a model of mlx-lm, and what there is to say of it.
+
+    A type that the table does not know is recognised from its modules.
+
+    Raises: ValueError, with what to add and where, if it cannot be.
     """
-    name = type(model).__module__.rpartition(".")[2]
-    if name not in TABLE:
-        raise ValueError(
-            f"mlxtp cannot split the model type {name!r} yet; it can split "
-            f"{', '.join(sorted(TABLE))} and what mlx-lm loads as one of them"
-        )
-    return TABLE[name]
+    name = name_of(model)
+    if name in TABLE:
+        return TABLE[name], ""
+    return recognise(model, name)
