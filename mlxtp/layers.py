@@ -15,6 +15,11 @@ from mlxtp.partition import Span
 Sum = Callable[[mx.array, str], mx.array]
 
 
+def base(module: nn.Module) -> nn.Module:
+    """The layer under an adapter, or the layer itself."""
+    return next((module[k] for k in ("linear", "embedding") if k in module), module)
+
+
 class Communicating(nn.Module):
     """A layer that communicates.
 
@@ -75,7 +80,7 @@ class RowParallelLinear(Communicating):
         Without `sum_over_ranks`, which makes the sum, y stays partial.
         """
         super().__init__()
-        inner = linear.get("linear", linear)
+        inner = base(linear)
         if "bias" in inner and sum_over_ranks is not None:
             self.bias = inner.pop("bias")
             inner.bias = None  # which some layers ask for
@@ -116,22 +121,31 @@ class RowParallelDoRA(RowParallelLinear):
         sum_over_ranks: Sum | None = None,
     ) -> None:
         """Wrap `dora`, mlx-lm's layer, which holds W_r."""
+        bias = dora.linear.pop("bias", None)
         super().__init__(dora, comm, spans, covered, sum_over_ranks)
-        weight = dora._dequantized_weight().astype(mx.float32)
-        adapted = weight + dora.scale * (dora.lora_b.T @ dora.lora_a.T)
+        if bias is not None:
+            dora.linear.bias = None
+            self.bias = bias if sum_over_ranks else bias * (comm.rank == 0)
+        adapted = dora._dequantized_weight().astype(mx.float32)
+        adapted = adapted + dora.scale * (dora.lora_b.T @ dora.lora_a.T)
         if self._sources is not None:  # columns that another rank has, too
             adapted = adapted * (mx.array(self._sources) >= 0)
         squares = comm.allreduce(mx.square(adapted).sum(axis=1))
-        self._scale = dora.m / mx.sqrt(squares)
-        self.linear = _Adapted(dora)
+        self.linear = _Scaled(dora, dora.m / mx.sqrt(squares))
 
-    def __call__(self, x: mx.array, *which: mx.array, **options: Any) -> mx.array:
-        bias = self.pop("bias") if "bias" in self else None
-        y = super().__call__(x, *which, **options) * self._scale.astype(x.dtype)
-        if bias is None:
-            return y
-        self.bias = bias
-        return y + bias
+
+class _Scaled(nn.Module):
+    """The product of a DoRA layer, each output scaled: (..., in) -> (..., out)."""
+
+    def __init__(self, dora: nn.Module, scale: mx.array) -> None:
+        super().__init__()
+        self.dora = dora
+        self._scale = scale
+
+    def __call__(self, x: mx.array) -> mx.array:
+        z = (x @ self.dora.lora_a) @ self.dora.lora_b
+        y = self.dora.linear(x) + (self.dora.scale * z).astype(x.dtype)
+        return y * self._scale.astype(x.dtype)
 
 
 class RowParallelRotated(RowParallelLinear):
@@ -174,18 +188,6 @@ class RowParallelRotated(RowParallelLinear):
             whole = whole[..., mx.array(self._back)]
             x = self._rotate(whole, self._block, self._signs)[..., mx.array(self._mine)]
         return super().__call__(x, *which, **options)
-
-
-class _Adapted(nn.Module):
-    """The product of a DoRA layer, before its norms and its bias."""
-
-    def __init__(self, dora: nn.Module) -> None:
-        super().__init__()
-        self.dora = dora
-
-    def __call__(self, x: mx.array) -> mx.array:
-        z = (x @ self.dora.lora_a) @ self.dora.lora_b
-        return self.dora.linear(x) + (self.dora.scale * z).astype(x.dtype)
 
 
 def sum_output(module: nn.Module, sum_over_ranks: Sum, path: str) -> None:

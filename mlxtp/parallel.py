@@ -21,10 +21,10 @@ from mlxtp.layers import (
     Sum,
     VocabParallelEmbedding,
     VocabParallelLinear,
+    base,
     sum_output,
 )
 from mlxtp.norms import NormShard, RMSNormOverRanks
-from mlxtp.sharding import base
 from mlxtp.shards import MatrixShards, SliceTable
 
 

@@ -70,8 +70,8 @@ class SavedPrompt:
                     f"the prompt cache has {len(self.caches)} layers, the model "
                     f"{len(own)}"
                 )
-        # One token shows the shapes that the rank's caches have.
-        mx.eval(model(mx.zeros((1, 1), mx.int32), cache=own))
+        # A few tokens show the shapes that the rank's caches have.
+        mx.eval(model(mx.zeros((1, 8), mx.int32), cache=own))
         axes = _CutAxes.of_model(model, comm.rank)
         with comm.agreement():
             for cache, mine in zip(_leaves(self.caches), _leaves(own), strict=True):
@@ -119,7 +119,7 @@ class _CutAxes:
 
     def cut_keys(self, cache: Any, mine: Any) -> None:
         """Keep the rank's KV heads of a cache of keys and values."""
-        local = next(x.shape[1] for x in _arrays(mine.state) if x.ndim == 4)
+        local = next((x.shape[1] for x in _arrays(mine.state) if x.ndim == 4), None)
 
         def cut(x: Any) -> Any:
             if not isinstance(x, mx.array) or x.ndim != 4 or x.shape[1] == local:
@@ -149,7 +149,9 @@ class _CutAxes:
             cache[index] = _take(x, spans, axis)
 
 
-def _find(axes: Iterable[tuple[int, Spans]], whole: int, local: int) -> Spans | None:
+def _find(
+    axes: Iterable[tuple[int, Spans]], whole: int, local: int | None
+) -> Spans | None:
     return next(
         (spans for size, spans in axes if size == whole and length(spans) == local),
         None,

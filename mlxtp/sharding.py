@@ -17,6 +17,7 @@ from mlxtp.architectures import Block, Cut, Family
 from mlxtp.architectures.cuts import BlockShards, Heads, Width, child
 from mlxtp.architectures.layouts import Part, place
 from mlxtp.heads import head_shards, tiled
+from mlxtp.layers import base
 from mlxtp.partition import Spans
 from mlxtp.shards import MatrixShards, SliceTable
 
@@ -239,11 +240,6 @@ def _inside(path: str, roots: Iterable[str]) -> bool:
 
 def _first(module: nn.Module, names: Iterable[str]) -> int | None:
     return next((n for name in names if (n := getattr(module, name, None))), None)
-
-
-def base(module: nn.Module) -> nn.Module:
-    """The layer under a LoRA layer, or the layer itself."""
-    return next((module[k] for k in ("linear", "embedding") if k in module), module)
 
 
 def granule_of(module: nn.Module) -> int:

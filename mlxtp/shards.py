@@ -1,7 +1,6 @@
 """The slice table as data: what every rank owns, and what can be read off it."""
 
-import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 from mlxtp.architectures.cuts import BlockShards, Cut, Family
@@ -181,13 +180,6 @@ class SliceTable:
             return Slice(
                 shape, len(shape) + axis, matrix.spans[rank] if is_bias else covered
             )
-        if name.rpartition(".")[2].isdigit():  # one of several adapters of a matrix
-            start, features = _segment_of(name, self.parameters)
-            covered = tuple(
-                (max(a, start) - start, min(b, start + features) - start)
-                for a, b in covered
-                if a < start + features and b > start
-            )
         # Packed weights and scales have fewer elements than features.
         spans = tuple(
             (start * elements // features, stop * elements // features)
@@ -198,22 +190,13 @@ class SliceTable:
 
 def _cut_axis(matrix: MatrixShards, parameter: str, ndim: int) -> int | None:
     """The axis, counted from the last, that a parameter is cut on, if it is."""
-    leaf = re.sub(r"(\.\d+)+$", "", parameter).rpartition(".")[2]
+    leaf = parameter.rpartition(".")[2]
     style = matrix.cut.style
     if style == "along":
         return matrix.cut.axis - ndim
     if leaf in EXPERT_LORA_AXIS and ndim == 3:
         return EXPERT_LORA_AXIS[leaf] if leaf in CUT_AXIS[style] else None
     return CUT_AXIS[style].get(leaf)
-
-
-def _segment_of(
-    name: str, parameters: Mapping[str, tuple[int, ...]]
-) -> tuple[int, int]:
-    """Where the outputs of one of several adapters start, and their number."""
-    stem, _, number = name.rpartition(".")
-    sizes = [parameters[f"{stem}.{i}"][-1] for i in range(int(number) + 1)]
-    return sum(sizes[:-1]), sizes[-1]
 
 
 def _upwards(path: str) -> Iterator[str]:

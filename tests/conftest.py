@@ -43,6 +43,14 @@ def pytest_unconfigure(config: Config) -> None:
 
 
 def pytest_collection_modifyitems(config: Config, items: list[pytest.Item]) -> None:
+    others = [
+        item
+        for item in items
+        for mark in item.iter_markers("ranks")
+        if WORLD.size not in mark.args
+    ]
+    items[:] = [item for item in items if item not in others]
+    config.hook.pytest_deselected(items=others)
     once = [item for item in items if item.get_closest_marker("once")]
     if WORLD.size > 1 and once:
         items[:] = [item for item in items if item not in once]

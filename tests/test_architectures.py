@@ -61,11 +61,7 @@ def check(
 
     hashes = comm.allgather_objects([as_numpy(x).tobytes() for x in logits])
     assert all(theirs == hashes[0] for theirs in hashes), "ranks differ"
-    tolerance = ROUNDED_TOLERANCE if model_type in zoo.BFLOAT16 else TOLERANCE
-    for got, wanted in zip(logits, expected["logits"], strict=True):
-        finite = np.isfinite(wanted)
-        error = np.abs(as_numpy(got)[finite] - wanted[finite]).max()
-        assert error <= tolerance * np.abs(wanted[finite]).max()
+    check_logits(model_type, logits, expected["logits"])
     assert tokens == expected["tokens"]
 
     table = model.slice_table
@@ -78,6 +74,16 @@ def check(
     held, whole = share(model, comm.rank)
     most = max(comm.allgather_objects(held)) * comm.size
     assert most <= MOST_SHARE * whole, f"{most / whole:.2f} x an even share"
+
+
+def check_logits(
+    model_type: str, logits: list[mx.array], expected: list[np.ndarray]
+) -> None:
+    tolerance = ROUNDED_TOLERANCE if model_type in zoo.BFLOAT16 else TOLERANCE
+    for got, wanted in zip(logits, expected, strict=True):
+        finite = np.isfinite(wanted)
+        error = np.abs(as_numpy(got)[finite] - wanted[finite]).max()
+        assert error <= tolerance * np.abs(wanted[finite]).max()
 
 
 class Counted:

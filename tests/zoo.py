@@ -567,6 +567,17 @@ QUANTIZED_FAILS: dict[str, str] = {
     "prism_hadamard_qwen35": "is packed as it is, and takes no other quantization",
 }
 
+# What mlx-lm cannot adapt, and why.
+ADAPTER_FAILS: dict[tuple[str, str], str] = {
+    ("bitnet", "lora"): "its linear layers are none of MLX's",
+    ("bitnet", "dora"): "its linear layers are none of MLX's",
+}
+
+# What mlx-lm cannot save the caches of, and why.
+UNSAVED: dict[str, str] = {
+    "deepseek_v41": "its cache is a class of its own, which no file can name",
+}
+
 # What computes partly in 16 bits or fewer whatever the dtype of its weights.
 BFLOAT16: dict[str, str] = {
     "deepseek_v41": "keys are rounded to fp8, compressed ones and indices to fp4",

@@ -10,6 +10,7 @@ import mlx.nn as nn
 from mlxtp.architectures.adapt import become
 from mlxtp.architectures.cuts import BlockShards
 from mlxtp.communicator import Communicator
+from mlxtp.layers import base
 
 Adapt = Callable[[nn.Module, BlockShards, Communicator], None]
 
@@ -44,8 +45,8 @@ def bias_once(name: str) -> Adapt:
     """Count the bias of a whole matrix once, for its input is a partial sum."""
 
     def adapt(block: nn.Module, shards: BlockShards, comm: Communicator) -> None:
-        layer = block.get(name)
-        if layer is not None and "bias" in layer:
+        layer = base(block.get(name, block))
+        if "bias" in layer:
             layer.bias = layer.bias * (comm.rank == 0)
 
     return adapt

@@ -1,0 +1,153 @@
+"""Adapters and saved prompts with every model type that takes them in mlx-lm.
+
+On three ranks, which is as good as any number for what is tested here.
+"""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+import pytest
+import zoo
+from metal_kernels import use_plain_operations
+from mlx.utils import tree_flatten
+from mlx_lm.generate import generate_step
+from mlx_lm.models.cache import make_prompt_cache, save_prompt_cache
+from mlx_lm.tuner.utils import linear_to_lora_layers, load_adapters
+from mlx_lm.utils import load_model, load_tokenizer, save_config, save_model
+from test_architectures import PROMPT, RUNNABLE, check_logits
+from test_models import as_numpy, on_rank_0
+from tiny import Tiny, made_by_rank_0
+
+from mlxtp import Communicator, stream_generate
+from mlxtp.loading import load_model as load_split
+from mlxtp.prompt_cache import SavedPrompt
+
+use_plain_operations()
+pytestmark = pytest.mark.ranks(3)
+
+STEPS = 6
+
+
+def saved(model_type: str, folder: Path) -> Path:
+    """The folder of a tiny model of a type."""
+    folder = folder / "types" / model_type
+    if not folder.exists():
+        folder.mkdir(parents=True)
+        model, config = zoo.build(model_type)
+        save_model(folder, model)
+        save_config(config, folder / "config.json")
+    return folder
+
+
+@pytest.mark.parametrize("kind", ["lora", "dora"])
+@pytest.mark.parametrize("model_type", RUNNABLE)
+def test_adapter(
+    model_type: str, kind: str, comm: Communicator, shared_path: Path
+) -> None:
+    if (why := zoo.ADAPTER_FAILS.get((model_type, kind))) is not None:
+        pytest.skip(f"not in mlx-lm either: {why}")
+    folder = shared_path / "types" / model_type
+    adapter = shared_path / f"{model_type}-{kind}"
+
+    def make() -> Any:
+        model, _ = load_model(saved(model_type, shared_path))
+        save_adapter(model, adapter, kind)
+        model, _ = load_model(folder)
+        plain = as_numpy(model(mx.array([PROMPT]), cache=make_prompt_cache(model)))
+        load_adapters(model, str(adapter))
+        model.eval()
+        logits = model(mx.array([PROMPT]), cache=make_prompt_cache(model))
+        return plain, as_numpy(logits)
+
+    plain, expected = on_rank_0(comm, make)
+    assert (plain != expected).any()
+    model, _ = load_split(folder, comm, adapter_path=adapter)
+    logits = model(mx.array([PROMPT]), cache=make_prompt_cache(model))
+    check_logits(model_type, [logits], [expected])
+
+
+def save_adapter(model: nn.Module, folder: Path, kind: str) -> None:
+    """Adapt all linear layers of the model's layers, experts by LoRA alone."""
+    folder.mkdir(exist_ok=True)
+    keys = {
+        name
+        for layer in model.layers
+        for name, module in layer.named_modules()
+        # but those that are asked for their weight, or split their output
+        if (
+            (isinstance(module, nn.Linear) and not hasattr(module, "indices"))
+            and not name.endswith(("res_proj", "coefs"))
+        )
+        or (kind == "lora" and hasattr(module, "num_experts") and "weight" in module)
+    }
+    parameters = {"rank": 4, "scale": 2.0, "dropout": 0.0, "keys": sorted(keys)}
+    config = {
+        "fine_tune_type": kind,
+        "num_layers": len(model.layers),
+        "lora_parameters": parameters,
+    }
+    linear_to_lora_layers(model, len(model.layers), parameters, use_dora=kind == "dora")
+    weights = {
+        name: 0.1 * mx.random.normal(p.shape, key=mx.random.key(len(name)))
+        + (1 if name.endswith(".m") else 0)
+        for name, p in tree_flatten(model.parameters())
+        if name.split(".lora_")[0] != name or name.endswith(".m")
+    }
+    mx.save_safetensors(str(folder / "adapters.safetensors"), weights)
+    (folder / "adapter_config.json").write_text(json.dumps(config))
+
+
+@pytest.mark.parametrize("model_type", RUNNABLE)
+def test_saved_prompt(model_type: str, comm: Communicator, shared_path: Path) -> None:
+    """A cache that one process saved is continued by all ranks."""
+    file = shared_path / f"{model_type}.safetensors"
+
+    def continued(model: nn.Module, caches: list[Any]) -> list[int]:
+        steps = generate_step(
+            mx.array(PROMPT[:3]), model, prompt_cache=caches, max_tokens=STEPS
+        )
+        return [token for token, _ in steps]
+
+    def save_and_continue() -> Any:
+        model, _ = load_model(saved(model_type, shared_path))
+        caches = make_prompt_cache(model)
+        mx.eval(model(mx.array([PROMPT]), cache=caches))
+        metadata = {"model": model_type, "tokenizer_config": "{}"}
+        try:
+            save_prompt_cache(str(file), caches, metadata)
+            SavedPrompt.of_file(file)
+        except Exception as error:
+            return repr(error)
+        return continued(model, caches)
+
+    expected = on_rank_0(comm, save_and_continue)
+    if isinstance(expected, str):
+        assert model_type in zoo.UNSAVED, expected
+        pytest.skip(f"not in mlx-lm either: {zoo.UNSAVED[model_type]}")
+    model, _ = load_split(shared_path / "types" / model_type, comm)
+    caches = SavedPrompt.of_file(file).shard(model, comm)
+    assert continued(model, caches) == expected
+
+
+@pytest.mark.parametrize("model_type", RUNNABLE)
+def test_what_is_silent_is_not_missed(
+    model_type: str, comm: Communicator, shared_path: Path
+) -> None:
+    """Layers behind the last cache say nothing while a prompt is read."""
+    folder = on_rank_0(comm, lambda: saved(model_type, shared_path))
+    model, _ = load_split(folder, comm)
+    tokenizer = load_tokenizer(made_by_rank_0(Tiny(), shared_path / "tokenizer", comm))
+    tokenizer.eos_token_ids = set()
+    plain = [
+        token for token, _ in generate_step(mx.array(PROMPT), model, max_tokens=STEPS)
+    ]
+    tokens = [
+        response.token
+        for response in stream_generate(
+            model, tokenizer, PROMPT, max_tokens=STEPS, prefill_step_size=4
+        )
+    ]
+    assert tokens == plain
