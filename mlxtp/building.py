@@ -15,6 +15,7 @@ from mlx_lm import utils as mlx_lm_utils
 from mlx_lm.tuner.utils import linear_to_lora_layers
 
 from mlxtp.checkpoint import Checkpoint, Tensor
+from mlxtp.recipes import Computed, Source, trace
 
 
 @dataclasses.dataclass(frozen=True)
@@ -23,7 +24,7 @@ class EmptyModel:
 
     model: nn.Module
     config: dict[str, Any]
-    sources: dict[str, Tensor]
+    sources: dict[str, Source]
 
 
 def build(
@@ -44,15 +45,15 @@ def build(
             "mlxtp does not know how to split it"
         )
     tensors = Checkpoint.of_folder(folder).tensors
-    # mlx-lm gets arrays with the names, shapes and dtypes of the checkpoint, which
-    # nobody evaluates: their identity tells which parameter comes from where.
-    promises = {name: mx.zeros(t.shape, t.dtype) for name, t in tensors.items()}
-    weights: dict[str, mx.array] = {}
+    # mlx-lm gets arrays that read themselves when they are evaluated, which nobody
+    # does: their identity tells which parameter comes from where.
+    promises = _unread(tensors)
+    answers = _Answers(promises)
     try:
         model, config = mlx_lm_utils.load_model(
             folder,
             lazy=True,
-            get_model_classes=_answering(promises, weights),
+            get_model_classes=answers.classes,
             trust_remote_code=trust_remote_code,
         )
     except Exception as error:  # all that mlx-lm may stumble over in a config
@@ -60,35 +61,82 @@ def build(
         raise ValueError(
             f"mlx-lm cannot build the model in {folder}: {reason}"
         ) from error
+    weights = answers.weights
     _check_parameters(model, {name: w.shape for name, w in weights.items()}, folder)
     model.update(tree_unflatten(list(weights.items())))
     if adapter is not None:
         added = _add_adapter(model, adapter)
-        promises |= {name: mx.zeros(t.shape, t.dtype) for name, t in added.items()}
-        tensors |= added
         _check_shapes(model, {name: t.shape for name, t in added.items()}, adapter)
-        model.update(tree_unflatten([(name, promises[name]) for name in added]))
+        adapted = _unread(added)
+        model.update(tree_unflatten(list(adapted.items())))
+        # Ends of names may be the checkpoint's, too: what is meant is the array.
+        tensors |= {f"adapter {name}": tensor for name, tensor in added.items()}
+        promises |= {f"adapter {name}": array for name, array in adapted.items()}
+    parameters = dict(tree_flatten(model.parameters()))
+    return EmptyModel(model, config, _sources(parameters, promises, tensors, answers))
+
+
+def _unread(tensors: Mapping[str, Tensor]) -> dict[str, mx.array]:
+    """Arrays that are read when they are evaluated."""
+    files = {tensor.file for tensor in tensors.values()}
+    loaded: dict[Path, Any] = {file: mx.load(str(file)) for file in sorted(files)}
+    return {name: loaded[tensor.file][name] for name, tensor in tensors.items()}
+
+
+def _sources(
+    parameters: Mapping[str, mx.array],
+    promises: Mapping[str, mx.array],
+    tensors: Mapping[str, Tensor],
+    answers: "_Answers",
+) -> dict[str, Source]:
+    """Where each parameter comes from: a tensor, or what mlx-lm computes of some."""
     origins = {id(promise): tensors[name] for name, promise in promises.items()}
-    sources = {}
-    for name, parameter in tree_flatten(model.parameters()):
-        if id(parameter) not in origins:
-            raise ValueError(
-                f"{name} is computed from other tensors of {folder} by mlx-lm; mlxtp "
-                "cannot read such a checkpoint yet: convert it with mlx_lm.convert"
-            )
-        sources[name] = origins[id(parameter)]
-    return EmptyModel(model, config, sources)
+    sources: dict[str, Source] = {
+        name: origins[id(parameter)]
+        for name, parameter in parameters.items()
+        if id(parameter) in origins
+    }
+    # By the names that they have after mlx-lm's renaming.
+    names = {id(array): name for name, array in answers.sanitized.items()}
+    computed = {
+        name: names[id(parameter)]
+        for name, parameter in parameters.items()
+        if name not in sources and id(parameter) in names
+    }
+    if computed:
+        given = {
+            name: mx.zeros(tensor.shape, tensor.dtype)
+            for name, tensor in tensors.items()
+            if name in answers.given
+        }
+        wanted = sorted(set(computed.values()))
+        traced = trace(answers.sanitize_anew, given, tensors, wanted)
+        sources |= {
+            name: traced[inner] for name, inner in computed.items() if inner in traced
+        }
+    return sources | {
+        name: Computed(parameter)
+        for name, parameter in parameters.items()
+        if name not in sources
+    }
 
 
-def _answering(
-    promises: Mapping[str, mx.array], weights: dict[str, mx.array]
-) -> Callable[..., tuple[Callable[[Any], nn.Module], type]]:
-    """A hook for `load_model`: models that take `promises` for the checkpoint.
+class _Answers:
+    """A hook for `load_model`: models that take `given` for the checkpoint.
 
-    What mlx-lm would load into the model after its renaming goes to `weights`.
+    `sanitized` is what mlx-lm makes of it, `weights` what it would load into the model.
     """
 
-    def classes(config: dict[str, Any]) -> tuple[Callable[[Any], nn.Module], type]:
+    def __init__(self, given: Mapping[str, mx.array]) -> None:
+        self.given = given
+        self.sanitized: dict[str, mx.array] = {}
+        self.weights: dict[str, mx.array] = {}
+        self._make: Callable[[], nn.Module] | None = None
+
+    def classes(
+        self, config: dict[str, Any]
+    ) -> tuple[Callable[[Any], nn.Module], type]:
+        """mlx-lm's classes, whose instances answer so."""
         model_class, args_class = _imported(config)
         missing = [
             field.name
@@ -101,15 +149,24 @@ def _answering(
             raise ValueError(f"config.json lacks {', '.join(missing)}")
 
         def instance(args: Any) -> nn.Module:
+            self._make = lambda: model_class(args)
             model = model_class(args)
             sanitize = getattr(model, "sanitize", dict)
-            model.sanitize = lambda _: sanitize(dict(promises))
-            model.load_weights = lambda pairs, strict: weights.update(pairs)
+
+            def sanitize_given(_: Any) -> dict[str, mx.array]:
+                self.sanitized = sanitize(dict(self.given))
+                return self.sanitized
+
+            model.sanitize = sanitize_given
+            model.load_weights = lambda pairs, strict: self.weights.update(pairs)
             return model
 
         return instance, args_class
 
-    return classes
+    def sanitize_anew(self, weights: dict[str, mx.array]) -> dict[str, mx.array]:
+        """What mlx-lm makes of other `weights`, by a model that has seen none yet."""
+        assert self._make is not None
+        return self._make().sanitize(weights)
 
 
 def _imported(config: dict[str, Any]) -> tuple[type, type]:

@@ -47,6 +47,13 @@ class Tensor:
     dtype: mx.Dtype
     shape: tuple[int, ...]
 
+    def read(self, part: Slice) -> mx.array:
+        return read(self, part)
+
+    def place(self) -> tuple[str, int]:
+        """The file and the byte where it begins."""
+        return str(self.file), self.offset
+
 
 class Checkpoint:
     """The tensors of a checkpoint's safetensors files, by name."""

@@ -16,7 +16,7 @@ from mlx_lm.tokenizer_utils import TokenizerWrapper
 from mlx_lm.utils import load_tokenizer
 from tqdm import tqdm
 
-from mlxtp import checkpoint, memory
+from mlxtp import memory
 from mlxtp.building import EmptyModel, build
 from mlxtp.communicator import AgreedError, Communicator
 from mlxtp.parallel import parallelize
@@ -223,15 +223,13 @@ def _read(opened: _Opened, comm: Communicator, *, show: bool) -> nn.Module:
 
 def _read_slices(empty: EmptyModel, slices: dict[str, Slice], *, show: bool) -> None:
     """Put this rank's slices into the model, in the order of the files."""
-    order = sorted(
-        slices, key=lambda name: (empty.sources[name].file, empty.sources[name].offset)
-    )
+    order = sorted(slices, key=lambda name: empty.sources[name].place())
     with tqdm(
         total=_bytes_of(empty, slices), unit="B", unit_scale=True, disable=not show,
         desc="Loading", leave=False,
     ) as bar:  # fmt: skip
         for name in order:
-            array = checkpoint.read(empty.sources[name], slices[name])
+            array = empty.sources[name].read(slices[name])
             mx.eval(array)
             empty.model.update(tree_unflatten([(name, array)]))
             bar.update(array.nbytes)

@@ -1,0 +1,216 @@
+"""Parameters that mlx-lm computes from a checkpoint's tensors, read by the slice.
+
+What `sanitize` of a model does to a checkpoint, stacking experts, transposing,
+splitting, dequantizing, is traced once as a graph of MLX's operations. A slice of a
+parameter is asked for backwards through that graph, down to slices of tensors.
+"""
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from math import prod
+from typing import Any, Protocol
+
+import mlx.core as mx
+import numpy as np
+
+from mlxtp.checkpoint import Tensor
+from mlxtp.operations import OPERATIONS, Found, Region, shape_of, take, whole
+from mlxtp.partition import Slice
+
+
+class Source(Protocol):
+    """Where a parameter comes from."""
+
+    @property
+    def shape(self) -> tuple[int, ...]: ...
+    @property
+    def dtype(self) -> mx.Dtype: ...
+    def read(self, part: Slice) -> mx.array:
+        """Read a slice of the parameter."""
+
+    def place(self) -> tuple[str, int]:
+        """The first file and byte that are read: the order to read sources in."""
+
+
+@dataclass(frozen=True)
+class Computed:
+    """A parameter that can only be computed whole: a slice is kept of it."""
+
+    array: mx.array
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return self.array.shape
+
+    @property
+    def dtype(self) -> mx.Dtype:
+        return self.array.dtype
+
+    def read(self, part: Slice) -> mx.array:
+        return mx.contiguous(take(self.array, whole(self.shape), _region(part)))
+
+    def place(self) -> tuple[str, int]:
+        return "", 0
+
+
+@dataclass(frozen=True)
+class Node:
+    """An operation of the graph, or one of several outputs of it."""
+
+    name: str
+    arguments: tuple[Any, ...]
+    inputs: tuple["Node | Tensor | mx.array", ...]
+    shapes: tuple[tuple[int, ...], ...]
+    dtype: mx.Dtype
+    output: int = 0
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return self.shapes[self.output]
+
+    def read(self, part: Slice) -> mx.array:
+        array = read_region(self, _region(part))
+        mx.eval(array)
+        return array
+
+    def place(self) -> tuple[str, int]:
+        return min((_place(source) for source in self.inputs), default=("~", 0))
+
+
+def read_region(source: "Node | Tensor | mx.array", region: Region) -> mx.array:
+    """Compute a region of a source, reading what it takes."""
+    if isinstance(source, mx.array):
+        return take(source, whole(source.shape), region)
+    if isinstance(source, Tensor):
+        return _read_tensor(source, region)
+    if (found := OPERATIONS[source.name](source, region)) is not None:
+        return _compute(source, found)
+    # Not to be had by itself: all of it, from whole inputs.
+    everything = OPERATIONS[source.name](source, whole(source.shape))
+    assert everything is not None
+    return mx.contiguous(
+        take(_compute(source, everything), whole(source.shape), region)
+    )
+
+
+def _compute(node: Node, found: Found) -> mx.array:
+    needed, compute = found
+    parts = [
+        (source, part)
+        for source, part in zip(node.inputs, needed, strict=True)
+        if part is not None
+    ]
+    if node.name == "Concatenate" and node.arguments[0] == 0 and len(parts) > 1:
+        return _one_behind_the_other(parts, node.dtype)
+    return compute([read_region(source, part) for source, part in parts])
+
+
+def _one_behind_the_other(
+    parts: Sequence[tuple["Node | Tensor | mx.array", Region]], dtype: mx.Dtype
+) -> mx.array:
+    """Join on the first axis, so that no two parts lie in memory besides the result."""
+    shapes = [shape_of(region) for _, region in parts]
+    raw = mx.empty((sum(map(prod, shapes)) * dtype.size,), mx.uint8)
+    mx.eval(raw)
+    memory, filled = np.asarray(raw), 0
+    for source, region in parts:
+        piece = mx.contiguous(read_region(source, region)).reshape(-1).view(mx.uint8)
+        memory[filled : filled + piece.size] = np.asarray(piece)
+        filled += piece.size
+    length = sum(shape[0] for shape in shapes)
+    return raw.view(dtype).reshape(length, *shapes[0][1:])
+
+
+def trace(
+    sanitize: Callable[[dict[str, mx.array]], Mapping[str, mx.array]],
+    given: Mapping[str, mx.array],
+    tensors: Mapping[str, Tensor],
+    wanted: Sequence[str],
+) -> dict[str, Node]:
+    """Trace how `sanitize` makes the `wanted` parameters out of `tensors`.
+
+    `given` are arrays with the names, shapes and dtypes of the tensors.
+
+    Returns: the parameters whose whole way is known; for others there is nothing.
+    """
+    names = list(given)
+    events: list[dict[str, Any]] = []
+
+    def sanitized(*arrays: mx.array) -> list[mx.array]:
+        made = sanitize(dict(zip(names, arrays, strict=True)))
+        return [made[name] for name in wanted]
+
+    try:
+        with _exportable():
+            mx.export_function(events.append, sanitized, *given.values())
+    except Exception:  # it looks at values, or does what cannot be exported
+        return {}
+    known: dict[str, Node | Tensor | mx.array] = {}
+    outputs: list[Any] = []
+    for event in events:
+        if event["type"] == "inputs":
+            for (key, *_), name in zip(event["inputs"], names, strict=True):
+                known[key] = tensors[name]
+        elif event["type"] == "outputs":
+            outputs = event["outputs"]
+        elif event["type"] == "constants":
+            known.update(dict(event["constants"]))
+        elif event["type"] == "primitive":
+            inputs = [known.get(key) for key, *_ in event["inputs"]]
+            if event["name"] not in OPERATIONS or any(i is None for i in inputs):
+                continue  # what comes of it is not known either
+            shapes = tuple(tuple(shape) for _, shape, _ in event["outputs"])
+            for number, (key, _, dtype) in enumerate(event["outputs"]):
+                node = Node(
+                    event["name"],
+                    tuple(event["arguments"]),
+                    tuple(i for i in inputs if i is not None),
+                    shapes,
+                    dtype,
+                    number,
+                )
+                if OPERATIONS[node.name](node, whole(node.shape)) is not None:
+                    known[key] = node
+    return {
+        name: node
+        for name, (key, *_) in zip(wanted, outputs, strict=True)
+        if isinstance(node := known.get(key), Node)
+    }
+
+
+@contextmanager
+def _exportable() -> Iterator[None]:
+    """Put operations that MLX can export in the place of two that it cannot.
+
+    An arcsinh stands for decoding FP8, which no checkpoint asks for otherwise.
+    """
+    contiguous, from_fp8 = mx.contiguous, mx.from_fp8
+    mx.contiguous = lambda x, *_, **__: x
+    mx.from_fp8 = lambda x, dtype=mx.bfloat16, **_: mx.arcsinh(x.astype(dtype))
+    try:
+        yield
+    finally:
+        mx.contiguous, mx.from_fp8 = contiguous, from_fp8
+
+
+def _read_tensor(tensor: Tensor, region: Region) -> mx.array:
+    """Read a region: on the first axis that is cut from disk, then in memory."""
+    full = whole(tensor.shape)
+    cut = next((i for i, spans in enumerate(region) if spans != full[i]), None)
+    if cut is None:
+        return tensor.read(Slice(tensor.shape))
+    read = tensor.read(Slice(tensor.shape, cut, region[cut]))
+    have = (*full[:cut], region[cut], *full[cut + 1 :])
+    return take(read, have, region)
+
+
+def _region(part: Slice) -> Region:
+    full = whole(part.full_shape)
+    if part.axis is None:
+        return full
+    return (*full[: part.axis], part.spans, *full[part.axis + 1 :])
+
+
+def _place(source: "Node | Tensor | mx.array") -> tuple[str, int]:
+    return ("~", 0) if isinstance(source, mx.array) else source.place()
