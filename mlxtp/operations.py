@@ -214,11 +214,9 @@ def _is_leading(sizes: Sequence[int], region: Region) -> bool:
 
 
 def _flat(sizes: Sequence[int], region: Region) -> Spans:
-    """What of the joined axes is needed, at least."""
+    """What of the joined axes is needed, as the first of them says."""
     if not sizes:
         return ((0, 1),)
-    if not _is_leading(sizes, region):
-        return ((0, prod(sizes)),)
     first = next((i for i, size in enumerate(sizes) if size > 1), 0)
     rest = prod(sizes[first + 1 :])
     return tuple((a * rest, b * rest) for a, b in region[first])

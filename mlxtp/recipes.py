@@ -162,7 +162,7 @@ def trace(
                 continue  # what comes of it is not known either
             shapes = tuple(tuple(shape) for _, shape, _ in event["outputs"])
             for number, (key, _, dtype) in enumerate(event["outputs"]):
-                node = Node(
+                made = Node(
                     event["name"],
                     tuple(event["arguments"]),
                     tuple(i for i in inputs if i is not None),
@@ -170,8 +170,8 @@ def trace(
                     dtype,
                     number,
                 )
-                if OPERATIONS[node.name](node, whole(node.shape)) is not None:
-                    known[key] = node
+                if OPERATIONS[made.name](made, whole(made.shape)) is not None:
+                    known[key] = made
     return {
         name: node
         for name, (key, *_) in zip(wanted, outputs, strict=True)
