@@ -167,11 +167,15 @@ class RowParallelRotated(RowParallelLinear):
         covered: Sequence[Sequence[Span]],
         sum_over_ranks: Sum | None,
         rotate: Callable[..., mx.array],
+        is_aligned: bool,
     ) -> None:
-        """Wrap `linear`; `spans` and `covered` are those of all ranks."""
+        """Wrap `linear`; `spans` and `covered` are those of all ranks.
+
+        With `is_aligned` every rank has whole blocks, and rotates them itself.
+        """
         mine = spans[comm.rank]
         super().__init__(linear, comm, mine, covered[comm.rank], sum_over_ranks)
-        if all(edge % linear.block == 0 for part in spans for s in part for edge in s):
+        if is_aligned:
             linear.signs = linear.signs[mx.array(_places(mine))]
             return
         order = [place for part in spans for place in _places(part)]

@@ -69,7 +69,9 @@ def _layer(
         return VocabParallelLinear(target, comm, [s for (s,) in spans])
     if style == "row" and hasattr(target, "block") and target.block:
         rotate = sys.modules[type(target).__module__].hadamard_rotate
-        return RowParallelRotated(target, comm, spans, matrix.covered, made, rotate)
+        return RowParallelRotated(
+            target, comm, spans, matrix.covered, made, rotate, not matrix.cuts_rotations
+        )
     if style == "row":
         kind = RowParallelDoRA if isinstance(target, DoRALinear) else RowParallelLinear
         return kind(target, comm, spans[comm.rank], matrix.covered[comm.rank], made)

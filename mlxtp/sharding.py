@@ -198,8 +198,9 @@ def _matrix(
         covered = tuple(_bytes_of_four(needed, features // 4) for needed in spans)
     groups = int(child(module, cut.groups)) if cut.groups else 1
     width = _width(target, cut)
+    rotated = getattr(target, "block", 0) if cut.style == "row" else 1
     return MatrixShards(
-        path, cut, shards, features, spans, covered, summed, width, groups
+        path, cut, shards, features, spans, covered, summed, width, groups, rotated or 1
     )
 
 
@@ -223,9 +224,7 @@ def _joints(
                 p
                 for p, matrix in matrices.items()
                 if _inside(f"{p}.", [path])
-                and (
-                    matrix.cut.style == "norm" or matrix.cut.style in ("row", "lookup")
-                )
+                and (matrix.cut.style in ("row", "lookup") or p == path)
                 and matrix.summed
                 and not matrix.cut.inner
             ]

@@ -3,7 +3,7 @@
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
-from mlxtp.architectures.cuts import BlockShards, Cut, Family
+from mlxtp.architectures.cuts import BlockShards, Cut, Family, along
 from mlxtp.partition import Slice, Spans, keeps_whole
 
 # The axis of each parameter that a cut divides, by the parameter's last name. Weights
@@ -31,7 +31,8 @@ class MatrixShards:
     `spans[rank]` are the features that a rank computes with, `covered[rank]` those
     that it holds: for a row cut through a quantized matrix, whole groups. `summed`
     says whether a partial output is summed there; `width` is what a token's output
-    has, `groups` how many parts of a norm there are.
+    has, `groups` how many parts of a norm there are, `rotated` how many inputs are
+    mixed with each other before they are multiplied.
     """
 
     path: str
@@ -43,6 +44,13 @@ class MatrixShards:
     summed: bool
     width: int
     groups: int = 1
+    rotated: int = 1
+
+    @property
+    def cuts_rotations(self) -> bool:
+        """Whether ranks have parts of what is rotated together."""
+        edges = (edge for part in self.spans for span in part for edge in span)
+        return any(edge % self.rotated for edge in edges)
 
 
 @dataclass(frozen=True)
@@ -99,12 +107,19 @@ class SliceTable:
             if shards.path in self.outputs or shards.block.sums == "inside"
         ]
         made += [
+            Collective(f"{matrix.path} (inputs)", "allgather", matrix.features)
+            for matrix in self.matrices.values()
+            if matrix.cuts_rotations
+        ]
+        made += [
             Collective(shards.path, "allreduce", shards.block.more)
             for shards in self.blocks
             if shards.block.more
         ]
         found = {it.path: it for it in made if it is not None}
-        if not any(it.kind == "allgather" for it in found.values()):
+        if not any(
+            m.cut.style == "head" or m.cut == along("v") for m in self.matrices.values()
+        ):
             found |= {it.path: it for it in self._of_tied_head()}
         for first, *others in self.joints:
             for path in others:
@@ -116,7 +131,7 @@ class SliceTable:
 
     def _of_matrix(self, matrix: MatrixShards) -> "Collective | None":
         cut, path = matrix.cut, matrix.path
-        if cut.style == "head" or (cut.style == "along" and cut.layout == "v"):
+        if cut.style == "head" or cut == along("v"):
             return Collective(path, "allgather", matrix.features)
         if cut.style == "norm":
             size = matrix.features // matrix.groups

@@ -31,6 +31,7 @@ EXPERTS = 6
 PER_TOKEN = 2
 EXPERT = 160
 WINDOW = 8
+GEAR = ["full_attention", "sliding_attention", "conv_mixer"]
 
 # Set wherever a type has the field.
 FIELDS: dict[str, Any] = {
@@ -544,6 +545,21 @@ OVERRIDES: dict[str, dict[str, Any]] = {
         "swiglu_limits": [0.0, 2.0],
         "swiglu_limits_shared": [0.0, 2.0],
     },
+    "gear": {"num_hidden_layers": 3, "layer_types": GEAR},
+}
+
+# Other kinds of a type: its name, and what they have beside its config.
+VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
+    "stablelm-parallel": ("stablelm", {"use_parallel_residual": True}),
+    "gpt_neox-in-turn": ("gpt_neox", {"use_parallel_residual": False}),
+    "mamba2-one-group": ("mamba2", {"n_groups": 1}),
+    "nemotron_h-one-group": ("nemotron_h", {"n_groups": 1}),
+    "falcon_h1-no-norm": ("falcon_h1", {"mamba_rms_norm": False}),
+    "llama-two-kv-heads": ("llama", {"num_key_value_heads": 2}),
+    "olmo2-two-kv-heads": ("olmo2", {"num_key_value_heads": 2}),
+    "internlm2-two-kv-heads": ("internlm2", {"num_key_value_heads": 2}),
+    "qwen3_next-two-key-heads": ("qwen3_next", {"linear_num_key_heads": 2}),
+    "deepseek_v3-plain-queries": ("deepseek_v3", {"q_lora_rank": None}),
 }
 
 # The module whose text model a wrapper wraps, where it shows only in the code.
@@ -721,9 +737,10 @@ def random_weights(model: nn.Module, seed: int = 0) -> None:
     mx.eval(model.parameters())
 
 
-def build(model_type: str, seed: int = 0) -> tuple[nn.Module, dict[str, Any]]:
-    """A whole tiny model of a type with random weights, and its config."""
-    config = tiny_config(model_type)
+def build(name: str, seed: int = 0) -> tuple[nn.Module, dict[str, Any]]:
+    """A whole tiny model of a type or a variant with random weights, and its config."""
+    model_type, more = VARIANTS.get(name, (name, {}))
+    config = tiny_config(model_type) | more
     model_class, args_class = _get_classes(config)
     model = model_class(args_class.from_dict(config))
     random_weights(model, seed)

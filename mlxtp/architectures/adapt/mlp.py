@@ -45,6 +45,7 @@ def bias_once(name: str) -> Adapt:
     """Count the bias of a whole matrix once, for its input is a partial sum."""
 
     def adapt(block: nn.Module, shards: BlockShards, comm: Communicator) -> None:
+        """Count a bias behind a partial sum once."""
         layer = base(block.get(name, block))
         if "bias" in layer:
             layer.bias = layer.bias * (comm.rank == 0)
