@@ -14,7 +14,14 @@ from mlx.utils import tree_flatten
 
 from mlxtp import architectures, partition
 from mlxtp.architectures import Block, Cut, Family
-from mlxtp.architectures.cuts import BlockShards, Heads, Width, child
+from mlxtp.architectures.cuts import (
+    BlockShards,
+    Heads,
+    Width,
+    blocks_of,
+    child,
+    targets,
+)
 from mlxtp.architectures.layouts import Part, place
 from mlxtp.heads import head_shards, tiled
 from mlxtp.layers import base
@@ -52,7 +59,7 @@ def slice_table(model: nn.Module, weights: Sequence[int]) -> SliceTable:
             continue
         shards = _share(path, module, block, model, weights)
         blocks.append(shards)
-        for name, target, cut in _targets(module, block):
+        for name, target, cut in targets(module, block):
             where = f"{path}.{name}" if path else name
             partial = _inside(f"{where}.", containers) and not cut.inner
             matrices[where] = _matrix(
@@ -75,28 +82,10 @@ def slice_table(model: nn.Module, weights: Sequence[int]) -> SliceTable:
 
 
 def _blocks(model: nn.Module, family: Family) -> Iterator[tuple[str, nn.Module, Block]]:
-    """The blocks of a model; a child belongs to the first block that cuts it."""
+    """The blocks of a model, in the order of their paths."""
     for path, module in sorted(model.named_modules(), key=lambda item: item[0]):
-        if "lora_a" in module:
-            continue
-        claimed: set[str] = set()
-        for block in family.blocks:
-            if not block.fits(module) or claimed & set(block.needs):
-                continue
-            if block.rule is not None:
-                claimed |= {name for name, _, _ in _targets(module, block)}
+        for block in blocks_of(module, family):
             yield path, module, block
-
-
-def _targets(module: nn.Module, block: Block) -> Iterator[tuple[str, Any, Cut]]:
-    """What `block` cuts of a module, as far as the module has it."""
-    for name, cut in block.cuts.items():
-        if name.endswith(".*"):
-            members = child(module, name[:-2]) or []
-            for number, member in enumerate(members):
-                yield f"{name[:-2]}.{number}", member, cut
-        elif (target := child(module, name)) is not None:
-            yield name, target, cut
 
 
 def _share(
@@ -134,7 +123,7 @@ def _share(
         return BlockShards(path, block, counts, parts)
     if isinstance(block.rule, Width):
         width = _features(child(module, block.rule.of))[1] // block.rule.parts
-        rows = [t for _, t, cut in _targets(module, block) if cut.style == "row"]
+        rows = [t for _, t, cut in targets(module, block) if cut.style == "row"]
         granule = max(max(granule_of(m), getattr(m, "block", 1)) for m in rows)
         cuts = _width_spans(path, width, granule, weights)
         parts = tuple(Part({"w": (cut,)}) for cut in cuts)

@@ -1,6 +1,6 @@
 """The words of the table: what can be said of a module and how it is cut."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
@@ -191,3 +191,27 @@ def child(module: Any, path: str) -> Any:
         if module is None:
             return None
     return module
+
+
+def targets(module: nn.Module, block: Block) -> Iterator[tuple[str, Any, Cut]]:
+    """What `block` cuts of a module, as far as the module has it."""
+    for name, cut in block.cuts.items():
+        if name.endswith(".*"):
+            members = child(module, name[:-2]) or []
+            for number, member in enumerate(members):
+                yield f"{name[:-2]}.{number}", member, cut
+        elif (target := child(module, name)) is not None:
+            yield name, target, cut
+
+
+def blocks_of(module: nn.Module, family: Family) -> Iterator[Block]:
+    """The blocks that a module is; a child belongs to the first block that cuts it."""
+    if "lora_a" in module:  # a layer with an adapter, no block
+        return
+    claimed: set[str] = set()
+    for block in family.blocks:
+        if not block.fits(module) or claimed & set(block.needs):
+            continue
+        if block.rule is not None:
+            claimed |= {name for name, _, _ in targets(module, block)}
+        yield block

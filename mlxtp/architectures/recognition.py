@@ -2,16 +2,19 @@
 
 Only shapes that can be cut in one way are: separate projections of queries, keys and
 values, latent attention, usual MLPs and experts. What a fused projection holds in
-which order does not show.
+which order does not show, nor what a forward pass does besides: nothing is recognised
+whose code has signs of that.
 """
 
+import inspect
+import re
 from collections.abc import Iterable, Iterator
 
 import mlx.core as mx
 import mlx.nn as nn
 
 from mlxtp.architectures.attention import ATTENTION, LATENT, NORM_PER_HEAD, WIDE_NORMS
-from mlxtp.architectures.cuts import Block, Family, child
+from mlxtp.architectures.cuts import Block, Family, blocks_of, child
 from mlxtp.architectures.mlp import (
     EXPERTS,
     FC12,
@@ -23,6 +26,12 @@ from mlxtp.architectures.mlp import (
     W123,
 )
 from mlxtp.architectures.vocabulary import embedding, head
+
+# Heads under KV heads in turns, experts that do nothing, a product with the weight of
+# the embedding, all heads taken to be as wide as the hidden vector.
+SIGNS = re.compile(
+    r"tile\(|zero_expert|embed\w*\.weight|reshape\([^()]*\b(D|hidden_size)\b"
+)
 
 NAMES_OF_EMBEDDINGS = ("embed_tokens", "tok_embeddings", "word_embeddings", "wte")
 NAMES_OF_HEADS = ("lm_head", "output")
@@ -41,7 +50,8 @@ def recognise(model: nn.Module, name: str) -> tuple[Family, str]:
     blocks += (GATED, GATE_AND_UP, UP_DOWN, W123, FC12)
     blocks += tuple(embedding(n) for n in NAMES_OF_EMBEDDINGS)
     blocks += tuple(head(n) for n in NAMES_OF_HEADS)
-    family = Family(blocks, shared=ROUTERS)
+    # That the last layer's output reaches no cache cannot be seen: it may.
+    family = Family(blocks, shared=ROUTERS, loops=True)
     unknown = sorted(set(_unknown(modules, family)))
     if unknown:
         more = f" and {len(unknown) - 4} more" if len(unknown) > 4 else ""
@@ -53,11 +63,11 @@ def recognise(model: nn.Module, name: str) -> tuple[Family, str]:
             "beside it"
         )
     found = dict.fromkeys(
-        block.name for block in blocks for m in modules.values() if block.fits(m)
+        block.name for m in modules.values() for block in blocks_of(m, family)
     )
     return family, (
         f"the model type {name!r} is not in mlxtp's table; recognised from its "
-        f"modules: {', '.join(found)}"
+        f"modules: {', '.join(sorted(found))}. Compare its first tokens with mlx-lm's"
     )
 
 
@@ -79,9 +89,15 @@ def _unknown(modules: dict[str, nn.Module], family: Family) -> Iterator[str]:
     for path, module in modules.items():
         above = path.rpartition(".")[0]
         names = path.split(".")
-        if set(family.shared) & set(names) or _is_norm(module):
+        if set(family.shared) & set(names):
             continue
-        own = [b for b in family.blocks if b.fits(module)]
+        if _is_norm(module):
+            if above not in modules or _is_wide(module, modules[above], family):
+                yield path
+            continue
+        own = list(blocks_of(module, family))
+        if (own or not path) and _is_its_own(module):
+            yield f"{path} ({type(module).__name__} computes in a way of its own)"
         known = {name for block in own for name in (*block.cuts, *block.shared)}
         arrays = [k for k, v in module.items() if isinstance(v, mx.array)]
         parent = modules.get(above, module)
@@ -94,5 +110,23 @@ def _unknown(modules: dict[str, nn.Module], family: Family) -> Iterator[str]:
             yield path or ", ".join(arrays)
 
 
+def _is_its_own(module: nn.Module) -> bool:
+    """Whether a module's forward pass shows signs, or is somewhere else."""
+    call = type(module).__call__
+    return not inspect.isfunction(call) or bool(SIGNS.search(inspect.getsource(call)))
+
+
 def _is_norm(module: nn.Module) -> bool:
     return "Norm" in type(module).__name__
+
+
+def _is_wide(norm: nn.Module, around: nn.Module, family: Family) -> bool:
+    """Whether a norm within a block runs over more than one head, and is not cut."""
+    name = next((k for k, v in around.items() if v is norm), "")
+    own = [b for b in family.blocks if b.rule is not None and b.fits(around)]
+    known = {cut for block in own for cut in block.cuts}
+    cuts = [(n, cut) for block in own for n, cut in block.cuts.items()]
+    rows = [child(around, n) for n, cut in cuts if cut.style == "row"]
+    widths = {row.weight.shape[-1] for row in rows if row is not None}
+    weight = child(norm, "weight")
+    return name not in known and weight is not None and weight.size in widths
