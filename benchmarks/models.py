@@ -24,6 +24,48 @@ LLAMA_3_2_1B: dict[str, Any] = {
     "max_position_embeddings": 131072,
 }
 
+# Qwen's published config of the 30B mixture, 48 layers; its vocabulary is cut short.
+QWEN3_30B_A3B: dict[str, Any] = {
+    "model_type": "qwen3_moe",
+    "hidden_size": 2048,
+    "intermediate_size": 6144,
+    "moe_intermediate_size": 768,
+    "num_hidden_layers": 48,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 4,
+    "head_dim": 128,
+    "num_experts": 128,
+    "num_experts_per_tok": 8,
+    "decoder_sparse_step": 1,
+    "mlp_only_layers": [],
+    "norm_topk_prob": True,
+    "vocab_size": 8192,
+    "rms_norm_eps": 1e-6,
+    "rope_theta": 1000000.0,
+    "tie_word_embeddings": False,
+    "max_position_embeddings": 40960,
+}
+
+
+def take_experts_apart(folder: Path) -> None:
+    """Make of stacked experts a tensor each, as Hugging Face publishes them."""
+    file = folder / "model.safetensors"
+    tensors = mx.load(str(file))
+    if not any(".switch_mlp." in name for name in tensors):
+        return
+    apart = {}
+    for name, tensor in tensors.items():
+        if ".switch_mlp." not in name:
+            apart[name] = tensor
+            continue
+        for number in range(tensor.shape[0]):
+            expert = name.replace(".switch_mlp.", f".experts.{number}.")
+            apart[expert] = tensor[number]
+    new = file.with_suffix(".new.safetensors")
+    mx.save_safetensors(str(new), apart, metadata={"format": "mlx"})
+    (folder / "model.safetensors.index.json").unlink(missing_ok=True)
+    new.rename(file)
+
 
 def make(
     folder: Path,

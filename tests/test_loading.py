@@ -148,12 +148,6 @@ def test_mistakes_get_one_message(
         mlxtp.load(folder, comm)
 
 
-def test_a_type_that_is_not_in_the_table(comm: Communicator, shared_path: Path) -> None:
-    folder = made_by_rank_0(Tiny({"model_type": "gemma"}), shared_path / "gemma", comm)
-    with pytest.raises(ValueError, match="cannot split the model type 'gemma' yet"):
-        mlxtp.load(folder, comm)
-
-
 def test_code_in_a_checkpoint_runs_only_when_trusted(
     comm: Communicator, shared_path: Path
 ) -> None:
