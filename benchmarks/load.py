@@ -10,7 +10,6 @@ their floor is the pages they lie in.
 import argparse
 import json
 import tempfile
-import threading
 import time
 from pathlib import Path
 from typing import Any
@@ -18,6 +17,7 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 from models import LLAMA_3_2_1B, QWEN3_30B_A3B, make, take_experts_apart
+from proc import PeakMemory
 from ranks import measured
 
 import mlxtp
@@ -81,27 +81,15 @@ def measure(folder: Path) -> None:
     slice_bytes = sum(p.size * empty.sources[n].dtype.size for n, p in slices.items())
     floor = floor_bytes(empty, slices)
     del empty
-    before_memory, before_read = anonymous_bytes(), read_bytes()
-    peak, loaded = [0], threading.Event()
-
-    def watch() -> None:
-        while not loaded.wait(0.002):
-            peak[0] = max(peak[0], anonymous_bytes())
-
-    watcher = threading.Thread(target=watch)
-    watcher.start()
     begin = time.perf_counter()
-    model, _ = mlxtp.load(folder, comm)
-    seconds = time.perf_counter() - begin
-    loaded.set()
-    watcher.join()
-    # The watcher reads /proc/self/status, about 1.5 kB each time: not of the file.
+    with PeakMemory() as memory:
+        model, _ = mlxtp.load(folder, comm)
     figures = {
         "slices_mb": slice_bytes / 1e6,
-        "peak_mb": (peak[0] - before_memory) / 1e6,
-        "read_mb": (read_bytes() - before_read - watched_bytes[0]) / 1e6,
+        "peak_mb": memory.above_bytes / 1e6,
+        "read_mb": memory.read_bytes / 1e6,
         "floor_mb": floor / 1e6,
-        "seconds": seconds,
+        "seconds": time.perf_counter() - begin,
     }
     ranks = comm.allgather_objects(figures)
     assert model is not None
@@ -136,20 +124,6 @@ def page_bytes(tensor: Tensor, part: Slice) -> int:
         for page in range(int((last - first).max()) + 1):
             pages.update(np.minimum(first + page, last).tolist())
     return len(pages) * PAGE_BYTES
-
-
-watched_bytes = [0]
-
-
-def anonymous_bytes() -> int:
-    text = Path("/proc/self/status").read_text()
-    watched_bytes[0] += len(text)
-    return int(text.partition("RssAnon:")[2].split()[0]) * 1024
-
-
-def read_bytes() -> int:
-    text = Path("/proc/self/io").read_text()
-    return int(text.partition("rchar:")[2].split()[0])
 
 
 if __name__ == "__main__":

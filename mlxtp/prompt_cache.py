@@ -120,9 +120,12 @@ class _CutAxes:
     def cut_keys(self, cache: Any, mine: Any) -> None:
         """Keep the rank's KV heads of a cache of keys and values."""
         local = next((x.shape[1] for x in _arrays(mine.state) if x.ndim == 4), None)
+        wholes = [size for size, spans in self.heads if length(spans) == local]
 
         def cut(x: Any) -> Any:
-            if not isinstance(x, mx.array) or x.ndim != 4 or x.shape[1] == local:
+            if not isinstance(x, mx.array) or x.ndim != 4:
+                return x
+            if x.shape[1] == local and (local in wholes or not wholes):
                 return x
             spans = _find(self.heads, x.shape[1], local)
             if spans is None:

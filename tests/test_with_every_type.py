@@ -1,4 +1,4 @@
-"""Adapters and saved prompts with every model type that takes them in mlx-lm.
+"""Adapters, saved prompts and drafts with every model type that takes them in mlx-lm.
 
 On three ranks, which is as good as any number for what is tested here.
 """
@@ -13,7 +13,7 @@ import pytest
 import zoo
 from metal_kernels import use_plain_operations
 from mlx.utils import tree_flatten
-from mlx_lm.generate import generate_step
+from mlx_lm.generate import generate_step, speculative_generate_step
 from mlx_lm.models.cache import make_prompt_cache, save_prompt_cache
 from mlx_lm.tuner.utils import linear_to_lora_layers, load_adapters
 from mlx_lm.utils import load_model, load_tokenizer, save_config, save_model
@@ -130,6 +130,32 @@ def test_saved_prompt(model_type: str, comm: Communicator, shared_path: Path) ->
     model, _ = load_split(shared_path / "types" / model_type, comm)
     caches = SavedPrompt.of_file(file).shard(model, comm)
     assert continued(model, caches) == expected
+
+
+@pytest.mark.parametrize("model_type", RUNNABLE)
+def test_draft_model(model_type: str, comm: Communicator, shared_path: Path) -> None:
+    """It drafts, and is drafted for; what is drafted wrong is taken back."""
+    folders = on_rank_0(
+        comm, lambda: [saved(name, shared_path) for name in (model_type, "llama")]
+    )
+
+    def both_ways(model: nn.Module, llama: nn.Module) -> Any:
+        try:
+            return [drafted(model, llama), drafted(llama, model)]
+        except (ValueError, NotImplementedError) as error:
+            return str(error)
+
+    def drafted(model: nn.Module, draft: nn.Module) -> list[tuple[int, bool]]:
+        steps = speculative_generate_step(
+            mx.array(PROMPT[:3]), model, draft, max_tokens=STEPS
+        )
+        return [(int(token), from_draft) for token, _, from_draft in steps]
+
+    expected = on_rank_0(comm, lambda: both_ways(*(load_model(f)[0] for f in folders)))
+    got = both_ways(*(load_split(folder, comm)[0] for folder in folders))
+    assert got == expected
+    if isinstance(expected, str):
+        pytest.skip(f"not in mlx-lm either: {expected}")
 
 
 @pytest.mark.parametrize("model_type", RUNNABLE)
