@@ -160,7 +160,8 @@ def _random_parameters(model: nn.Module) -> Iterator[tuple[str, mx.array]]:
 def _quantized(leaf: str, like: mx.array, module: nn.Module) -> mx.array:
     """A part of a quantized matrix whose rows have a norm of about 1."""
     if leaf == "weight":
-        return mx.random.bits(like.shape)
+        halves = (*like.shape[:-1], 2 * like.shape[-1])
+        return mx.random.randint(0, 1 << 16, halves, mx.uint16).view(mx.uint32)
     inputs = module.scales.shape[-1] * module.group_size
     deviation = 1 / math.sqrt(inputs)
     if module.mode == "mxfp4":  # a power of two; the 16 numbers deviate by 2.9
