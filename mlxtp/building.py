@@ -61,6 +61,7 @@ def build(
         raise ValueError(
             f"mlx-lm cannot build the model in {folder}: {reason}"
         ) from error
+    del model.sanitize, model.load_weights  # they hold on to what is computed
     weights = answers.weights
     _check_parameters(model, {name: w.shape for name, w in weights.items()}, folder)
     model.update(tree_unflatten(list(weights.items())))

@@ -216,20 +216,23 @@ def _load_tokenizer(
 def _read(opened: _Opened, comm: Communicator, *, show: bool) -> nn.Module:
     """Read this rank's slices and make the model compute with them."""
     with comm.agreement():
-        _read_slices(opened.empty, opened.table.slices(comm.rank), show=show)
+        read_slices(opened.empty, opened.table.slices(comm.rank), show=show)
     parallelize(opened.empty.model, opened.table, comm)
     return opened.empty.model
 
 
-def _read_slices(empty: EmptyModel, slices: dict[str, Slice], *, show: bool) -> None:
-    """Put this rank's slices into the model, in the order of the files."""
+def read_slices(empty: EmptyModel, slices: dict[str, Slice], *, show: bool) -> None:
+    """Put this rank's slices into the model, in the order of the files.
+
+    Sources are let go of as they are read: some hold what they computed.
+    """
     order = sorted(slices, key=lambda name: empty.sources[name].place())
     with tqdm(
         total=_bytes_of(empty, slices), unit="B", unit_scale=True, disable=not show,
         desc="Loading", leave=False,
     ) as bar:  # fmt: skip
         for name in order:
-            array = empty.sources[name].read(slices[name])
+            array = empty.sources.pop(name).read(slices[name])
             mx.eval(array)
             empty.model.update(tree_unflatten([(name, array)]))
             bar.update(array.nbytes)
