@@ -16,7 +16,13 @@ from mlx.utils import tree_flatten
 from mlx_lm.generate import generate_step, speculative_generate_step
 from mlx_lm.models.cache import make_prompt_cache, save_prompt_cache
 from mlx_lm.tuner.utils import linear_to_lora_layers, load_adapters
-from mlx_lm.utils import load_model, load_tokenizer, save_config, save_model
+from mlx_lm.utils import (
+    load_model,
+    load_tokenizer,
+    quantize_model,
+    save_config,
+    save_model,
+)
 from test_architectures import PROMPT, RUNNABLE, check_logits
 from test_models import as_numpy, on_rank_0
 from tiny import Tiny, made_by_rank_0
@@ -31,12 +37,14 @@ pytestmark = pytest.mark.ranks(3)
 STEPS = 6
 
 
-def saved(model_type: str, folder: Path) -> Path:
+def saved(model_type: str, folder: Path, bits: int | None = None) -> Path:
     """The folder of a tiny model of a type."""
-    folder = folder / "types" / model_type
+    folder = folder / ("types" if bits is None else "quantized") / model_type
     if not folder.exists():
         folder.mkdir(parents=True)
         model, config = zoo.build(model_type)
+        if bits is not None:
+            model, config = quantize_model(model, config, 64, bits)
         save_model(folder, model)
         save_config(config, folder / "config.json")
     return folder
@@ -49,20 +57,38 @@ def test_adapter(
 ) -> None:
     if (why := zoo.ADAPTER_FAILS.get((model_type, kind))) is not None:
         pytest.skip(f"not in mlx-lm either: {why}")
-    folder = shared_path / "types" / model_type
-    adapter = shared_path / f"{model_type}-{kind}"
+    check_adapter(model_type, kind, comm, shared_path)
+
+
+@pytest.mark.parametrize("kind", ["lora", "dora"])
+def test_adapter_where_ranks_share_groups(
+    kind: str, comm: Communicator, shared_path: Path
+) -> None:
+    """The heads of a rank, of 16 columns each, end inside groups of 64."""
+    check_adapter("llama", kind, comm, shared_path, bits=4)
+
+
+def check_adapter(
+    model_type: str,
+    kind: str,
+    comm: Communicator,
+    shared_path: Path,
+    bits: int | None = None,
+) -> None:
+    adapter = shared_path / f"{model_type}-{kind}-{bits}"
 
     def make() -> Any:
-        model, _ = load_model(saved(model_type, shared_path))
+        folder = saved(model_type, shared_path, bits)
+        model, _ = load_model(folder)
         save_adapter(model, adapter, kind)
         model, _ = load_model(folder)
         plain = as_numpy(model(mx.array([PROMPT]), cache=make_prompt_cache(model)))
         load_adapters(model, str(adapter))
         model.eval()
         logits = model(mx.array([PROMPT]), cache=make_prompt_cache(model))
-        return plain, as_numpy(logits)
+        return folder, plain, as_numpy(logits)
 
-    plain, expected = on_rank_0(comm, make)
+    folder, plain, expected = on_rank_0(comm, make)
     assert (plain != expected).any()
     model, _ = load_split(folder, comm, adapter_path=adapter)
     logits = model(mx.array([PROMPT]), cache=make_prompt_cache(model))
@@ -78,7 +104,10 @@ def save_adapter(model: nn.Module, folder: Path, kind: str) -> None:
         for name, module in layer.named_modules()
         # but those that are asked for their weight, or split their output
         if (
-            (isinstance(module, nn.Linear) and not hasattr(module, "indices"))
+            (
+                isinstance(module, nn.Linear | nn.QuantizedLinear)
+                and not hasattr(module, "indices")
+            )
             and not name.endswith(("res_proj", "coefs"))
         )
         or (kind == "lora" and hasattr(module, "num_experts") and "weight" in module)
