@@ -95,11 +95,13 @@ class _CutAxes:
     """The axes that caches are cut on, as (whole length, the rank's spans).
 
     `heads` are those of keys and values, `states` those of what recurrent blocks keep
-    or convolve.
+    or convolve. `has_latents` says that there may be latents besides, which have one
+    head for all.
     """
 
     heads: tuple[tuple[int, Spans], ...]
     states: tuple[tuple[int, Spans], ...]
+    has_latents: bool
 
     @classmethod
     def of_model(cls, model: nn.Module, rank: int) -> "_CutAxes":
@@ -115,17 +117,21 @@ class _CutAxes:
                 for matrix in table.matrices.values()
                 if matrix.cut.style == "along"
             ),
+            any(
+                getattr(shards.block.rule, "kv", None) == () for shards in table.blocks
+            ),
         )
 
     def cut_keys(self, cache: Any, mine: Any) -> None:
         """Keep the rank's KV heads of a cache of keys and values."""
         local = next((x.shape[1] for x in _arrays(mine.state) if x.ndim == 4), None)
-        wholes = [size for size, spans in self.heads if length(spans) == local]
+        wholes = {size for size, spans in self.heads if length(spans) == local}
+        uncut = not wholes or local in wholes or (self.has_latents and local == 1)
 
         def cut(x: Any) -> Any:
             if not isinstance(x, mx.array) or x.ndim != 4:
                 return x
-            if x.shape[1] == local and (local in wholes or not wholes):
+            if x.shape[1] == local and uncut:
                 return x
             spans = _find(self.heads, x.shape[1], local)
             if spans is None:

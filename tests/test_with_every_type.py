@@ -129,6 +129,15 @@ def save_adapter(model: nn.Module, folder: Path, kind: str) -> None:
     (folder / "adapter_config.json").write_text(json.dumps(config))
 
 
+def test_saved_latents_where_a_rank_has_one_head(
+    comm: Communicator, shared_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The latents' one head is not taken for the rank's."""
+    few = {"num_attention_heads": 3, "num_key_value_heads": 3}
+    monkeypatch.setitem(zoo.VARIANTS, "three-heads", ("deepseek_v3", few))
+    test_saved_prompt("three-heads", comm, shared_path)
+
+
 @pytest.mark.parametrize("model_type", RUNNABLE)
 def test_saved_prompt(model_type: str, comm: Communicator, shared_path: Path) -> None:
     """A cache that one process saved is continued by all ranks."""
