@@ -1,4 +1,4 @@
-"""Adapters, saved prompts and drafts with every model type that takes them in mlx-lm.
+"""Weights, adapters, saved prompts, drafts with every type that takes them in mlx-lm.
 
 On three ranks, which is as good as any number for what is tested here.
 """
@@ -136,6 +136,20 @@ def test_saved_latents_where_a_rank_has_one_head(
     few = {"num_attention_heads": 3, "num_key_value_heads": 3}
     monkeypatch.setitem(zoo.VARIANTS, "three-heads", ("deepseek_v3", few))
     test_saved_prompt("three-heads", comm, shared_path)
+
+
+@pytest.mark.parametrize("model_type", RUNNABLE)
+def test_uneven_weights(model_type: str, comm: Communicator, shared_path: Path) -> None:
+    """A rank that gets three times the work of another."""
+
+    def whole() -> Any:
+        folder = saved(model_type, shared_path)
+        model, _ = load_model(folder)
+        return folder, as_numpy(model(mx.array([PROMPT])))
+
+    folder, expected = on_rank_0(comm, whole)
+    model, _ = load_split(folder, comm, weights=[3, 1, 2])
+    check_logits(model_type, [model(mx.array([PROMPT]))], [expected])
 
 
 @pytest.mark.parametrize("model_type", RUNNABLE)
