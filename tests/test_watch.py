@@ -46,11 +46,12 @@ class Job:
             text=True,
             env=environment(),
         )
-        self.output = ""
-        while not self.output.startswith("pids"):
-            self.output = self._process.stdout.readline()
-            assert self.output, "the job has ended"
-        self.pids = [int(word) for word in self.output.split()[1:]]
+        self.output = line = ""
+        while not line.startswith("pids"):
+            line = self._process.stdout.readline()
+            self.output += line
+            assert line, f"the job has ended: {self.output}"
+        self.pids = [int(word) for word in line.split()[1:]]
         self.mpirun = self._process.pid
 
     def end(self, limit_seconds: float) -> tuple[int, float]:
