@@ -22,9 +22,9 @@ from ranks import measured
 
 import mlxtp
 from mlxtp.building import EmptyModel, build
-from mlxtp.checkpoint import PAGE_BYTES, Tensor
 from mlxtp.partition import Slice
 from mlxtp.sharding import slice_table
+from mlxtp.tensors import PAGE_BYTES, Tensor
 
 
 def main() -> None:
@@ -116,7 +116,7 @@ def page_bytes(tensor: Tensor, part: Slice) -> int:
     """Bytes of the pages in which the columns `part` of a matrix lie."""
     rows, columns = tensor.shape
     item = tensor.dtype.size
-    starts = tensor.offset + np.arange(rows) * columns * item
+    starts = tensor.pieces[0].offset + np.arange(rows) * columns * item
     pages: set[int] = set()
     for start, stop in part.spans:
         first = (starts + start * item) // PAGE_BYTES

@@ -14,8 +14,10 @@ from mlx.utils import tree_flatten, tree_unflatten
 from mlx_lm import utils as mlx_lm_utils
 from mlx_lm.tuner.utils import linear_to_lora_layers
 
-from mlxtp.checkpoint import Checkpoint, Tensor
+from mlxtp.checkpoint import Checkpoint
+from mlxtp.cut_checkpoint import open_checkpoint
 from mlxtp.recipes import Computed, Source, trace
+from mlxtp.tensors import Tensor
 
 
 @dataclasses.dataclass(frozen=True)
@@ -44,7 +46,7 @@ def build(
             f"{folder} brings an architecture of its own ({given['model_file']}): "
             "mlxtp does not know how to split it"
         )
-    tensors = Checkpoint.of_folder(folder).tensors
+    tensors = open_checkpoint(folder)
     # mlx-lm gets arrays that read themselves when they are evaluated, which nobody
     # does: their identity tells which parameter comes from where.
     promises = _unread(tensors)
@@ -53,6 +55,7 @@ def build(
         model, config = mlx_lm_utils.load_model(
             folder,
             lazy=True,
+            strict=False,  # what is wrong with the weights we say ourselves
             get_model_classes=answers.classes,
             trust_remote_code=trust_remote_code,
         )
@@ -79,9 +82,14 @@ def build(
 
 def _unread(tensors: Mapping[str, Tensor]) -> dict[str, mx.array]:
     """Arrays that are read when they are evaluated."""
-    files = {tensor.file for tensor in tensors.values()}
+    files = {piece.file for t in tensors.values() if t.is_whole for piece in t.pieces}
     loaded: dict[Path, Any] = {file: mx.load(str(file)) for file in sorted(files)}
-    return {name: loaded[tensor.file][name] for name, tensor in tensors.items()}
+    return {
+        name: loaded[tensor.pieces[0].file][name]
+        if tensor.is_whole
+        else mx.zeros(tensor.shape, tensor.dtype)
+        for name, tensor in tensors.items()
+    }
 
 
 def _sources(

@@ -1,58 +1,27 @@
-"""Names and slices in, arrays out: reads those bytes of a checkpoint and no others."""
+"""The tensors of a checkpoint: what its safetensors files say of themselves."""
 
 import json
-import os
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
 
-import mlx.core as mx
-import numpy as np
 from huggingface_hub import parse_local_safetensors_file_metadata
 from huggingface_hub.errors import SafetensorsParsingError
+from huggingface_hub.utils import SafetensorsFileMetadata
 from safetensors import SafetensorError, safe_open
 
-from mlxtp.partition import Slice
+from mlxtp.tensors import DTYPES, Tensor, whole_tensor
 
-# What MLX makes of the types of a safetensors file.
-DTYPES = {
-    "BOOL": mx.bool_,
-    "U8": mx.uint8,
-    "I8": mx.int8,
-    "U16": mx.uint16,
-    "I16": mx.int16,
-    "U32": mx.uint32,
-    "I32": mx.int32,
-    "U64": mx.uint64,
-    "I64": mx.int64,
-    "F16": mx.float16,
-    "BF16": mx.bfloat16,
-    "F32": mx.float32,
-    "F8_E4M3": mx.uint8,
-}
-
-# Pieces that lie closer together than a page are read with what is between them:
-# the disk reads the page anyway.
-PAGE_BYTES = 4096
-# The most that is read at once into memory which is not the array's own.
-BLOCK_BYTES = 4 * 1024 * 1024
+INDEX = "model.safetensors.index.json"
+WEIGHTS = "model*.safetensors"
 
 
 @dataclass(frozen=True)
-class Tensor:
-    """Where an array lies: `offset` in bytes from the start of `file`."""
+class Header:
+    """What a safetensors file says of itself; tensors in the order they lie in."""
 
-    file: Path
-    offset: int
-    dtype: mx.Dtype
-    shape: tuple[int, ...]
-
-    def read(self, part: Slice) -> mx.array:
-        return read(self, part)
-
-    def place(self) -> tuple[str, int]:
-        """The file and the byte where it begins."""
-        return str(self.file), self.offset
+    metadata: dict[str, str]
+    tensors: dict[str, Tensor]
 
 
 class Checkpoint:
@@ -63,26 +32,24 @@ class Checkpoint:
 
         Raises: ValueError, with the file, if one is missing, cut short or broken.
         """
-        self.tensors: dict[str, Tensor] = {}
-        for file in files:
-            self.tensors.update(_header(file))
+        self.headers = {file.name: read_header(file) for file in files}
+        self.tensors = {
+            name: tensor
+            for header in self.headers.values()
+            for name, tensor in header.tensors.items()
+        }
 
     @classmethod
     def of_folder(cls, folder: Path) -> "Checkpoint":
         """The checkpoint in `folder`: what its index names, or model*.safetensors."""
-        index = folder / "model.safetensors.index.json"
+        index = folder / INDEX
         if not index.exists():
-            files = sorted(folder.glob("model*.safetensors"))
+            files = sorted(folder.glob(WEIGHTS))
             if not files:
-                raise ValueError(f"no model*.safetensors in {folder}")
+                raise ValueError(f"no {WEIGHTS} in {folder}")
             return cls(files)
-        try:
-            weight_map: dict[str, str] = json.loads(index.read_text())["weight_map"]
-            names = sorted(set(weight_map.values()))
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise ValueError(
-                f"{index} is no index of safetensors files: {error!r}"
-            ) from None
+        promised = weight_map(index.read_bytes(), str(index))
+        names = sorted(set(promised.values()))
         missing = [name for name in names if not (folder / name).is_file()]
         if missing:
             raise ValueError(
@@ -90,95 +57,59 @@ class Checkpoint:
                 "fetch the checkpoint again"
             )
         checkpoint = cls([folder / name for name in names])
-        for name, file in weight_map.items():
+        for name, file in promised.items():
             if name not in checkpoint.tensors:
                 raise ValueError(f"{index} promises {name} in {file}: it is not there")
         return checkpoint
 
 
-def read(tensor: Tensor, part: Slice) -> mx.array:
-    """Read a slice of a tensor, its bytes straight into the memory of the array.
+def weight_map(index: bytes, where: str) -> dict[str, str]:
+    """Which tensor is in which file, as an index says.
 
-    Raises: OSError if the file ends early or cannot be read.
+    Raises: ValueError if it says nothing of the kind.
     """
-    raw = mx.empty((part.size * tensor.dtype.size,), mx.uint8)
-    mx.eval(raw)
-    if raw.size:
-        with open(tensor.file, "rb", buffering=0) as file:
-            _read_into(np.asarray(raw), file.fileno(), tensor, part)
-    return raw.view(tensor.dtype).reshape(part.shape)
+    try:
+        found = json.loads(index)["weight_map"]
+        return {str(name): str(file) for name, file in found.items()}
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ValueError(
+            f"{where} is no index of safetensors files: {error!r}"
+        ) from None
 
 
-def _header(file: Path) -> dict[str, Tensor]:
+def read_header(file: Path) -> Header:
+    """Read the header of a safetensors file.
+
+    Raises: ValueError if the file is missing, cut short or broken.
+    """
     try:
         with safe_open(file, framework="numpy"):
             pass  # checks the header and that the file is as long as it says
-        info = parse_local_safetensors_file_metadata(file).tensors
-        with open(file, "rb") as opened:
-            data_start = 8 + int.from_bytes(opened.read(8), "little")
+        info = parse_local_safetensors_file_metadata(file)
     except FileNotFoundError:
         raise ValueError(f"{file} is not there") from None
     except (SafetensorError, SafetensorsParsingError) as error:
         raise ValueError(
             f"{file} is no whole safetensors file ({error}); fetch it again"
         ) from None
-    unknown = [name for name, tensor in info.items() if tensor.dtype not in DTYPES]
-    if unknown:
-        kind = info[unknown[0]].dtype
-        raise ValueError(f"{file}: {unknown[0]} is of type {kind}, unknown to MLX")
-    return {
-        name: Tensor(
-            file,
-            data_start + tensor.data_offsets[0],
-            DTYPES[tensor.dtype],
-            tuple(tensor.shape),
-        )
-        for name, tensor in info.items()
-    }
+    return header_of(file, info, file.stat().st_size)
 
 
-def _read_into(memory: np.ndarray, fd: int, tensor: Tensor, part: Slice) -> None:
-    """Fill `memory` (bytes) with the slice `part` of `tensor`.
+def header_of(file: Path, info: SafetensorsFileMetadata, size: int) -> Header:
+    """What huggingface-hub has read of a file of `size` bytes.
 
-    Seen from the cut axis a tensor is a stack of `rows`, each with the spans at the
-    same places.
+    Raises: ValueError if MLX does not know a type, or the sizes do not fit together.
     """
-    if part.shape == tensor.shape:
-        return _pread(fd, memory, tensor.offset)
-    assert part.axis is not None
-    rows = prod(tensor.shape[: part.axis])
-    item = prod(tensor.shape[part.axis + 1 :]) * tensor.dtype.size
-    row = item * tensor.shape[part.axis]
-    pieces = [(start * item, stop * item) for start, stop in part.spans if start < stop]
-    into = memory.reshape(rows, -1)
-    gap = row - into.shape[1]
-    if rows == 1 or gap >= PAGE_BYTES:
-        for number in range(rows):
-            filled = 0
-            for start, stop in pieces:
-                target = into[number, filled : filled + stop - start]
-                _pread(fd, target, tensor.offset + number * row + start)
-                filled += stop - start
-        return
-    block = np.empty((max(1, BLOCK_BYTES // row), row), np.uint8)
-    first, last = pieces[0][0], pieces[-1][1]
-    for number in range(0, rows, len(block)):
-        some = block[: rows - number]
-        # From the first piece of the first row to the last piece of the last.
-        flat = some.reshape(-1)[first : some.size - (row - last)]
-        _pread(fd, flat, tensor.offset + number * row + first)
-        filled = 0
-        for start, stop in pieces:
-            into[number : number + len(some), filled : filled + stop - start] = some[
-                :, start:stop
-            ]
-            filled += stop - start
-
-
-def _pread(fd: int, target: np.ndarray, offset: int) -> None:
-    view = target.data
-    while view:
-        count = os.preadv(fd, [view], offset)
-        if count == 0:
-            raise OSError(f"the file ends at byte {offset}, inside a tensor")
-        view, offset = view[count:], offset + count
+    order = sorted(info.tensors.items(), key=lambda item: item[1].data_offsets)
+    # Nothing lies behind the tensors.
+    data_start = size - max((t.data_offsets[1] for _, t in order), default=0)
+    tensors = {}
+    for name, it in order:
+        if it.dtype not in DTYPES:
+            raise ValueError(f"{file}: {name} is of type {it.dtype}, unknown to MLX")
+        begin, end = it.data_offsets
+        tensor = whole_tensor(name, it.dtype, it.shape, file, data_start + begin)
+        if data_start < 8 or end - begin != prod(it.shape) * tensor.dtype.size:
+            raise ValueError(f"{file} is no whole safetensors file; fetch it again")
+        tensors[name] = tensor
+    return Header(info.metadata, tensors)

@@ -12,6 +12,7 @@ from types import TracebackType
 from typing import Any
 
 import mlx.core as mx
+import numpy as np
 
 from mlxtp.eager import EagerCollectives
 from mlxtp.in_graph import GraphCollectives
@@ -30,6 +31,8 @@ LAUNCHED_RANKS = ("OMPI_COMM_WORLD_RANK", "PMI_RANK")
 LAUNCHED_SIZES = ("OMPI_COMM_WORLD_SIZE", "PMI_SIZE")
 
 TIMEOUT_SECONDS = 60.0
+# No allreduce has it; MPI promises tags up to 32767.
+EXCHANGE_TAG = 32767
 
 
 def launched_by_mpirun() -> int:
@@ -181,6 +184,36 @@ class Communicator:
             return [value]
         with self._watch.collective("allgather"):
             return self._control.allgather_objects(value)
+
+    def exchange(self, to: Sequence[np.ndarray], sizes: Sequence[int]) -> list[Any]:
+        """Send each rank a message, and receive one of `sizes[rank]` bytes from each.
+
+        Shapes: messages (n,) uint8; empty ones are not sent. Its own message comes
+        back to a rank as it is.
+        """
+        received = [np.empty(size, np.uint8) for size in sizes]
+        received[self.rank] = to[self.rank]
+        if self._control is None:
+            return received
+        with self._watch.collective("exchange"):
+            if not isinstance(self._control, MessageTransport):
+                everything = self._control.allgather_objects(to)
+                return [messages[self.rank] for messages in everything]
+            others = [rank for rank in range(self.size) if rank != self.rank]
+            receives = [
+                self._control.prepare_receive(received[rank], rank, EXCHANGE_TAG)
+                for rank in others
+                if sizes[rank]
+            ]
+            self._control.start(receives)
+            sends = [
+                self._control.send(to[rank], rank, EXCHANGE_TAG)
+                for rank in others
+                if to[rank].size
+            ]
+            self._control.wait([*receives, *sends])
+            self._control.free(receives)
+        return received
 
     def barrier(self) -> None:
         """Wait until every rank has come here."""

@@ -113,12 +113,17 @@ def prepare(args: argparse.Namespace, comm: Communicator) -> Job:
         adapter_path=args.adapter_path,
         tokenizer_config=saved.tokenizer_config if saved else None,
         trust_remote_code=args.trust_remote_code,
+        fetch=args.fetch,
         progress=show,
     )
     draft_model = None
     if args.draft_model:
         draft_model, draft_tokenizer = mlxtp.load(
-            args.draft_model, comm, weights=args.weights, progress=show
+            args.draft_model,
+            comm,
+            weights=args.weights,
+            fetch=args.fetch,
+            progress=show,
         )
     kv_dims = cached_dims(model) if args.kv_bits else set()
     with comm.agreement():

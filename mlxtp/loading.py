@@ -1,34 +1,35 @@
 """`load`: from a checkpoint to a model of which each rank holds its slices."""
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import mlx.core as mx
 import mlx.nn as nn
-from huggingface_hub import snapshot_download
-from huggingface_hub.errors import HfHubHTTPError, HFValidationError
-from huggingface_hub.utils.tqdm import disable_progress_bars
 from mlx.utils import tree_unflatten
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 from mlx_lm.utils import load_tokenizer
 from tqdm import tqdm
 
-from mlxtp import memory
+from mlxtp import cut_checkpoint, hub, memory
 from mlxtp.building import EmptyModel, build
 from mlxtp.communicator import AgreedError, Communicator
+from mlxtp.cut_checkpoint import Origin, Share, bytes_of, lacking
+from mlxtp.fetching import fill
+from mlxtp.hub import Repo
 from mlxtp.parallel import parallelize
 from mlxtp.partition import Slice
+from mlxtp.recipes import needed
 from mlxtp.sharding import slice_table
 from mlxtp.shards import SliceTable
+from mlxtp.tensors import Tensor
 
 logger = logging.getLogger(__name__)
 
-# What of a repository on the hub makes a model; code in it runs only when trusted.
-HUB_PATTERNS = ["*.json", "model*.safetensors", "*.model", "*.tiktoken"]
-HUB_PATTERNS += ["*.txt", "*.jinja", "*.py"]
+# Who fetches from the hub.
+Fetch = Literal["all", "root"]
 
 
 def load(
@@ -39,6 +40,7 @@ def load(
     adapter_path: str | Path | None = None,
     tokenizer_config: dict[str, Any] | None = None,
     trust_remote_code: bool = False,
+    fetch: Fetch = "all",
     progress: bool = False,
 ) -> tuple[nn.Module, TokenizerWrapper]:
     """Load a model and its tokenizer, split over the ranks of `comm`.
@@ -49,14 +51,15 @@ def load(
 
     Args:
         comm: the ranks to split it over.
-        path_or_hf_repo: a folder, or a name on the hub, whose files each host
-            fetches once, whole.
+        path_or_hf_repo: a folder, whole or cut by `mlxtp.shard`, or a name on the
+            hub, of which each rank fetches its slices and keeps them.
         weights: one positive number a rank, in whose proportion the ranks get
             work and memory. Default: equal.
         adapter_path: a folder with LoRA adapters or full weights of mlx-lm's
             tuner.
         tokenizer_config: more arguments for the tokenizer.
         trust_remote_code: run Python code that the checkpoint carries.
+        fetch: "all" ranks fetch from the hub, or "root" for all: rank 0.
         progress: show a progress bar on rank 0.
 
     Raises: AgreedError (a ValueError) on every rank, with one message, if what was
@@ -64,12 +67,15 @@ def load(
         weight is read.
     """
     with comm.unlimited():
-        opened = _open(path_or_hf_repo, comm, weights, adapter_path, trust_remote_code)
+        show = progress and comm.rank == 0
+        opened = _open(
+            path_or_hf_repo, comm, weights, adapter_path, trust_remote_code, fetch, show
+        )
         with comm.agreement():
             tokenizer = _load_tokenizer(
                 opened.folder, tokenizer_config, opened.empty.config, trust_remote_code
             )
-        return _read(opened, comm, show=progress and comm.rank == 0), tokenizer
+        return _read(opened, comm, show=show), tokenizer
 
 
 def load_model(
@@ -79,6 +85,7 @@ def load_model(
     weights: Sequence[int] | None = None,
     adapter_path: str | Path | None = None,
     trust_remote_code: bool = False,
+    fetch: Fetch = "all",
     progress: bool = False,
 ) -> tuple[nn.Module, dict[str, Any]]:
     """Load a model without its tokenizer: the model, split, and its config.
@@ -86,8 +93,11 @@ def load_model(
     Arguments and errors are those of `load`.
     """
     with comm.unlimited():
-        opened = _open(path_or_hf_repo, comm, weights, adapter_path, trust_remote_code)
-        model = _read(opened, comm, show=progress and comm.rank == 0)
+        show = progress and comm.rank == 0
+        opened = _open(
+            path_or_hf_repo, comm, weights, adapter_path, trust_remote_code, fetch, show
+        )
+        model = _read(opened, comm, show=show)
         return model, opened.empty.config
 
 
@@ -106,56 +116,80 @@ def _open(
     weights: Sequence[int] | None,
     adapter_path: str | Path | None,
     trust_remote_code: bool,
+    fetch: Fetch,
+    show: bool,
 ) -> _Opened:
-    """Find and build a model, decide what is whose, and see if it fits."""
+    """Find and build a model, decide what is whose, see if it fits, and fetch it."""
     with comm.agreement():
         rank_weights = _checked_weights(weights, comm)
-    folder = find(path_or_hf_repo, comm)
+    folder, repo = locate(path_or_hf_repo, comm)
+    adapter = Path(adapter_path) if adapter_path is not None else None
+
+    def built() -> EmptyModel:
+        return build(folder, adapter, trust_remote_code=trust_remote_code)
+
     with comm.agreement():
-        adapter = Path(adapter_path) if adapter_path is not None else None
-        empty = build(folder, adapter, trust_remote_code=trust_remote_code)
+        empty = built()
         table = slice_table(empty.model, rank_weights)
     if table.remark and comm.rank == 0:
         logger.warning(table.remark)
-    check_memory(comm, _bytes_of(empty, table.slices(comm.rank)), folder)
+    slices = table.slices(comm.rank)
+    check_memory(comm, _bytes_of(empty, slices), folder)
+    if cut_checkpoint.is_cut(folder):
+        with comm.agreement():
+            tensors = needed(empty.sources, slices)
+            if repo is None:
+                _check_here(tensors, folder)
+        if repo is not None:
+            at_hub = set(cut_checkpoint.open_cut(folder).values())
+            wanted = {t.name: it for t, it in tensors.items() if t in at_hub}
+            share = Share(tuple(rank_weights), comm.rank)
+            fill(comm, repo, share, wanted, only_root=fetch == "root", show=show)
+            with comm.agreement():
+                empty = built()
     return _Opened(folder, empty, table)
 
 
-def find(path_or_hf_repo: str | Path, comm: Communicator) -> Path:
-    """The local folder of a model; from the hub, one rank of each host fetches it."""
+def locate(path_or_hf_repo: str | Path, comm: Communicator) -> tuple[Path, Repo | None]:
+    """The folder of a model on this machine, and where its slices come from.
+
+    From the hub only config, tokenizer and headers are there, unless the cache has
+    all of it. Rank 0 asks the hub, and tells the others.
+    """
     local = Path(path_or_hf_repo).expanduser()
     with comm.agreement():
         if local.exists() and not local.is_dir():
             raise ValueError(f"the model {local} is a file; give the folder it is in")
     hosts = comm.allgather_objects((comm.host, local.is_dir()))
     if all(there for _, there in hosts):
-        return local
+        return local, None
+    name = str(path_or_hf_repo)
+    repo: Repo | None = None
+    small: dict[str, bytes] = {}
+    origin: Origin | None = None
     with comm.agreement():
-        looks_local = str(path_or_hf_repo).startswith((".", "/", "~"))
+        looks_local = name.startswith((".", "/", "~"))
         if looks_local or any(there for _, there in hosts):
             if not local.is_dir():
                 raise ValueError(f"there is no model folder {local}")
-        elif comm.rank == [host for host, _ in hosts].index(comm.host):
-            if comm.rank > 0:
-                disable_progress_bars()
-            _fetch(str(path_or_hf_repo))
-    with comm.agreement():
-        local = _fetch(str(path_or_hf_repo), local_files_only=True)
-    return local
-
-
-def _fetch(name: str, *, local_files_only: bool = False) -> Path:
-    try:
-        return Path(
-            snapshot_download(
-                name, allow_patterns=HUB_PATTERNS, local_files_only=local_files_only
-            )
-        )
-    except (HfHubHTTPError, HFValidationError, OSError) as error:
-        reason = str(error).strip().splitlines()[0]
-        raise ValueError(
-            f"there is no folder {name}, and the hub did not give it: {reason}"
-        ) from error
+        elif comm.rank == 0:
+            repo, small = hub.small_files(name)
+    repo = comm.bcast(repo)
+    snapshot = hub.whole(repo)
+    if all(comm.allgather_objects(snapshot is not None)):
+        assert snapshot is not None
+        return snapshot, None
+    folder = repo.folder()
+    begun = comm.allgather_objects(cut_checkpoint.is_cut(folder))
+    if not all(begun):
+        with comm.agreement():
+            if comm.rank == 0:
+                origin = hub.origin(repo, small)
+        small, origin = comm.bcast((small, origin))
+        with comm.agreement():
+            if comm.rank == [host for host, _ in hosts].index(comm.host):
+                cut_checkpoint.begin(folder, origin, small)
+    return folder, repo
 
 
 def _checked_weights(weights: Sequence[int] | None, comm: Communicator) -> list[int]:
@@ -167,6 +201,17 @@ def _checked_weights(weights: Sequence[int] | None, comm: Communicator) -> list[
             f"for each of {comm.size} ranks"
         )
     return list(weights)
+
+
+def _check_here(slices: Mapping[Tensor, Slice], folder: Path) -> None:
+    """Compare what a rank reads with what a cut checkpoint has."""
+    if absent := bytes_of(lacking(slices)):
+        held = ", ".join(share.folder for share in cut_checkpoint.shares(folder))
+        raise ValueError(
+            f"{absent / 1e9:.2f} of the {bytes_of(slices) / 1e9:.2f} GB that this rank "
+            f"reads are not in {folder}, which holds {held or 'no slices'}: cut the "
+            "checkpoint for these ranks and weights with python -m mlxtp.shard"
+        )
 
 
 def check_memory(comm: Communicator, bytes_of_rank: int, folder: Path) -> None:

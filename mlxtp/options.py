@@ -122,9 +122,16 @@ def _parser() -> argparse.ArgumentParser:
     ours = result.add_argument_group("mlxtp")
     ours.add_argument(
         "--weights",
-        type=_weights,
+        type=weights,
         help="Shares of the ranks in the work, whole numbers such as 2,1,1,1,1. "
         "Default: equal.",
+    )
+    ours.add_argument(
+        "--fetch",
+        choices=["all", "root"],
+        default="all",
+        help="Who fetches a model from the hub: all ranks, or root, rank 0, which "
+        "passes the others their slices. Default: all.",
     )
     ours.add_argument(
         "--verbose",
@@ -142,12 +149,13 @@ def _parser() -> argparse.ArgumentParser:
     return result
 
 
-def _weights(text: str) -> list[int]:
-    weights = [int(part) if part.strip().isdigit() else 0 for part in text.split(",")]
-    if min(weights) < 1:
+def weights(text: str) -> list[int]:
+    """Shares of the ranks, as the command line gives them."""
+    found = [int(part) if part.strip().isdigit() else 0 for part in text.split(",")]
+    if min(found) < 1:
         wanted = "whole numbers above 0, one for each rank, such as 2,1,1,1,1"
         raise argparse.ArgumentTypeError(f"{text!r}: wanted {wanted}")
-    return weights
+    return found
 
 
 def _json_object(text: str) -> dict[str, Any]:

@@ -72,6 +72,21 @@ def length(spans: Sequence[Span]) -> int:
     return sum(stop - start for start, stop in spans)
 
 
+def without(spans: Sequence[Span], held: Sequence[Span]) -> Spans:
+    """What of `spans` is not in `held`, in the order of `spans`."""
+    result: list[Span] = []
+    for start, stop in spans:
+        for first, last in cover(held, 1):
+            if last <= start or first >= stop:
+                continue
+            if start < first:
+                result.append((start, first))
+            start = last
+        if start < stop:
+            result.append((start, stop))
+    return tuple(result)
+
+
 @dataclass(frozen=True)
 class Slice:
     """A part of an array: of its axis `axis` the `spans`, joined.
@@ -93,3 +108,17 @@ class Slice:
     @property
     def size(self) -> int:
         return prod(self.shape)
+
+
+def spans_on(part: Slice, axis: int) -> Spans:
+    """What a slice has of `axis`: all of it, unless it is cut there."""
+    if part.axis == axis:
+        return part.spans
+    return ((0, part.full_shape[axis] if part.full_shape else 1),)
+
+
+def union(one: Slice, other: Slice) -> Slice:
+    """What two slices of an array have together: all of it if cut on other axes."""
+    if one.axis is None or one.axis != other.axis:
+        return Slice(one.full_shape)
+    return Slice(one.full_shape, one.axis, cover((*one.spans, *other.spans), 1))

@@ -14,9 +14,9 @@ from typing import Any, Protocol
 import mlx.core as mx
 import numpy as np
 
-from mlxtp.checkpoint import Tensor
 from mlxtp.operations import OPERATIONS, Found, Region, shape_of, take, whole
-from mlxtp.partition import Slice
+from mlxtp.partition import Slice, union
+from mlxtp.tensors import Tensor
 
 
 class Source(Protocol):
@@ -84,14 +84,51 @@ def read_region(source: "Node | Tensor | mx.array", region: Region) -> mx.array:
         return take(source, whole(source.shape), region)
     if isinstance(source, Tensor):
         return _read_tensor(source, region)
-    if (found := OPERATIONS[source.name](source, region)) is not None:
+    if (found := _found(source, region)) is not None:
         return _compute(source, found)
     # Not to be had by itself: all of it, from whole inputs.
-    everything = OPERATIONS[source.name](source, whole(source.shape))
-    assert everything is not None
-    return mx.contiguous(
-        take(_compute(source, everything), whole(source.shape), region)
-    )
+    whole_array = _compute(source, _everything(source))
+    return mx.contiguous(take(whole_array, whole(source.shape), region))
+
+
+def _found(node: Node, region: Region) -> Found | None:
+    return OPERATIONS[node.name](node, region)
+
+
+def _everything(node: Node) -> Found:
+    found = _found(node, whole(node.shape))
+    assert found is not None
+    return found
+
+
+def needed(
+    sources: Mapping[str, Source], slices: Mapping[str, Slice]
+) -> dict[Tensor, Slice]:
+    """The slices of tensors that reading `slices` of parameters takes.
+
+    Raises: ValueError for a parameter that can only be computed whole.
+    """
+    result: dict[Tensor, Slice] = {}
+    for name, part in slices.items():
+        source = sources[name]
+        if isinstance(source, Computed):
+            raise ValueError(
+                f"mlx-lm computes {name} of the checkpoint in a way that mlxtp cannot "
+                "follow: it cannot be cut, and is only read from a whole one"
+            )
+        for tensor, wanted in _needed(source, _region(part)):
+            result[tensor] = union(result.get(tensor, wanted), wanted)
+    return result
+
+
+def _needed(source: Any, region: Region) -> Iterator[tuple[Tensor, Slice]]:
+    if isinstance(source, Tensor):
+        yield source, _outermost(source, region)
+    elif isinstance(source, Node):
+        regions, _ = _found(source, region) or _everything(source)
+        for inner, inner_region in zip(source.inputs, regions, strict=True):
+            if inner_region is not None:
+                yield from _needed(inner, inner_region)
 
 
 def _compute(node: Node, found: Found) -> mx.array:
@@ -196,13 +233,15 @@ def _exportable() -> Iterator[None]:
 
 def _read_tensor(tensor: Tensor, region: Region) -> mx.array:
     """Read a region: on the first axis that is cut from disk, then in memory."""
+    part = _outermost(tensor, region)
+    return take(tensor.read(part), _region(part), region)
+
+
+def _outermost(tensor: Tensor, region: Region) -> Slice:
+    """The part of a tensor that a region lies in, cut on one axis: the first."""
     full = whole(tensor.shape)
     cut = next((i for i, spans in enumerate(region) if spans != full[i]), None)
-    if cut is None:
-        return tensor.read(Slice(tensor.shape))
-    read = tensor.read(Slice(tensor.shape, cut, region[cut]))
-    have = (*full[:cut], region[cut], *full[cut + 1 :])
-    return take(read, have, region)
+    return Slice(tensor.shape, cut, () if cut is None else region[cut])
 
 
 def _region(part: Slice) -> Region:

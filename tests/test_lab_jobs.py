@@ -23,15 +23,15 @@ TIMEOUT_SECONDS = 4
 PROGRAM = """
 import os, sys, time
 import mlxtp
-from mlxtp import checkpoint
+from mlxtp import tensors
 from mlxtp.stories import PATH
 comm = mlxtp.Communicator.world(sys.argv[1], timeout_seconds=float(sys.argv[3]))
 pids = comm.allgather_objects(os.getpid())
-read = checkpoint.read
+read = tensors.read
 def slowly(*args):
     time.sleep(60 if sys.argv[2] == "loading" else 0)
     return read(*args)
-checkpoint.read = slowly
+tensors.read = slowly
 if comm.rank == 0:
     print("pids", *pids, flush=True)
 model, tokenizer = mlxtp.load(PATH, comm)

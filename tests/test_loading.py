@@ -178,7 +178,7 @@ def test_too_little_memory_is_said_before_reading(
 ) -> None:
     folder = made_by_rank_0(Tiny(), shared_path / "memory", comm)
     monkeypatch.setattr(memory, "available_bytes", lambda: 200_000)
-    monkeypatch.setattr("mlxtp.checkpoint.read", None)
+    monkeypatch.setattr("mlxtp.tensors.read", None)
     with pytest.raises(ValueError, match=r"take 0\.\d GB, and it has 0\.0 GB free"):
         mlxtp.load(folder, comm)
 

@@ -16,6 +16,7 @@ from mlxtp.building import build
 from mlxtp.loading import read_slices
 from mlxtp.recipes import Computed
 from mlxtp.sharding import slice_table
+from mlxtp.tensors import Tensor
 
 pytestmark = pytest.mark.once
 
@@ -165,7 +166,7 @@ def test_reads_own_bytes(
     folder = published(case, tmp_path)
     empty = build(folder)
     table = slice_table(empty.model, [1] * RANKS)
-    monkeypatch.setattr("mlxtp.checkpoint.PAGE_BYTES", 1)
+    monkeypatch.setattr("mlxtp.tensors.PAGE_BYTES", 1)
     read = 0
     preadv = os.preadv
 
@@ -209,7 +210,7 @@ def test_what_is_computed_whole_is_let_go(
 
 def _bytes_behind(source: Any) -> list[np.ndarray]:
     """As many bytes as the tensors that a parameter is made of have."""
-    if hasattr(source, "file"):
+    if isinstance(source, Tensor):
         return [np.empty(int(np.prod(source.shape)) * source.dtype.size, np.uint8)]
     if isinstance(source, mx.array):
         return []

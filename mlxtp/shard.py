@@ -1,0 +1,162 @@
+"""Cut a checkpoint ahead of time, check what was cut, put it together again.
+
+python -m mlxtp.shard --model MODEL --ranks 5 --output DIR
+python -m mlxtp.shard --verify DIR
+python -m mlxtp.shard --join DIR --output FOLDER
+"""
+
+import argparse
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+from tqdm import tqdm
+
+from mlxtp import cut_checkpoint, hub, options
+from mlxtp.building import build
+from mlxtp.checkpoint import Checkpoint
+from mlxtp.communicator import Communicator
+from mlxtp.cut_checkpoint import Advance, Origin, Share, bytes_of, lacking
+from mlxtp.loading import locate
+from mlxtp.partition import Slice
+from mlxtp.recipes import needed
+from mlxtp.sharding import slice_table
+
+
+def main() -> None:
+    args = _parse()
+    try:
+        if args.verify:
+            sys.exit(0 if report(args.verify, show=not args.quiet) else 1)
+        elif args.join:
+            size = cut_checkpoint.size_bytes(args.join)
+            with _bar(size, "Joining", show=not args.quiet) as advance:
+                cut_checkpoint.join(args.join, args.output, advance)
+        else:
+            shard(args.model, args.weights, args.output, show=not args.quiet)
+    except (ValueError, OSError) as error:
+        print(f"mlxtp.shard: error: {error}", file=sys.stderr)
+        sys.exit(2)
+
+
+def shard(
+    path_or_hf_repo: str | Path,
+    weights: Sequence[int],
+    output: Path,
+    *,
+    show: bool = False,
+) -> None:
+    """Cut a checkpoint into the slices of each rank, with little memory.
+
+    Args:
+        path_or_hf_repo: a folder, or a name on the hub, as for `mlxtp.load`.
+        weights: one positive number a rank, in whose proportion they share.
+        output: a new folder, or one with slices of the same checkpoint.
+        show: show a progress bar.
+
+    Raises: ValueError if it is no model, or cannot be cut; OSError if a file cannot
+        be read or written.
+    """
+    folder, repo = locate(path_or_hf_repo, Communicator())
+    if repo is not None:
+        folder = hub.download(repo.name)
+    if cut_checkpoint.is_cut(folder):
+        raise ValueError(f"{folder} is cut already: join it first")
+    empty = build(folder)
+    table = slice_table(empty.model, weights)
+    ranks = [needed(empty.sources, table.slices(r)) for r in range(len(weights))]
+    names = [{tensor.name: part for tensor, part in it.items()} for it in ranks]
+    origin = Origin(folder.name, None, Checkpoint.of_folder(folder).headers)
+    rest = cut_checkpoint.rest(origin, names)
+    cut_checkpoint.begin(output, origin, cut_checkpoint.small_files(folder))
+    tensors = cut_checkpoint.open_checkpoint(folder)
+    size = sum(map(bytes_of, [*ranks, {tensors[n]: it for n, it in rest.items()}]))
+    with _bar(size, "Cutting", show=show) as advance:
+        for rank, slices in enumerate(names):
+            share = Share(tuple(weights), rank)
+            cut_checkpoint.write(output, share, origin, slices, advance)
+        if rest:
+            nobody = Share(tuple(weights), None)
+            cut_checkpoint.write(output, nobody, origin, rest, advance)
+
+
+def report(folder: Path, *, show: bool = False) -> bool:
+    """Print whose slices are in `folder`, and what is wrong with them.
+
+    Returns: whether nothing is.
+
+    Raises: ValueError if it is no cut checkpoint, or a file is missing or cut short.
+    """
+    tensors = cut_checkpoint.open_cut(folder).values()
+    size = cut_checkpoint.size_bytes(folder)
+    with _bar(size, "Verifying", show=show) as advance:
+        faults = cut_checkpoint.verify(folder, advance)
+    for line in faults:
+        print(line)
+    names = ", ".join(share.folder for share in cut_checkpoint.shares(folder))
+    print(f"{folder} holds {names or 'no slices'}: {size:,} bytes")
+    whole = {tensor: Slice(tensor.shape) for tensor in tensors}
+    absent = bytes_of(lacking(whole))
+    print(
+        f"{absent:,} of {bytes_of(whole):,} bytes of the checkpoint are not here"
+        if absent
+        else "together they are the whole checkpoint"
+    )
+    print(f"{len(faults)} slices are damaged" if faults else "every hash is right")
+    return not faults
+
+
+@contextmanager
+def _bar(total: int, what: str, *, show: bool) -> Iterator[Advance]:
+    with tqdm(
+        total=total, unit="B", unit_scale=True, desc=what, leave=False, disable=not show
+    ) as bar:
+        yield bar.update
+
+
+def _parser() -> argparse.ArgumentParser:
+    result = argparse.ArgumentParser(
+        prog="mlxtp.shard",
+        description="Cut a checkpoint into the slices of each rank, ahead of time and "
+        "with little memory; check such slices; join them again.",
+    )
+    task = result.add_mutually_exclusive_group(required=True)
+    task.add_argument("--model", help="cut this: a folder or a Hugging Face repo")
+    task.add_argument(
+        "--verify",
+        type=Path,
+        metavar="DIR",
+        help="compare all slices with their hashes",
+    )
+    task.add_argument(
+        "--join", type=Path, metavar="DIR", help="put the whole checkpoint together"
+    )
+    world = result.add_mutually_exclusive_group()
+    world.add_argument("--ranks", type=int, help="for so many ranks, with equal shares")
+    world.add_argument(
+        "--weights",
+        type=options.weights,
+        help="shares of the ranks, whole numbers such as 2,1,1,1,1",
+    )
+    result.add_argument("--output", type=Path, metavar="DIR", help="where to write")
+    result.add_argument("--quiet", action="store_true", help="no progress bar")
+    return result
+
+
+def _parse() -> argparse.Namespace:
+    parser = _parser()
+    args = parser.parse_args()
+    if args.model and not args.weights:
+        if args.ranks is None or args.ranks < 1:
+            parser.error("--model goes with --ranks, at least 1, or --weights")
+        args.weights = [1] * args.ranks
+    if not args.model and (args.weights or args.ranks is not None):
+        parser.error("--ranks and --weights go with --model")
+    if (args.output is None) != bool(args.verify):
+        parser.error("--output goes with --model and --join, and neither without it")
+    return args
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,276 @@
+"""A checkpoint cut for several ranks: loaded, verified, joined, and misused."""
+
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import mlx.core as mx
+import mlx_lm
+import pytest
+import test_recipes
+from safetensors import safe_open
+from test_models import greedy, on_rank_0
+from tiny import Tiny, made_by_rank_0
+
+import mlxtp
+from mlxtp import Communicator, cut_checkpoint
+from mlxtp.building import build
+from mlxtp.communicator import AgreedError
+from mlxtp.shard import report, shard
+from mlxtp.sharding import slice_table
+
+once = pytest.mark.once
+Q4 = {"group_size": 32, "bits": 4}
+
+
+def cut_by_rank_0(folder: Path, weights: list[int], comm: Communicator) -> Path:
+    output = folder.with_name(f"{folder.name}-cut")
+    if comm.rank == 0:
+        shard(folder, weights, output)
+    comm.barrier()
+    return output
+
+
+def test_load_reads_what_was_cut(comm: Communicator, shared_path: Path) -> None:
+    """Quantized, with heads that do not divide, and for ranks with other weights."""
+    tiny = Tiny(
+        {"hidden_size": 96, "num_attention_heads": 6, "num_key_value_heads": 3},
+        quantization=Q4,
+    )
+    folder = made_by_rank_0(tiny, shared_path / "to-cut", comm)
+    expected = on_rank_0(comm, lambda: greedy(mlx_lm.load(str(folder))[0]))
+    for weights in ([1] * comm.size, [2] + [1] * (comm.size - 1)):
+        output = cut_by_rank_0(folder, weights, comm)
+        model, _ = mlxtp.load(output, comm, weights=weights)
+        assert greedy(model) == expected
+        comm.barrier()
+        if comm.rank == 0:
+            shutil.rmtree(output)
+        comm.barrier()
+
+
+def test_a_rank_needs_its_own_folder_alone(
+    comm: Communicator, shared_path: Path, tmp_path: Path
+) -> None:
+    folder = made_by_rank_0(Tiny(), shared_path / "own", comm)
+    expected = on_rank_0(comm, lambda: greedy(mlx_lm.load(str(folder))[0]))
+    output = cut_by_rank_0(folder, [1] * comm.size, comm)
+    mine = tmp_path / "mine"
+    others = [f"rank-{r}-of-*" for r in range(comm.size) if r != comm.rank]
+    shutil.copytree(output, mine, ignore=shutil.ignore_patterns(*others))
+    model, _ = mlxtp.load(mine, comm)
+    assert greedy(model) == expected
+    comm.barrier()
+    others = [f"rank-{r}-of-*" for r in range(comm.size)]
+    empty = tmp_path / "none"
+    shutil.copytree(output, empty, ignore=shutil.ignore_patterns(*others))
+    last = empty if comm.rank == comm.size - 1 else mine
+    with pytest.raises(AgreedError, match=r"GB that this rank reads are not in .*none"):
+        mlxtp.load(last, comm)
+
+
+@once
+@pytest.mark.parametrize("case", test_recipes.CASES)
+def test_published_checkpoints_are_cut(case: str, tmp_path: Path) -> None:
+    """Of what mlx-lm computes of tensors, each rank has what that takes."""
+    folder = test_recipes.published(case, tmp_path)
+    output, ranks = tmp_path / "cut", 3
+    shard(folder, [1] * ranks, output)
+    whole = build(folder)
+    table = slice_table(whole.model, [1] * ranks)
+    for rank in range(ranks):
+        mine = tmp_path / f"rank-{rank}"
+        others = [f"rank-{r}-of-3" for r in range(ranks) if r != rank]
+        shutil.copytree(output, mine, ignore=shutil.ignore_patterns("rest", *others))
+        cut = build(mine)
+        for name, part in table.slices(rank).items():
+            expected = whole.sources[name].read(part)
+            read = cut.sources[name].read(part)
+            assert mx.array_equal(read, expected, equal_nan=True), name
+
+
+@once
+def test_join_gives_back_every_tensor(tmp_path: Path) -> None:
+    """Also those of which no rank reads anything, and those without elements."""
+    folder = tmp_path / "model"
+    folder.mkdir()
+    Tiny(quantization=Q4, dtype=mx.bfloat16).save(folder)
+    add_tensors(folder)
+    output = tmp_path / "cut"
+    shard(folder, [1] * 5, output)
+    shard(folder, [1] * 3, output)
+    assert report(output)
+    for gone in ("rank-4-of-5", "rank-0-of-3"):
+        shutil.rmtree(output / gone)
+    joined = tmp_path / "joined"
+    cut_checkpoint.join(output, joined)
+    assert equal_tensors(folder, joined)
+    for file in folder.glob("*.json"):
+        assert (joined / file.name).read_bytes() == file.read_bytes()
+
+
+def add_tensors(folder: Path) -> None:
+    """Rotary frequencies, which mlx-lm leaves out."""
+    file = folder / "model.safetensors"
+    tensors = dict(mx.load(str(file)))
+    for layer in range(2):
+        name = f"model.layers.{layer}.self_attn.rotary_emb.inv_freq"
+        tensors[name] = mx.arange(8.0)
+    mx.eval(tensors)
+    mx.save_safetensors(str(file), tensors, metadata={"format": "mlx"})
+    (folder / "model.safetensors.index.json").unlink(missing_ok=True)
+
+
+def equal_tensors(one: Path, other: Path) -> bool:
+    """Whether two checkpoints have the same files with the same bytes in them."""
+    files = sorted(file.name for file in one.glob("*.safetensors"))
+    assert files == sorted(file.name for file in other.glob("*.safetensors"))
+    for file in files:
+        with (
+            safe_open(one / file, framework="mlx") as a,
+            safe_open(other / file, framework="mlx") as b,
+        ):
+            assert a.metadata() == b.metadata()
+            assert sorted(a.keys()) == sorted(b.keys())
+            for name in a.keys():  # noqa: SIM118
+                x, y = (it.get_tensor(name) for it in (a, b))
+                assert x.dtype == y.dtype and x.shape == y.shape, name
+                assert mx.array_equal(x.view(mx.uint8), y.view(mx.uint8)), name
+    return True
+
+
+@pytest.fixture
+def cut(tmp_path: Path) -> Path:
+    folder = tmp_path / "model"
+    folder.mkdir()
+    Tiny().save(folder)
+    shard(folder, [1, 1], tmp_path / "cut")
+    return tmp_path / "cut"
+
+
+def run(*arguments: object) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "mlxtp.shard", "--quiet", *map(str, arguments)]
+    return subprocess.run(command, capture_output=True, text=True)
+
+
+@once
+def test_the_command_line(cut: Path, tmp_path: Path) -> None:
+    model, output = tmp_path / "model", tmp_path / "again"
+    done = run("--model", model, "--weights", "2,1,1", "--output", output)
+    assert done.returncode == 0, done.stderr
+    assert {part.name for part in output.glob("rank-*")} == {
+        f"rank-{rank}-of-2-1-1" for rank in range(3)
+    }
+    said = run("--verify", output)
+    assert said.returncode == 0
+    assert "together they are the whole checkpoint\nevery hash is right" in said.stdout
+    assert run("--join", output, "--output", tmp_path / "joined").returncode == 0
+    assert equal_tensors(model, tmp_path / "joined")
+    (output / "rank-1-of-2-1-1" / "manifest.json").unlink()
+    assert " bytes of the checkpoint are not here" in run("--verify", output).stdout
+
+
+@once
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        ("--model model --output new", "--model goes with --ranks, at least 1"),
+        ("--model model --ranks 0 --output new", "--ranks, at least 1"),
+        ("--model model --ranks 2", "--output goes with --model and --join"),
+        ("--verify cut --output new", "--output goes with"),
+        ("--verify cut --ranks 2", "go with --model"),
+        ("--verify model", "model is no cut checkpoint"),
+        ("--join model --output new", "model is no cut checkpoint"),
+        ("--join cut --output model", "model is not empty"),
+        ("--model cut --ranks 2 --output new", "is cut already: join it first"),
+        ("--model ./none --ranks 2 --output new", "there is no model folder"),
+        ("--model model --ranks 2 --output model", "is not empty, and no cut"),
+        ("--model other --ranks 2 --output cut", "holds slices of another checkpoint"),
+        ("--model model --ranks 99 --output new", "99"),
+    ],
+)
+def test_mistakes(arguments: str, said: str, cut: Path, tmp_path: Path) -> None:
+    (tmp_path / "other").mkdir()
+    Tiny({"hidden_size": 32}).save(tmp_path / "other")
+    names = {"model", "cut", "other", "new"}
+    words = [tmp_path / w if w in names else w for w in arguments.split()]
+    result = run(*words)
+    assert result.returncode == 2, result.stdout
+    assert said in result.stderr and "Traceback" not in result.stderr
+    assert len(list(cut.glob("*/manifest.json"))) == 2
+    assert not (tmp_path / "new" / "checkpoint.json").exists()
+
+
+@once
+def test_what_has_changed_is_found(
+    cut: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = cut / "rank-1-of-2" / "model.safetensors"
+    content = bytearray(file.read_bytes())
+    content[-5] ^= 1
+    file.write_bytes(content)
+    assert not report(cut)
+    said = capsys.readouterr().out
+    assert "has changed since it was written" in said
+    assert "1 slices are damaged" in said
+    file.write_bytes(content[:-100])
+    with pytest.raises(ValueError, match="is no whole safetensors file"):
+        report(cut)
+    file.unlink()
+    with pytest.raises(ValueError, match=r"model\.safetensors is not there"):
+        mlxtp.load(cut, Communicator())
+
+
+@once
+def test_killed_while_it_cuts(tmp_path: Path) -> None:
+    """What was written to the end stays, the rest counts for nothing; then again."""
+    folder, output = tmp_path / "model", tmp_path / "cut"
+    folder.mkdir()
+    Tiny({"num_hidden_layers": 24, "intermediate_size": 1024}).save(folder)
+    command = [sys.executable, "-m", "mlxtp.shard", "--model", folder]
+    command += ["--ranks", "8", "--output", output, "--quiet"]
+    job = subprocess.Popen([str(word) for word in command])
+    while not list(output.glob("rank-*.partial")) and job.poll() is None:
+        time.sleep(0.001)
+    os.kill(job.pid, signal.SIGKILL)
+    job.wait()
+    assert len(list(output.glob("*/manifest.json"))) < 8
+    if list(output.glob("rank-*-of-8")):
+        assert report(output)
+    shard(folder, [1] * 8, output)
+    assert report(output)
+    assert not list(output.glob("*.partial"))
+    cut_checkpoint.join(output, tmp_path / "joined")
+    assert equal_tensors(folder, tmp_path / "joined")
+
+
+@once
+def test_what_cannot_be_followed_is_not_cut(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = test_recipes.published("stacked", tmp_path)
+    monkeypatch.setattr("mlxtp.recipes.OPERATIONS", {})
+    with pytest.raises(ValueError, match="in a way that mlxtp cannot follow"):
+        shard(folder, [1, 1], tmp_path / "cut")
+    assert not (tmp_path / "cut").exists()
+
+
+@once
+def test_a_rank_has_the_bytes_of_its_slices(tmp_path: Path) -> None:
+    folder, output = tmp_path / "model", tmp_path / "cut"
+    folder.mkdir()
+    Tiny(quantization=Q4).save(folder)
+    shard(folder, [1] * 5, output)
+    empty = build(folder)
+    table = slice_table(empty.model, [1] * 5)
+    for rank in range(5):
+        slices = table.slices(rank)
+        wanted = sum(it.size * empty.sources[n].dtype.size for n, it in slices.items())
+        file = output / f"rank-{rank}-of-5" / "model.safetensors"
+        with open(file, "rb") as opened:
+            header = 8 + int.from_bytes(opened.read(8), "little")
+        assert file.stat().st_size - header == wanted
