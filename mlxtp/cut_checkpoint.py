@@ -10,20 +10,15 @@ A machine needs the files at the top and its own rank's folder. In `rest` lies w
 rank reads (a vision tower, say): it makes the checkpoint whole again.
 """
 
-import hashlib
 import json
-import os
-import shutil
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from itertools import chain, count
 from pathlib import Path
 from typing import Any
 
 from mlxtp.checkpoint import Checkpoint, Header, read_header
-from mlxtp.partition import Slice, spans_on, union, without
-from mlxtp.tensors import Piece, Tensor, blocks, whole_tensor
+from mlxtp.partition import Slice
+from mlxtp.tensors import Piece, Tensor, whole_tensor
 
 CHECKPOINT = "checkpoint.json"
 MANIFEST = "manifest.json"
@@ -31,8 +26,6 @@ REST = "rest"
 
 # What of a repository makes a model, besides its weights.
 SMALL_FILES = ["*.json", "*.model", "*.tiktoken", "*.txt", "*.jinja", "*.py"]
-
-Advance = Callable[[int], object]  # told of bytes as they are done
 
 
 @dataclass(frozen=True)
@@ -129,7 +122,7 @@ def open_cut(folder: Path) -> dict[str, Tensor]:
     """The tensors of a cut checkpoint, with the pieces that are in `folder`."""
     tensors = origin_of(folder).tensors
     pieces: dict[str, list[Piece]] = {name: [] for name in tensors}
-    for part in _rank_folders(folder):
+    for part in rank_folders(folder):
         for name, piece in _pieces(part, tensors):
             pieces[name].append(piece)
     return {
@@ -164,7 +157,7 @@ def begin(folder: Path, origin: Origin, small: Mapping[str, bytes]) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     for name, content in small.items():
         (folder / name).write_bytes(content)
-    _write_json(folder / CHECKPOINT, origin.to_json())
+    write_json(folder / CHECKPOINT, origin.to_json())
 
 
 def small_files(folder: Path) -> dict[str, bytes]:
@@ -173,111 +166,13 @@ def small_files(folder: Path) -> dict[str, bytes]:
     return {file.name: file.read_bytes() for file in found if file.name != CHECKPOINT}
 
 
-def write(
-    folder: Path,
-    share: Share,
-    origin: Origin,
-    slices: Mapping[str, Slice],
-    advance: Advance = lambda _: None,
-) -> Path:
-    """Cut the `slices` of the tensors of `origin`, which lie on this machine.
-
-    In memory is a block of a few MB at a time. What was there before stays until all
-    of it is written.
-
-    Returns: the folder of the share.
-    """
-    final = folder / share.folder
-    partial = folder / f"{share.folder}.partial"
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir()
-    files = {}
-    for name, header in origin.headers.items():
-        own = {t: slices[t.name] for t in header.tensors.values() if t.name in slices}
-        mine = {tensor: part for tensor, part in own.items() if part.size}
-        if mine:
-            hashes = _write_file(partial / name, mine, advance)
-            files[name] = (mine, hashes)
-    _write_manifest(partial, share, origin, files)
-    shutil.rmtree(final, ignore_errors=True)
-    partial.rename(final)
-    return final
-
-
-def seal(
-    partial: Path,
-    share: Share,
-    origin: Origin,
-    files: Mapping[str, Mapping[Tensor, Slice]],
-) -> None:
-    """Make a folder of slices, in which `files` are written, one that counts."""
-
-    def hashes(file: str) -> dict[str, str]:
-        header = read_header(partial / file)
-        return {
-            name: sha256(tensor, Slice(tensor.shape))
-            for name, tensor in header.tensors.items()
-        }
-
-    with ThreadPoolExecutor() as pool:
-        found = dict(zip(files, pool.map(hashes, files), strict=True))
-    done = {file: (slices, found[file]) for file, slices in files.items()}
-    _write_manifest(partial, share, origin, done)
-    final = partial.with_suffix("")
-    others = (partial.with_name(f"{final.name}+{n}") for n in count(1))
-    partial.rename(next(path for path in chain([final], others) if not path.exists()))
-
-
-def sha256(tensor: Tensor, part: Slice, advance: Advance = lambda _: None) -> str:
-    digest = hashlib.sha256()
-    for block in blocks(tensor, part):
-        digest.update(block.data)
-        advance(block.size)
-    return digest.hexdigest()
-
-
-def drop_damaged(folder: Path) -> None:
-    """Let go of files of slices that are not as they were written.
-
-    A file whose size and time are those of its manifest is taken as it is.
-    """
-    for part in _rank_folders(folder):
-        manifest = _manifest(part)
-        kept = {
-            file: it
-            for file, it in manifest["files"].items()
-            if _is_sound(part, file, it)
-        }
-        if kept != manifest["files"]:
-            for file in manifest["files"].keys() - kept.keys():
-                (part / file).unlink(missing_ok=True)
-            _write_json(part / MANIFEST, {**manifest, "files": kept})
-
-
-def _is_sound(part: Path, file: str, said: dict[str, Any]) -> bool:
-    """Whether a file is what its manifest says; if so, with the time that it has."""
-    try:
-        stamp = _stamp(part / file)
-        if stamp == said["stamp"]:
-            return True
-        tensors = read_header(part / file).tensors
-    except (OSError, ValueError):
-        return False
-    said["stamp"] = stamp
-    return all(
-        name in tensors
-        and sha256(tensors[name], Slice(tensors[name].shape)) == it["sha256"]
-        for name, it in said["slices"].items()
-    )
-
-
-def _stamp(file: Path) -> list[int]:
+def stamp(file: Path) -> list[int]:
     """A file's size and time: where they are as they were, it is."""
     found = file.stat()
     return [found.st_size, found.st_mtime_ns]
 
 
-def _write_manifest(
+def write_manifest(
     part: Path,
     share: Share,
     origin: Origin,
@@ -291,7 +186,7 @@ def _write_manifest(
         "rank": share.rank,
         "files": {
             file: {
-                "stamp": _stamp(part / file),
+                "stamp": stamp(part / file),
                 "slices": {
                     tensor.name: {
                         "axis": it.axis,
@@ -304,25 +199,7 @@ def _write_manifest(
             for file, (slices, hashes) in files.items()
         },
     }
-    _write_json(part / MANIFEST, manifest)
-
-
-def rest(origin: Origin, slices: Iterable[Mapping[str, Slice]]) -> dict[str, Slice]:
-    """What no rank has, by tensor."""
-    held: dict[str, Slice] = {}
-    for of_rank in slices:
-        for name, part in of_rank.items():
-            held[name] = union(held.get(name, part), part)
-    result = {}
-    for header in origin.headers.values():
-        for name, tensor in header.tensors.items():
-            whole, mine = Slice(tensor.shape), held.get(name)
-            if mine is None:
-                result[name] = whole
-            elif mine.axis is not None:
-                gone = without(spans_on(whole, mine.axis), mine.spans)
-                result[name] = Slice(tensor.shape, mine.axis, gone)
-    return {name: part for name, part in result.items() if part.size}
+    write_json(part / MANIFEST, manifest)
 
 
 def bytes_of(slices: Mapping[Tensor, Slice]) -> int:
@@ -335,31 +212,9 @@ def lacking(slices: Mapping[Tensor, Slice]) -> dict[Tensor, Slice]:
     return {tensor: part for tensor, part in gone.items() if part}
 
 
-def verify(folder: Path, advance: Advance = lambda _: None) -> list[str]:
-    """Compare every slice in `folder` with its hash: what is wrong, a line each."""
-    tensors = open_cut(folder)
-    checks = [
-        (file, name, tensors[name], it)
-        for part in _rank_folders(folder)
-        for file, said in _manifest(part)["files"].items()
-        for name, it in said["slices"].items()
-        for file in [part / file]
-    ]
-
-    def fault(check: tuple[Path, str, Tensor, dict[str, Any]]) -> str | None:
-        file, name, tensor, it = check
-        piece = next(p for p in tensor.pieces if p.file == file)
-        alone = Tensor(name, tensor.kind, tensor.shape, (piece,))
-        wrong = sha256(alone, piece.part, advance) != it["sha256"]
-        return f"{file}: {name} has changed since it was written" if wrong else None
-
-    with ThreadPoolExecutor() as pool:
-        return [line for line in pool.map(fault, checks) if line]
-
-
 def shares(folder: Path) -> list[Share]:
     """Whose slices are in `folder`."""
-    manifests = [_manifest(part) for part in _rank_folders(folder)]
+    manifests = [manifest_of(part) for part in rank_folders(folder)]
     return [Share(tuple(it["weights"]), it["rank"]) for it in manifests]
 
 
@@ -367,40 +222,18 @@ def size_bytes(folder: Path) -> int:
     """Bytes of all slices in `folder`."""
     return sum(
         file.stat().st_size
-        for part in _rank_folders(folder)
+        for part in rank_folders(folder)
         for file in part.glob("*.safetensors")
     )
 
 
-def join(folder: Path, output: Path, advance: Advance = lambda _: None) -> None:
-    """Put the whole checkpoint together again, in the files that it had.
-
-    Raises: ValueError if slices are missing, or `output` is not empty.
-    """
-    origin, tensors = origin_of(folder), open_cut(folder)
-    absent = bytes_of(lacking({t: Slice(t.shape) for t in tensors.values()}))
-    if absent:
-        here = ", ".join(share.folder for share in shares(folder)) or "nothing"
-        raise ValueError(
-            f"{absent:,} bytes of the checkpoint are not in {folder}: there is {here}"
-        )
-    if output.exists() and any(output.iterdir()):
-        raise ValueError(f"{output} is not empty")
-    output.mkdir(parents=True, exist_ok=True)
-    for file, content in small_files(folder).items():
-        (output / file).write_bytes(content)
-    for name, header in origin.headers.items():
-        whole = {tensors[it.name]: Slice(it.shape) for it in header.tensors.values()}
-        _write_file(output / name, whole, advance, header.metadata)
-
-
-def _rank_folders(folder: Path) -> list[Path]:
+def rank_folders(folder: Path) -> list[Path]:
     """The folders of slices that were written to the end."""
     found = (file.parent for file in folder.glob(f"*/{MANIFEST}"))
     return sorted(part for part in found if part.suffix != ".partial")
 
 
-def _manifest(part: Path) -> dict[str, Any]:
+def manifest_of(part: Path) -> dict[str, Any]:
     try:
         content: dict[str, Any] = json.loads((part / MANIFEST).read_text())
         for key in ("world_size", "weights", "rank", "files"):
@@ -414,7 +247,7 @@ def _manifest(part: Path) -> dict[str, Any]:
 
 def _pieces(part: Path, tensors: Mapping[str, Tensor]) -> Iterator[tuple[str, Piece]]:
     """What lies in a rank's folder, by tensor."""
-    for file, said in _manifest(part)["files"].items():
+    for file, said in manifest_of(part)["files"].items():
         header = read_header(part / file)
         for name, it in said["slices"].items():
             if name not in tensors or name not in header.tensors:
@@ -430,50 +263,7 @@ def _pieces(part: Path, tensors: Mapping[str, Tensor]) -> Iterator[tuple[str, Pi
             yield name, Piece(part / file, stored.pieces[0].offset, held)
 
 
-def layout(
-    slices: Mapping[Tensor, Slice], metadata: Mapping[str, str] | None = None
-) -> tuple[bytes, dict[str, int]]:
-    """The beginning of a safetensors file of slices, and where each will lie."""
-    header: dict[str, Any] = {"__metadata__": metadata} if metadata else {}
-    places, end = {}, 0
-    for tensor, part in slices.items():
-        begin, end = end, end + part.size * tensor.dtype.size
-        places[tensor.name] = begin
-        header[tensor.name] = {
-            "dtype": tensor.kind,
-            "shape": part.shape,
-            "data_offsets": [begin, end],
-        }
-    text = json.dumps(header).encode()
-    text += b" " * (-len(text) % 8)
-    begin = 8 + len(text)
-    where = {name: begin + place for name, place in places.items()}
-    return len(text).to_bytes(8, "little") + text, where
-
-
-def _write_file(
-    file: Path,
-    slices: Mapping[Tensor, Slice],
-    advance: Advance,
-    metadata: Mapping[str, str] | None = None,
-) -> dict[str, str]:
-    """Write a safetensors file of slices, block by block; the hash of each."""
-    hashes = {}
-    with open(file, "wb") as out:
-        out.write(layout(slices, metadata)[0])
-        for tensor, part in slices.items():
-            digest = hashlib.sha256()
-            for block in blocks(tensor, part):
-                out.write(block.data)
-                digest.update(block.data)
-                advance(block.size)
-            hashes[tensor.name] = digest.hexdigest()
-        out.flush()
-        os.fsync(out.fileno())
-    return hashes
-
-
-def _write_json(file: Path, content: Mapping[str, Any]) -> None:
+def write_json(file: Path, content: Mapping[str, Any]) -> None:
     """Write at once: nobody sees half of it."""
     partial = file.with_suffix(".partial")
     partial.write_text(json.dumps(content, indent=1))

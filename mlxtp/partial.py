@@ -11,7 +11,7 @@ from pathlib import Path
 
 import numpy as np
 
-from mlxtp import cut_checkpoint
+from mlxtp import cutting
 from mlxtp.cut_checkpoint import Origin, Share, bytes_of
 from mlxtp.partition import Slice, Span, Spans, cover, spans_on, without
 from mlxtp.tensors import Tensor, seen_from
@@ -60,7 +60,7 @@ class Partial:
         self._path.mkdir()
         for file, slices in self._files.items():
             if slices:
-                header, _ = cut_checkpoint.layout(slices)
+                header, _ = cutting.layout(slices)
                 with open(self._path / file, "wb") as out:
                     out.write(header)
                     out.truncate(len(header) + bytes_of(slices))
@@ -103,7 +103,7 @@ class Partial:
         for name in (LAYOUT, JOURNAL):
             (self._path / name).unlink()
         slices = {file: it for file, it in self._files.items() if it}
-        cut_checkpoint.seal(self._path, self._share, self._origin, slices)
+        cutting.seal(self._path, self._share, self._origin, slices)
 
     def _layout(self) -> object:
         return {name: [it.axis, it.spans] for name, it in self._slices.items()}
@@ -147,7 +147,7 @@ class Partial:
         file = next(file for file, it in self._files.items() if tensor in it)
         if file not in self._open:
             self._open[file] = np.memmap(self._path / file, np.uint8, "r+")
-            _, offsets = cut_checkpoint.layout(self._files[file])
+            _, offsets = cutting.layout(self._files[file])
             self._offsets |= offsets
         start = self._offsets[name]
         size = self._bytes(name, self._slices[name])

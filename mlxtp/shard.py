@@ -13,11 +13,12 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from mlxtp import cut_checkpoint, hub, options
+from mlxtp import cut_checkpoint, cutting, hashes, hub, options
 from mlxtp.building import build
 from mlxtp.checkpoint import Checkpoint
 from mlxtp.communicator import Communicator
-from mlxtp.cut_checkpoint import Advance, Origin, Share, bytes_of, lacking
+from mlxtp.cut_checkpoint import Origin, Share, bytes_of, lacking
+from mlxtp.hashes import Advance
 from mlxtp.loading import locate
 from mlxtp.partition import Slice
 from mlxtp.recipes import needed
@@ -32,7 +33,7 @@ def main() -> None:
         elif args.join:
             size = cut_checkpoint.size_bytes(args.join)
             with _bar(size, "Joining", show=not args.quiet) as advance:
-                cut_checkpoint.join(args.join, args.output, advance)
+                cutting.join(args.join, args.output, advance)
         else:
             shard(args.model, args.weights, args.output, show=not args.quiet)
     except (ValueError, OSError) as error:
@@ -68,17 +69,17 @@ def shard(
     ranks = [needed(empty.sources, table.slices(r)) for r in range(len(weights))]
     names = [{tensor.name: part for tensor, part in it.items()} for it in ranks]
     origin = Origin(folder.name, None, Checkpoint.of_folder(folder).headers)
-    rest = cut_checkpoint.rest(origin, names)
+    rest = cutting.rest(origin, names)
     cut_checkpoint.begin(output, origin, cut_checkpoint.small_files(folder))
     tensors = cut_checkpoint.open_checkpoint(folder)
     size = sum(map(bytes_of, [*ranks, {tensors[n]: it for n, it in rest.items()}]))
     with _bar(size, "Cutting", show=show) as advance:
         for rank, slices in enumerate(names):
             share = Share(tuple(weights), rank)
-            cut_checkpoint.write(output, share, origin, slices, advance)
+            cutting.write(output, share, origin, slices, advance)
         if rest:
             nobody = Share(tuple(weights), None)
-            cut_checkpoint.write(output, nobody, origin, rest, advance)
+            cutting.write(output, nobody, origin, rest, advance)
 
 
 def report(folder: Path, *, show: bool = False) -> bool:
@@ -91,7 +92,7 @@ def report(folder: Path, *, show: bool = False) -> bool:
     tensors = cut_checkpoint.open_cut(folder).values()
     size = cut_checkpoint.size_bytes(folder)
     with _bar(size, "Verifying", show=show) as advance:
-        faults = cut_checkpoint.verify(folder, advance)
+        faults = hashes.verify(folder, advance)
     for line in faults:
         print(line)
     names = ", ".join(share.folder for share in cut_checkpoint.shares(folder))

@@ -1,0 +1,202 @@
+"""What was planned is fetched, passed on and written down, a round after another."""
+
+import time
+from collections.abc import Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+
+import numpy as np
+from tqdm import tqdm
+
+from mlxtp import cut_checkpoint, hub
+from mlxtp.communicator import Communicator
+from mlxtp.hub import Repo
+from mlxtp.moves import Move
+from mlxtp.partial import Partial
+from mlxtp.partition import Slice, Spans, length
+from mlxtp.tensors import Tensor, band, flattened, read_bytes, seen_from
+
+# What a rank fetches and passes on at a time, the most of it that is one request, and
+# how many requests there are at once.
+ROUND_BYTES = 64 * 1024 * 1024
+RUN_BYTES = 8 * 1024 * 1024
+CONNECTIONS = 8
+
+
+@dataclass
+class _Run:
+    """Moves whose bytes lie together in a file of the hub: one request."""
+
+    file: str
+    start: int
+    stop: int
+    moves: list[Move]
+
+
+class Rounds:
+    """Gets and passes on what was planned, a round after another."""
+
+    def __init__(
+        self,
+        comm: Communicator,
+        repo: Repo,
+        tensors: Mapping[str, Tensor],
+        partial: Partial,
+        moves: Sequence[Move],
+    ) -> None:
+        self._comm, self._repo, self._partial = comm, repo, partial
+        self._tensors = tensors
+        origin = cut_checkpoint.origin_of(repo.folder())
+        self._at_hub = origin.tensors
+        self._rounds = self._in_rounds(moves)
+
+    def _in_rounds(self, moves: Sequence[Move]) -> list[list[Move]]:
+        """The moves of each round: of every rank about ROUND_BYTES."""
+        rounds: list[list[Move]] = []
+        planned = [0] * self._comm.size
+        for move in sorted(moves, key=self._place):
+            number = planned[move.source] // ROUND_BYTES
+            planned[move.source] += self._stop(move) - self._start(move)
+            while len(rounds) <= number:
+                rounds.append([])
+            rounds[number].append(move)
+        return rounds
+
+    def _place(self, move: Move) -> tuple[str, int]:
+        return str(self._at_hub[move.name].pieces[0].file), self._start(move)
+
+    def _start(self, move: Move) -> int:
+        """The first byte, in the file at the hub."""
+        return self._byte(move, move.rows[0], move.span[0])
+
+    def _stop(self, move: Move) -> int:
+        return self._byte(move, move.rows[1] - 1, move.span[1])
+
+    def _byte(self, move: Move, row: int, item: int) -> int:
+        tensor = self._at_hub[move.name]
+        _, items, item_bytes = seen_from(tensor, move.axis)
+        return tensor.pieces[0].offset + (row * items + item) * item_bytes
+
+    def run(self, show: bool) -> None:
+        """Make all rounds; while one is passed on the next is fetched."""
+        comm = self._comm
+        sizes = [
+            [
+                sum(self._stop(m) - self._start(m) for m in moves if m.source == rank)
+                for rank in range(comm.size)
+            ]
+            for moves in self._rounds
+        ]
+        with (
+            ThreadPoolExecutor(CONNECTIONS) as pool,
+            tqdm(
+                total=sum(map(sum, sizes)), unit="B", unit_scale=True,
+                desc="Fetching", leave=False, disable=not (show and comm.rank == 0),
+            ) as bar,
+        ):  # fmt: skip
+            try:
+                under_way = self._begin(pool, 0)
+                for number, moves in enumerate(self._rounds):
+                    began = time.monotonic()
+                    with comm.agreement():
+                        arrived = self._arrived(under_way)
+                    waited = comm.allgather_objects(time.monotonic() - began)
+                    under_way = self._begin(pool, number + 1)
+                    self._pass_on(moves, arrived)
+                    with comm.agreement():
+                        self._partial.note()
+                    slowest = max(range(comm.size), key=lambda r: waited[r])
+                    bar.set_postfix_str(f"slowest: rank {slowest}", refresh=False)
+                    bar.update(sum(sizes[number]))
+            except BaseException:
+                pool.shutdown(wait=False, cancel_futures=True)
+                raise
+
+    def _begin(
+        self, pool: ThreadPoolExecutor, number: int
+    ) -> list[tuple[_Run, np.ndarray, Future[None]]]:
+        """Begin to fetch what this rank fetches in a round."""
+        if number >= len(self._rounds):
+            return []
+        runs: list[_Run] = []
+        for move in self._rounds[number]:
+            if move.source != self._comm.rank or not move.from_hub:
+                continue
+            file, start = self._place(move)
+            stop = self._stop(move)
+            last = runs[-1] if runs else None
+            if (
+                last
+                and last.file == file
+                and last.stop == start
+                and (stop - last.start <= RUN_BYTES)
+            ):
+                last.moves.append(move)
+                last.stop = stop
+            else:
+                runs.append(_Run(file, start, stop, [move]))
+        under_way = []
+        for run in runs:
+            target = np.empty(run.stop - run.start, np.uint8)
+            future = pool.submit(hub.fetch, self._repo, run.file, run.start, target)
+            under_way.append((run, target, future))
+        return under_way
+
+    def _arrived(
+        self, under_way: Sequence[tuple[_Run, np.ndarray, Future[None]]]
+    ) -> dict[Move, np.ndarray]:
+        """The bytes of each move that was fetched."""
+        arrived = {}
+        for run, target, future in under_way:
+            future.result()
+            for move in run.moves:
+                start, stop = self._start(move), self._stop(move)
+                arrived[move] = target[start - run.start : stop - run.start]
+        return arrived
+
+    def _pass_on(self, moves: Sequence[Move], arrived: dict[Move, np.ndarray]) -> None:
+        """Send what others lack of a round, and write down what comes from them."""
+        rank, ranks = self._comm.rank, range(self._comm.size)
+        to: list[list[np.ndarray]] = [[] for _ in ranks]
+        sizes = [0 for _ in ranks]
+        for move in moves:
+            for target, spans in move.targets:
+                if move.source == rank:
+                    to[target].append(self._items(move, spans, arrived))
+                if target == rank:
+                    sizes[move.source] += self._bytes(move, spans)
+        nothing = np.empty(0, np.uint8)
+        messages = [np.concatenate(parts) if parts else nothing for parts in to]
+        received = self._comm.exchange(messages, sizes)
+        read = [0 for _ in ranks]
+        for move in moves:
+            for target, spans in move.targets:
+                if target == rank:
+                    start = read[move.source]
+                    read[move.source] += self._bytes(move, spans)
+                    data = received[move.source][start : read[move.source]]
+                    self._partial.write(move.name, move.axis, move.rows, spans, data)
+
+    def _bytes(self, move: Move, spans: Spans) -> int:
+        _, _, item = seen_from(self._at_hub[move.name], move.axis)
+        return (move.rows[1] - move.rows[0]) * length(spans) * item
+
+    def _items(
+        self, move: Move, spans: Spans, arrived: Mapping[Move, np.ndarray]
+    ) -> np.ndarray:
+        """Items `spans` of each row of a move, one row behind the other: (n,)."""
+        rows = move.rows[1] - move.rows[0]
+        if not move.from_hub:
+            flat = flattened(self._tensors[move.name], move.axis)
+            some = band(flat, *move.rows)
+            return read_bytes(some, Slice(some.shape, 1, spans))
+        _, items, item = seen_from(self._at_hub[move.name], move.axis)
+        first, last = move.span
+        bytes_of_rows = np.lib.stride_tricks.as_strided(
+            arrived[move], (rows, (last - first) * item), (items * item, 1)
+        )
+        parts = [
+            bytes_of_rows[:, (start - first) * item : (stop - first) * item]
+            for start, stop in spans
+        ]
+        return np.concatenate(parts, axis=1).reshape(-1)
