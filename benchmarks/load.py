@@ -5,10 +5,14 @@ the ranks of this machine (Linux) and shows for each: the bytes of its slices, t
 peak of its anonymous memory above what the imports take (RssAnon of /proc, looked
 at every 2 ms), and what it read (rchar of /proc). Columns lie apart in the file:
 their floor is the pages they lie in.
+
+Then, in turns, the time in which all ranks together load it from the page cache, and
+that of mlx-lm's loading in one process; imports and tokenizers count for neither.
 """
 
 import argparse
 import json
+import statistics
 import tempfile
 import time
 from pathlib import Path
@@ -16,12 +20,14 @@ from typing import Any
 
 import mlx.core as mx
 import numpy as np
+from mlx_lm import utils as mlx_lm_utils
 from models import LLAMA_3_2_1B, QWEN3_30B_A3B, make, take_experts_apart
 from proc import PeakMemory
 from ranks import measured
 
 import mlxtp
 from mlxtp.building import EmptyModel, build
+from mlxtp.loading import load_model
 from mlxtp.partition import Slice
 from mlxtp.sharding import slice_table
 from mlxtp.tensors import PAGE_BYTES, Tensor
@@ -37,11 +43,13 @@ def main() -> None:
         action="store_true",
         help="the shapes of Qwen3 30B-A3B, a tensor for each expert, 2 layers",
     )
+    parser.add_argument("--turns", type=int, default=5, help="of the timing")
     parser.add_argument("--folder", type=Path, help="keep the checkpoint here")
-    parser.add_argument("--rank", action="store_true", help=argparse.SUPPRESS)
+    sides = {"memory": measure, "mlxtp": time_mlxtp, "mlx-lm": time_mlx_lm}
+    parser.add_argument("--side", choices=sides, help=argparse.SUPPRESS)
     args = parser.parse_args()
-    if args.rank:
-        measure(args.folder)
+    if args.side:
+        sides[args.side](args.folder)
         return
     with tempfile.TemporaryDirectory() as temporary:
         args.folder = args.folder or Path(temporary) / "model"
@@ -51,8 +59,16 @@ def main() -> None:
         make(args.folder, config, mx.bfloat16, args.bits)
         if args.experts:
             take_experts_apart(args.folder)
-        options = ["--rank", "--folder", args.folder]
-        report(args, measured(args.ranks, __file__, *options))
+
+        def side(name: str, ranks: int) -> dict[str, Any]:
+            return measured(ranks, __file__, "--side", name, "--folder", args.folder)
+
+        result = side("memory", args.ranks)
+        turns = [
+            (side("mlxtp", args.ranks)["seconds"], side("mlx-lm", 1)["seconds"])
+            for _ in range(args.turns)
+        ]
+        report(args, {**result, "turns": turns})
 
 
 def report(args: argparse.Namespace, result: dict[str, Any]) -> None:
@@ -61,15 +77,22 @@ def report(args: argparse.Namespace, result: dict[str, Any]) -> None:
     print(f"a checkpoint of {whole:.0f} MB on {len(ranks)} ranks; all in MB")
     print(
         f"{'rank':>4} {'slices':>8} {'peak memory':>12} {'allowed':>8} {'read':>8} "
-        f"{'least to read':>14} {'read/least':>11} {'seconds':>8}"
+        f"{'least to read':>14} {'read/least':>11}"
     )
     for number, rank in enumerate(ranks):
         allowed = 1.2 * rank["slices_mb"] + 64
         print(
             f"{number:4} {rank['slices_mb']:8.1f} {rank['peak_mb']:12.1f} "
             f"{allowed:8.1f} {rank['read_mb']:8.1f} {rank['floor_mb']:14.1f} "
-            f"{rank['read_mb'] / rank['floor_mb']:11.3f} {rank['seconds']:8.2f}"
+            f"{rank['read_mb'] / rank['floor_mb']:11.3f}"
         )
+    for name, figures in (
+        ("mlxtp, seconds", [ours for ours, _ in result["turns"]]),
+        ("mlx-lm in one process", [theirs for _, theirs in result["turns"]]),
+        ("mlx-lm / mlxtp", [theirs / ours for ours, theirs in result["turns"]]),
+    ):
+        middle = statistics.median(figures)
+        print(f"{name:22} {middle:.2f} ({min(figures):.2f} to {max(figures):.2f})")
     print(json.dumps(result))
 
 
@@ -81,7 +104,6 @@ def measure(folder: Path) -> None:
     slice_bytes = sum(p.size * empty.sources[n].dtype.size for n, p in slices.items())
     floor = floor_bytes(empty, slices)
     del empty
-    begin = time.perf_counter()
     with PeakMemory() as memory:
         model, _ = mlxtp.load(folder, comm)
     figures = {
@@ -89,12 +111,33 @@ def measure(folder: Path) -> None:
         "peak_mb": memory.above_bytes / 1e6,
         "read_mb": memory.read_bytes / 1e6,
         "floor_mb": floor / 1e6,
-        "seconds": time.perf_counter() - begin,
     }
     ranks = comm.allgather_objects(figures)
     assert model is not None
     if comm.rank == 0:
         print(json.dumps({"ranks": ranks}), flush=True)
+
+
+def time_mlxtp(folder: Path) -> None:
+    """How long all ranks take to load."""
+    comm = mlxtp.Communicator.world()
+    comm.barrier()
+    begin = time.perf_counter()
+    model, _ = load_model(folder, comm)
+    comm.barrier()
+    seconds = time.perf_counter() - begin
+    assert model is not None
+    if comm.rank == 0:
+        print(json.dumps({"seconds": seconds}), flush=True)
+
+
+def time_mlx_lm(folder: Path) -> None:
+    """How long mlx-lm takes."""
+    begin = time.perf_counter()
+    model, _ = mlx_lm_utils.load_model(folder)
+    seconds = time.perf_counter() - begin
+    assert model is not None
+    print(json.dumps({"seconds": seconds}), flush=True)
 
 
 def floor_bytes(empty: EmptyModel, slices: dict[str, Slice]) -> int:

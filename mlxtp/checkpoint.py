@@ -18,10 +18,19 @@ WEIGHTS = "model*.safetensors"
 
 @dataclass(frozen=True)
 class Header:
-    """What a safetensors file says of itself; tensors in the order they lie in."""
+    """What a safetensors file says of itself; tensors in the order they lie in.
+
+    `sha256` is what the hub says that the whole file hashes to.
+    """
 
     metadata: dict[str, str]
     tensors: dict[str, Tensor]
+    sha256: str | None = None
+
+    @property
+    def data_start(self) -> int:
+        """Bytes before the first tensor."""
+        return min((t.pieces[0].offset for t in self.tensors.values()), default=0)
 
 
 class Checkpoint:
@@ -95,7 +104,9 @@ def read_header(file: Path) -> Header:
     return header_of(file, info, file.stat().st_size)
 
 
-def header_of(file: Path, info: SafetensorsFileMetadata, size: int) -> Header:
+def header_of(
+    file: Path, info: SafetensorsFileMetadata, size: int, sha256: str | None = None
+) -> Header:
     """What huggingface-hub has read of a file of `size` bytes.
 
     Raises: ValueError if MLX does not know a type, or the sizes do not fit together.
@@ -112,4 +123,4 @@ def header_of(file: Path, info: SafetensorsFileMetadata, size: int) -> Header:
         if data_start < 8 or end - begin != prod(it.shape) * tensor.dtype.size:
             raise ValueError(f"{file} is no whole safetensors file; fetch it again")
         tensors[name] = tensor
-    return Header(info.metadata, tensors)
+    return Header(info.metadata, tensors, sha256)

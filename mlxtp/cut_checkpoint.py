@@ -54,6 +54,7 @@ class Origin:
             "files": {
                 file: {
                     "metadata": header.metadata,
+                    "sha256": header.sha256,
                     "tensors": {
                         tensor.name: {
                             "dtype": tensor.kind,
@@ -81,6 +82,7 @@ class Origin:
                         )
                         for name, it in header["tensors"].items()
                     },
+                    header["sha256"],
                 )
                 for file, header in content["files"].items()
             },

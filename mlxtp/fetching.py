@@ -2,7 +2,7 @@
 
 Each byte is fetched once, by one rank, and sent to all that lack it, in rounds. What
 has come is written to its place at once and noted in a journal, from which the next
-start goes on.
+start goes on. It counts once the hub's hashes of the files have been compared with it.
 """
 
 import logging
@@ -15,9 +15,9 @@ from pathlib import Path
 import filelock
 import numpy as np
 
-from mlxtp import cut_checkpoint, hashes
+from mlxtp import confirming, cut_checkpoint, hashes
 from mlxtp.communicator import AgreedError, Communicator
-from mlxtp.cut_checkpoint import Share, lacking
+from mlxtp.cut_checkpoint import Origin, Share, lacking
 from mlxtp.hub import Repo
 from mlxtp.moves import Demand, Move, plan
 from mlxtp.partial import Partial
@@ -57,13 +57,42 @@ def fill(
             origin = cut_checkpoint.origin_of(folder)
             tensors = cut_checkpoint.open_cut(folder)
             partial = Partial(folder, share, origin, lacks)
-        moves = _planned(comm, tensors, partial, only_root)
         _check_disks(comm, folder, partial.bytes_to_write)
         with comm.agreement():
             partial.begin()
-        Rounds(comm, repo, tensors, partial, moves).run(show)
+        wrong = _fetched(comm, repo, origin, tensors, partial, only_root, show)
+        if wrong:  # once more: it may have been the way
+            wrong = _fetched(comm, repo, origin, tensors, partial, only_root, show)
+        if wrong:
+            raise AgreedError(
+                f"{', '.join(wrong)} of {repo.name} came from the hub twice, and was "
+                "not what the hub's SHA-256 says: nothing of it is kept"
+            )
         with comm.agreement():
             partial.finish()
+
+
+def _fetched(
+    comm: Communicator,
+    repo: Repo,
+    origin: Origin,
+    tensors: Mapping[str, Tensor],
+    partial: Partial,
+    only_root: bool,
+    show: bool,
+) -> list[str]:
+    """Get what is missing; files of which something came wrong, which is let go of."""
+    moves = _planned(comm, tensors, partial, only_root)
+    Rounds(comm, repo, tensors, partial, moves).run(show)
+    touched = set[str]().union(*comm.allgather_objects(partial.files))
+    headers = {file: it for file, it in origin.headers.items() if file in touched}
+    wrong = confirming.wrong_files(
+        comm, repo, headers, {**tensors, **partial.tensors(tensors)}, show
+    )
+    if wrong:
+        with comm.agreement():
+            partial.forget(wrong)
+    return wrong
 
 
 def _on_one_axis(comm: Communicator, lacks: Mapping[str, Slice]) -> dict[str, Slice]:

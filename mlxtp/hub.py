@@ -41,6 +41,7 @@ HINTS = {
 }
 
 T = TypeVar("T")
+Advance = Callable[[int], object]
 
 
 @dataclass(frozen=True)
@@ -97,10 +98,10 @@ def origin(repo: Repo, small: dict[str, bytes]) -> Origin:
     Raises: ValueError with what the hub said, or what is wrong with a header.
     """
     api = HfApi()
-    sizes = _asked(
+    there = _asked(
         repo.name,
         lambda: {
-            file.path: file.size
+            file.path: file
             for file in api.list_repo_tree(repo.name, revision=repo.commit)
             if isinstance(file, RepoFile)
         },
@@ -108,9 +109,9 @@ def origin(repo: Repo, small: dict[str, bytes]) -> Origin:
     if INDEX in small:
         files = set(weight_map(small[INDEX], f"{INDEX} of {repo.name}").values())
     else:
-        files = {name for name in sizes if Path(name).match(WEIGHTS)}
-    if not files or not files <= sizes.keys():
-        lacking = ", ".join(sorted(files - sizes.keys())) or WEIGHTS
+        files = {name for name in there if Path(name).match(WEIGHTS)}
+    if not files or not files <= there.keys():
+        lacking = ", ".join(sorted(files - there.keys())) or WEIGHTS
         raise ValueError(f"{lacking} is not in {repo.name} on the hub")
 
     def header(file: str) -> Header:
@@ -120,7 +121,10 @@ def origin(repo: Repo, small: dict[str, bytes]) -> Origin:
                 repo.name, file, revision=repo.commit
             ),
         )
-        return header_of(Path(file), info, sizes[file])
+        lfs = there[file].lfs
+        return header_of(
+            Path(file), info, there[file].size, lfs.sha256 if lfs else None
+        )
 
     with ThreadPoolExecutor(8) as pool:
         names = sorted(files)
@@ -128,10 +132,16 @@ def origin(repo: Repo, small: dict[str, bytes]) -> Origin:
     return Origin(repo.name, repo.commit, headers)
 
 
-def fetch(repo: Repo, file: str, offset: int, target: np.ndarray) -> None:
+def fetch(
+    repo: Repo,
+    file: str,
+    offset: int,
+    target: np.ndarray,
+    advance: Advance = lambda _: None,
+) -> None:
     """Fill `target`, (n,) uint8, with the bytes of a file from `offset` on.
 
-    What breaks off goes on where it broke off.
+    What breaks off goes on where it broke off. `advance` is told of bytes as they come.
 
     Raises: ValueError with what the hub said, or did.
     """
@@ -156,7 +166,7 @@ def fetch(repo: Repo, file: str, offset: int, target: np.ndarray) -> None:
                 hf_raise_for_status(response)
                 reason = _is_not_range(response, first, last)
                 if not reason:
-                    got, reason = _receive(response, target[done:])
+                    got, reason = _receive(response, target[done:], advance)
         except HfHubHTTPError as error:
             raise ValueError(_said(repo.name, error)) from error
         except Exception as error:  # all that a connection may break with
@@ -174,15 +184,17 @@ def _is_not_range(response: Any, first: int, last: int) -> str:
     return "" if said.startswith(wanted) else f"asked for {wanted}, the hub gave {said}"
 
 
-def _receive(response: Any, target: np.ndarray) -> tuple[int, str]:
+def _receive(response: Any, target: np.ndarray, advance: Advance) -> tuple[int, str]:
     """Put what comes into `target`: how many bytes, and why there are no more."""
     got = 0
     try:  # not outside: huggingface-hub's retries cannot begin in the middle
         for chunk in response.iter_bytes():
             if got + len(chunk) > target.size:
+                advance(-got)
                 return 0, "the hub gave more bytes than were asked for"
             target[got : got + len(chunk)] = np.frombuffer(chunk, np.uint8)
             got += len(chunk)
+            advance(len(chunk))
     except Exception as error:  # all that a connection may break with
         return got, repr(error)
     return got, "the connection ended early"

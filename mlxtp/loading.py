@@ -21,7 +21,8 @@ from mlxtp.fetching import fill
 from mlxtp.hub import Repo
 from mlxtp.parallel import parallelize
 from mlxtp.partition import Slice
-from mlxtp.recipes import needed
+from mlxtp.reading import ReadAhead
+from mlxtp.recipes import needed, reads
 from mlxtp.sharding import slice_table
 from mlxtp.shards import SliceTable
 from mlxtp.tensors import Tensor
@@ -272,12 +273,16 @@ def read_slices(empty: EmptyModel, slices: dict[str, Slice], *, show: bool) -> N
     Sources are let go of as they are read: some hold what they computed.
     """
     order = sorted(slices, key=lambda name: empty.sources[name].place())
-    with tqdm(
-        total=_bytes_of(empty, slices), unit="B", unit_scale=True, disable=not show,
-        desc="Loading", leave=False,
-    ) as bar:  # fmt: skip
+    wanted = [it for name in order for it in reads(empty.sources[name], slices[name])]
+    with (
+        ReadAhead(wanted) as reader,
+        tqdm(
+            total=_bytes_of(empty, slices), unit="B", unit_scale=True, disable=not show,
+            desc="Loading", leave=False,
+        ) as bar,
+    ):  # fmt: skip
         for name in order:
-            array = empty.sources.pop(name).read(slices[name])
+            array = empty.sources.pop(name).read(slices[name], reader)
             mx.eval(array)
             empty.model.update(tree_unflatten([(name, array)]))
             bar.update(array.nbytes)

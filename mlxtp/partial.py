@@ -14,7 +14,7 @@ import numpy as np
 from mlxtp import cutting
 from mlxtp.cut_checkpoint import Origin, Share, bytes_of
 from mlxtp.partition import Slice, Span, Spans, cover, spans_on, without
-from mlxtp.tensors import Tensor, seen_from
+from mlxtp.tensors import Piece, Tensor, seen_from
 
 LAYOUT = "layout.json"
 JOURNAL = "journal.jsonl"
@@ -43,14 +43,19 @@ class Partial:
         if self._goes_on:
             self.missing = dict(self._left(self._journal()))
         self._open: dict[str, np.memmap] = {}
-        self._bytes_left = {n: self._bytes(n, it) for n, it in self.missing.items()}
+        self._bytes_left = self._to_come()
         self._offsets: dict[str, int] = {}
         self._noted: list[tuple[str, int, Spans]] = []
 
     @property
     def bytes_to_write(self) -> int:
         """What the disk still has to hold."""
-        return sum(self._bytes(name, part) for name, part in self.missing.items())
+        return sum(self._to_come().values())
+
+    @property
+    def files(self) -> set[str]:
+        """The files that it has slices of."""
+        return {file for file, slices in self._files.items() if slices}
 
     def begin(self) -> None:
         """Make the files, of the size that they will have."""
@@ -97,6 +102,27 @@ class Partial:
             os.fsync(out.fileno())
         self._noted.clear()
 
+    def tensors(self, others: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Its tensors, with the pieces that are here and those of `others`."""
+        result = {}
+        for file, slices in self._files.items():
+            _, offsets = cutting.layout(slices)
+            for it, part in slices.items():
+                piece = Piece(self._path / file, offsets[it.name], part)
+                pieces = (*others[it.name].pieces, piece)
+                result[it.name] = Tensor(it.name, it.kind, it.shape, pieces)
+        return result
+
+    def forget(self, files: Iterable[str]) -> None:
+        """Take what has come of some files for missing."""
+        gone = {t.name for file in files for t in self._files.get(file, ())}
+        kept = [line for line in self._journal() if line[0] not in gone]
+        self._noted = kept
+        (self._path / JOURNAL).write_text("")
+        self.note()
+        self.missing = dict(self._left(kept))
+        self._bytes_left = self._to_come()
+
     def finish(self) -> None:
         """Make it a folder of slices like any other."""
         self._open.clear()
@@ -137,6 +163,9 @@ class Partial:
             axis, spans_here = here[name]
             if gone := without(spans_on(part, axis), spans_here):
                 yield name, Slice(part.full_shape, axis, cover(gone, 1))
+
+    def _to_come(self) -> dict[str, int]:
+        return {name: self._bytes(name, it) for name, it in self.missing.items()}
 
     def _bytes(self, name: str, part: Slice) -> int:
         return part.size * self._tensors[name].dtype.size

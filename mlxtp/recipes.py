@@ -8,15 +8,15 @@ parameter is asked for backwards through that graph, down to slices of tensors.
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from math import prod
 from typing import Any, Protocol
 
 import mlx.core as mx
 import numpy as np
 
+from mlxtp.memory import allocate
 from mlxtp.operations import OPERATIONS, Found, Region, shape_of, take, whole
 from mlxtp.partition import Slice, union
-from mlxtp.tensors import Tensor
+from mlxtp.tensors import Read, Tensor, read
 
 
 class Source(Protocol):
@@ -26,8 +26,8 @@ class Source(Protocol):
     def shape(self) -> tuple[int, ...]: ...
     @property
     def dtype(self) -> mx.Dtype: ...
-    def read(self, part: Slice) -> mx.array:
-        """Read a slice of the parameter."""
+    def read(self, part: Slice, using: Read | None = None) -> mx.array:
+        """Read a slice of the parameter, slices of tensors with `using`."""
 
     def place(self) -> tuple[str, int]:
         """The first file and byte that are read: the order to read sources in."""
@@ -47,7 +47,7 @@ class Computed:
     def dtype(self) -> mx.Dtype:
         return self.array.dtype
 
-    def read(self, part: Slice) -> mx.array:
+    def read(self, part: Slice, using: Read | None = None) -> mx.array:
         return mx.contiguous(take(self.array, whole(self.shape), _region(part)))
 
     def place(self) -> tuple[str, int]:
@@ -69,8 +69,8 @@ class Node:
     def shape(self) -> tuple[int, ...]:
         return self.shapes[self.output]
 
-    def read(self, part: Slice) -> mx.array:
-        array = read_region(self, _region(part))
+    def read(self, part: Slice, using: Read | None = None) -> mx.array:
+        array = read_region(self, _region(part), using or read)
         mx.eval(array)
         return array
 
@@ -78,16 +78,19 @@ class Node:
         return min((_place(source) for source in self.inputs), default=("~", 0))
 
 
-def read_region(source: "Node | Tensor | mx.array", region: Region) -> mx.array:
+def read_region(
+    source: "Node | Tensor | mx.array", region: Region, using: Read = read
+) -> mx.array:
     """Compute a region of a source, reading what it takes."""
     if isinstance(source, mx.array):
         return take(source, whole(source.shape), region)
     if isinstance(source, Tensor):
-        return _read_tensor(source, region)
+        part = _outermost(source, region)
+        return take(using(source, part), _region(part), region)
     if (found := _found(source, region)) is not None:
-        return _compute(source, found)
+        return _compute(source, found, using)
     # Not to be had by itself: all of it, from whole inputs.
-    whole_array = _compute(source, _everything(source))
+    whole_array = _compute(source, _everything(source), using)
     return mx.contiguous(take(whole_array, whole(source.shape), region))
 
 
@@ -116,9 +119,17 @@ def needed(
                 f"mlx-lm computes {name} of the checkpoint in a way that mlxtp cannot "
                 "follow: it cannot be cut, and is only read from a whole one"
             )
-        for tensor, wanted in _needed(source, _region(part)):
+        for tensor, wanted in reads(source, part):
             result[tensor] = union(result.get(tensor, wanted), wanted)
     return result
+
+
+def reads(source: Source, part: Slice) -> Iterator[tuple[Tensor, Slice]]:
+    """The slices of tensors that `source.read(part)` asks for, one after the other."""
+    if isinstance(source, Tensor):
+        yield source, part
+    else:
+        yield from _needed(source, _region(part))
 
 
 def _needed(source: Any, region: Region) -> Iterator[tuple[Tensor, Slice]]:
@@ -131,7 +142,7 @@ def _needed(source: Any, region: Region) -> Iterator[tuple[Tensor, Slice]]:
                 yield from _needed(inner, inner_region)
 
 
-def _compute(node: Node, found: Found) -> mx.array:
+def _compute(node: Node, found: Found, using: Read) -> mx.array:
     needed, compute = found
     parts = [
         (source, part)
@@ -139,24 +150,26 @@ def _compute(node: Node, found: Found) -> mx.array:
         if part is not None
     ]
     if node.name == "Concatenate" and node.arguments[0] == 0 and len(parts) > 1:
-        return _one_behind_the_other(parts, node.dtype)
-    return compute([read_region(source, part) for source, part in parts])
+        return _one_behind_the_other(parts, node.dtype, using)
+    return compute([read_region(source, part, using) for source, part in parts])
 
 
 def _one_behind_the_other(
-    parts: Sequence[tuple["Node | Tensor | mx.array", Region]], dtype: mx.Dtype
+    parts: Sequence[tuple["Node | Tensor | mx.array", Region]],
+    dtype: mx.Dtype,
+    using: Read,
 ) -> mx.array:
     """Join on the first axis, so that no two parts lie in memory besides the result."""
     shapes = [shape_of(region) for _, region in parts]
-    raw = mx.empty((sum(map(prod, shapes)) * dtype.size,), mx.uint8)
-    mx.eval(raw)
-    memory, filled = np.asarray(raw), 0
+    length = sum(shape[0] for shape in shapes)
+    array, memory = allocate((length, *shapes[0][1:]), dtype)
+    filled = 0
     for source, region in parts:
-        piece = mx.contiguous(read_region(source, region)).reshape(-1).view(mx.uint8)
+        part = mx.contiguous(read_region(source, region, using))
+        piece = part.reshape(-1).view(mx.uint8)
         memory[filled : filled + piece.size] = np.asarray(piece)
         filled += piece.size
-    length = sum(shape[0] for shape in shapes)
-    return raw.view(dtype).reshape(length, *shapes[0][1:])
+    return array
 
 
 def trace(
@@ -229,12 +242,6 @@ def _exportable() -> Iterator[None]:
         yield
     finally:
         mx.contiguous, mx.from_fp8 = contiguous, from_fp8
-
-
-def _read_tensor(tensor: Tensor, region: Region) -> mx.array:
-    """Read a region: on the first axis that is cut from disk, then in memory."""
-    part = _outermost(tensor, region)
-    return take(tensor.read(part), _region(part), region)
 
 
 def _outermost(tensor: Tensor, region: Region) -> Slice:

@@ -1,9 +1,10 @@
 """What was planned is fetched, passed on and written down, a round after another."""
 
-import time
+import threading
 from collections.abc import Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
+from typing import NoReturn
 
 import numpy as np
 from tqdm import tqdm
@@ -21,6 +22,8 @@ from mlxtp.tensors import Tensor, band, flattened, read_bytes, seen_from
 ROUND_BYTES = 64 * 1024 * 1024
 RUN_BYTES = 8 * 1024 * 1024
 CONNECTIONS = 8
+# How often the progress bar learns what has come to all ranks.
+SHOW_SECONDS = 0.5
 
 
 @dataclass
@@ -48,6 +51,7 @@ class Rounds:
         self._tensors = tensors
         origin = cut_checkpoint.origin_of(repo.folder())
         self._at_hub = origin.tensors
+        self._came, self._counting = 0, threading.Lock()  # bytes from the hub
         self._rounds = self._in_rounds(moves)
 
     def _in_rounds(self, moves: Sequence[Move]) -> list[list[Move]]:
@@ -80,37 +84,51 @@ class Rounds:
     def run(self, show: bool) -> None:
         """Make all rounds; while one is passed on the next is fetched."""
         comm = self._comm
-        sizes = [
-            [
-                sum(self._stop(m) - self._start(m) for m in moves if m.source == rank)
-                for rank in range(comm.size)
-            ]
-            for moves in self._rounds
-        ]
         with (
             ThreadPoolExecutor(CONNECTIONS) as pool,
             tqdm(
-                total=sum(map(sum, sizes)), unit="B", unit_scale=True,
-                desc="Fetching", leave=False, disable=not (show and comm.rank == 0),
+                total=sum(self._bytes_of(moves) for moves in self._rounds),
+                unit="B", unit_scale=True, desc="Fetching", leave=False,
+                disable=not (show and comm.rank == 0),
             ) as bar,
         ):  # fmt: skip
             try:
                 under_way = self._begin(pool, 0)
                 for number, moves in enumerate(self._rounds):
-                    began = time.monotonic()
+                    self._await([done for *_, done in under_way], bar)
                     with comm.agreement():
                         arrived = self._arrived(under_way)
-                    waited = comm.allgather_objects(time.monotonic() - began)
                     under_way = self._begin(pool, number + 1)
                     self._pass_on(moves, arrived)
                     with comm.agreement():
                         self._partial.note()
-                    slowest = max(range(comm.size), key=lambda r: waited[r])
-                    bar.set_postfix_str(f"slowest: rank {slowest}", refresh=False)
-                    bar.update(sum(sizes[number]))
+                    bar.update(self._bytes_of([m for m in moves if not m.from_hub]))
             except BaseException:
                 pool.shutdown(wait=False, cancel_futures=True)
                 raise
+
+    def _bytes_of(self, moves: Sequence[Move]) -> int:
+        return sum(self._stop(move) - self._start(move) for move in moves)
+
+    def _await(self, fetches: Sequence[Future[None]], bar: "tqdm[NoReturn]") -> None:
+        """Wait for what all ranks fetch in a round, and show what comes."""
+        comm, under_way = self._comm, True
+        while under_way:
+            left = wait(fetches, SHOW_SECONDS).not_done
+            failed = any(it.exception() for it in fetches if it not in left)
+            with self._counting:
+                came, self._came = self._came, 0
+            everyone = comm.allgather_objects((came, len(left), failed, comm.host))
+            bar.update(sum(came for came, *_ in everyone))
+            requests = [left for _, left, *_ in everyone]
+            slowest = max(range(comm.size), key=requests.__getitem__)
+            if under_way := any(requests) and not any(it[2] for it in everyone):
+                host = everyone[slowest][3]
+                bar.set_postfix_str(f"slowest: rank {slowest} on {host}", refresh=False)
+
+    def _count(self, size: int) -> None:
+        with self._counting:
+            self._came += size
 
     def _begin(
         self, pool: ThreadPoolExecutor, number: int
@@ -138,7 +156,9 @@ class Rounds:
         under_way = []
         for run in runs:
             target = np.empty(run.stop - run.start, np.uint8)
-            future = pool.submit(hub.fetch, self._repo, run.file, run.start, target)
+            future = pool.submit(
+                hub.fetch, self._repo, run.file, run.start, target, self._count
+            )
             under_way.append((run, target, future))
         return under_way
 

@@ -1,7 +1,8 @@
 """Arrays that lie in files: where the pieces of each are, and how slices are read."""
 
+import mmap
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
@@ -9,6 +10,7 @@ from pathlib import Path
 import mlx.core as mx
 import numpy as np
 
+from mlxtp.memory import allocate
 from mlxtp.partition import Slice, Spans, length, spans_on, without
 
 # What MLX makes of the types of a safetensors file.
@@ -30,9 +32,10 @@ DTYPES = {
 
 # Pieces that lie closer together than a page are read with what is between them:
 # the disk reads the page anyway.
-PAGE_BYTES = 4096
-# The most that is read at once into memory which is not the array's own.
-BLOCK_BYTES = 4 * 1024 * 1024
+PAGE_BYTES = mmap.PAGESIZE
+# The most that is read at once into memory which is not the array's own: it stays in
+# a core's cache.
+BLOCK_BYTES = 512 * 1024
 
 
 @dataclass(frozen=True)
@@ -66,8 +69,8 @@ class Tensor:
         """Whether it lies here in one piece."""
         return len(self.pieces) == 1 and self.pieces[0].part.axis is None
 
-    def read(self, part: Slice) -> mx.array:
-        return read(self, part)
+    def read(self, part: Slice, using: "Read | None" = None) -> mx.array:
+        return (using or read)(self, part)
 
     def place(self) -> tuple[str, int]:
         """The file and the byte where it begins."""
@@ -98,16 +101,23 @@ class Tensor:
         )
 
 
+Read = Callable[[Tensor, Slice], mx.array]
+
+
 def read(tensor: Tensor, part: Slice) -> mx.array:
     """Read a slice of a tensor, its bytes straight into the memory of the array.
 
     Raises: OSError if a file ends early or cannot be read, or a piece is not here.
     """
-    raw = mx.empty((part.size * tensor.dtype.size,), mx.uint8)
-    mx.eval(raw)
-    if raw.size:
-        _read_into(np.asarray(raw), tensor, part)
-    return raw.view(tensor.dtype).reshape(part.shape)
+    array, memory = allocate(part.shape, tensor.dtype)
+    fill(memory, tensor, part)
+    return array
+
+
+def fill(memory: np.ndarray, tensor: Tensor, part: Slice) -> None:
+    """Read the bytes of a slice into `memory`, (n,) uint8. Errors as in `read`."""
+    if memory.size:
+        _read_into(memory, tensor, part)
 
 
 def whole_tensor(
@@ -179,8 +189,7 @@ def band(tensor: Tensor, start: int, stop: int) -> Tensor:
 def read_bytes(tensor: Tensor, part: Slice) -> np.ndarray:
     """Read the bytes of a slice: (n,) uint8."""
     memory = np.empty(part.size * tensor.dtype.size, np.uint8)
-    if memory.size:
-        _read_into(memory, tensor, part)
+    fill(memory, tensor, part)
     return memory
 
 
@@ -189,7 +198,7 @@ def _read_into(memory: np.ndarray, tensor: Tensor, part: Slice) -> None:
     for piece in tensor.pieces:
         if piece.part == part:
             with open(piece.file, "rb", buffering=0) as file:
-                return _pread(file.fileno(), memory, piece.offset)
+                return _pread(file.fileno(), memory.data, piece.offset)
     axis = tensor._cut_axis()
     if axis is None:
         axis = part.axis or 0
@@ -251,13 +260,19 @@ def _read_rows(into: np.ndarray, piece: Piece, row: int, spans: Spans) -> None:
     with open(piece.file, "rb", buffering=0) as file:
         fd = file.fileno()
         if gap == 0 and into.flags.c_contiguous:
-            return _pread(fd, into.reshape(-1), piece.offset)
+            return _pread(fd, into.reshape(-1).data, piece.offset)
+        if len(spans) == 1 and gap >= PAGE_BYTES and into.flags.c_contiguous:
+            first, whole = piece.offset + spans[0][0], into.reshape(-1).data
+            for number, place in enumerate(range(0, into.size, into.shape[1])):
+                mine = whole[place : place + into.shape[1]]
+                _pread(fd, mine, first + number * row)
+            return
         if rows == 1 or gap >= PAGE_BYTES:
             for number in range(rows):
                 filled = 0
                 for start, stop in spans:
                     target = into[number, filled : filled + stop - start]
-                    _pread(fd, target, piece.offset + number * row + start)
+                    _pread(fd, target.data, piece.offset + number * row + start)
                     filled += stop - start
             return
         block = np.empty((max(1, BLOCK_BYTES // row), row), np.uint8)
@@ -266,7 +281,7 @@ def _read_rows(into: np.ndarray, piece: Piece, row: int, spans: Spans) -> None:
             some = block[: rows - number]
             # From the first span of the first row to the last span of the last.
             flat = some.reshape(-1)[first : some.size - (row - last)]
-            _pread(fd, flat, piece.offset + number * row + first)
+            _pread(fd, flat.data, piece.offset + number * row + first)
             _take(some, into[number : number + len(some)], spans, 1)
 
 
@@ -278,10 +293,11 @@ def _take(rows: np.ndarray, into: np.ndarray, spans: Spans, item: int) -> None:
         filled += stop - start
 
 
-def _pread(fd: int, target: np.ndarray, offset: int) -> None:
-    view = target.data
-    while view:
-        count = os.preadv(fd, [view], offset)
+def _pread(fd: int, target: memoryview, offset: int) -> None:
+    while target:
+        count = os.preadv(fd, (target,), offset)
+        if count == len(target):
+            return
         if count == 0:
             raise OSError(f"the file ends at byte {offset}, inside a tensor")
-        view, offset = view[count:], offset + count
+        target, offset = target[count:], offset + count

@@ -1,5 +1,6 @@
 """A hub on loopback: the endpoints that huggingface-hub asks, and their faults."""
 
+import functools
 import hashlib
 import json
 import re
@@ -30,8 +31,8 @@ class Hub:
     """Serves folders as repositories, from threads of its own.
 
     `fault` may give a status to answer with in place of what was asked for, or one of
-    "drop" (half of it, then the connection ends), "short", "shifted" (another range),
-    "no range" (all of the file) and "long".
+    "drop" (half of it, then the connection ends), "shifted" (another range), "no range"
+    (all of the file), "long" and "wrong" (a bit of the last byte is another).
     """
 
     repos: dict[str, Path]
@@ -97,7 +98,7 @@ class Hub:
                 if "/tree/" in path:
                     content: Any = [
                         {"type": "file", "path": f.name, "size": f.stat().st_size,
-                         "oid": etag(f)}
+                         "oid": etag(f), "lfs": lfs(f)}
                         for f in files
                     ]  # fmt: skip
                 else:
@@ -117,18 +118,23 @@ class Hub:
                 fault: str | int | None,
                 more: dict[str, str] | None = None,
             ) -> None:
-                content = (hub.repos[name] / leaf).read_bytes()
+                file = hub.repos[name] / leaf
                 more = {"Accept-Ranges": "bytes", **(more or {})}
                 if not asked or fault == "no range":
-                    return self.answer(200, content, more)
+                    return self.answer(200, file.read_bytes(), more)
+                size = file.stat().st_size
                 first, last = asked.removeprefix("bytes=").split("-")
-                start, stop = int(first), min(int(last), len(content) - 1) + 1
+                start, stop = int(first), min(int(last), size - 1) + 1
                 if fault == "shifted":
                     start, stop = start + 1, stop + 1
-                more["Content-Range"] = f"bytes {start}-{stop - 1}/{len(content)}"
-                body = content[start:stop]
+                more["Content-Range"] = f"bytes {start}-{stop - 1}/{size}"
+                with open(file, "rb") as opened:
+                    opened.seek(start)
+                    body = opened.read(stop - start)
                 if fault == "long":
                     body += b"more"
+                if fault == "wrong":
+                    body = body[:-1] + bytes([body[-1] ^ 1])
                 if leaf.endswith(".safetensors"):
                     with lock:
                         hub.sent += len(body)
@@ -181,5 +187,21 @@ class Hub:
         return hashlib.sha1("".join(map(etag, files)).encode()).hexdigest()
 
 
+def lfs(file: Path) -> dict[str, str | int] | None:
+    """What the hub says of a file that it keeps elsewhere."""
+    if not file.name.endswith(".safetensors"):
+        return None
+    return {"oid": sha256(file), "size": file.stat().st_size, "pointerSize": 134}
+
+
 def etag(file: Path) -> str:
-    return hashlib.sha1(file.name.encode() + file.read_bytes()).hexdigest()
+    return hashlib.sha1(f"{file.name} {sha256(file)}".encode()).hexdigest()
+
+
+def sha256(file: Path) -> str:
+    return _sha256(file, file.stat().st_mtime_ns)
+
+
+@functools.cache
+def _sha256(file: Path, _: int) -> str:
+    return hashlib.sha256(file.read_bytes()).hexdigest()

@@ -3,6 +3,7 @@
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import mlx_lm
 import numpy as np
@@ -43,10 +44,10 @@ class Client:
         fetch = hub.fetch
 
         def counting(
-            repo: hub.Repo, file: str, offset: int, target: np.ndarray
+            repo: hub.Repo, file: str, offset: int, target: np.ndarray, *more: Any
         ) -> None:
             asked[0] += target.size
-            fetch(repo, file, offset, target)
+            fetch(repo, file, offset, target, *more)
 
         self.patch.setattr(hub, "fetch", counting)
         return asked
@@ -112,6 +113,7 @@ PASSING: dict[str, int | str] = {
     "too many requests": 429,
     "other bytes than asked for": "shifted",
     "more bytes than asked for": "long",
+    "wrong bytes": "wrong",
 }
 
 
@@ -154,6 +156,7 @@ LASTING: dict[str, tuple[int | str, str]] = {
     "gone": (404, "or this revision of it, does not exist"),
     "no ranges": ("no range", "does not give ranges of files"),
     "drops all": ("shifted", r"could not be fetched: asked for bytes"),
+    "wrong bytes": ("wrong", "came from the hub twice, and was not what the hub's SHA"),
 }
 
 
