@@ -96,7 +96,9 @@ def hosts_in(text: str) -> list[str]:
 @cache
 def is_here(host: str) -> bool:
     """Whether a name is this machine's: one of its addresses can be taken here."""
-    if host in ("localhost", socket.gethostname()):
+    own = socket.gethostname().removesuffix(".local")
+    # In Bonjour no two machines have one name.
+    if host == "localhost" or host.removesuffix(".local") == own:
         return True
     try:
         found = socket.getaddrinfo(host, 0, type=socket.SOCK_DGRAM)

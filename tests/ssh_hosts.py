@@ -77,15 +77,19 @@ class Servers:
         """Serve on a host of the lab; at `own` it has a folder of its own."""
         line = f"exec {SSHD} -D -f {self.folder}/server-{authorized}"
         if own is not None:
-            private = self.folder / host
-            private.mkdir()
-            line = f"mount --bind {private} {own} && {line}"
+            shutil.rmtree(self.own(host), ignore_errors=True)
+            self.own(host).mkdir()
+            line = f"mount --bind {self.own(host)} {own} && {line}"
         words = [sys.executable, LAB, "run", "--on", host, "unshare", "--mount"]
         self.running.append(subprocess.Popen([*map(str, words), "sh", "-c", line]))
         deadline = time.monotonic() + 10
         while not self.answers(host):
             assert time.monotonic() < deadline, f"no sshd on {host}"
             time.sleep(0.05)
+
+    def own(self, host: str) -> Path:
+        """The folder that only this host has, as this machine sees it."""
+        return self.folder / host
 
     def answers(self, host: str) -> bool:
         probe = f"import socket; socket.create_connection(('{host}', 2222), 1)"
@@ -117,3 +121,11 @@ def servers(folder: Path) -> Iterator[Servers]:
         found.stop()
         if made:
             SEPARATION.rmdir()
+
+
+def lines(done: subprocess.CompletedProcess[str]) -> dict[str, str]:
+    """What was printed of each of the lab's hosts, in order."""
+    pairs = (line.partition("  ") for line in done.stdout.splitlines())
+    return {
+        name: says.strip() for name, _, says in pairs if says and name[:6] == "studio"
+    }
