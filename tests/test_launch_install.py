@@ -31,7 +31,11 @@ if [ "$(hostname)" = studio4 ]; then
 fi
 if ! [ -x "$root/.venv/bin/python" ]; then
     mkdir -p "$root/.venv/bin"
-    cp "$PIP_CONSTRAINT" "$root/.venv/versions"
+    if [ -s "$PIP_CONSTRAINT" ]; then
+        cp "$PIP_CONSTRAINT" "$root/.venv/versions"
+    else
+        printf "mlx==0.32.9\\nnumpy==2.3.9\\n" >"$root/.venv/versions"
+    fi
     cp "$root/python" "$root/.venv/bin/python"
 fi
 echo " $(cksum <"$root/pyproject.toml") $root" >>"$root/.venv/.installed"
@@ -103,11 +107,15 @@ class Cluster:
 
 
 @pytest.fixture
-def cluster(tmp_path: Path, ssh: Servers) -> Iterator[Cluster]:
-    found = Cluster(tmp_path, ssh)
-    found.prepare()
-    yield found
+def unpacked(tmp_path: Path, ssh: Servers) -> Iterator[Cluster]:
+    yield Cluster(tmp_path, ssh)
     ssh.stop()
+
+
+@pytest.fixture
+def cluster(unpacked: Cluster) -> Cluster:
+    unpacked.prepare()
+    return unpacked
 
 
 NEW = "copy 6 files, make the environment"
@@ -143,6 +151,19 @@ def test_it_is_shown_then_done_then_nothing_is_left_to_do(cluster: Cluster) -> N
     assert again.returncode == 0
     assert set(lines(again).values()) == {"as here: nothing to do"}
     assert cluster.contents("studio2") == before
+
+
+def test_what_is_made_here_first_is_what_all_get(unpacked: Cluster) -> None:
+    unpacked.serve("studio2", "studio3")
+    assert lines(unpacked.install())["studio1"] == "to do: make the environment"
+    done = unpacked.install("--apply")
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert lines(done)["studio1"] == "done: make the environment"
+    ours = (unpacked.root / ".venv" / "versions").read_text()
+    assert ours == "mlx==0.32.9\nnumpy==2.3.9\n"
+    for host in "studio2", "studio3":
+        assert (unpacked.of(host) / ".venv" / "versions").read_text() == ours
+    assert set(lines(unpacked.install()).values()) == {"as here: nothing to do"}
 
 
 def test_a_host_that_fails_does_not_stop_the_others(cluster: Cluster) -> None:
