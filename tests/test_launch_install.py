@@ -26,7 +26,7 @@ root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 echo asked >>"$root/asked"
 if [ "$(hostname)" = studio4 ]; then
     echo "no room for numpy" >&2
-    echo "The installation failed; the lines above say why." >&2
+    echo "The installation failed, for the reason that pip gives." >&2
     return 1
 fi
 if ! [ -x "$root/.venv/bin/python" ]; then
