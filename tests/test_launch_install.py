@@ -23,7 +23,8 @@ pytestmark = [pytest.mark.lab, pytest.mark.once]
 # It fails where its host's name says so, and counts how often it was asked.
 ENVIRONMENT = """
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
-echo asked >>"$root/asked"
+echo "asked$*" >>"$root/asked"
+[ -z "$*" ] || return 1
 if [ "$(hostname)" = studio4 ]; then
     echo "no room for numpy" >&2
     echo "The installation failed, for the reason that pip gives." >&2

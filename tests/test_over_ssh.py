@@ -115,6 +115,7 @@ def test_a_host_elsewhere_is_asked_by_what_is_taken_for_ssh(tmp_path):
     assert said[:4] == ["-F", "f", "-o", "BatchMode=yes"]
     assert said[-2] == ELSEWHERE
     # A login shell of any kind gives the script to sh, as it is.
+    assert said[-1].startswith("exec sh -c ")
     shell = os.popen(said[-1])
     assert shell.read() == "x y\n" and shell.close() is None
     with pytest.raises(HostError, match="none-such: No such file"):
