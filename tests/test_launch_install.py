@@ -137,7 +137,8 @@ def test_it_is_shown_then_done_then_nothing_is_left_to_do(cluster: Cluster) -> N
     done = cluster.install("--apply")
     assert done.returncode == 0, done.stdout + done.stderr
     assert lines(done)["studio3"] == f"done: {NEW}"
-    assert f"rm -r {cluster.root}" in done.stdout
+    undo = f"To undo it, on studio2, studio3: rm -r {cluster.root}"
+    assert undo in done.stdout.splitlines()
     for host in "studio2", "studio3":
         there = cluster.contents(host)
         for name in install.files_under(cluster.root):
@@ -151,6 +152,7 @@ def test_it_is_shown_then_done_then_nothing_is_left_to_do(cluster: Cluster) -> N
     again = cluster.install("--apply")
     assert again.returncode == 0
     assert set(lines(again).values()) == {"as here: nothing to do"}
+    assert "undo" not in again.stdout
     assert cluster.contents("studio2") == before
 
 
