@@ -6,11 +6,18 @@ import re
 import shlex
 import socket
 import subprocess
+import sys
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache
 from pathlib import Path
 from typing import NoReturn
+
+# macOS brings an older one, which reads no further than this.
+if sys.version_info < (3, 11):  # noqa: UP036
+    sys.exit(
+        "launch/ needs Python 3.11 or newer: source launch/environment, then again"
+    )
 
 ROOT = Path(__file__).resolve().parent.parent
 

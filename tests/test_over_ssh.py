@@ -2,6 +2,8 @@
 
 import os
 import socket
+import subprocess
+import sys
 import time
 
 import over_ssh
@@ -76,6 +78,14 @@ def test_what_is_here(monkeypatch):
 
 def test_the_network_of_the_cables_is_the_one_that_mlxtp_looks_for():
     assert over_ssh.HOST_NETWORK == network.RING_NETWORK
+
+
+def test_an_older_python_is_told_which():
+    older = "import sys; sys.version_info = (3, 9); sys.path[:0] = ['launch']"
+    words = [sys.executable, "-c", f"{older}; import over_ssh"]
+    done = subprocess.run(words, capture_output=True, text=True, cwd=ROOT)
+    assert done.returncode == 1 and done.stderr.count("\n") == 1
+    assert "needs Python 3.11 or newer: source launch/environment" in done.stderr
 
 
 def test_a_failing_host_stops_no_other_and_all_go_at_once(capsys):
