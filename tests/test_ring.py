@@ -3,12 +3,10 @@
 import os
 import subprocess
 import sys
-from importlib.machinery import SourceFileLoader
-from importlib.util import module_from_spec, spec_from_loader
 from pathlib import Path
-from types import ModuleType
 
 import pytest
+from launched import module
 
 RING = Path(__file__).parent.parent / "launch" / "ring"
 HOSTS = [2, 3, 4, 5, 6, 8, 9]
@@ -16,17 +14,7 @@ HOSTS = [2, 3, 4, 5, 6, 8, 9]
 pytestmark = pytest.mark.once
 
 
-def module() -> ModuleType:
-    spec = spec_from_loader("ring", SourceFileLoader("ring", str(RING)))
-    assert spec is not None and spec.loader is not None
-    found = module_from_spec(spec)
-    keeps, sys.dont_write_bytecode = sys.dont_write_bytecode, True
-    spec.loader.exec_module(found)
-    sys.dont_write_bytecode = keeps
-    return found
-
-
-ring = module()
+ring = module("ring")
 
 
 def commands(host, hosts, system, undo=False):
@@ -172,6 +160,8 @@ def test_the_commands_of_one_host_on_linux():
         (["0", "5"], "of 5 hosts K is one of 1 to 5, not 0"),
         (["1", "1"], "a ring has 2 to 254 hosts, not 1"),
         (["one", "5"], "invalid int value: 'one'"),
+        (["1", "2", "3"], "where is K N, two numbers, or a hostfile"),
+        (["nowhere"], "no hostfile nowhere: No such file or directory"),
         (["1", "5", "--apply", "--left", "nowhere9"], "no interface nowhere9 here"),
     ],
 )
@@ -191,3 +181,19 @@ def test_applying_needs_root():
         text=True,
     )
     assert done.returncode != 0 and "needs root" in done.stderr
+
+
+def test_a_hostfile_takes_what_each_of_its_hosts_needs(tmp_path):
+    hostfile = tmp_path / "hosts"
+    hostfile.write_text("c slots=1\na slots=1\nb slots=1\n")
+    words = [sys.executable, RING, hostfile, "--os", "macos", "--left=L", "--right=R"]
+    done = subprocess.run(words, capture_output=True, text=True, check=True)
+    found, name = {}, None
+    for line in done.stdout.splitlines():
+        if line.startswith("# on "):
+            name = line.removeprefix("# on ")
+            found[name] = []
+        elif not line.startswith("#"):
+            found[name].append(line.removeprefix("sudo "))
+    expected = {name: commands(k, 3, "macos") for k, name in enumerate("cab", 1)}
+    assert found == expected
