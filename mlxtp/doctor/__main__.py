@@ -24,7 +24,7 @@ from mlxtp.communicator import (
 from mlxtp.doctor import curves, options, speed
 from mlxtp.doctor.facts import Facts
 from mlxtp.doctor.faults import faults
-from mlxtp.doctor.findings import Findings
+from mlxtp.doctor.findings import Fault, Findings
 from mlxtp.doctor.line import Line, LostError
 from mlxtp.doctor.links import Sockets
 from mlxtp.doctor.machine import facts, look, route
@@ -77,12 +77,18 @@ def examine(args: argparse.Namespace) -> int:
     wrong = faults(found)
     report.machines(found)
     report.links(found, ring)
+    report.faults(wrong)
     collectives: list[Collective] = []
     if can_measure(found):
-        comm = Communicator.world(args.transport, timeout_seconds=args.timeout)
-        collectives = curves.measure(comm) if comm.size > 1 else []
-        report.collectives(collectives, comm.describe())
-    report.faults(wrong)
+        try:
+            comm = Communicator.world(args.transport, timeout_seconds=args.timeout)
+            collectives = curves.measure(comm) if comm.size > 1 else []
+            report.collectives(collectives, comm.describe())
+        except AgreedError as error:
+            lacking = Fault(f"--transport {args.transport}", str(error), "mend that")
+            wrong.append(lacking)
+            report.faults(wrong)
+    report.end(wrong)
     if args.json and line.rank == 0:
         if can_measure(found):
             measured(found, collectives).write(args.json)

@@ -1,4 +1,4 @@
-"""All that rank 0 knows of a cluster when it judges it."""
+"""All that is known of a cluster when it is judged, and what a judgement is."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -66,3 +66,12 @@ class Findings:
         """Rank `a`'s host with the port towards `b`, in words."""
         port = self.port(a, b)
         return self.machines[a].host + (f" {port}" if port else "")
+
+
+@dataclass(frozen=True)
+class Fault:
+    """Something wrong at a host; `mend` is a command where there is one."""
+
+    where: str
+    what: str
+    mend: str

@@ -7,8 +7,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from mlxtp.doctor.faults import Fault
-from mlxtp.doctor.findings import Findings
+from mlxtp.doctor.findings import Fault, Findings
 from mlxtp.doctor.links import Ring
 from mlxtp.measured import Collective
 
@@ -109,12 +108,16 @@ class Report:
         self._line(how.splitlines()[0])
 
     def faults(self, found: Sequence[Fault]) -> None:
-        self._line("")
-        if not found:
-            self._line("All is well.")
         for number, fault in enumerate(found, 1):
+            if number == 1:
+                self._line("")
             self._line(f"{number}. {fault.where}: {fault.what}")
             self._line(f"   {fault.mend}")
+
+    def end(self, found: Sequence[Fault]) -> None:
+        self._line("")
+        things = f"{len(found)} thing{'s' * (len(found) > 1)}"
+        self._line(f"{things} to mend, see above." if found else "All is well.")
 
     def note(self, words: str) -> None:
         self._line(words)
@@ -122,6 +125,7 @@ class Report:
     def _line(self, words: str) -> None:
         """As it is: commands are copied, so no line is broken."""
         self._console.print(Text(words), soft_wrap=True)
+        self._console.file.flush()
 
 
 def _versions(found: Findings) -> str:

@@ -45,7 +45,7 @@ def measure(dtype: str, barrier: Callable[[], None]) -> Speed:
     """Measure this rank, with weights of one of `DTYPES`; every rank calls it alike."""
     kind = DTYPES[dtype]
     kept = kind if isinstance(kind, mx.Dtype) else mx.bfloat16
-    x = mx.random.normal((1, WIDTH)).astype(kept)
+    x = mx.ones((1, WIDTH), kept)
     products = [_product(kind) for _ in range(MATRICES)]
     nbytes = sum(nbytes for _, nbytes in products)
     small = mx.ones(SMALL, kept)
@@ -87,11 +87,12 @@ def _seconds(work: Callable[[], None]) -> float:
 def _product(kind: mx.Dtype | int) -> tuple[Callable[[mx.array], mx.array], int]:
     """A product with a matrix of its own, and the bytes that it reads."""
     if isinstance(kind, mx.Dtype):
-        weight = mx.random.normal((WIDTH, WIDTH)).astype(kind)
+        weight = mx.ones((WIDTH, WIDTH), kind)
         mx.eval(weight)
         return lambda x: x @ weight.T, weight.nbytes
-    full = mx.random.normal((WIDTH, WIDTH)).astype(mx.bfloat16)
-    parts = mx.quantize(full, GROUP_SIZE, kind)
+    packed = mx.zeros((WIDTH, WIDTH * kind // 32), mx.uint32)
+    scales = mx.ones((WIDTH, WIDTH // GROUP_SIZE), mx.bfloat16)
+    parts = packed, scales, mx.zeros_like(scales)
     mx.eval(*parts)
 
     def product(x: mx.array) -> mx.array:
@@ -104,7 +105,7 @@ def _square(dtype: mx.Dtype) -> mx.array:
     """A square matrix that takes a measurable time to multiply by itself."""
     square = mx.zeros((0, 0))
     for width in PRODUCT_WIDTHS:
-        square = mx.random.normal((width, width)).astype(dtype)
+        square = mx.ones((width, width), dtype)
         mx.eval(square)
         begin = time.perf_counter()
         mx.eval(square @ square)
