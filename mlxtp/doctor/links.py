@@ -4,6 +4,7 @@ import socket
 import struct
 import threading
 import time
+from collections.abc import Iterable
 from contextlib import suppress
 from dataclasses import dataclass
 from itertools import combinations
@@ -31,6 +32,12 @@ class Link:
 
     latency_seconds: float
     bytes_per_second: float | None
+
+    def better(self, other: "Link") -> "Link":
+        """The better figures of two measurements: noise makes them worse alone."""
+        rates = [self.bytes_per_second or 0.0, other.bytes_per_second or 0.0]
+        latency = min(self.latency_seconds, other.latency_seconds)
+        return Link(latency, max(rates) or None)
 
 
 @dataclass(frozen=True)
@@ -90,10 +97,10 @@ class Sockets:
         line.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         self._to[rank] = line
 
-    def measure(self) -> dict[tuple[int, int], Link]:
-        """Every pair that is reached, one after the other."""
+    def measure(self, pairs: Iterable[tuple[int, int]]) -> dict[tuple[int, int], Link]:
+        """Those of `pairs` that are reached, one after the other."""
         found = {}
-        for a, b in sorted(self.reached):
+        for a, b in sorted(self.reached.intersection(pairs)):
             mine = None
             if self.rank == a:
                 mine = self._first(self._to[b])

@@ -126,7 +126,17 @@ def detours(found: Findings) -> Iterator[Fault]:
 
 def slow_links(found: Findings) -> Iterator[Fault]:
     """No link is much slower than those of as many hops."""
-    slow: set[Pair] = set()
+    for pair, says in slow_pairs(found).items():
+        yield _slow_link(found, pair, says)
+    yield from _slow_ports(found)
+
+
+def slow_pairs(found: Findings) -> dict[Pair, str]:
+    """The links that are slow beside their peers, and how it shows.
+
+    Of those that a slow cable is the reason for, the cable alone.
+    """
+    slow: dict[Pair, str] = {}
     by_hops: dict[int, list[Pair]] = {}
     for pair in found.links:
         if found.machines[pair[0]].host == found.machines[pair[1]].host:
@@ -139,8 +149,8 @@ def slow_links(found: Findings) -> Iterator[Fault]:
         rate = median(found.links[pair].bytes_per_second or 0 for pair in pairs)
         for pair in pairs:
             link = found.links[pair]
-            if slow & set(found.paths[pair].cables):
-                continue  # that cable is the reason
+            if slow.keys() & set(found.paths[pair].cables):
+                continue
             says = []
             if link.latency_seconds > SLOW * latency + SLOW_LATENCY_SECONDS:
                 ours, theirs = 1e3 * link.latency_seconds, 1e3 * latency
@@ -149,9 +159,8 @@ def slow_links(found: Findings) -> Iterator[Fault]:
                 ours, theirs = link.bytes_per_second, rate
                 says.append(f"{ours / 1e9:.3f} GB/s, its peers {theirs / 1e9:.3f} GB/s")
             if says:
-                slow.add(pair)
-                yield _slow_link(found, pair, "; ".join(says))
-    yield from _slow_ports(found)
+                slow[pair] = "; ".join(says)
+    return slow
 
 
 def packets(found: Findings) -> Iterator[Fault]:

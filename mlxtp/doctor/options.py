@@ -16,14 +16,18 @@ MEASURED = [name for name in TRANSPORTS if name != "mlx-mpi"]
 def parse(arguments: list[str], *, show: bool) -> argparse.Namespace:
     """Parse the command line; where `show` is not set nothing is printed.
 
-    Raises: SystemExit, as argparse does, for --help and for mistakes.
+    Raises: SystemExit, as argparse does, for --help and for mistakes; for them with
+        2 where `show` is set, and 0 elsewhere, for mpirun likes one status best.
     """
     with contextlib.ExitStack() as stack:
         if not show:
             nowhere = io.StringIO()
             stack.enter_context(contextlib.redirect_stdout(nowhere))
             stack.enter_context(contextlib.redirect_stderr(nowhere))
-        return _parser().parse_args(arguments)
+        try:
+            return _parser().parse_args(arguments)
+        except SystemExit as stop:
+            raise SystemExit(stop.code if show else 0) from None
 
 
 def _parser() -> argparse.ArgumentParser:
