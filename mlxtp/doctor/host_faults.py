@@ -80,6 +80,18 @@ def memory(found: Findings) -> Iterator[Fault]:
 
 def slow_hosts(found: Findings) -> Iterator[Fault]:
     """Hosts with the same chip compute alike."""
+    for rank, usual in slow_ranks(found).items():
+        rate = found.speeds[rank].bytes_per_second / 1e9
+        what = (
+            f"reads weights at {rate:.1f} GB/s, others with its chip at "
+            f"{usual / 1e9:.1f} GB/s"
+        )
+        yield Fault(found.machines[rank].host, what, "see what else runs there: top")
+
+
+def slow_ranks(found: Findings) -> dict[int, float]:
+    """Ranks that read weights slowly, and at which rate those like them do."""
+    slow = {}
     for it, speed in zip(found.machines, found.speeds, strict=True):
         usual = median(
             other.bytes_per_second
@@ -87,11 +99,8 @@ def slow_hosts(found: Findings) -> Iterator[Fault]:
             if machine.facts.chip == it.facts.chip
         )
         if speed.bytes_per_second < SLOW_HOST * usual:
-            what = (
-                f"reads weights at {speed.bytes_per_second / 1e9:.1f} GB/s, others "
-                f"with its chip at {usual / 1e9:.1f} GB/s"
-            )
-            yield Fault(it.host, what, "see what else runs there: top")
+            slow[it.rank] = usual
+    return slow
 
 
 def clocks(found: Findings) -> Iterator[Fault]:

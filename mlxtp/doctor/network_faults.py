@@ -113,7 +113,7 @@ def detours(found: Findings) -> Iterator[Fault]:
             and (
                 port.kind == "Wi-Fi"
                 or found.paths[it.rank, other.rank].stopped == "astray"
-                or (port.kind == "Ethernet" and _has_cable(it))
+                or (_has_cable(it) and not port.kind.startswith("Thunderbolt"))
             )
         }
         if others:
