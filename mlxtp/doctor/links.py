@@ -106,8 +106,12 @@ class Sockets:
                 mine = self._first(self._to[b])
             elif self.rank == b:
                 self._second(self._to[a])
-            found[a, b] = self._line.gather(mine)[a]
-        return {pair: link for pair, link in found.items() if link is not None}
+            link = self._line.gather(mine)[a]
+            if link is not None:
+                found[a, b] = link
+            if link is None or link.bytes_per_second is None:
+                self.reached.discard((a, b))  # whatever is under way there stays
+        return found
 
     def _first(self, line: socket.socket) -> Link | None:
         """What the lower rank does of a pair."""
@@ -135,16 +139,16 @@ class Sockets:
             return None
         following = self._to[(self.rank + 1) % self.size]
         previous = self._to[(self.rank - 1) % self.size]
-        try:
+        lap: float | None = None
+        rate: float | None = None
+        with suppress(OSError):
             lap = self._laps(following, previous)
-            rate = self._all_at_once(following, previous)
-        except OSError:
-            lap, rate = 0.0, None
-        self._line.barrier()
-        laps, rates = zip(*self._line.gather((lap, rate)), strict=True)
-        if None in rates or not laps[0]:
+        if None in self._line.gather(lap):
             return None
-        return Ring(laps[0], min(rates))
+        with suppress(OSError):
+            rate = self._all_at_once(following, previous)
+        laps, rates = zip(*self._line.gather((lap, rate)), strict=True)
+        return None if None in rates else Ring(laps[0], min(rates))
 
     def _laps(self, following: socket.socket, previous: socket.socket) -> float:
         quickest = float("inf")
@@ -162,7 +166,6 @@ class Sockets:
     def _all_at_once(
         self, following: socket.socket, previous: socket.socket
     ) -> float | None:
-        self._line.barrier()
         done: list[float] = []
 
         def receive() -> None:

@@ -49,7 +49,7 @@ class Report:
                 it.facts.chip,
                 _gb(it.facts.memory_bytes),
                 _gb(it.facts.available_bytes),
-                _gb(it.limit_bytes),
+                _gb(it.limit_bytes) + (" set" if it.facts.limit_set_mb else ""),
                 f"{it.disk_free_bytes / 1e9:.0f}",
                 f"{speed.bytes_per_second / 1e9:.2f}",
                 f"{speed.flops / 1e9:.1f}",
