@@ -112,6 +112,21 @@ def test_a_cut_link_carries_nothing_until_it_is_mended(ring, echo):
     assert "no link joins" in lab("cut", "studio1", "studio3").stderr
 
 
+def test_a_link_is_made_slow_until_it_is_mended(ring, echo):
+    good("slow", "studio1", "studio2", "--delay-ms", "20")
+    assert "SLOW" in good("status")
+    # There and back at 20 ms; two hops of which one is slow; and the other cable.
+    for number, least in (2, 40), (3, 50), (5, 10):
+        milliseconds = statistics.median(round_trips(f"10.89.0.{number}", 5)) * 1e3
+        assert least - 0.2 <= milliseconds <= least + 4  # the machine may be busy
+    good("mend")
+    assert statistics.median(round_trips("10.89.0.2", 5)) < 0.015
+    assert "SLOW" not in good("status")
+    assert "takes two hosts" in lab("slow", "studio1").stderr
+    faster = ["slow", "studio1", "studio2", "--rate-gbps", "0"]
+    assert "--rate-gbps more than 0" in lab(*faster).stderr
+
+
 def test_up_twice_says_so_and_other_settings_are_refused(ring):
     assert "the lab is up" in good("up", "--delay-ms", "5")
     other = lab("up", "--delay-ms", "6")

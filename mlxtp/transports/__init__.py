@@ -122,3 +122,13 @@ def add_backend(
     from mlxtp.transports.mlx import MLXTransport
 
     return MLXTransport(backend, control)
+
+
+def lacking() -> dict[str, str | None]:
+    """For every transport what this host lacks for it; None if nothing."""
+    from mlxtp.transports import backends
+
+    return {
+        name: backends.missing(backend) if backend else None
+        for name, backend in TRANSPORTS.items()
+    }

@@ -50,6 +50,8 @@ def start(backend: str, control: Transport | None) -> mx.distributed.Group | Non
 
 def missing(backend: str) -> str | None:
     """What this host lacks for a backend; None if nothing that can be seen here."""
+    if backend == "mpi":
+        _name_library()
     available = mx.distributed.is_available(backend)
     if backend == "jaccl" and not available:
         system = platform.system()
@@ -83,10 +85,7 @@ def _start_mpi() -> mx.distributed.Group | None:
     if launched is None:
         raise ValueError("--transport mlx-mpi: its ranks are started by mpirun")
     assert "mpi4py.MPI" not in sys.modules
-    library = Path(sys.prefix) / "lib" / LIBMPI
-    if library.exists():
-        os.environ.setdefault("MLX_MPI_LIBNAME", str(library))
-    # MLX looks for MPI when it is asked for the backend first, and then never again.
+    library = _name_library()
     if not mx.distributed.is_available("mpi"):
         raise ValueError(
             "--transport mlx-mpi: no Open MPI in "
@@ -97,6 +96,17 @@ def _start_mpi() -> mx.distributed.Group | None:
         return None
     set_defaults()
     return mx.distributed.init(strict=True, backend="mpi")
+
+
+def _name_library() -> Path:
+    """Tell MLX which library is MPI's: where this environment has it, or would.
+
+    MLX looks for it when it is asked for the backend first, and then never again.
+    """
+    library = Path(sys.prefix) / "lib" / LIBMPI
+    if library.exists():
+        os.environ.setdefault("MLX_MPI_LIBNAME", str(library))
+    return library
 
 
 def end_mpi(group: mx.distributed.Group) -> None:

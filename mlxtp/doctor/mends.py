@@ -1,0 +1,43 @@
+"""The commands that mend what is wrong, as they are typed on the host."""
+
+from mlxtp.doctor.findings import Findings
+from mlxtp.doctor.machine import Machine
+from mlxtp.transports.network import RING_ADDRESSES
+
+
+def ring_command(found: Findings, machine: Machine) -> str:
+    """What gives a host its addresses and routes in the ring."""
+    hosts = [it.host for it in found.hosts]
+    number = hosts.index(machine.host) + 1
+    if machine.address in RING_ADDRESSES:
+        number = RING_ADDRESSES.index(machine.address) + 1
+    ends = {"left": f"10.88.{number - 1 or len(hosts)}.2", "right": f"10.88.{number}.1"}
+    ports = "".join(
+        f" --{side} {port.name}"
+        for side, address in ends.items()
+        for port in machine.facts.interfaces
+        if address in port.addresses
+    )
+    return f"{sudo(machine)}./launch/ring {number} {len(hosts)}{ports} --apply"
+
+
+def mtu_command(machine: Machine, interface: str, mtu: int) -> str:
+    """What makes packets of an interface `mtu` bytes long."""
+    if machine.facts.system == "macOS":
+        return f"{sudo(machine)}networksetup -setMTU {interface} {mtu}"
+    return f"{sudo(machine)}ip link set dev {interface} mtu {mtu}"
+
+
+def sudo(machine: Machine) -> str:
+    """What goes before a command that root alone may give."""
+    return "" if machine.is_root else "sudo "
+
+
+def more_memory(machine: Machine, need: float) -> str:
+    """What lets a host take `need` bytes of a model."""
+    smaller = "give it a smaller share: --weights"
+    if machine.facts.system == "macOS" and need < 0.9 * machine.facts.memory_bytes:
+        return f"{sudo(machine)}sysctl iogpu.wired_limit_mb={need / 2**20 + 1024:.0f}"
+    if machine.facts.system == "Linux" and need < 0.9 * machine.facts.memory_bytes:
+        return f"close what takes it: top -o %MEM; or {smaller}"
+    return smaller

@@ -1,0 +1,88 @@
+"""The command line of `mlxtp.doctor`."""
+
+import argparse
+import contextlib
+import io
+from pathlib import Path
+
+from mlxtp.communicator import TIMEOUT_SECONDS
+from mlxtp.doctor.speed import DTYPES
+from mlxtp.transports import TRANSPORTS
+
+# mpi4py lets the ranks find each other, and MLX's MPI shares no process with it.
+MEASURED = [name for name in TRANSPORTS if name != "mlx-mpi"]
+
+
+def parse(arguments: list[str], *, show: bool) -> argparse.Namespace:
+    """Parse the command line; where `show` is not set nothing is printed.
+
+    Raises: SystemExit, as argparse does, for --help and for mistakes; for them with
+        2 where `show` is set, and 0 elsewhere, for mpirun likes one status best.
+    """
+    with contextlib.ExitStack() as stack:
+        if not show:
+            nowhere = io.StringIO()
+            stack.enter_context(contextlib.redirect_stdout(nowhere))
+            stack.enter_context(contextlib.redirect_stderr(nowhere))
+        try:
+            return _parser().parse_args(arguments)
+        except SystemExit as stop:
+            raise SystemExit(stop.code if show else 0) from None
+
+
+def _parser() -> argparse.ArgumentParser:
+    result = argparse.ArgumentParser(
+        prog="mlxtp.doctor",
+        usage="mpirun -hostfile HOSTFILE python -m mlxtp.doctor [OPTION ...]",
+        description="Examine the machines of a cluster and what joins them: say what "
+        "is wrong and what mends it. Exit status 0 only where all is well, 1 where "
+        "something is wrong, 2 for mistakes on the command line.",
+    )
+    result.add_argument(
+        "--transport",
+        choices=MEASURED,
+        default="mpi",
+        help="What collectives are measured over: mpi4py (mpi), or one of MLX's "
+        "backends. Default: mpi",
+    )
+    result.add_argument(
+        "--dtype",
+        choices=DTYPES,
+        default="bfloat16",
+        help="What weights are kept as in the model to run: matrix products are "
+        "measured with it. Default: bfloat16",
+    )
+    result.add_argument(
+        "--need-gb",
+        type=_positive,
+        metavar="GB",
+        help="What a rank has to hold, as mlxtp.plan says: hosts with less are named",
+    )
+    result.add_argument(
+        "--timeout",
+        type=_positive,
+        default=TIMEOUT_SECONDS,
+        metavar="SECONDS",
+        help=f"End when a rank is silent for so long. Default: {TIMEOUT_SECONDS:g}",
+    )
+    result.add_argument(
+        "--json",
+        type=_file,
+        metavar="FILE",
+        help="Write what was measured, on rank 0's host, for mlxtp.plan --measured",
+    )
+    return result
+
+
+def _positive(text: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        value = 0.0
+    if not 0 < value < float("inf"):
+        raise argparse.ArgumentTypeError(f"{text!r}: wanted a number above 0")
+    return value
+
+
+def _file(text: str) -> Path:
+    return Path(text).expanduser()

@@ -1,0 +1,114 @@
+"""How fast a rank computes, measured while the others do the same."""
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from statistics import median
+
+import mlx.core as mx
+
+# What weights are kept as: MLX's type, or bits of a quantized matrix.
+DTYPES: dict[str, mx.Dtype | int] = {
+    "bfloat16": mx.bfloat16,
+    "float16": mx.float16,
+    "float32": mx.float32,
+    "8bit": 8,
+    "4bit": 4,
+}
+GROUP_SIZE = 64
+
+# A matrix of 4096 x 4096 is larger than caches, and four of them make the start of
+# an evaluation small beside them.
+WIDTH = 4096
+MATRICES = 4
+SECONDS = 0.5
+
+# Square matrices of these widths, up to the first whose product takes so long.
+PRODUCT_WIDTHS = (512, 1024, 2048, 4096)
+PRODUCT_SECONDS = 0.02
+
+# Small operations that a layer makes one after the other between two collectives.
+OPERATIONS = 32
+SMALL = 1024
+
+
+@dataclass(frozen=True)
+class Speed:
+    """Of matrix-vector products, matrix products, and small operations of MLX."""
+
+    bytes_per_second: float
+    flops: float
+    operation_seconds: float
+
+
+def measure(dtype: str, barrier: Callable[[], None]) -> Speed:
+    """Measure this rank, with weights of one of `DTYPES`; every rank calls it alike."""
+    kind = DTYPES[dtype]
+    kept = kind if isinstance(kind, mx.Dtype) else mx.bfloat16
+    x = mx.ones((1, WIDTH), kept)
+    products = [_product(kind) for _ in range(MATRICES)]
+    nbytes = sum(nbytes for _, nbytes in products)
+    small = mx.ones(SMALL, kept)
+    square = _square(kept)
+
+    def read() -> None:
+        mx.eval(*(product(x) for product, _ in products))
+
+    def multiply() -> None:
+        mx.eval(square @ square)
+
+    def operate() -> None:
+        y = small
+        for _ in range(OPERATIONS):
+            y = y * small
+        mx.eval(y)
+
+    results = []
+    for work in read, multiply, operate:
+        work()
+        barrier()
+        results.append(_seconds(work))
+    reading, multiplying, operating = results
+    flops = 2 * square.shape[0] ** 3 / multiplying
+    return Speed(nbytes / reading, flops, operating / OPERATIONS)
+
+
+def _seconds(work: Callable[[], None]) -> float:
+    """The median over what fits in a fixed time, so that the ranks work at once."""
+    times: list[float] = []
+    until = time.monotonic() + SECONDS
+    while not times or time.monotonic() < until:
+        begin = time.perf_counter()
+        work()
+        times.append(time.perf_counter() - begin)
+    return median(times)
+
+
+def _product(kind: mx.Dtype | int) -> tuple[Callable[[mx.array], mx.array], int]:
+    """A product with a matrix of its own, and the bytes that it reads."""
+    if isinstance(kind, mx.Dtype):
+        weight = mx.ones((WIDTH, WIDTH), kind)
+        mx.eval(weight)
+        return lambda x: x @ weight.T, weight.nbytes
+    packed = mx.zeros((WIDTH, WIDTH * kind // 32), mx.uint32)
+    scales = mx.ones((WIDTH, WIDTH // GROUP_SIZE), mx.bfloat16)
+    parts = packed, scales, mx.zeros_like(scales)
+    mx.eval(*parts)
+
+    def product(x: mx.array) -> mx.array:
+        return mx.quantized_matmul(x, *parts, True, GROUP_SIZE, kind)
+
+    return product, sum(part.nbytes for part in parts)
+
+
+def _square(dtype: mx.Dtype) -> mx.array:
+    """A square matrix that takes a measurable time to multiply by itself."""
+    square = mx.zeros((0, 0))
+    for width in PRODUCT_WIDTHS:
+        square = mx.ones((width, width), dtype)
+        mx.eval(square)
+        begin = time.perf_counter()
+        mx.eval(square @ square)
+        if time.perf_counter() - begin > PRODUCT_SECONDS:
+            break
+    return square
