@@ -1,0 +1,117 @@
+"""What would make a plan fit that does not: each is tried, none is guessed."""
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+
+from mlxtp.plan.hardware import GIB
+from mlxtp.plan.opening import GROUP_SIZE, of_config
+from mlxtp.plan.planning import Plan, Setting
+from mlxtp.plan.requirements import needs
+
+# Memory that macOS and what runs beside a model keep.
+SYSTEM_BYTES = 6 * GIB
+FEWER_BITS = (8, 6, 5, 4, 3, 2)
+MOST_HOSTS = 32
+# Caches grow by so many tokens.
+CONTEXT_STEP = 256
+
+
+@dataclass(frozen=True)
+class Remedy:
+    """Something that makes it fit, and how to do it."""
+
+    what: str
+    how: str
+
+
+def remedies(plan: Plan) -> Iterator[Remedy]:
+    """What would make `plan` fit, the simplest first; nothing where it fits."""
+    if plan.fits is not False:
+        return
+    yield from _higher_limit(plan)
+    yield from _less_context(plan)
+    yield from _fewer_bits(plan)
+    yield from _more_hosts(plan)
+
+
+def _higher_limit(plan: Plan) -> Iterator[Remedy]:
+    hosts, most = [], 0
+    pairs = zip(plan.needs, plan.setting.machines, strict=True)
+    for need, machine in pairs:
+        if machine.limit_bytes is None or need.bytes <= machine.limit_bytes:
+            continue
+        if need.bytes > machine.memory_bytes - SYSTEM_BYTES:
+            return
+        hosts.append(machine.host)
+        most = max(most, need.bytes)
+    megabytes = math.ceil(most / 2**20 / 1024) * 1024
+    yield Remedy(
+        f"a raised limit of the GPU on {', '.join(hosts)}",
+        f"sudo sysctl iogpu.wired_limit_mb={megabytes} (until the next start)",
+    )
+
+
+def _less_context(plan: Plan) -> Iterator[Remedy]:
+    least, most = 0, plan.setting.context // CONTEXT_STEP
+    if most < 1 or not _fits(plan, replace(plan.setting, context=CONTEXT_STEP)):
+        return
+    least = 1
+    while most - least > 1:
+        middle = (least + most) // 2
+        if _fits(plan, replace(plan.setting, context=middle * CONTEXT_STEP)):
+            least = middle
+        else:
+            most = middle
+    tokens = least * CONTEXT_STEP
+    yield Remedy(f"a context of {tokens} tokens", f"--context {tokens}")
+
+
+def _fewer_bits(plan: Plan) -> Iterator[Remedy]:
+    now = plan.opened.bits() or 16
+    for bits in FEWER_BITS:
+        if bits >= now:
+            continue
+        try:
+            with of_config(plan.opened.name, plan.opened.config, bits) as fewer:
+                found = needs(
+                    fewer, plan.weights, plan.setting.context, plan.setting.batch
+                )
+        except ValueError:  # a width that no group divides
+            continue
+        if _all_fit([need.bytes for need in found], plan.setting):
+            yield Remedy(
+                f"{bits} bits in groups of {GROUP_SIZE}",
+                f"--bits {bits}, to look at it",
+            )
+            return
+
+
+def _more_hosts(plan: Plan) -> Iterator[Remedy]:
+    machines = list(plan.setting.machines)
+    weights = list(plan.weights)
+    while len(machines) < MOST_HOSTS:
+        machines.append(machines[-1])
+        weights.append(weights[-1])
+        setting = plan.setting.with_machines(machines)
+        try:
+            found = needs(plan.opened, weights, setting.context, setting.batch)
+        except ValueError:  # fewer heads than ranks
+            return
+        if _all_fit([need.bytes for need in found], setting):
+            added = len(machines) - len(plan.weights)
+            hosts = "one more host" if added == 1 else f"{added} more hosts"
+            yield Remedy(f"{hosts} like the last", f"--ranks {len(machines)}")
+            return
+
+
+def _fits(plan: Plan, setting: Setting) -> bool:
+    found = needs(plan.opened, plan.weights, setting.context, setting.batch)
+    return _all_fit([need.bytes for need in found], setting)
+
+
+def _all_fit(wanted: list[int], setting: Setting) -> bool:
+    return all(
+        machine.limit_bytes is None or bytes_wanted <= machine.limit_bytes
+        for bytes_wanted, machine in zip(wanted, setting.machines, strict=True)
+    )

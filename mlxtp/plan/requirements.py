@@ -1,0 +1,121 @@
+"""What each rank needs of memory, and what it owns: from the slice table."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from mlxtp.architectures.cuts import Heads, Width
+from mlxtp.partition import length
+from mlxtp.plan.opening import Opened
+from mlxtp.plan.rehearsal import Rehearsed, Step, rehearse
+from mlxtp.sharding import slice_table
+from mlxtp.shards import SliceTable
+
+# Of what the layers between two collectives give out together, what is there at once,
+# with what lies between them: measured (tests/test_plan_memory.py).
+MADE_AT_ONCE = 1.5
+# A part of an allreduce lies there as it was sent, received and summed.
+PARTS_AT_ONCE = 3
+# What MLX and its libraries take on their own.
+BASE_BYTES = 50_000_000
+
+
+@dataclass(frozen=True)
+class Owned:
+    """What a rank owns, least and most of any layer; 0 where no layer has it."""
+
+    query_heads: tuple[int, int]
+    kv_heads: tuple[int, int]
+    columns: tuple[int, int]
+    experts: int
+    expert_columns: tuple[int, int]
+    words: int
+
+
+@dataclass(frozen=True)
+class Need:
+    """What a rank owns, computes, and needs of memory."""
+
+    rank: int
+    owned: Owned
+    rehearsed: Rehearsed
+    query_heads: int  # of all layers
+
+    @property
+    def weights_bytes(self) -> int:
+        return self.rehearsed.held_bytes
+
+    @property
+    def cache_bytes(self) -> int:
+        return self.rehearsed.cached_bytes
+
+    @property
+    def working_bytes(self) -> int:
+        steps = (*self.rehearsed.piece, *self.rehearsed.token)
+        return BASE_BYTES + max(map(_working, steps))
+
+    @property
+    def bytes(self) -> int:
+        return self.weights_bytes + self.cache_bytes + self.working_bytes
+
+
+def _working(step: Step) -> int:
+    return round(MADE_AT_ONCE * step.made_bytes) + PARTS_AT_ONCE * step.part_bytes
+
+
+def needs(
+    opened: Opened, weights: Sequence[int], context: int, batch: int = 1
+) -> list[Need]:
+    """What the ranks need that share a model in proportion to `weights`.
+
+    Args:
+        context: tokens in the caches.
+        batch: sequences at once.
+
+    Raises: ValueError if it is no model, or cannot be split so.
+    """
+    table = slice_table(opened.build().model, weights)
+    found: dict[object, Rehearsed] = {}
+    result = []
+    for rank in range(len(weights)):
+        # Ranks with slices of the same shapes compute alike.
+        alike = tuple((name, it.shape) for name, it in table.slices(rank).items())
+        if alike not in found:
+            found[alike] = rehearse(opened.build(), table, rank, batch, context)
+        heads = sum(
+            shards.parts[rank].size("q")
+            for shards in table.blocks
+            if isinstance(shards.block.rule, Heads)
+        )
+        result.append(Need(rank, owned(table, rank), found[alike], heads))
+    return result
+
+
+def owned(table: SliceTable, rank: int) -> Owned:
+    queries, kv, columns, expert_columns, words, experts = [], [], [], [], [0], [0]
+    for shards in table.blocks:
+        if isinstance(shards.block.rule, Heads):
+            queries.append(shards.parts[rank].size("q"))
+            kv.append(shards.parts[rank].size("kv"))
+        elif isinstance(shards.block.rule, Width):
+            width = shards.parts[rank].size("w")
+            shape = table.parameters.get(f"{shards.path}.{shards.block.rule.of}.weight")
+            if shape is not None and len(shape) == 3:
+                experts.append(shape[0])
+                expert_columns.append(width)
+            else:
+                columns.append(width)
+    for matrix in table.matrices.values():
+        if matrix.cut.layout == "v":
+            words.append(length(matrix.spans[rank]))
+    return Owned(
+        _range(queries),
+        _range(kv),
+        _range(columns),
+        max(experts),
+        _range(expert_columns),
+        max(words),
+    )
+
+
+def _range(counts: list[int]) -> tuple[int, int]:
+    return (min(counts), max(counts)) if counts else (0, 0)
