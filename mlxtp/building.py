@@ -181,7 +181,7 @@ class _Answers:
 def unloaded(config: dict[str, Any]) -> nn.Module:
     """The model of a config as mlx-lm makes it, before any weights."""
     model_class, args_class = _imported(config)
-    return model_class(args_class.from_dict(config))
+    return model_class(args_class.from_dict(config))  # type: ignore[attr-defined]
 
 
 def _imported(config: dict[str, Any]) -> tuple[type, type]:

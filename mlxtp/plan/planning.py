@@ -26,6 +26,14 @@ class Setting:
         network = Network(len(machines), link, topology)
         return replace(self, machines=tuple(machines), network=network)
 
+    def needs(self, opened: Opened, weights: Sequence[int]) -> list[Need]:
+        """What ranks need that share a model in proportion to `weights`.
+
+        Raises: ValueError if it cannot be split so.
+        """
+        is_fused = all(machine.is_fused for machine in self.machines)
+        return needs(opened, weights, self.context, self.batch, is_fused=is_fused)
+
 
 @dataclass(frozen=True)
 class Plan:
@@ -103,8 +111,8 @@ def plan(opened: Opened, setting: Setting, weights: Sequence[int]) -> Plan:
 
     Raises: ValueError if the model cannot be split so.
     """
-    found = tuple(needs(opened, weights, setting.context, setting.batch))
+    found = tuple(setting.needs(opened, weights))
     one = found[0]
     if len(found) > 1:
-        [one] = needs(opened, [1], setting.context, setting.batch)
+        [one] = setting.needs(opened, [1])
     return Plan(opened, setting, tuple(weights), found, one)

@@ -6,7 +6,7 @@ caches, and what is sent.
 
 import io
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -73,14 +73,19 @@ class Call:
 class Rehearsed:
     """A rank's model: what it holds, and the steps of its passes.
 
-    `cached_bytes` are those of each cache once `context` tokens are in it, and
-    `cached_width` how many elements it keeps of a token for each of its heads.
+    `caches` are each layer's with all the context in them; `piece` is the last piece
+    of the prompt, `token` what is computed for the token behind it.
     """
 
     held_bytes: int
     caches: tuple["Cached", ...]
     piece: tuple[Step, ...]
     token: tuple[Step, ...]
+
+    @property
+    def item_bytes(self) -> int:
+        """Of an activation."""
+        return self.token[0].item_bytes
 
     @property
     def cached_bytes(self) -> int:
@@ -238,9 +243,10 @@ def _is_parameter(name: str, value: Any) -> bool:
 
 
 def _watched(kind: type, path: str, own: list[mx.array], script: _Script) -> type:
-    class Watched(kind):  # type: ignore[misc,valid-type]
-        def __call__(self, x: mx.array, *rest: Any, **options: Any) -> Any:
-            y = super().__call__(x, *rest, **options)
+    class Watched(kind):
+        def __call__(self, *args: Any, **options: Any) -> Any:
+            y = super().__call__(*args, **options)
+            x, *rest = (*args, *options.values())
             script.calls.append(_called(self, path, own, x, rest, y))
             return y
 
@@ -296,7 +302,3 @@ def _elements(layer: nn.Module) -> int:
     if "scales" in layer:
         return int(layer.scales.size * base(layer).group_size)
     return int(layer.weight.size)
-
-
-def modules_of(steps: Sequence[Step]) -> Iterator[str]:
-    return (call.path for step in steps for call in step.calls)

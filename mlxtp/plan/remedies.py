@@ -1,13 +1,13 @@
 """What would make a plan fit that does not: each is tried, none is guessed."""
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
 from mlxtp.plan.hardware import GIB
 from mlxtp.plan.opening import GROUP_SIZE, of_config
 from mlxtp.plan.planning import Plan, Setting
-from mlxtp.plan.requirements import needs
+from mlxtp.plan.requirements import Need
 
 # Memory that macOS and what runs beside a model keep.
 SYSTEM_BYTES = 6 * GIB
@@ -74,12 +74,10 @@ def _fewer_bits(plan: Plan) -> Iterator[Remedy]:
             continue
         try:
             with of_config(plan.opened.name, plan.opened.config, bits) as fewer:
-                found = needs(
-                    fewer, plan.weights, plan.setting.context, plan.setting.batch
-                )
+                found = plan.setting.needs(fewer, plan.weights)
         except ValueError:  # a width that no group divides
             continue
-        if _all_fit([need.bytes for need in found], plan.setting):
+        if _all_fit(found, plan.setting):
             yield Remedy(
                 f"{bits} bits in groups of {GROUP_SIZE}",
                 f"--bits {bits}, to look at it",
@@ -95,10 +93,10 @@ def _more_hosts(plan: Plan) -> Iterator[Remedy]:
         weights.append(weights[-1])
         setting = plan.setting.with_machines(machines)
         try:
-            found = needs(plan.opened, weights, setting.context, setting.batch)
+            found = setting.needs(plan.opened, weights)
         except ValueError:  # fewer heads than ranks
             return
-        if _all_fit([need.bytes for need in found], setting):
+        if _all_fit(found, setting):
             added = len(machines) - len(plan.weights)
             hosts = "one more host" if added == 1 else f"{added} more hosts"
             yield Remedy(f"{hosts} like the last", f"--ranks {len(machines)}")
@@ -106,12 +104,12 @@ def _more_hosts(plan: Plan) -> Iterator[Remedy]:
 
 
 def _fits(plan: Plan, setting: Setting) -> bool:
-    found = needs(plan.opened, plan.weights, setting.context, setting.batch)
-    return _all_fit([need.bytes for need in found], setting)
+    found = setting.needs(plan.opened, plan.weights)
+    return _all_fit(found, setting)
 
 
-def _all_fit(wanted: list[int], setting: Setting) -> bool:
+def _all_fit(needs: Sequence[Need], setting: Setting) -> bool:
     return all(
-        machine.limit_bytes is None or bytes_wanted <= machine.limit_bytes
-        for bytes_wanted, machine in zip(wanted, setting.machines, strict=True)
+        machine.limit_bytes is None or need.bytes <= machine.limit_bytes
+        for need, machine in zip(needs, setting.machines, strict=True)
     )

@@ -1,18 +1,20 @@
 """What each rank needs of memory, and what it owns: from the slice table."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from mlxtp.architectures.cuts import Heads, Width
 from mlxtp.partition import length
 from mlxtp.plan.opening import Opened
-from mlxtp.plan.rehearsal import Rehearsed, Step, rehearse
+from mlxtp.plan.rehearsal import PIECE, Rehearsed, Step, rehearse
 from mlxtp.sharding import slice_table
 from mlxtp.shards import SliceTable
 
 # Of what the layers between two collectives give out together, what is there at once,
 # with what lies between them: measured (tests/test_plan_memory.py).
 MADE_AT_ONCE = 1.5
+# Where attention is not one kernel: of the products of all queries and keys, likewise.
+SCORES_AT_ONCE = 1.2
 # A part of an allreduce lies there as it was sent, received and summed.
 PARTS_AT_ONCE = 3
 # What MLX and its libraries take on their own.
@@ -39,6 +41,7 @@ class Need:
     owned: Owned
     rehearsed: Rehearsed
     query_heads: int  # of all layers
+    score_bytes: int
 
     @property
     def weights_bytes(self) -> int:
@@ -51,7 +54,7 @@ class Need:
     @property
     def working_bytes(self) -> int:
         steps = (*self.rehearsed.piece, *self.rehearsed.token)
-        return BASE_BYTES + max(map(_working, steps))
+        return BASE_BYTES + max(map(_working, steps)) + self.score_bytes
 
     @property
     def bytes(self) -> int:
@@ -63,31 +66,57 @@ def _working(step: Step) -> int:
 
 
 def needs(
-    opened: Opened, weights: Sequence[int], context: int, batch: int = 1
+    opened: Opened,
+    weights: Sequence[int],
+    context: int,
+    batch: int = 1,
+    *,
+    is_fused: bool = True,
 ) -> list[Need]:
     """What the ranks need that share a model in proportion to `weights`.
 
     Args:
+        opened: the model.
+        weights: one positive number a rank.
         context: tokens in the caches.
         batch: sequences at once.
+        is_fused: attention is one kernel, as on a GPU; else its scores take memory.
 
     Raises: ValueError if it is no model, or cannot be split so.
     """
     table = slice_table(opened.build().model, weights)
-    found: dict[object, Rehearsed] = {}
-    result = []
+    found: dict[object, Need] = {}
     for rank in range(len(weights)):
         # Ranks with slices of the same shapes compute alike.
-        alike = tuple((name, it.shape) for name, it in table.slices(rank).items())
-        if alike not in found:
-            found[alike] = rehearse(opened.build(), table, rank, batch, context)
-        heads = sum(
-            shards.parts[rank].size("q")
-            for shards in table.blocks
-            if isinstance(shards.block.rule, Heads)
-        )
-        result.append(Need(rank, owned(table, rank), found[alike], heads))
-    return result
+        shapes = tuple(it.shape for it in table.slices(rank).values())
+        if shapes not in found:
+            found[shapes] = need(opened, table, rank, context, batch, is_fused)
+        found[rank] = replace(found[shapes], rank=rank, owned=owned(table, rank))
+    return [found[rank] for rank in range(len(weights))]
+
+
+def need(
+    opened: Opened,
+    table: SliceTable,
+    rank: int,
+    context: int,
+    batch: int = 1,
+    is_fused: bool = True,
+) -> Need:
+    """What one rank of a table needs."""
+    rehearsed = rehearse(opened.build(), table, rank, batch, context)
+    heads = sum(
+        shards.parts[rank].size("q")
+        for shards in table.blocks
+        if isinstance(shards.block.rule, Heads)
+    )
+    scores = 0.0
+    caches = [cache for cache in rehearsed.caches if cache.width]
+    if caches and not is_fused:
+        tokens = min(max(cache.tokens for cache in caches), context)
+        scores = SCORES_AT_ONCE * batch * heads / len(caches)
+        scores *= min(PIECE, context) * tokens * rehearsed.item_bytes
+    return Need(rank, owned(table, rank), rehearsed, heads, round(scores))
 
 
 def owned(table: SliceTable, rank: int) -> Owned:
