@@ -93,13 +93,15 @@ def on_cluster(
         for name, model in models.items():
             modelled = model_of(model, measured, topology)
             runs = [generated(start, model, args.max_tokens) for _ in range(args.turns)]
+            speeds = [run["generation_tokens_per_second"] for run in runs]
             row = {
                 "topology": topology,
                 "hop_ms": hop_ms,
                 "hosts": hosts,
                 "model": name,
                 "modelled_ms": 1e3 * sum(modelled.values()),
-                "measured_ms": median(1e3 / r for r in runs),
+                "measured_ms": median(1e3 / speed for speed in speeds),
+                "in_collectives": median(run["collectives_share"] for run in runs),
                 "parts_ms": {part: 1e3 * it for part, it in modelled.items() if it},
             }
             row["ratio"] = row["modelled_ms"] / row["measured_ms"]
@@ -128,17 +130,17 @@ def model_of(model: Path, measured: Path, topology: str) -> dict[str, float]:
     return found
 
 
-def generated(start: list[Any], model: Path, max_tokens: int) -> float:
-    """Tokens a second."""
+def generated(start: list[Any], model: Path, max_tokens: int) -> dict[str, Any]:
+    """What generate reports."""
     options = ["--max-tokens", max_tokens, "--temp", 0, "--json"]
     words = [*start, "mlxtp.generate", "--model", model, "--prompt", "a", *options]
     said = run(*words, timeout=GENERATE_SECONDS)
     if said.returncode != 0:
         raise RuntimeError(said.stdout + said.stderr)
-    report = json.loads(said.stdout.strip().splitlines()[-1])
+    report: dict[str, Any] = json.loads(said.stdout.strip().splitlines()[-1])
     if report["generation_tokens"] < max_tokens // 2:
         raise RuntimeError(f"{model} ended after {report['generation_tokens']} tokens")
-    return float(report["generation_tokens_per_second"])
+    return report
 
 
 def lab(*words: Any) -> None:
