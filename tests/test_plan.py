@@ -22,12 +22,14 @@ from wide_models import WIDE
 import mlxtp
 from mlxtp import Communicator
 from mlxtp.loading import load_model
+from mlxtp.plan.__main__ import main
 from mlxtp.plan.hardware import GIB, LINKS, Network, published
 from mlxtp.plan.opening import of_config, opened
 from mlxtp.plan.planning import Setting, plan
 from mlxtp.plan.rehearsal import RehearsingCommunicator
 from mlxtp.plan.requirements import need, needs
 from mlxtp.sharding import slice_table
+from mlxtp.stories import PATH as STORIES
 
 use_plain_operations()
 
@@ -179,16 +181,25 @@ def test_the_slowest_rank_decides() -> None:
         (["--ranks", "2", "--memory", "64,64,64"], "gives 3 for 2 ranks"),
         (["--ranks", "2", "--weights", "1,2,3"], "3 shares to 2 ranks"),
         (["--ranks", "2", "--hop-us", "9"], "go together"),
-        (["--ranks", "2", "--measured", "README.md"], "not what mlxtp.doctor"),
+        (["--ranks", "2", "--measured", "nowhere"], "not what mlxtp.doctor"),
         (["--ranks", "2", "--context", "0"], "--context is below 1"),
         (["--hostfile", "nowhere"], "nowhere"),
         (["--ranks", "2", "--plot", "no.such"], "--plot no.such"),
     ],
 )
-def test_a_mistake_is_one_message(arguments: list[str], message: str) -> None:
-    done = command("--model", "mlxtp/stories/model", *arguments)
-    assert done.returncode == 2 and done.stdout == ""
-    [line] = done.stderr.splitlines()
+def test_a_mistake_is_one_message(
+    arguments: list[str],
+    message: str,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    given = ["mlxtp.plan", "--model", str(STORIES), "--context", "256"]
+    monkeypatch.setattr(sys, "argv", [*given, *arguments])
+    with pytest.raises(SystemExit) as ended:
+        main()
+    said = capsys.readouterr()
+    assert ended.value.code == 2 and said.out == ""
+    [line] = said.err.splitlines()
     assert line.startswith("mlxtp.plan: error: ") and message in line
 
 
@@ -211,11 +222,11 @@ def test_the_command_line(tmp_path: Path) -> None:
 def test_without_weights_it_asks_for_bits(tmp_path: Path) -> None:
     config = tmp_path / "config.json"
     config.write_text(json.dumps(LLAMA_3_2_1B))
-    given = ["--ranks", "2", "--context", "256"]
-    for model in config, tmp_path:
-        done = command("--model", model, *given)
-        assert done.returncode == 2 and "--bits" in done.stderr
-        assert command("--model", model, *given, "--bits", "4").returncode == 0
+    for model in str(config), str(tmp_path):
+        with pytest.raises(ValueError, match="--bits"), opened(model):
+            pass
+        with opened(model, 4) as found:
+            assert found.config["quantization"]["bits"] == 4
 
 
 def command(*words: object) -> subprocess.CompletedProcess[str]:

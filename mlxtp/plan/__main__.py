@@ -193,10 +193,18 @@ def _parser() -> argparse.ArgumentParser:
     hosts.add_argument("--hostfile", type=Path, help="Open MPI's: as many as its slots")
     hosts.add_argument("--chip", help=f"of all. Default: {DEFAULT_CHIP}")
     hosts.add_argument("--chips", type=_names, metavar="A,B,…", help="of each")
-    hosts.add_argument("--memory", type=_sizes, metavar="GB[,GB…]",
-        help=f"of all or each, in Apple's GB. Default: {DEFAULT_MEMORY_GB:g}")  # fmt: skip
-    hosts.add_argument("--measured", type=Path, metavar="FILE",
-        help="machines and links as python -m mlxtp.doctor --json FILE found them")  # fmt: skip
+    hosts.add_argument(
+        "--memory",
+        type=_sizes,
+        metavar="GB[,GB…]",
+        help=f"of all or each, in Apple's GB. Default: {DEFAULT_MEMORY_GB:g}",
+    )
+    hosts.add_argument(
+        "--measured",
+        type=Path,
+        metavar="FILE",
+        help="machines and links as python -m mlxtp.doctor --json FILE found them",
+    )
     links = result.add_argument_group("links")
     links.add_argument("--link", choices=LINKS, help=f"Default: {DEFAULT_LINK}")
     links.add_argument("--hop-us", type=float, metavar="US", help="a hop, one way")

@@ -49,8 +49,8 @@ class Machine:
     """A rank's machine. The rates are those that MLX gets.
 
     `evaluation_seconds` is spent before each collective, once; `is_fused` says that
-    norms, rotations and attention are one operation each, as on a GPU. Of a machine without a
-    known `limit_bytes` nothing can be said to fit.
+    norms, rotations and attention are one operation each, as on a GPU. Of a machine
+    without a known `limit_bytes` nothing can be said to fit.
     """
 
     host: str

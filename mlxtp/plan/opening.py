@@ -16,7 +16,7 @@ from mlx_lm.utils import quantize_model
 
 from mlxtp import building, cut_checkpoint, hub
 from mlxtp.building import EmptyModel
-from mlxtp.checkpoint import Header
+from mlxtp.checkpoint import WEIGHTS, Header
 from mlxtp.communicator import Communicator
 from mlxtp.cut_checkpoint import Origin
 from mlxtp.loading import locate
@@ -60,10 +60,9 @@ def opened(
         if file.is_file():
             raise ValueError(f"{model} is a config alone: say with how many --bits")
         folder, _ = locate(model, Communicator())
-        if not any(folder.glob("*.safetensors")) and not cut_checkpoint.is_cut(folder):
-            if (folder / "config.json").exists():
-                raise ValueError(f"{model} has no weights: say with how many --bits")
         config = building.read_json(folder / "config.json", needed=["model_type"])
+        if not any(folder.glob(WEIGHTS)) and not cut_checkpoint.is_cut(folder):
+            raise ValueError(f"{model} has no weights: say with how many --bits")
         yield Opened(model, config, folder)
         return
     with of_config(model, config_of(model), bits, group_size) as found:

@@ -78,10 +78,8 @@ def _fewer_bits(plan: Plan) -> Iterator[Remedy]:
         except ValueError:  # a width that no group divides
             continue
         if _all_fit(found, plan.setting):
-            yield Remedy(
-                f"{bits} bits in groups of {GROUP_SIZE}",
-                f"--bits {bits}, to look at it",
-            )
+            how = f"a checkpoint quantized so; here --bits {bits} shows it"
+            yield Remedy(f"{bits} bits in groups of {GROUP_SIZE}", how)
             return
 
 

@@ -50,20 +50,20 @@ def _memory(plan: Plan) -> Table:
     for need, machine, left in rows:
         owned = need.owned
         limit = machine.limit_bytes
-        experts = f"{owned.experts} × {_span(owned.expert_columns)}"
+        experts = f"{owned.experts} x {_span(owned.expert_columns)}"
         table.add_row(
             str(need.rank),
             machine.host,
             _span(owned.query_heads),
             _span(owned.kv_heads),
             _span(owned.columns),
-            experts if owned.experts else "–",
+            experts if owned.experts else "-",
             str(owned.words),
             _gb(need.weights_bytes),
             _gb(need.cache_bytes),
             _gb(need.working_bytes),
             "not known" if limit is None else _gb(limit),
-            "–" if left is None else _gb(left),
+            "-" if left is None else _gb(left),
             style="red" if left is not None and left < 0 else None,
         )
     return table
@@ -122,7 +122,7 @@ def _gb(nbytes: float) -> str:
 
 def _span(counts: tuple[int, int]) -> str:
     least, most = counts
-    return str(most) if least == most else f"{least}–{most}"
+    return str(most) if least == most else f"{least}-{most}"
 
 
 def as_json(plan: Plan, found: Sequence[Remedy]) -> dict[str, Any]:
