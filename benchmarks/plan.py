@@ -18,6 +18,9 @@ from typing import Any
 import mlx.core as mx
 from models import LLAMA_3_2_1B, make
 
+import mlxtp
+from mlxtp.plan.opening import opened
+from mlxtp.plan.requirements import needs
 from mlxtp.stories import PATH as STORIES
 
 ROOT = Path(__file__).parent.parent
@@ -46,7 +49,15 @@ def main() -> None:
     parser.add_argument("--max-tokens", type=int, default=40)
     parser.add_argument("--turns", type=int, default=1, help="the median counts")
     parser.add_argument("--keep", type=Path, help="a folder for what doctor writes")
+    parser.add_argument(
+        "--one-rank",
+        action="store_true",
+        help="see what an operation of a model takes, in doctor's, without the lab",
+    )
     args = parser.parse_args()
+    if args.one_rank:
+        one_rank(args.max_tokens)
+        return
     rows = []
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
@@ -141,6 +152,45 @@ def generated(start: list[Any], model: Path, max_tokens: int) -> dict[str, Any]:
     if report["generation_tokens"] < max_tokens // 2:
         raise RuntimeError(f"{model} ended after {report['generation_tokens']} tokens")
     return report
+
+
+class Evaluating(mlxtp.Communicator):
+    """One rank that evaluates at each collective, as several do."""
+
+    def allreduce(self, x: mx.array, at: str = "") -> mx.array:
+        mx.eval(x)
+        return x
+
+    def allgather(self, x: mx.array, sizes: Any, at: str = "") -> mx.array:
+        return self.allreduce(x)
+
+
+def one_rank(max_tokens: int) -> None:
+    """What a token takes beside reading weights, for each operation."""
+    from mlxtp.doctor import speed
+
+    here = speed.measure("bfloat16", lambda: None)
+    results = {}
+    with tempfile.TemporaryDirectory() as folder:
+        wide = make(Path(folder) / "wide", WIDE, mx.bfloat16)
+        for name, path in {"shipped": STORIES, "wide": wide}.items():
+            with opened(str(path)) as found:
+                [need] = needs(found, [1], 256)
+            token = need.rehearsed.token
+            operations = sum(step.operations for step in token)
+            reading = sum(step.read_bytes for step in token) / here.bytes_per_second
+            model, tokenizer = mlxtp.load(path, Evaluating())
+            *_, last = mlxtp.stream_generate(
+                model, tokenizer, [5, 6, 7], max_tokens=max_tokens
+            )
+            seconds = (1 / last.generation_tps - reading) / operations
+            results[name] = seconds / here.operation_seconds
+            print(
+                f"{name}: {1e3 / last.generation_tps:.2f} ms a token, of which "
+                f"{1e3 * reading:.2f} reading; {operations} operations, each as "
+                f"{results[name]:.1f} of doctor's"
+            )
+    print(json.dumps(results))
 
 
 def lab(*words: Any) -> None:

@@ -51,16 +51,16 @@ The page is made by `python tests/studio5_page.py > docs/studio5.md`. One figure
 with the model's published config, another chip, another link. Quantized is affine, in
 groups of 64; caches have 16 bits; prefill is a prompt of {context} tokens.
 
-Assumed for all: MLX reads weights at {bandwidth:.0f} % of the memory's bandwidth, and
-multiplies at {flops:.0f} % of the GPU's arithmetic; before each collective the CPU waits
-{wait:.0f} µs for the GPU; a hop takes {tcp:.0f} µs over TCP (Ethernet through a switch,
-Thunderbolt in a ring) and {rdma:.0f} µs over RDMA (in a ring). RDMA needs Thunderbolt 5:
-of these chips the M4 Max and the M3 Ultra. The M3 Ultra is not sold with 64 GB, it
-begins at 96; it stands here as if it were.
+Assumed for all: MLX reads weights at {bandwidth:.0f} % of the memory's bandwidth,
+and multiplies at {flops:.0f} % of the GPU's arithmetic; before each collective the CPU
+waits {wait:.0f} µs for the GPU; a hop takes {tcp:.0f} µs over TCP (Ethernet through a
+switch, Thunderbolt in a ring) and {rdma:.0f} µs over RDMA (in a ring). RDMA needs
+Thunderbolt 5: of these chips the M4 Max and the M3 Ultra. The M3 Ultra is not sold with
+64 GB, it begins at 96; it stands here as if it were.
 
-In *pipeline* each host has a fifth of the layers, and one computes after the other. *One
-host* reads all by itself, if it fits. The GPU may wire three quarters of the memory:
-{limit:.2f} GB of the 64 GB, which are 64 GiB.
+In *pipeline* each host has a fifth of the layers, and one computes after the other.
+*One host* reads all by itself, if it fits. The GPU may wire three quarters of the
+memory: {limit:.2f} GB of the 64 GB, which are 64 GiB.
 """
 
 

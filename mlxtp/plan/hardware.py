@@ -39,6 +39,10 @@ WIRED_SHARE = 0.75
 EVALUATION_SECONDS = 180e-6
 # To start a kernel, beside other kernels. Assumed.
 OPERATION_SECONDS = 3e-6
+# What an operation of a model takes on a CPU, in the small ones that doctor times:
+# rotations, softmax, attention over several heads, views between them, and Python, with
+# an evaluation at each collective. Measured on one rank (benchmarks/plan.py --one-rank).
+OPERATIONS_OF_DOCTOR = 6.0
 # To add an element of a part: five parts of 4 Mi bfloat16 elements take 9 ms
 # (docs/log.md, on Linux).
 ADD_SECONDS = 0.45e-9
@@ -111,7 +115,8 @@ def published(host: str, chip: str, memory_gb: float) -> Machine:
 
 
 def of_measured(host: Host) -> Machine:
-    """What doctor saw; an evaluation is in the time of its collectives."""
+    """What doctor saw, without the wait for a GPU, which it does not time."""
+    is_mac = host.chip.startswith("Apple")
     return Machine(
         host.host,
         host.chip,
@@ -119,9 +124,9 @@ def of_measured(host: Host) -> Machine:
         host.limit_bytes,
         host.bytes_per_second,
         host.flops,
-        host.operation_seconds,
-        0.0,
-        host.chip.startswith("Apple"),
+        host.operation_seconds * (1.0 if is_mac else OPERATIONS_OF_DOCTOR),
+        EVALUATION_SECONDS if is_mac else 0.0,
+        is_mac,
     )
 
 
