@@ -34,6 +34,23 @@ class Setting:
         is_fused = all(machine.is_fused for machine in self.machines)
         return needs(opened, weights, self.context, self.batch, is_fused=is_fused)
 
+    def left_bytes(self, needs: Sequence[Need]) -> list[int | None]:
+        """What is left of the limit of each rank's host, which several may share."""
+        wanted: dict[str, int] = {}
+        for need, machine in zip(needs, self.machines, strict=True):
+            wanted[machine.host] = wanted.get(machine.host, 0) + need.bytes
+        return [
+            None if it.limit_bytes is None else it.limit_bytes - wanted[it.host]
+            for it in self.machines
+        ]
+
+    def fits(self, needs: Sequence[Need]) -> bool | None:
+        """Whether every host has room; None where a limit is not known."""
+        left = self.left_bytes(needs)
+        if any(it is not None and it < 0 for it in left):
+            return False
+        return None if None in left else True
+
 
 @dataclass(frozen=True)
 class Plan:
@@ -47,19 +64,13 @@ class Plan:
 
     @property
     def left_bytes(self) -> list[int | None]:
-        """What of each rank's limit is left."""
-        return [
-            None if machine.limit_bytes is None else machine.limit_bytes - need.bytes
-            for need, machine in zip(self.needs, self.setting.machines, strict=True)
-        ]
+        """What of the limit of each rank's host is left."""
+        return self.setting.left_bytes(self.needs)
 
     @property
     def fits(self) -> bool | None:
         """Whether every rank fits; None where a limit is not known."""
-        left = self.left_bytes
-        if any(it is not None and it < 0 for it in left):
-            return False
-        return None if None in left else True
+        return self.setting.fits(self.needs)
 
     @property
     def one_fits(self) -> bool:

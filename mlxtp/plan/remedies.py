@@ -1,13 +1,12 @@
 """What would make a plan fit that does not: each is tried, none is guessed."""
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
 from mlxtp.plan.hardware import GIB
 from mlxtp.plan.opening import GROUP_SIZE, of_config
 from mlxtp.plan.planning import Plan, Setting
-from mlxtp.plan.requirements import Need
 
 # Memory that macOS and what runs beside a model keep.
 SYSTEM_BYTES = 6 * GIB
@@ -36,18 +35,18 @@ def remedies(plan: Plan) -> Iterator[Remedy]:
 
 
 def _higher_limit(plan: Plan) -> Iterator[Remedy]:
-    hosts, most = [], 0
-    pairs = zip(plan.needs, plan.setting.machines, strict=True)
-    for need, machine in pairs:
-        if machine.limit_bytes is None or need.bytes <= machine.limit_bytes:
+    wanted: dict[str, int] = {}
+    rows = zip(plan.setting.machines, plan.left_bytes, strict=True)
+    for machine, left in rows:
+        if left is None or left >= 0:
             continue
-        if need.bytes > machine.memory_bytes - SYSTEM_BYTES:
+        assert machine.limit_bytes is not None
+        wanted[machine.host] = machine.limit_bytes - left
+        if wanted[machine.host] > machine.memory_bytes - SYSTEM_BYTES:
             return
-        hosts.append(machine.host)
-        most = max(most, need.bytes)
-    megabytes = math.ceil(most / 2**20 / 1024) * 1024
+    megabytes = math.ceil(max(wanted.values()) / GIB) * 1024
     yield Remedy(
-        f"a raised limit of the GPU on {', '.join(hosts)}",
+        f"a raised limit of the GPU on {', '.join(wanted)}",
         f"sudo sysctl iogpu.wired_limit_mb={megabytes} (until the next start)",
     )
 
@@ -77,7 +76,7 @@ def _fewer_bits(plan: Plan) -> Iterator[Remedy]:
                 found = plan.setting.needs(fewer, plan.weights)
         except ValueError:  # a width that no group divides
             continue
-        if _all_fit(found, plan.setting):
+        if plan.setting.fits(found):
             how = f"a checkpoint quantized so; here --bits {bits} shows it"
             yield Remedy(f"{bits} bits in groups of {GROUP_SIZE}", how)
             return
@@ -87,14 +86,15 @@ def _more_hosts(plan: Plan) -> Iterator[Remedy]:
     machines = list(plan.setting.machines)
     weights = list(plan.weights)
     while len(machines) < MOST_HOSTS:
-        machines.append(machines[-1])
+        number = len(machines) + 1
+        machines.append(replace(machines[-1], host=f"host {number}"))
         weights.append(weights[-1])
         setting = plan.setting.with_machines(machines)
         try:
             found = setting.needs(plan.opened, weights)
         except ValueError:  # fewer heads than ranks
             return
-        if _all_fit(found, setting):
+        if setting.fits(found):
             added = len(machines) - len(plan.weights)
             hosts = "one more host" if added == 1 else f"{added} more hosts"
             yield Remedy(f"{hosts} like the last", f"--ranks {len(machines)}")
@@ -102,12 +102,4 @@ def _more_hosts(plan: Plan) -> Iterator[Remedy]:
 
 
 def _fits(plan: Plan, setting: Setting) -> bool:
-    found = setting.needs(plan.opened, plan.weights)
-    return _all_fit(found, setting)
-
-
-def _all_fit(needs: Sequence[Need], setting: Setting) -> bool:
-    return all(
-        machine.limit_bytes is None or need.bytes <= machine.limit_bytes
-        for need, machine in zip(needs, setting.machines, strict=True)
-    )
+    return setting.fits(setting.needs(plan.opened, plan.weights)) is not False

@@ -1,7 +1,7 @@
 """A plan for people, as tables, and as JSON."""
 
 from collections.abc import Sequence
-from dataclasses import asdict, fields
+from dataclasses import asdict
 from typing import Any
 
 from rich.console import Console
@@ -89,14 +89,21 @@ def _speed(plan: Plan) -> Table:
         "decoding, tokens/s", *(_rate(it, plan, 1) for it, _ in sides.values())
     )
     tokens = plan.setting.context
-    prompts = (_rate(prompt, plan, tokens) for _, prompt in sides.values())
+    prompts = (_rate(it, plan, tokens) for _, it in sides.values())
     table.add_row(f"prefill of {tokens}, tokens/s", *prompts, end_section=True)
-    table.add_row("ms a token", *(f"{1e3 * t.seconds:.2f}" for t, _ in sides.values()))
-    for part, words in PARTS.items():
-        times = [getattr(token, part) for token, _ in sides.values()]
-        if any(times):
-            table.add_row(f"  {words}", *(f"{1e3 * it:.2f}" for it in times))
+    _parts(table, "ms a token", 1e3, [token for token, _ in sides.values()])
+    table.add_section()
+    _parts(table, "seconds a prompt", 1, [prompt for _, prompt in sides.values()])
     return table
+
+
+def _parts(table: Table, name: str, unit: float, times: list[Time]) -> None:
+    """A row of the whole, and one for each part that takes time."""
+    table.add_row(name, *(f"{unit * time.seconds:.2f}" for time in times))
+    for part, words in PARTS.items():
+        found = [getattr(time, part) for time in times]
+        if any(found):
+            table.add_row(f"  {words}", *(f"{unit * it:.2f}" for it in found))
 
 
 def _sides(plan: Plan) -> dict[str, tuple[Time, Time]]:
@@ -157,9 +164,8 @@ def as_json(plan: Plan, found: Sequence[Remedy]) -> dict[str, Any]:
                 "prefill_tokens_per_second": setting.batch
                 * setting.context
                 / prompt.seconds,
-                "seconds_a_token": {
-                    part.name: getattr(token, part.name) for part in fields(token)
-                },
+                "seconds_a_token": asdict(token),
+                "seconds_a_prompt": asdict(prompt),
             }
             for name, (token, prompt) in _sides(plan).items()
         },

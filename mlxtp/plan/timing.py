@@ -161,7 +161,8 @@ def pipeline(
     token = Time(messages=len(machines) * network.message_seconds(hidden))
     stages = []
     for share, machine in zip(shares, machines, strict=True):
-        token += on_one(one.rehearsed.token, machine).scaled(share)
+        stage = on_one(one.rehearsed.token, machine).scaled(share)
+        token += replace(stage, evaluations=machine.evaluation_seconds)
         token += Time(caches=share * one.cache_bytes / machine.bytes_per_second)
         stages.append(prefill_on_one(one, machine, tokens).scaled(share))
     pieces = max(1.0, tokens / PIECE)

@@ -1,4 +1,4 @@
-"""docs/studio5.md, from plan: `python tests/studio5_page.py > docs/studio5.md`."""
+"""docs/studio5.md, from plan: `python benchmarks/studio5_page.py > docs/studio5.md`."""
 
 from dataclasses import replace
 from typing import Any
@@ -43,7 +43,7 @@ time and speed on this page is modelled**: arithmetic on published figures, whos
 sources are in `mlxtp/plan/hardware.py`. Nothing here was measured on a Mac. The bytes
 of weights and caches are exact; working memory is estimated.
 
-The page is made by `python tests/studio5_page.py > docs/studio5.md`. One figure is
+The page is made by `python benchmarks/studio5_page.py > docs/studio5.md`. One figure is
 
     python -m mlxtp.plan --model config.json --bits 4 --ranks 5 \\
         --chip "M2 Ultra" --memory 64 --context {context} --link thunderbolt4
