@@ -18,8 +18,8 @@ from mlx_lm.models.cache import make_prompt_cache
 from mlxtp.building import EmptyModel
 from mlxtp.communicator import Communicator
 from mlxtp.decoding import behind_the_caches
-from mlxtp.layers import base
 from mlxtp.parallel import parallelize
+from mlxtp.plan.calls import Call, watch
 from mlxtp.shards import SliceTable
 
 # mlx-lm reads a prompt in pieces of so many tokens.
@@ -43,7 +43,7 @@ class Step:
     kind: str = ""
     part_bytes: int = 0
     item_bytes: int = 2
-    calls: tuple["Call", ...] = ()
+    calls: tuple[Call, ...] = ()
     operations: int = 0
 
     @property
@@ -57,16 +57,6 @@ class Step:
     @property
     def made_bytes(self) -> int:
         return sum(call.made_bytes for call in self.calls)
-
-
-@dataclass(frozen=True)
-class Call:
-    """A layer that is called: where the model has it, and what that takes."""
-
-    path: str
-    read_bytes: float
-    flops: float
-    made_bytes: int
 
 
 @dataclass(frozen=True)
@@ -172,7 +162,7 @@ def rehearse(
     empty.sources.clear()
     parallelize(model, table, comm)
     held = sum(array.nbytes for _, array in tree_flatten(model.parameters()))
-    _watch(model, comm.script)
+    watch(model, comm.script.calls)
     caches = make_prompt_cache(model)
     silent = behind_the_caches(model)
     *read, last = _pieces(context - 1)
@@ -228,77 +218,3 @@ def _arrays(cache: Any) -> Any:
     if hasattr(cache, "caches"):
         return [_arrays(inner) for inner in cache.caches]
     return [x for x in vars(cache).values() if isinstance(x, mx.array | list | tuple)]
-
-
-def _watch(model: nn.Module, script: _Script) -> None:
-    """Let the layers that have weights of their own write down when they are called."""
-    for path, module in model.named_modules():
-        own = [a for name, a in module.items() if _is_parameter(name, a)]
-        if own:
-            module.__class__ = _watched(type(module), path, own, script)
-
-
-def _is_parameter(name: str, value: Any) -> bool:
-    return isinstance(value, mx.array) and not name.startswith("_")
-
-
-def _watched(kind: type, path: str, own: list[mx.array], script: _Script) -> type:
-    class Watched(kind):
-        def __call__(self, *args: Any, **options: Any) -> Any:
-            y = super().__call__(*args, **options)
-            x, *rest = (*args, *options.values())
-            script.calls.append(_called(self, path, own, x, rest, y))
-            return y
-
-        def as_linear(self, x: mx.array) -> mx.array:
-            y = super().as_linear(x)
-            size = sum(array.nbytes for array in own)
-            flops = 2.0 * _elements(self) * x.size / x.shape[-1]
-            script.calls.append(Call(path, size, flops, y.nbytes))
-            return y
-
-    Watched.__name__ = kind.__name__
-    return Watched
-
-
-def _called(
-    layer: nn.Module, path: str, own: list[mx.array], x: Any, rest: Any, y: Any
-) -> Call:
-    size = sum(array.nbytes for array in own)
-    made = y.nbytes if isinstance(y, mx.array) else 0
-    if not isinstance(x, mx.array) or not x.ndim:
-        return Call(path, size, 0.0, made)
-    if isinstance(layer, nn.Embedding | nn.QuantizedEmbedding):
-        return Call(path, size / own[0].shape[0] * x.size, 0.0, made)
-    if "weight" not in layer or layer.weight.ndim < 2:
-        return Call(path, size, 0.0, made)
-    tokens = x.size / x.shape[-1]
-    elements = _elements(layer)
-    which = next((a for a in rest if _is_choice(a)), None)
-    if which is not None and layer.weight.ndim == 3:
-        experts = layer.weight.shape[0]
-        return Call(
-            path,
-            size * _different(experts, which) / experts,
-            2.0 * elements / experts * which.size,
-            made,
-        )
-    return Call(path, size, 2.0 * elements * tokens, made)
-
-
-def _is_choice(value: Any) -> bool:
-    return isinstance(value, mx.array) and mx.issubdtype(value.dtype, mx.integer)
-
-
-def _different(experts: int, which: mx.array) -> float:
-    """How many experts are chosen, if every token chooses evenly."""
-    chosen = which.shape[-1] if which.ndim > 1 else 1
-    tokens = which.size / chosen
-    return experts * (1 - (1 - chosen / experts) ** tokens)
-
-
-def _elements(layer: nn.Module) -> int:
-    """Of the weight, unpacked."""
-    if "scales" in layer:
-        return int(layer.scales.size * base(layer).group_size)
-    return int(layer.weight.size)
