@@ -56,7 +56,7 @@ def main() -> None:
     )
     args = parser.parse_args()
     if args.one_rank:
-        one_rank(args.max_tokens)
+        one_rank(args)
         return
     rows = []
     with tempfile.TemporaryDirectory() as temporary:
@@ -165,32 +165,33 @@ class Evaluating(mlxtp.Communicator):
         return self.allreduce(x)
 
 
-def one_rank(max_tokens: int) -> None:
+def one_rank(args: argparse.Namespace) -> None:
     """What a token takes beside reading weights, for each operation."""
     from mlxtp.doctor import speed
 
-    here = speed.measure("bfloat16", lambda: None)
-    results = {}
+    turns: dict[str, list[float]] = {"shipped": [], "wide": []}
     with tempfile.TemporaryDirectory() as folder:
         wide = make(Path(folder) / "wide", WIDE, mx.bfloat16)
-        for name, path in {"shipped": STORIES, "wide": wide}.items():
-            with opened(str(path)) as found:
-                [need] = needs(found, [1], 256)
-            token = need.rehearsed.token
-            operations = sum(step.operations for step in token)
-            reading = sum(step.read_bytes for step in token) / here.bytes_per_second
-            model, tokenizer = mlxtp.load(path, Evaluating())
-            *_, last = mlxtp.stream_generate(
-                model, tokenizer, [5, 6, 7], max_tokens=max_tokens
-            )
-            seconds = (1 / last.generation_tps - reading) / operations
-            results[name] = seconds / here.operation_seconds
-            print(
-                f"{name}: {1e3 / last.generation_tps:.2f} ms a token, of which "
-                f"{1e3 * reading:.2f} reading; {operations} operations, each as "
-                f"{results[name]:.1f} of doctor's"
-            )
-    print(json.dumps(results))
+        for _ in range(args.turns):
+            here = speed.measure("bfloat16", lambda: None)
+            for name, path in {"shipped": STORIES, "wide": wide}.items():
+                with opened(str(path)) as found:
+                    [need] = needs(found, [1], 256)
+                token = need.rehearsed.token
+                operations = sum(step.operations for step in token)
+                reading = sum(step.read_bytes for step in token)
+                model, tokenizer = mlxtp.load(path, Evaluating())
+                *_, last = mlxtp.stream_generate(
+                    model, tokenizer, [5, 6, 7], max_tokens=args.max_tokens
+                )
+                beside = 1 / last.generation_tps - reading / here.bytes_per_second
+                turns[name].append(beside / operations / here.operation_seconds)
+    for name, found_in in turns.items():
+        print(
+            f"{name}: an operation takes {median(found_in):.1f} of doctor's "
+            f"({min(found_in):.1f} to {max(found_in):.1f})"
+        )
+    print(json.dumps(turns))
 
 
 def lab(*words: Any) -> None:

@@ -3,6 +3,7 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import reduce
+from itertools import product
 from math import gcd, prod
 
 import mlx.nn as nn
@@ -16,7 +17,8 @@ from mlxtp.plan.requirements import Need
 from mlxtp.sharding import slice_table
 
 # Shares are tried in steps of this part of an even one.
-UNITS = 12
+UNITS = 24
+MOVES = (1, 4)
 # How many steps are taken from the best start, at most.
 STEPS = 24
 
@@ -97,16 +99,16 @@ class _Search:
         return it.lacking_bytes, it.seconds, -it.least_left
 
     def near(self, weights: tuple[int, ...]) -> list[tuple[int, ...]]:
-        """A unit from the slowest or the fullest rank to each other."""
+        """Units from the slowest or the fullest rank to each other."""
         it = self._looked_up(weights)
         if it is None:
             return []
         source = it.fullest if it.lacking_bytes else it.slowest
         found = []
-        for target in range(len(weights)):
+        for target, units in product(range(len(weights)), MOVES):
             moved = list(weights)
-            moved[source] -= 1
-            moved[target] += 1
+            moved[source] -= units
+            moved[target] += units
             if target != source and moved[source] > 0:
                 found.append(tuple(moved))
         return found
