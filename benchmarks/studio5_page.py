@@ -11,7 +11,7 @@ from mlxtp.plan.hardware import LINKS, Network, published
 from mlxtp.plan.opening import of_config
 from mlxtp.plan.planning import Plan, Setting, plan
 from mlxtp.plan.remedies import remedies
-from mlxtp.plan.report import PARTS
+from mlxtp.plan.report import PARTS, rate
 from mlxtp.plan.timing import Time
 
 RANKS = 5
@@ -64,8 +64,8 @@ memory: {limit:.2f} GB of the 64 GB, which are 64 GiB.
 """
 
 
-def page() -> str:
-    return "\n".join([_head(), *(_of(*model) for model in MODELS)])
+def page(models: list[tuple[str, dict[str, Any], int]] = MODELS) -> str:
+    return "\n".join([_head(), *(_of(*model) for model in models)])
 
 
 def _head() -> str:
@@ -143,7 +143,7 @@ def _speeds(first: Plan) -> list[str]:
 
 
 def _both(token: Time, prompt: Time) -> str:
-    return f"{1 / token.seconds:.3g} / {CONTEXT / prompt.seconds:.4g}"
+    return f"{rate(1 / token.seconds)} / {rate(CONTEXT / prompt.seconds)}"
 
 
 def _where(first: Plan) -> list[str]:

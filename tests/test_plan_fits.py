@@ -84,7 +84,7 @@ def network(ranks: int) -> Network:
 @pytest.fixture(scope="module")
 def llama() -> Iterator[Opened]:
     """Of its 126 layers as many as are quickly looked at."""
-    with of_config("a Llama", LLAMA_405B | {"num_hidden_layers": 24}, 8) as found:
+    with of_config("a Llama", LLAMA_405B | {"num_hidden_layers": 12}, 16) as found:
         yield found
 
 
@@ -100,7 +100,7 @@ def on(memory_gb: list[float], context: int = 8192, chips: str = "M2 Ultra") -> 
 
 def test_remedies_do_what_they_say(llama: Opened) -> None:
     """Each is tried here once more; and the next smaller one would not do."""
-    lacking = plan(llama, on([39.0] * 3, context=65536), [1] * 3)
+    lacking = plan(llama, on([39.0] * 3, context=131072), [1] * 3)
     assert lacking.fits is False
     found = list(remedies(lacking))
     assert len(found) == 4
@@ -117,7 +117,7 @@ def test_remedies_do_what_they_say(llama: Opened) -> None:
         elif "--ranks" in remedy.how:
             ranks = int(words[-1])
             assert ranks == 4
-            assert plan(llama, on([39.0] * 4, 65536), [1] * 4).fits
+            assert plan(llama, on([39.0] * 4, 131072), [1] * 4).fits
         else:
             bits = int(remedy.what.split()[0])
             with of_config("fewer", llama.config, bits) as fewer:

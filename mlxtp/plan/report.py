@@ -119,7 +119,12 @@ def _sides(plan: Plan) -> dict[str, tuple[Time, Time]]:
 
 
 def _rate(time: Time, plan: Plan, tokens: int) -> str:
-    return f"{plan.setting.batch * tokens / time.seconds:.4g}"
+    return rate(plan.setting.batch * tokens / time.seconds)
+
+
+def rate(per_second: float) -> str:
+    """With three digits at least, and never a power of ten."""
+    return f"{per_second:,.0f}" if per_second >= 100 else f"{per_second:.3g}"
 
 
 def _gb(nbytes: float) -> str:
