@@ -11,9 +11,10 @@ import os
 import subprocess
 import sys
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 from statistics import median
-from typing import Any
+from typing import Any, TypeVar
 
 import mlx.core as mx
 from models import LLAMA_3_2_1B, make
@@ -22,6 +23,8 @@ import mlxtp
 from mlxtp.plan.opening import opened
 from mlxtp.plan.requirements import needs
 from mlxtp.stories import PATH as STORIES
+
+T = TypeVar("T")
 
 ROOT = Path(__file__).parent.parent
 LAB = ROOT / "launch" / "lab"
@@ -95,15 +98,14 @@ def on_cluster(
     lab("up", "--topology", topology, "--delay-ms", hop_ms, "--hosts", hosts)
     try:
         start = ["run", "mpirun", "-hostfile", hostfile, "python", "-m"]
-        measured.unlink(missing_ok=True)
-        doctor = [*start, "mlxtp.doctor", "--dtype", "bfloat16", "--json", measured]
-        said = run(*doctor, timeout=DOCTOR_SECONDS)
-        if not measured.exists():  # faults that it finds, it says, and goes on
-            raise RuntimeError(said.stdout + said.stderr)
+        again(lambda: examine(start, measured))
         rows = []
         for name, model in models.items():
             modelled = model_of(model, measured, topology)
-            runs = [generated(start, model, args.max_tokens) for _ in range(args.turns)]
+            runs = [
+                again(lambda model=model: generated(start, model, args.max_tokens))
+                for _ in range(args.turns)
+            ]
             speeds = [run["generation_tokens_per_second"] for run in runs]
             row = {
                 "topology": topology,
@@ -126,6 +128,24 @@ def on_cluster(
         return rows
     finally:
         lab("down")
+
+
+def again(job: Callable[[], T]) -> T:
+    """Do a job of mpirun once more where it fails: now and then one does."""
+    try:
+        return job()
+    except (RuntimeError, subprocess.TimeoutExpired) as error:
+        print(f"once more, for: {error}", file=sys.stderr)
+        return job()
+
+
+def examine(start: list[Any], measured: Path) -> None:
+    """Let doctor write `measured`; faults that it finds, it says, and goes on."""
+    measured.unlink(missing_ok=True)
+    doctor = [*start, "mlxtp.doctor", "--dtype", "bfloat16", "--json", measured]
+    said = run(*doctor, timeout=DOCTOR_SECONDS)
+    if not measured.exists():
+        raise RuntimeError(said.stdout + said.stderr)
 
 
 def model_of(model: Path, measured: Path, topology: str) -> dict[str, float]:

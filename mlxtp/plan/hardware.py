@@ -41,7 +41,8 @@ EVALUATION_SECONDS = 180e-6
 OPERATION_SECONDS = 3e-6
 # What an operation of a model takes on a CPU, in the small ones that doctor times:
 # rotations, softmax, attention over several heads, views between them, and Python, with
-# an evaluation at each collective. Measured: python benchmarks/plan.py --one-rank.
+# an evaluation at each collective. Between 2.5 and 8.7, the medians of two models by
+# python benchmarks/plan.py --one-rank --turns 3.
 OPERATIONS_OF_DOCTOR = 6.0
 # To add an element of a part: five parts of 4 Mi bfloat16 elements take 9 ms
 # (docs/log.md, on Linux).
