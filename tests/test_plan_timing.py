@@ -4,6 +4,8 @@ import json
 from pathlib import Path
 
 import pytest
+from mlx.utils import tree_flatten
+from wide_models import WIDE
 
 from mlxtp.measured import Collective, Host, Measured, Pair
 from mlxtp.plan.__main__ import main
@@ -15,8 +17,9 @@ from mlxtp.plan.hardware import (
     network_of,
     of_measured,
 )
-from mlxtp.plan.opening import opened
+from mlxtp.plan.opening import of_config, opened
 from mlxtp.plan.planning import Setting, plan
+from mlxtp.plan.requirements import needs
 from mlxtp.stories import PATH as STORIES
 
 pytestmark = pytest.mark.once
@@ -117,3 +120,15 @@ def test_the_command_line_reads_what_doctor_wrote(
     assert [rank["limit_bytes"] for rank in found["ranks"]] == [8 * 10**9] * 3
     # The slow one gets less.
     assert found["weights"][2] < found["weights"][0]
+
+
+def test_a_token_reads_the_experts_that_it_chooses() -> None:
+    config, _ = WIDE["Qwen3-235B-A22B, 2 of 94 layers"]  # 8 of 128 experts
+    with of_config("a mixture", config, 4) as model:
+        [one] = needs(model, [1], 256)
+        parameters = dict(tree_flatten(model.build().model.parameters()))
+    path = "model.layers.1.mlp.switch_mlp.gate_proj"
+    held = sum(a.nbytes for name, a in parameters.items() if name.startswith(path))
+    calls = [call for step in one.rehearsed.token for call in step.calls]
+    [read] = [call.read_bytes for call in calls if call.path == path]
+    assert read == pytest.approx(held * 8 / 128)
