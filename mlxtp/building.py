@@ -40,7 +40,7 @@ def build(
         model of mlx-lm, and for parameters that are missing, unexpected or of
         another shape than the model's.
     """
-    given = _read_json(folder / "config.json", needed=["model_type"])
+    given = read_json(folder / "config.json", needed=["model_type"])
     if trust_remote_code and "model_file" in given:
         raise ValueError(
             f"{folder} brings an architecture of its own ({given['model_file']}): "
@@ -178,6 +178,12 @@ class _Answers:
         return self._make().sanitize(weights)
 
 
+def unloaded(config: dict[str, Any]) -> nn.Module:
+    """The model of a config as mlx-lm makes it, before any weights."""
+    model_class, args_class = _imported(config)
+    return model_class(args_class.from_dict(config))  # type: ignore[attr-defined]
+
+
 def _imported(config: dict[str, Any]) -> tuple[type, type]:
     """mlx-lm's classes for a config; some modules exit where a package is missing."""
     said = io.StringIO()
@@ -223,7 +229,7 @@ def _some(names: list[str]) -> str:
 
 def _add_adapter(model: nn.Module, adapter: Path) -> dict[str, Tensor]:
     """Put the LoRA layers of `adapter` into `model`; their tensors, by parameter."""
-    config = _read_json(adapter / "adapter_config.json")
+    config = read_json(adapter / "adapter_config.json")
     kind = config.get("fine_tune_type", "lora")
     if kind != "full":
         try:
@@ -246,7 +252,11 @@ def _add_adapter(model: nn.Module, adapter: Path) -> dict[str, Tensor]:
     return tensors
 
 
-def _read_json(file: Path, needed: list[str] | None = None) -> dict[str, Any]:
+def read_json(file: Path, needed: list[str] | None = None) -> dict[str, Any]:
+    """Read a JSON object that has the keys `needed`.
+
+    Raises: ValueError that says what is wrong.
+    """
     try:
         content = json.loads(file.read_text())
     except FileNotFoundError:

@@ -26,7 +26,7 @@ def stream_generate(
     Every rank samples for itself, from the same logits. A `sampler` that draws
     needs the same `mx.random.seed` on all of them.
     """
-    silent = _behind_the_caches(model)
+    silent = behind_the_caches(model)
     told = kwargs.pop("prompt_progress_callback", None)
 
     def progress(processed: int, total: int) -> None:
@@ -45,7 +45,7 @@ def stream_generate(
             layer.unread = False
 
 
-def _behind_the_caches(model: nn.Module) -> list[Communicating]:
+def behind_the_caches(model: nn.Module) -> list[Communicating]:
     """The layers that communicate what no cache depends on.
 
     They are those at the end of the last layer's blocks, and the head.

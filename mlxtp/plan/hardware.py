@@ -1,0 +1,232 @@
+"""Machines and links: what is published of them, or what doctor has measured."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from mlxtp.measured import Host, Measured
+
+GIB = 1 << 30
+
+# Apple's figures of memory bandwidth, GB/s, and the cores of the GPU with their clock,
+# MHz, as hmc-tech.com lists them (M5: taken to be the M4's). A core has 128 lanes, each
+# of which multiplies and adds once in a cycle.
+_CHIPS: dict[str, tuple[int, int, int]] = {
+    "M1 Max": (400, 32, 1296),
+    "M1 Ultra": (800, 64, 1296),
+    "M2 Max": (400, 38, 1398),
+    "M2 Ultra": (800, 76, 1398),
+    "M3 Max": (400, 40, 1398),
+    "M3 Ultra": (819, 80, 1398),
+    "M4 Pro": (273, 20, 1678),
+    "M4 Max": (546, 40, 1678),
+    "M4 Max 32-core": (410, 32, 1678),
+    "M5 Max": (614, 40, 1678),
+    "M5 Max 32-core": (460, 32, 1678),
+}
+CHIPS = tuple(_CHIPS)
+
+# What of a chip's figures MLX gets: of bandwidth in matrix-vector products, of
+# arithmetic in matrix products. Assumed.
+BANDWIDTH_SHARE = 0.75
+FLOPS_SHARE = 0.6
+# Of the memory of a Mac of 64 GB the GPU may wire so much, unless
+# iogpu.wired_limit_mb says otherwise (51.5 GB; up to 55.7 have been reported).
+WIRED_SHARE = 0.75
+# What the CPU waits for a GPU that has computed: 150 to 200 µs without
+# MLX_METAL_FAST_SYNCH (mlx pull request 1773, issue 4438).
+EVALUATION_SECONDS = 180e-6
+# To start a kernel, beside other kernels. Assumed.
+OPERATION_SECONDS = 3e-6
+# What an operation of a model takes on a CPU, in the small ones that doctor times:
+# rotations, softmax, attention over several heads, views between them, and Python, with
+# an evaluation at each collective. Between 2.5 and 8.7, the medians of two models by
+# python benchmarks/plan.py --one-rank --turns 3.
+OPERATIONS_OF_DOCTOR = 6.0
+# To add an element of a part: five parts of 4 Mi bfloat16 elements take 9 ms
+# (docs/log.md, on Linux).
+ADD_SECONDS = 0.45e-9
+
+# Between machines that are alike measured rates differ by so much.
+VARIES = 1.1
+
+
+@dataclass(frozen=True)
+class Machine:
+    """A rank's machine. The rates are those that MLX gets.
+
+    `evaluation_seconds` is spent before each collective, once; `is_fused` says that
+    norms, rotations and attention are one operation each, as on a GPU. Of a machine
+    without a known `limit_bytes` nothing can be said to fit.
+    """
+
+    host: str
+    chip: str
+    memory_bytes: int
+    limit_bytes: int | None
+    bytes_per_second: float
+    flops: float
+    operation_seconds: float
+    evaluation_seconds: float
+    is_fused: bool = False
+
+
+@dataclass(frozen=True)
+class Link:
+    """One hop: a cable, or the way through a switch. `topology` is the usual one."""
+
+    hop_seconds: float
+    bytes_per_second: float
+    topology: str
+
+
+# Hops: TCP over Thunderbolt has round trips of 300 µs to 1 ms, of which the best is
+# taken, for 10 Gb Ethernet too, as TCP decides; RDMA over Thunderbolt 5 has less than
+# 50 µs (Apple, TN3205; single-digit figures have been reported). Rates: what the
+# standards say, of which TCP gets less.
+LINKS = {
+    "thunderbolt4": Link(150e-6, 40e9 / 8, "ring"),
+    "thunderbolt5": Link(150e-6, 80e9 / 8, "ring"),
+    "10gbe": Link(150e-6, 10e9 / 8, "switch"),
+    "rdma": Link(25e-6, 80e9 / 8, "ring"),
+}
+TOPOLOGIES = ("ring", "mesh", "switch")
+
+
+def published(host: str, chip: str, memory_gb: float) -> Machine:
+    """A Mac, from Apple's figures; its memory in Apple's GB, which are GiB.
+
+    Raises: ValueError if the chip is not known.
+    """
+    known = {name.lower(): name for name in CHIPS}
+    name = known.get(" ".join(chip.lower().removeprefix("apple ").split()))
+    if name is None:
+        raise ValueError(f"--chip {chip}: known are {', '.join(CHIPS)}")
+    bandwidth, cores, megahertz = _CHIPS[name]
+    memory = round(memory_gb * GIB)
+    return Machine(
+        host,
+        name,
+        memory,
+        round(WIRED_SHARE * memory),
+        BANDWIDTH_SHARE * bandwidth * 1e9,
+        FLOPS_SHARE * cores * 128 * 2 * megahertz * 1e6,
+        OPERATION_SECONDS,
+        EVALUATION_SECONDS,
+        True,
+    )
+
+
+def of_measured(host: Host) -> Machine:
+    """What doctor saw, without the wait for a GPU, which it does not time."""
+    is_mac = host.chip.startswith("Apple")
+    return Machine(
+        host.host,
+        host.chip,
+        host.memory_bytes,
+        host.limit_bytes,
+        host.bytes_per_second,
+        host.flops,
+        host.operation_seconds * (1.0 if is_mac else OPERATIONS_OF_DOCTOR),
+        EVALUATION_SECONDS if is_mac else 0.0,
+        is_mac,
+    )
+
+
+@dataclass(frozen=True)
+class Network:
+    """What a collective of all ranks takes, from one link alone."""
+
+    ranks: int
+    link: Link
+    topology: str
+
+    def seconds(self, kind: str, part_bytes: int, item_bytes: int) -> float:
+        """An allreduce or an allgather of parts of `part_bytes`."""
+        if self.ranks == 1:
+            return 0.0
+        ways = self._ways()
+        if kind != "allreduce":
+            ways = ways[:1]
+        adds = ADD_SECONDS * part_bytes / item_bytes if kind == "allreduce" else 0.0
+        return min(
+            hops * self.link.hop_seconds
+            + parts * part_bytes / self.link.bytes_per_second
+            + adds * added
+            for hops, parts, added in ways
+        )
+
+    def _ways(self) -> list[tuple[int, float, float]]:
+        """One-shot and two-shot: hops, parts over the busiest cable, parts added.
+
+        Derived in docs/communication.md.
+        """
+        n, far = self.ranks, self.ranks // 2
+        direct = {
+            "ring": far * (far + 1) / 2,
+            "mesh": 1.0,
+            "switch": n - 1.0,
+        }[self.topology]
+        if self.topology == "ring":
+            # Of two or three ranks all are neighbours.
+            by_neighbours = (n - 1) / 2 if n > 3 else direct
+            return [
+                (far, min(direct, by_neighbours), n),
+                (2 * far, (direct + by_neighbours) / n, 1),
+                (2 * far, 2 * direct / n, 1),
+            ]
+        return [(1, direct, n), (2, 2 * direct / n, 1)]
+
+    def message_seconds(self, message_bytes: int) -> float:
+        """To a neighbour."""
+        return self.link.hop_seconds + message_bytes / self.link.bytes_per_second
+
+
+@dataclass(frozen=True)
+class MeasuredNetwork(Network):
+    """What a collective took when doctor tried it."""
+
+    curves: dict[str, tuple[tuple[int, ...], tuple[float, ...]]]
+
+    def seconds(self, kind: str, part_bytes: int, item_bytes: int) -> float:
+        """On the lines between what was measured, the last of which goes on."""
+        if kind not in self.curves:
+            return super().seconds(kind, part_bytes, item_bytes)
+        sizes, seconds = self.curves[kind]
+        above = 0.0
+        if len(sizes) > 1:
+            rate = (seconds[-1] - seconds[-2]) / (sizes[-1] - sizes[-2])
+            above = max(0.0, rate) * max(0, part_bytes - sizes[-1])
+        return float(np.interp(part_bytes, sizes, seconds)) + above
+
+
+def network_of(measured: Measured, ranks: int, topology: str) -> Network:
+    """The network of the first `ranks` hosts that doctor measured.
+
+    Its collectives hold for all of its ranks; for fewer they follow from the links.
+    """
+    pairs = [p for p in measured.pairs if max(p.ranks) < ranks]
+    link = Link(
+        min((p.latency_seconds for p in pairs), default=0.0),
+        max((p.bytes_per_second for p in pairs), default=float("inf")),
+        topology,
+    )
+    if ranks != len(measured.hosts):
+        return Network(ranks, link, topology)
+    curves = {}
+    for kind in {it.name for it in measured.collectives}:
+        points = sorted(
+            (it.part_bytes, it.seconds)
+            for it in measured.collectives
+            if it.name == kind
+        )
+        curves[kind] = (tuple(p for p, _ in points), tuple(s for _, s in points))
+    return MeasuredNetwork(ranks, link, topology, curves)
+
+
+def alike(machines: Sequence[Machine]) -> bool:
+    """Whether they have as much memory, and read as fast but for what varies."""
+    rates = [machine.bytes_per_second for machine in machines]
+    limits = {machine.limit_bytes for machine in machines}
+    return len(limits) == 1 and max(rates) <= VARIES * min(rates)

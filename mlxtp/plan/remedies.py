@@ -1,0 +1,105 @@
+"""What would make a plan fit that does not: each is tried, none is guessed."""
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+
+from mlxtp.plan.hardware import GIB
+from mlxtp.plan.opening import GROUP_SIZE, of_config
+from mlxtp.plan.planning import Plan, Setting
+
+# Memory that macOS and what runs beside a model keep.
+SYSTEM_BYTES = 6 * GIB
+FEWER_BITS = (8, 6, 5, 4, 3, 2)
+MOST_HOSTS = 32
+# Caches grow by so many tokens.
+CONTEXT_STEP = 256
+
+
+@dataclass(frozen=True)
+class Remedy:
+    """Something that makes it fit, and how to do it."""
+
+    what: str
+    how: str
+
+
+def remedies(plan: Plan) -> Iterator[Remedy]:
+    """What would make `plan` fit, the simplest first; nothing where it fits."""
+    if plan.fits is not False:
+        return
+    yield from _higher_limit(plan)
+    yield from _less_context(plan)
+    yield from _fewer_bits(plan)
+    yield from _more_hosts(plan)
+
+
+def _higher_limit(plan: Plan) -> Iterator[Remedy]:
+    wanted: dict[str, int] = {}
+    rows = zip(plan.setting.machines, plan.left_bytes, strict=True)
+    for machine, left in rows:
+        if left is None or left >= 0:
+            continue
+        assert machine.limit_bytes is not None
+        wanted[machine.host] = machine.limit_bytes - left
+        if wanted[machine.host] > machine.memory_bytes - SYSTEM_BYTES:
+            return
+    megabytes = math.ceil(max(wanted.values()) / GIB) * 1024
+    yield Remedy(
+        f"a raised limit of the GPU on {', '.join(wanted)}",
+        f"sudo sysctl iogpu.wired_limit_mb={megabytes} (until the next start)",
+    )
+
+
+def _less_context(plan: Plan) -> Iterator[Remedy]:
+    least, most = 0, plan.setting.context // CONTEXT_STEP
+    if most < 1 or not _fits(plan, replace(plan.setting, context=CONTEXT_STEP)):
+        return
+    least = 1
+    while most - least > 1:
+        middle = (least + most) // 2
+        if _fits(plan, replace(plan.setting, context=middle * CONTEXT_STEP)):
+            least = middle
+        else:
+            most = middle
+    tokens = least * CONTEXT_STEP
+    yield Remedy(f"a context of {tokens} tokens", f"--context {tokens}")
+
+
+def _fewer_bits(plan: Plan) -> Iterator[Remedy]:
+    now = plan.opened.bits() or 16
+    for bits in FEWER_BITS:
+        if bits >= now:
+            continue
+        try:
+            with of_config(plan.opened.name, plan.opened.config, bits) as fewer:
+                found = plan.setting.needs(fewer, plan.weights)
+        except ValueError:  # a width that no group divides
+            continue
+        if plan.setting.fits(found):
+            how = f"a checkpoint quantized so; here --bits {bits} shows it"
+            yield Remedy(f"{bits} bits in groups of {GROUP_SIZE}", how)
+            return
+
+
+def _more_hosts(plan: Plan) -> Iterator[Remedy]:
+    machines = list(plan.setting.machines)
+    weights = list(plan.weights)
+    while len(machines) < MOST_HOSTS:
+        number = len(machines) + 1
+        machines.append(replace(machines[-1], host=f"host {number}"))
+        weights.append(weights[-1])
+        setting = plan.setting.with_machines(machines)
+        try:
+            found = setting.needs(plan.opened, weights)
+        except ValueError:  # fewer heads than ranks
+            return
+        if setting.fits(found):
+            added = len(machines) - len(plan.weights)
+            hosts = "one more host" if added == 1 else f"{added} more hosts"
+            yield Remedy(f"{hosts} like the last", f"--ranks {len(machines)}")
+            return
+
+
+def _fits(plan: Plan, setting: Setting) -> bool:
+    return setting.fits(setting.needs(plan.opened, plan.weights)) is not False

@@ -1,0 +1,177 @@
+"""A plan for people, as tables, and as JSON."""
+
+from collections.abc import Sequence
+from dataclasses import asdict
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from mlxtp.plan.planning import Plan
+from mlxtp.plan.remedies import Remedy
+from mlxtp.plan.timing import Time
+
+PARTS = {
+    "weights": "reading weights",
+    "caches": "reading caches",
+    "arithmetic": "multiplying",
+    "operations": "starting operations",
+    "evaluations": "waiting for the GPU",
+    "allreduces": "allreduces",
+    "gathers": "gathers",
+    "messages": "messages",
+}
+
+
+def show(plan: Plan, found: Sequence[Remedy], console: Console) -> None:
+    """Print what each rank needs, whether that fits, and how fast it would be."""
+    setting = plan.setting
+    console.print(
+        f"{plan.opened.name}, {len(plan.needs)} ranks, {setting.context} tokens of "
+        f"context, batch {setting.batch}; GB are 10⁹ bytes",
+        highlight=False,
+    )
+    console.print(_memory(plan))
+    console.print(_verdict(plan), highlight=False, soft_wrap=True)
+    for remedy in found:
+        line = f"  {remedy.what} would do: {remedy.how}"
+        console.print(line, highlight=False, soft_wrap=True)
+    console.print()
+    console.print(_speed(plan))
+
+
+def _memory(plan: Plan) -> Table:
+    table = Table(title="What each rank needs, GB")
+    for name in ("rank", "host", "query heads", "KV heads", "MLP columns", "experts"):
+        table.add_column(name, justify="right" if name != "host" else "left")
+    for name in ("words", "weights", "KV cache", "working", "GPU limit", "left"):
+        table.add_column(name, justify="right")
+    rows = zip(plan.needs, plan.setting.machines, plan.left_bytes, strict=True)
+    for need, machine, left in rows:
+        owned = need.owned
+        limit = machine.limit_bytes
+        experts = f"{owned.experts} x {_span(owned.expert_columns)}"
+        table.add_row(
+            str(need.rank),
+            machine.host,
+            _span(owned.query_heads),
+            _span(owned.kv_heads),
+            _span(owned.columns),
+            experts if owned.experts else "-",
+            str(owned.words),
+            _gb(need.weights_bytes),
+            _gb(need.cache_bytes),
+            _gb(need.working_bytes),
+            "not known" if limit is None else _gb(limit),
+            "-" if left is None else _gb(left),
+            style="red" if left is not None and left < 0 else None,
+        )
+    return table
+
+
+def _verdict(plan: Plan) -> str:
+    weights = f"--weights {','.join(map(str, plan.weights))}"
+    if plan.fits is None:
+        return f"No limit is known on some hosts, so nothing is said of it ({weights})."
+    if plan.fits:
+        return f"It fits ({weights})."
+    lacking = min(it for it in plan.left_bytes if it is not None)
+    return f"It does not fit ({weights}): the fullest rank lacks {_gb(-lacking)} GB."
+
+
+def _speed(plan: Plan) -> Table:
+    sides = _sides(plan)
+    table = Table(title="Modelled speed, and where the time goes")
+    table.add_column("modelled")
+    for name in sides:
+        table.add_column(name, justify="right")
+    table.add_row(
+        "decoding, tokens/s", *(_rate(it, plan, 1) for it, _ in sides.values())
+    )
+    tokens = plan.setting.context
+    prompts = (_rate(it, plan, tokens) for _, it in sides.values())
+    table.add_row(f"prefill of {tokens}, tokens/s", *prompts, end_section=True)
+    _parts(table, "ms a token", 1e3, [token for token, _ in sides.values()])
+    table.add_section()
+    _parts(table, "seconds a prompt", 1, [prompt for _, prompt in sides.values()])
+    return table
+
+
+def _parts(table: Table, name: str, unit: float, times: list[Time]) -> None:
+    """A row of the whole, and one for each part that takes time."""
+    table.add_row(name, *(f"{unit * time.seconds:.2f}" for time in times))
+    for part, words in PARTS.items():
+        found = [getattr(time, part) for time in times]
+        if any(found):
+            table.add_row(f"  {words}", *(f"{unit * it:.2f}" for it in found))
+
+
+def _sides(plan: Plan) -> dict[str, tuple[Time, Time]]:
+    """Of a token, and of a prompt as long as the context."""
+    if len(plan.needs) == 1:
+        return {"one host": (plan.decode, plan.prefill_on_one)}
+    one = "one host" if plan.one_fits else "one host (does not fit)"
+    return {
+        "this plan": (plan.decode, plan.prefill),
+        "pipeline": plan.pipeline,
+        one: (plan.decode_on_one, plan.prefill_on_one),
+    }
+
+
+def _rate(time: Time, plan: Plan, tokens: int) -> str:
+    return rate(plan.setting.batch * tokens / time.seconds)
+
+
+def rate(per_second: float) -> str:
+    """With three digits at least, and never a power of ten."""
+    return f"{per_second:,.0f}" if per_second >= 100 else f"{per_second:.3g}"
+
+
+def _gb(nbytes: float) -> str:
+    gb = nbytes / 1e9
+    return f"{gb:.2f}" if abs(gb) >= 1 else f"{gb:.3g}"
+
+
+def _span(counts: tuple[int, int]) -> str:
+    least, most = counts
+    return str(most) if least == most else f"{least}-{most}"
+
+
+def as_json(plan: Plan, found: Sequence[Remedy]) -> dict[str, Any]:
+    """All of it, in bytes and seconds; what is modelled says so."""
+    setting = plan.setting
+    rows = zip(plan.needs, setting.machines, plan.left_bytes, strict=True)
+    return {
+        "model": plan.opened.name,
+        "context": setting.context,
+        "batch": setting.batch,
+        "weights": list(plan.weights),
+        "fits": plan.fits,
+        "ranks": [
+            {
+                "rank": need.rank,
+                "host": machine.host,
+                "chip": machine.chip,
+                **asdict(need.owned),
+                "weights_bytes": need.weights_bytes,
+                "cache_bytes": need.cache_bytes,
+                "working_bytes": need.working_bytes,
+                "limit_bytes": machine.limit_bytes,
+                "left_bytes": left,
+            }
+            for need, machine, left in rows
+        ],
+        "remedies": [asdict(remedy) for remedy in found],
+        "one_host_fits": plan.one_fits,
+        "modelled": {
+            name.partition(" (")[0]: {
+                "decode_tokens_per_second": setting.batch / token.seconds,
+                "prefill_tokens_per_second": setting.batch
+                * setting.context
+                / prompt.seconds,
+                "seconds_a_token": asdict(token),
+                "seconds_a_prompt": asdict(prompt),
+            }
+            for name, (token, prompt) in _sides(plan).items()
+        },
+    }
