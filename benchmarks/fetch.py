@@ -15,9 +15,6 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-import mlx.core as mx
-import numpy as np
-from models import LLAMA_3_2_1B, make
 from ranks import measured
 
 sys.path.append(str(Path(__file__).parent.parent / "tests"))
@@ -36,7 +33,9 @@ def main() -> None:
     if args.rank:
         measure(args.rank)
         return
+    import mlx.core as mx
     from hub_server import Hub
+    from models import LLAMA_3_2_1B, make
 
     with tempfile.TemporaryDirectory() as temporary:
         folder = args.folder or Path(temporary) / "model"
@@ -71,8 +70,11 @@ def report(whole: int, worlds: list[dict[str, Any]]) -> None:
 
 def measure(machines: Path) -> None:
     """Load on this rank and tell what it took; rank 0 prints it for all."""
+    # Before huggingface-hub is imported: it looks once.
     rank = os.environ.get("OMPI_COMM_WORLD_RANK", "0")
     os.environ["HF_HOME"] = str(machines / f"host-{rank}")
+    import numpy as np
+
     import mlxtp
     from mlxtp import hub
     from mlxtp.loading import load_model

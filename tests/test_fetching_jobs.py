@@ -1,4 +1,4 @@
-"""Jobs that fetch: killed in the middle, and two at once."""
+"""Jobs that fetch: killed in the middle, two at once, and worlds of other sizes."""
 
 import json
 import os
@@ -39,7 +39,7 @@ fetched = [0]
 fetch = hub.fetch
 def counted(repo, file, offset, target, *more):
     fetch(repo, file, offset, target, *more)
-    fetched[0] += target.size
+    fetched[0] += target.size if offset else 0  # beginnings are for the hash
 hub.fetch = counted
 rounds.ROUND_BYTES = int(sys.argv[2])
 model, _ = load_model(sys.argv[3], comm)
@@ -95,6 +95,28 @@ def result(job: "subprocess.Popen[str]") -> dict[str, Any]:
     output, errors = job.communicate(timeout=110)
     assert job.returncode == 0, output + errors
     return json.loads(output.splitlines()[-1])
+
+
+def test_other_worlds_take_what_is_there(
+    hub: Hub, model: Path, expected: list[int], tmp_path: Path
+) -> None:
+    """Five ranks, then four, three and seven; the fifth machine's part comes from the
+    hub, and nothing that is there comes again."""
+    whole = (model / "model.safetensors").stat().st_size
+    first = result(start(hub, tmp_path, 5))
+    assert first["tokens"] == expected
+    assert sum(first["fetched"]) < 1.1 * whole
+    four = result(start(hub, tmp_path, 4))
+    assert four["tokens"] == expected
+    # A fifth of the rows, and all of those matrices of which columns are gone.
+    assert 0.1 * whole < sum(four["fetched"]) < 0.55 * whole
+    seven = result(start(hub, tmp_path, 7))
+    assert seven["tokens"] == expected
+    assert sum(seven["fetched"]) == 0
+    # Of the last quarter the first three machines have nothing.
+    three = result(start(hub, tmp_path, 3))
+    assert three["tokens"] == expected
+    assert 0.1 * whole < sum(three["fetched"]) < 0.6 * whole
 
 
 def test_killed_in_the_middle_goes_on(
