@@ -9,8 +9,8 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 import pytest
+from cables import goes_right
 from mlx_lm.models.cache import make_prompt_cache
-from test_ring import ring
 from tiny import VOCABULARY, Tiny, made_by_rank_0
 
 import mlxtp
@@ -92,7 +92,7 @@ def a_part(ranks: int) -> int:
 def cables(message: Message, ranks: int) -> Iterator[tuple[int, int]]:
     """The ends of the cables that a message crosses on a ring with our routes."""
     rank, to, _ = message
-    step = 1 if ring.goes_right(rank + 1, to + 1, ranks) else -1
+    step = 1 if goes_right(rank + 1, to + 1, ranks) else -1
     while rank != to:
         yield rank, (rank + step) % ranks
         rank = (rank + step) % ranks
