@@ -29,8 +29,9 @@ import mlxtp
 from mlxtp.building import EmptyModel, build
 from mlxtp.loading import load_model
 from mlxtp.partition import Slice
+from mlxtp.rows import PAGE_BYTES
 from mlxtp.sharding import slice_table
-from mlxtp.tensors import PAGE_BYTES, Tensor
+from mlxtp.tensors import Tensor
 
 
 def main() -> None:
@@ -91,8 +92,9 @@ def report(args: argparse.Namespace, result: dict[str, Any]) -> None:
         ("mlx-lm in one process", [theirs for _, theirs in result["turns"]]),
         ("mlx-lm / mlxtp", [theirs / ours for ours, theirs in result["turns"]]),
     ):
-        middle = statistics.median(figures)
-        print(f"{name:22} {middle:.2f} ({min(figures):.2f} to {max(figures):.2f})")
+        if figures:
+            middle = statistics.median(figures)
+            print(f"{name:22} {middle:.2f} ({min(figures):.2f} to {max(figures):.2f})")
     print(json.dumps(result))
 
 

@@ -72,6 +72,11 @@ def length(spans: Sequence[Span]) -> int:
     return sum(stop - start for start, stop in spans)
 
 
+def times(spans: Sequence[Span], item: int) -> Spans:
+    """The same of an axis on which each has become `item` others."""
+    return tuple((a * item, b * item) for a, b in spans if a < b)
+
+
 def without(spans: Sequence[Span], held: Sequence[Span]) -> Spans:
     """What of `spans` is not in `held`, in the order of `spans`."""
     result: list[Span] = []

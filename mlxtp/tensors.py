@@ -1,7 +1,5 @@
 """Arrays that lie in files: where the pieces of each are, and how slices are read."""
 
-import mmap
-import os
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from math import prod
@@ -11,7 +9,8 @@ import mlx.core as mx
 import numpy as np
 
 from mlxtp.memory import allocate
-from mlxtp.partition import Slice, Spans, length, spans_on, without
+from mlxtp.partition import Slice, Spans, length, spans_on, times, without
+from mlxtp.rows import BLOCK_BYTES, pread, read_rows, take
 
 # What MLX makes of the types of a safetensors file.
 DTYPES = {
@@ -29,13 +28,6 @@ DTYPES = {
     "F32": mx.float32,
     "F8_E4M3": mx.uint8,
 }
-
-# Pieces that lie closer together than a page are read with what is between them:
-# the disk reads the page anyway.
-PAGE_BYTES = mmap.PAGESIZE
-# The most that is read at once into memory which is not the array's own: it stays in
-# a core's cache.
-BLOCK_BYTES = 512 * 1024
 
 
 @dataclass(frozen=True)
@@ -198,7 +190,7 @@ def _read_into(memory: np.ndarray, tensor: Tensor, part: Slice) -> None:
     for piece in tensor.pieces:
         if piece.part == part:
             with open(piece.file, "rb", buffering=0) as file:
-                return _pread(file.fileno(), memory.data, piece.offset)
+                return pread(file.fileno(), memory.data, piece.offset)
     axis = tensor._cut_axis()
     if axis is None:
         axis = part.axis or 0
@@ -207,14 +199,17 @@ def _read_into(memory: np.ndarray, tensor: Tensor, part: Slice) -> None:
         together = np.empty(prod(tensor.shape) * tensor.dtype.size, np.uint8)
         _read_into(together, tensor, Slice(tensor.shape))
         rows, _, item = seen_from(tensor, part.axis)
-        _take(together.reshape(rows, -1), memory.reshape(rows, -1), part.spans, item)
+        spans = times(part.spans, item)
+        take(together.reshape(rows, -1), memory.reshape(rows, -1), spans)
         return
     rows, _, item = seen_from(tensor, axis)
     into, filled = memory.reshape(rows, -1), 0
     for piece, spans in _found(tensor, part, axis):
         width = length(spans) * item
         row = length(spans_on(piece.part, axis)) * item
-        _read_rows(into[:, filled : filled + width], piece, row, _times(spans, item))
+        target, mine = into[:, filled : filled + width], times(spans, item)
+        with open(piece.file, "rb", buffering=0) as file:
+            read_rows(target, file.fileno(), piece.offset, row, mine)
         filled += width
 
 
@@ -248,56 +243,3 @@ def _with_places(spans: Spans) -> Iterator[tuple[int, tuple[int, int]]]:
     for start, stop in spans:
         yield place, (start, stop)
         place += stop - start
-
-
-def _times(spans: Spans, item: int) -> Spans:
-    return tuple((a * item, b * item) for a, b in spans if a < b)
-
-
-def _read_rows(into: np.ndarray, piece: Piece, row: int, spans: Spans) -> None:
-    """Fill `into` (rows, bytes) with the `spans` of each row of `row` bytes."""
-    rows, gap = len(into), row - into.shape[1]
-    with open(piece.file, "rb", buffering=0) as file:
-        fd = file.fileno()
-        if gap == 0 and into.flags.c_contiguous:
-            return _pread(fd, into.reshape(-1).data, piece.offset)
-        if len(spans) == 1 and gap >= PAGE_BYTES and into.flags.c_contiguous:
-            first, whole = piece.offset + spans[0][0], into.reshape(-1).data
-            for number, place in enumerate(range(0, into.size, into.shape[1])):
-                mine = whole[place : place + into.shape[1]]
-                _pread(fd, mine, first + number * row)
-            return
-        if rows == 1 or gap >= PAGE_BYTES:
-            for number in range(rows):
-                filled = 0
-                for start, stop in spans:
-                    target = into[number, filled : filled + stop - start]
-                    _pread(fd, target.data, piece.offset + number * row + start)
-                    filled += stop - start
-            return
-        block = np.empty((max(1, BLOCK_BYTES // row), row), np.uint8)
-        first, last = min(spans)[0], max(spans)[1]
-        for number in range(0, rows, len(block)):
-            some = block[: rows - number]
-            # From the first span of the first row to the last span of the last.
-            flat = some.reshape(-1)[first : some.size - (row - last)]
-            _pread(fd, flat.data, piece.offset + number * row + first)
-            _take(some, into[number : number + len(some)], spans, 1)
-
-
-def _take(rows: np.ndarray, into: np.ndarray, spans: Spans, item: int) -> None:
-    """Put the `spans` of each row behind another, in items of `item` bytes."""
-    filled = 0
-    for start, stop in _times(spans, item):
-        into[:, filled : filled + stop - start] = rows[:, start:stop]
-        filled += stop - start
-
-
-def _pread(fd: int, target: memoryview, offset: int) -> None:
-    while target:
-        count = os.preadv(fd, (target,), offset)
-        if count == len(target):
-            return
-        if count == 0:
-            raise OSError(f"the file ends at byte {offset}, inside a tensor")
-        target, offset = target[count:], offset + count

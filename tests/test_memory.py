@@ -23,6 +23,8 @@ def test_a_rank_holds_and_reads_its_slices(options: list[str], tmp_path: Path) -
         str(BENCHMARK),
         "--folder",
         str(tmp_path / "m"),
+        "--turns",
+        "0",
         *options,
     ]
     done = subprocess.run(command, capture_output=True, text=True)

@@ -166,7 +166,7 @@ def test_reads_own_bytes(
     folder = published(case, tmp_path)
     empty = build(folder)
     table = slice_table(empty.model, [1] * RANKS)
-    monkeypatch.setattr("mlxtp.tensors.PAGE_BYTES", 1)
+    monkeypatch.setattr("mlxtp.rows.PAGE_BYTES", 1)
     read = 0
     preadv = os.preadv
 

@@ -13,7 +13,8 @@ from safetensors.numpy import save_file
 from mlxtp import tensors
 from mlxtp.checkpoint import Checkpoint
 from mlxtp.partition import Slice, Spans, cover, spans_on
-from mlxtp.tensors import PAGE_BYTES, Piece, Tensor, blocks, read
+from mlxtp.rows import PAGE_BYTES
+from mlxtp.tensors import Piece, Tensor, blocks, read
 
 pytestmark = pytest.mark.once
 
