@@ -1,5 +1,6 @@
 """What fits and what does not: in real runs under a limit, and by what is offered."""
 
+import resource
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -71,10 +72,20 @@ def test_the_verdict_is_that_of_a_real_run(
         assert plan(model, limited, [1]).fits is fits
     words = [sys.executable, "-c", UNDER_A_LIMIT, small, limit, CONTEXT]
     done = subprocess.run(
-        [str(word) for word in words], capture_output=True, text=True, timeout=100
+        [str(word) for word in words],
+        capture_output=True,
+        text=True,
+        timeout=100,
+        preexec_fn=small_stacks,
     )
     # MLX may crash where it gets no memory, without a word.
     assert (done.returncode == 0) is fits, done.stderr
+
+
+def small_stacks() -> None:
+    """Stacks of threads count as data, 8 MB each, though little is in them."""
+    _, most = resource.getrlimit(resource.RLIMIT_STACK)
+    resource.setrlimit(resource.RLIMIT_STACK, (1 << 20, most))
 
 
 def network(ranks: int) -> Network:
