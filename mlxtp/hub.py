@@ -28,6 +28,7 @@ from huggingface_hub.utils import (
 
 from mlxtp.checkpoint import INDEX, WEIGHTS, Header, header_of, weight_map
 from mlxtp.cut_checkpoint import SMALL_FILES, Origin
+from mlxtp.hashes import Advance
 
 # How often something is asked for that breaks off or comes wrong, and the first wait.
 ATTEMPTS = 5
@@ -41,7 +42,6 @@ HINTS = {
 }
 
 T = TypeVar("T")
-Advance = Callable[[int], object]
 
 
 @dataclass(frozen=True)
