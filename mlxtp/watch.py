@@ -299,7 +299,9 @@ class Watch:
                 self._tell(peer, asks=True)
             self._listen_for(0.05)
             silent = [p for p in self._peers if p.heard < asked and not p.gone]
-        dead = [p for p in self._peers if p.heard < asked and not p.left]
+        unheard = [p for p in self._peers if p.heard < asked and not p.left]
+        # A busy rank may be too slow to answer, but its host does not say it is gone.
+        dead = [p for p in unheard if p.gone] or unheard
         alive = [p.rank for p in self._peers if p.heard >= asked]
         if dead and self._rank < min(alive, default=self._rank + 1):
             self.end_job(f"mlxtp: {_list(dead)} died{self._where()}: all ranks end")
