@@ -29,9 +29,11 @@ BEAT_SECONDS = 1.0
 # How long a rank that misses another leaves it to the lowest rank to say so.
 LEAVE_SECONDS = 1.5
 
-# How long a rank that mpirun ends looks for the one that died, and then stays for
-# those who look. mpirun asks, and kills a second later, or as soon as one has gone.
+# How long a rank that mpirun ends looks for the one that died, also once it has found
+# one and waits for others to answer, and then stays for those who look. mpirun asks,
+# and kills a second later, or a quarter of a second where one has gone.
 LAST_LOOK_SECONDS = 0.4
+FOUND_SECONDS = 0.1
 STAY_SECONDS = 0.4
 
 
@@ -293,12 +295,14 @@ class Watch:
     def _last_look(self) -> None:
         """mpirun ends this rank: say whether another has died, and go."""
         asked = time.monotonic()
-        silent = self._peers
-        while silent and time.monotonic() - asked < LAST_LOOK_SECONDS:
+        silent, seconds = self._peers, LAST_LOOK_SECONDS
+        while silent and time.monotonic() - asked < seconds:
             for peer in silent:
                 self._tell(peer, asks=True)
             self._listen_for(0.05)
             silent = [p for p in self._peers if p.heard < asked and not p.gone]
+            if any(peer.gone for peer in self._peers):
+                seconds = FOUND_SECONDS
         unheard = [p for p in self._peers if p.heard < asked and not p.left]
         # A busy rank may be too slow to answer, but its host does not say it is gone.
         dead = [p for p in unheard if p.gone] or unheard

@@ -137,6 +137,19 @@ def test_rank_0_is_killed() -> None:
     assert f"mlxtp: rank 0 on {HOST} died; rank 1 on" in job.output, job.output
 
 
+def test_a_rank_is_killed_while_another_is_too_busy_to_answer() -> None:
+    holds_the_lock = """
+import ctypes, signal
+signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGTERM, signal.SIGCONT])
+ctypes.PyDLL(None).sleep(60)
+"""
+    job, status, _ = broken(
+        "mpi", lambda job: os.kill(job.pids[2], signal.SIGKILL), holds_the_lock
+    )
+    assert status != 0
+    assert f"mlxtp: rank 2 on {HOST} died; rank 0 on" in job.output, job.output
+
+
 @pytest.mark.parametrize(
     ("deed", "message"),
     [
