@@ -19,9 +19,6 @@ from typing import Any, TypeVar
 import mlx.core as mx
 from models import LLAMA_3_2_1B, make
 
-import mlxtp
-from mlxtp.plan.opening import opened
-from mlxtp.plan.requirements import needs
 from mlxtp.stories import PATH as STORIES
 
 T = TypeVar("T")
@@ -52,15 +49,7 @@ def main() -> None:
     parser.add_argument("--max-tokens", type=int, default=40)
     parser.add_argument("--turns", type=int, default=1, help="the median counts")
     parser.add_argument("--keep", type=Path, help="a folder for what doctor writes")
-    parser.add_argument(
-        "--one-rank",
-        action="store_true",
-        help="see what an operation of a model takes, in doctor's, without the lab",
-    )
     args = parser.parse_args()
-    if args.one_rank:
-        one_rank(args)
-        return
     rows = []
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
@@ -172,46 +161,6 @@ def generated(start: list[Any], model: Path, max_tokens: int) -> dict[str, Any]:
     if report["generation_tokens"] < max_tokens // 2:
         raise RuntimeError(f"{model} ended after {report['generation_tokens']} tokens")
     return report
-
-
-class Evaluating(mlxtp.Communicator):
-    """One rank that evaluates at each collective, as several do."""
-
-    def allreduce(self, x: mx.array, at: str = "") -> mx.array:
-        mx.eval(x)
-        return x
-
-    def allgather(self, x: mx.array, sizes: Any, at: str = "") -> mx.array:
-        return self.allreduce(x)
-
-
-def one_rank(args: argparse.Namespace) -> None:
-    """What a token takes beside reading weights, for each operation."""
-    from mlxtp.doctor import speed
-
-    turns: dict[str, list[float]] = {"shipped": [], "wide": []}
-    with tempfile.TemporaryDirectory() as folder:
-        wide = make(Path(folder) / "wide", WIDE, mx.bfloat16)
-        for _ in range(args.turns):
-            here = speed.measure("bfloat16", lambda: None)
-            for name, path in {"shipped": STORIES, "wide": wide}.items():
-                with opened(str(path)) as found:
-                    [need] = needs(found, [1], 256)
-                token = need.rehearsed.token
-                operations = sum(step.operations for step in token)
-                reading = sum(step.read_bytes for step in token)
-                model, tokenizer = mlxtp.load(path, Evaluating())
-                *_, last = mlxtp.stream_generate(
-                    model, tokenizer, [5, 6, 7], max_tokens=args.max_tokens
-                )
-                beside = 1 / last.generation_tps - reading / here.bytes_per_second
-                turns[name].append(beside / operations / here.operation_seconds)
-    for name, found_in in turns.items():
-        print(
-            f"{name}: an operation takes {median(found_in):.1f} of doctor's "
-            f"({min(found_in):.1f} to {max(found_in):.1f})"
-        )
-    print(json.dumps(turns))
 
 
 def lab(*words: Any) -> None:

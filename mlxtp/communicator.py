@@ -1,7 +1,6 @@
 """`Communicator`: what a rank knows of the others, and its collectives."""
 
 import atexit
-import os
 import socket
 import sys
 import time
@@ -14,6 +13,7 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 
+from mlxtp import launched
 from mlxtp.eager import EagerCollectives
 from mlxtp.in_graph import GraphCollectives
 from mlxtp.traffic import Traffic
@@ -26,27 +26,9 @@ from mlxtp.transports import (
 )
 from mlxtp.watch import Watch
 
-# Where launchers tell a rank its number, and how many there are.
-LAUNCHED_RANKS = ("OMPI_COMM_WORLD_RANK", "PMI_RANK")
-LAUNCHED_SIZES = ("OMPI_COMM_WORLD_SIZE", "PMI_SIZE")
-
 TIMEOUT_SECONDS = 60.0
 # No allreduce has it; MPI promises tags up to 32767.
 EXCHANGE_TAG = 32767
-
-
-def launched_by_mpirun() -> int:
-    """The number of ranks that mpirun started this one among; 0 without mpirun."""
-    return _largest(LAUNCHED_SIZES)
-
-
-def launched_rank() -> int:
-    """This rank's number, as mpirun tells it; 0 without mpirun."""
-    return _largest(LAUNCHED_RANKS)
-
-
-def _largest(names: tuple[str, ...]) -> int:
-    return max(int(os.environ.get(name, "0")) for name in names)
 
 
 class AgreedError(ValueError):
@@ -126,16 +108,16 @@ class Communicator:
             AgreedError: if the transport is not available.
             RuntimeError: if mpirun and mpi4py belong to different MPIs.
         """
-        launched = launched_by_mpirun()
-        if launched == 0:
+        started = launched.size()
+        if started == 0:
             return cls()
         try:
             control = connect(transport)
         except ValueError as error:
             raise AgreedError(str(error)) from error
-        if control.size != launched:
+        if control.size != started:
             raise RuntimeError(
-                f"mpirun started {launched} ranks, {control} sees {control.size}: they "
+                f"mpirun started {started} ranks, {control} sees {control.size}: they "
                 "belong to different MPI libraries; start with the mpirun of the "
                 "environment that mpi4py is installed in"
             )

@@ -22,8 +22,8 @@ from mlx_lm.sample_utils import make_logits_processors, make_sampler
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 
 import mlxtp
-from mlxtp import options, prompt
-from mlxtp.communicator import AgreedError, Communicator, launched_rank
+from mlxtp import launched, options, prompt
+from mlxtp.communicator import AgreedError, Communicator
 from mlxtp.prompt_cache import SavedPrompt
 from mlxtp.stories import PATH as STORIES
 
@@ -32,15 +32,15 @@ def main() -> None:
     try:
         comm = Communicator.world(**options.of_world(sys.argv[1:]))
         check_same_start(comm)
-        args = options.parse(sys.argv[1:], show=comm.rank == 0)
+        args = options.parse(sys.argv[1:])
         screen = only_ours(comm)
         if args.verbose and comm.rank == 0:
             print(comm.describe(), file=screen)
         job = prepare(args, comm)
     except AgreedError as error:
-        if launched_rank() == 0:
+        if launched.rank() == 0:
             print(f"mlxtp.generate: error: {error}", file=sys.stderr)
-        sys.exit(2)
+        launched.leave(2)
     run(job, args, comm, screen)
 
 

@@ -12,8 +12,8 @@ class Host:
 
     `limit_bytes` is what a model may take: on a Mac what the GPU may wire, on Linux
     what is available. `bytes_per_second` is the rate at which matrix-vector products
-    read weights, `flops` that of matrix products, `operation_seconds` what a small
-    operation of MLX costs by itself.
+    read weights, `flops` that of matrix products, `token_seconds` what a token of the
+    model that ships takes on one rank that evaluates at each collective.
     """
 
     rank: int
@@ -23,7 +23,7 @@ class Host:
     limit_bytes: int | None
     bytes_per_second: float
     flops: float
-    operation_seconds: float
+    token_seconds: float
 
 
 @dataclass(frozen=True)

@@ -9,6 +9,7 @@ from typing import Any
 
 from mlx_lm.generate import setup_arg_parser
 
+from mlxtp import launched
 from mlxtp.collectives import WAYS
 from mlxtp.communicator import TIMEOUT_SECONDS
 from mlxtp.transports import TRANSPORTS
@@ -168,17 +169,9 @@ def _json_object(text: str) -> dict[str, Any]:
     return value
 
 
-def parse(arguments: list[str], *, show: bool) -> argparse.Namespace:
-    """Parse the command line; where `show` is not set nothing is printed.
-
-    Raises: SystemExit, as argparse does, for --help and for mistakes.
-    """
-    nowhere = io.StringIO()
-    with contextlib.ExitStack() as stack:
-        if not show:
-            stack.enter_context(contextlib.redirect_stdout(nowhere))
-            stack.enter_context(contextlib.redirect_stderr(nowhere))
-        return _parser().parse_args(arguments)
+def parse(arguments: list[str]) -> argparse.Namespace:
+    """Parse the command line, as `launched.parse` does."""
+    return launched.parse(_parser(), arguments)
 
 
 def check(args: argparse.Namespace) -> None:

@@ -7,7 +7,8 @@ import sys
 
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 
-from mlxtp.communicator import Communicator, launched_by_mpirun
+from mlxtp import launched
+from mlxtp.communicator import Communicator
 
 # mpirun of Open MPI 5.0.11 hands standard input to rank 0 and keeps its end to itself
 # (https://github.com/openpmix/openpmix/pull/4024). A byte that ends it nevertheless:
@@ -28,7 +29,7 @@ def read(given: str, comm: Communicator) -> str:
     text = ""
     with comm.unlimited(), comm.agreement():
         if comm.rank == 0:
-            text = _read_under_mpirun() if launched_by_mpirun() else sys.stdin.read()
+            text = _read_under_mpirun() if launched.size() else sys.stdin.read()
     return str(comm.bcast(text))
 
 

@@ -270,7 +270,7 @@ def test_every_option_of_mlx_lm_is_known() -> None:
 
 @pytest.mark.parametrize("name", options.LIMITS)
 def test_limits(name: str) -> None:
-    args = options.parse([], show=True)
+    args = options.parse([])
     options.check(args)
     setattr(args, name, " " if name == "prompt" else -3)
     with pytest.raises(ValueError, match=f"--{name.replace('_', '-')} is .*: wanted"):

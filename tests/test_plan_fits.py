@@ -135,6 +135,16 @@ def test_remedies_do_what_they_say(llama: Opened) -> None:
                 assert fits(fewer, lacking)
 
 
+def test_only_a_gpu_has_a_limit_to_raise(llama: Opened) -> None:
+    macs = on([39.0] * 3, context=131072)
+    others = replace(
+        macs, machines=tuple(replace(it, has_gpu=False) for it in macs.machines)
+    )
+    for setting, named in (macs, True), (others, False):
+        found = remedies(plan(llama, setting, [1] * 3))
+        assert any("iogpu" in remedy.how for remedy in found) is named
+
+
 def fits(model: Opened, as_in: Plan, **changes: int) -> bool | None:
     return plan(model, replace(as_in.setting, **changes), as_in.weights).fits
 

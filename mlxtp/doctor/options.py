@@ -1,10 +1,9 @@
 """The command line of `mlxtp.doctor`."""
 
 import argparse
-import contextlib
-import io
 from pathlib import Path
 
+from mlxtp import launched
 from mlxtp.communicator import TIMEOUT_SECONDS
 from mlxtp.doctor.speed import DTYPES
 from mlxtp.transports import TRANSPORTS
@@ -13,21 +12,9 @@ from mlxtp.transports import TRANSPORTS
 MEASURED = [name for name in TRANSPORTS if name != "mlx-mpi"]
 
 
-def parse(arguments: list[str], *, show: bool) -> argparse.Namespace:
-    """Parse the command line; where `show` is not set nothing is printed.
-
-    Raises: SystemExit, as argparse does, for --help and for mistakes; for them with
-        2 where `show` is set, and 0 elsewhere, for mpirun likes one status best.
-    """
-    with contextlib.ExitStack() as stack:
-        if not show:
-            nowhere = io.StringIO()
-            stack.enter_context(contextlib.redirect_stdout(nowhere))
-            stack.enter_context(contextlib.redirect_stderr(nowhere))
-        try:
-            return _parser().parse_args(arguments)
-        except SystemExit as stop:
-            raise SystemExit(stop.code if show else 0) from None
+def parse(arguments: list[str]) -> argparse.Namespace:
+    """Parse the command line, as `launched.parse` does."""
+    return launched.parse(_parser(), arguments)
 
 
 def _parser() -> argparse.ArgumentParser:

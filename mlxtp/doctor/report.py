@@ -28,7 +28,7 @@ class Report:
         columns = [
             ("rank", "host", "chip"),
             ("memory GB", "free", "for a model", "disk GB"),
-            ("GB/s", "GFLOPS", "µs an op.", "clock s", "address"),
+            ("GB/s", "GFLOPS", "ms a token", "clock s", "address"),
         ]
         table = Table(box=None, pad_edge=False)
         for name in (name for group in columns for name in group):
@@ -53,7 +53,7 @@ class Report:
                 f"{it.disk_free_bytes / 1e9:.0f}",
                 f"{speed.bytes_per_second / 1e9:.2f}",
                 f"{speed.flops / 1e9:.1f}",
-                f"{1e6 * speed.operation_seconds:.1f}",
+                f"{1e3 * speed.token_seconds:.1f}",
                 f"{ahead:+.3f}",
                 it.address,
             )

@@ -15,6 +15,7 @@ from mlxtp import options
 from mlxtp.measured import Measured
 from mlxtp.plan import hardware
 from mlxtp.plan.auto import auto
+from mlxtp.plan.calibration import of_measured
 from mlxtp.plan.hardware import LINKS, TOPOLOGIES, Link, Machine, Network
 from mlxtp.plan.opening import GROUP_SIZE, opened
 from mlxtp.plan.planning import Setting, plan
@@ -124,8 +125,7 @@ def _machines(
                 f"{args.measured} measures {len(measured.hosts)} ranks, wanted are "
                 f"{len(hosts)}"
             )
-        machines = [hardware.of_measured(host) for host in measured.hosts]
-        return machines[: len(hosts)]
+        return of_measured(measured.hosts[: len(hosts)])
     chips = args.chips or [args.chip or DEFAULT_CHIP] * len(hosts)
     sizes = args.memory or [DEFAULT_MEMORY_GB]
     sizes = sizes * len(hosts) if len(sizes) == 1 else sizes

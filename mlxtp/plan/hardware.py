@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from mlxtp.measured import Host, Measured
+from mlxtp.measured import Measured
 
 GIB = 1 << 30
 
@@ -39,11 +39,6 @@ WIRED_SHARE = 0.75
 EVALUATION_SECONDS = 180e-6
 # To start a kernel, beside other kernels. Assumed.
 OPERATION_SECONDS = 3e-6
-# What an operation of a model takes on a CPU, in the small ones that doctor times:
-# rotations, softmax, attention over several heads, views between them, and Python, with
-# an evaluation at each collective. Between 2.5 and 8.7, the medians of two models by
-# python benchmarks/plan.py --one-rank --turns 3.
-OPERATIONS_OF_DOCTOR = 6.0
 # To add an element of a part: five parts of 4 Mi bfloat16 elements take 9 ms
 # (docs/log.md, on Linux).
 ADD_SECONDS = 0.45e-9
@@ -56,9 +51,9 @@ VARIES = 1.1
 class Machine:
     """A rank's machine. The rates are those that MLX gets.
 
-    `evaluation_seconds` is spent before each collective, once; `is_fused` says that
-    norms, rotations and attention are one operation each, as on a GPU. Of a machine
-    without a known `limit_bytes` nothing can be said to fit.
+    `evaluation_seconds` is spent before each collective, once. On a GPU norms,
+    rotations and attention are one operation each. Of a machine without a known
+    `limit_bytes` nothing can be said to fit.
     """
 
     host: str
@@ -69,7 +64,7 @@ class Machine:
     flops: float
     operation_seconds: float
     evaluation_seconds: float
-    is_fused: bool = False
+    has_gpu: bool = False
 
 
 @dataclass(frozen=True)
@@ -115,22 +110,6 @@ def published(host: str, chip: str, memory_gb: float) -> Machine:
         OPERATION_SECONDS,
         EVALUATION_SECONDS,
         True,
-    )
-
-
-def of_measured(host: Host) -> Machine:
-    """What doctor saw, without the wait for a GPU, which it does not time."""
-    is_mac = host.chip.startswith("Apple")
-    return Machine(
-        host.host,
-        host.chip,
-        host.memory_bytes,
-        host.limit_bytes,
-        host.bytes_per_second,
-        host.flops,
-        host.operation_seconds * (1.0 if is_mac else OPERATIONS_OF_DOCTOR),
-        EVALUATION_SECONDS if is_mac else 0.0,
-        is_mac,
     )
 
 

@@ -31,7 +31,7 @@ class Setting:
 
         Raises: ValueError if it cannot be split so.
         """
-        is_fused = all(machine.is_fused for machine in self.machines)
+        is_fused = all(machine.has_gpu for machine in self.machines)
         return needs(opened, weights, self.context, self.batch, is_fused=is_fused)
 
     def left_bytes(self, needs: Sequence[Need]) -> list[int | None]:
@@ -73,10 +73,10 @@ class Plan:
         return self.setting.fits(self.needs)
 
     @property
-    def one_fits(self) -> bool:
-        """Whether it fits on one host: the first."""
+    def one_fits(self) -> bool | None:
+        """Whether it fits on one host, the first; None where its limit is not known."""
         limit = self.setting.machines[0].limit_bytes
-        return limit is not None and self.one.bytes <= limit
+        return None if limit is None else self.one.bytes <= limit
 
     @cached_property
     def decode(self) -> Time:

@@ -42,7 +42,8 @@ def _higher_limit(plan: Plan) -> Iterator[Remedy]:
             continue
         assert machine.limit_bytes is not None
         wanted[machine.host] = machine.limit_bytes - left
-        if wanted[machine.host] > machine.memory_bytes - SYSTEM_BYTES:
+        most = machine.memory_bytes - SYSTEM_BYTES
+        if not machine.has_gpu or wanted[machine.host] > most:
             return
     megabytes = math.ceil(max(wanted.values()) / GIB) * 1024
     yield Remedy(

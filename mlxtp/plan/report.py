@@ -110,7 +110,7 @@ def _sides(plan: Plan) -> dict[str, tuple[Time, Time]]:
     """Of a token, and of a prompt as long as the context."""
     if len(plan.needs) == 1:
         return {"one host": (plan.decode, plan.prefill_on_one)}
-    one = "one host" if plan.one_fits else "one host (does not fit)"
+    one = "one host (does not fit)" if plan.one_fits is False else "one host"
     return {
         "this plan": (plan.decode, plan.prefill),
         "pipeline": plan.pipeline,

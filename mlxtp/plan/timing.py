@@ -104,14 +104,18 @@ def compute(step: Step, machine: Machine) -> Time:
     """A step on a machine: what is longer, to read the weights or to multiply."""
     reading = step.read_bytes / machine.bytes_per_second
     multiplying = step.flops / machine.flops
-    kernels = KERNELS_A_CALL * len(step.calls)
     return Time(
         weights=reading if reading >= multiplying else 0.0,
         arithmetic=multiplying if multiplying > reading else 0.0,
         operations=machine.operation_seconds
-        * (kernels if machine.is_fused else step.operations),
+        * (kernels(step) if machine.has_gpu else step.operations),
         evaluations=machine.evaluation_seconds if step.kind else 0.0,
     )
+
+
+def kernels(step: Step) -> int:
+    """What a GPU starts."""
+    return KERNELS_A_CALL * len(step.calls)
 
 
 def collective(of_ranks: Sequence[Step], network: Network) -> Time:

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from mlxtp.transports.openmpi import YIELDS, set_defaults
+from mlxtp.transports.openmpi import YIELDS, finish, set_defaults
 
 set_defaults()
 
@@ -89,8 +89,7 @@ class MPITransport:
         self._comm.Barrier()
 
     def close(self) -> None:
-        if not MPI.Is_finalized():
-            MPI.Finalize()
+        finish()
 
 
 def _make_room(polls: int) -> None:

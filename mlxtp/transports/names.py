@@ -46,9 +46,3 @@ def lookup(name: str, seconds: float) -> str:
             if time.monotonic() > until:
                 raise TimeoutError(f"nothing was published as {name}") from None
         time.sleep(POLL_SECONDS)
-
-
-def finish() -> None:
-    """End MPI, with all ranks."""
-    if not MPI.Is_finalized():
-        MPI.Finalize()

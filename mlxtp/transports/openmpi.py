@@ -1,6 +1,7 @@
-"""What Open MPI is told before it starts, by whatever starts it in this process."""
+"""What Open MPI is told before it starts, whatever starts it here, and its end."""
 
 import os
+import sys
 
 from mlxtp.transports.network import RING_NETWORK, ring_address
 
@@ -37,3 +38,10 @@ def set_defaults() -> None:
         os.environ.setdefault("OMPI_MCA_btl_tcp_if_include", RING_NETWORK)
     for name, value in defaults.items():
         os.environ.setdefault(f"OMPI_MCA_{name}", str(value))
+
+
+def finish() -> None:
+    """End MPI, with all ranks, where mpi4py has started it in this process."""
+    mpi = sys.modules.get("mpi4py.MPI")
+    if mpi is not None and not mpi.Is_finalized():
+        mpi.Finalize()
