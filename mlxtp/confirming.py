@@ -17,7 +17,7 @@ from mlxtp.checkpoint import Header
 from mlxtp.communicator import Communicator
 from mlxtp.hub import Repo
 from mlxtp.partition import Slice, Span, Spans, length, spans_on, without
-from mlxtp.tensors import Tensor, band, flattened, read_bytes, seen_from
+from mlxtp.tensors import Tensor, read_items, seen_from
 
 BITE_BYTES = 32 * 1024 * 1024
 
@@ -156,7 +156,11 @@ def _together(
         parts = (
             [spans for rank, spans in bite.parts if rank == comm.rank] if bite else []
         )
-        found = [_part(tensors[bite.name], bite, spans) for spans in parts if bite]
+        found = [
+            read_items(tensors[bite.name], bite.axis, bite.rows, spans)
+            for spans in parts
+            if bite
+        ]
         messages.append(found[0] if found else np.empty(0, np.uint8))
     mine = turn[comm.rank]
     sizes = [mine.bytes_of(rank) if mine else 0 for rank in range(comm.size)]
@@ -173,8 +177,3 @@ def _together(
             together[:, place : place + width] = data[:, done : done + width]
             done += width
     return together.reshape(-1)
-
-
-def _part(tensor: Tensor, bite: _Bite, spans: Spans) -> np.ndarray:
-    some = band(flattened(tensor, bite.axis), *bite.rows)
-    return read_bytes(some, Slice(some.shape, 1, spans))

@@ -14,8 +14,8 @@ from mlxtp.communicator import Communicator
 from mlxtp.hub import Repo
 from mlxtp.moves import Move
 from mlxtp.partial import Partial
-from mlxtp.partition import Slice, Spans, length
-from mlxtp.tensors import Tensor, band, flattened, read_bytes, seen_from
+from mlxtp.partition import Spans, length
+from mlxtp.tensors import Tensor, read_items, seen_from
 
 # What a rank fetches and passes on at a time, the most of it that is one request, and
 # how many requests there are at once.
@@ -207,9 +207,7 @@ class Rounds:
         """Items `spans` of each row of a move, one row behind the other: (n,)."""
         rows = move.rows[1] - move.rows[0]
         if not move.from_hub:
-            flat = flattened(self._tensors[move.name], move.axis)
-            some = band(flat, *move.rows)
-            return read_bytes(some, Slice(some.shape, 1, spans))
+            return read_items(self._tensors[move.name], move.axis, move.rows, spans)
         _, items, item = seen_from(self._at_hub[move.name], move.axis)
         first, last = move.span
         bytes_of_rows = np.lib.stride_tricks.as_strided(

@@ -125,20 +125,20 @@ def blocks(tensor: Tensor, part: Slice) -> Iterator[np.ndarray]:
     cut, item = tensor._cut_axis(), tensor.dtype.size
     axis = cut if part.axis is None else part.axis
     if not tensor.shape or cut not in (None, axis):
-        yield read_bytes(tensor, part)
+        yield _read_bytes(tensor, part)
         return
     if axis:  # rows of the first axis are a tensor as well
         row = part.size // tensor.shape[0] * item
         step = max(1, BLOCK_BYTES // max(1, row))
         for start in range(0, tensor.shape[0], step):
-            some = band(tensor, start, min(start + step, tensor.shape[0]))
-            yield read_bytes(some, Slice(some.shape, part.axis, part.spans))
+            some = _band(tensor, start, min(start + step, tensor.shape[0]))
+            yield _read_bytes(some, Slice(some.shape, part.axis, part.spans))
         return
     step = max(1, BLOCK_BYTES // (prod(tensor.shape[1:]) * item or 1))
     for first, last in spans_on(part, 0):
         for start in range(first, last, step):
             span = start, min(start + step, last)
-            yield read_bytes(tensor, Slice(tensor.shape, 0, (span,)))
+            yield _read_bytes(tensor, Slice(tensor.shape, 0, (span,)))
 
 
 def seen_from(tensor: Tensor, axis: int) -> tuple[int, int, int]:
@@ -151,7 +151,7 @@ def seen_from(tensor: Tensor, axis: int) -> tuple[int, int, int]:
     return rows, items, inner * tensor.dtype.size
 
 
-def flattened(tensor: Tensor, axis: int) -> Tensor:
+def _flattened(tensor: Tensor, axis: int) -> Tensor:
     """The tensor as (rows, items, what is in an item), seen from an axis.
 
     Pieces that are cut on another axis are left out.
@@ -166,7 +166,7 @@ def flattened(tensor: Tensor, axis: int) -> Tensor:
     return Tensor(tensor.name, tensor.kind, shape, pieces)
 
 
-def band(tensor: Tensor, start: int, stop: int) -> Tensor:
+def _band(tensor: Tensor, start: int, stop: int) -> Tensor:
     """Rows `start` to `stop` of the first axis, on which no piece is cut."""
     assert tensor._cut_axis() != 0
     shape = (stop - start, *tensor.shape[1:])
@@ -178,8 +178,15 @@ def band(tensor: Tensor, start: int, stop: int) -> Tensor:
     return Tensor(tensor.name, tensor.kind, shape, tuple(pieces))
 
 
-def read_bytes(tensor: Tensor, part: Slice) -> np.ndarray:
-    """Read the bytes of a slice: (n,) uint8."""
+def read_items(
+    tensor: Tensor, axis: int, rows: tuple[int, int], spans: Spans
+) -> np.ndarray:
+    """Read items `spans` of some rows, seen from an axis: (n,) uint8, row by row."""
+    some = _band(_flattened(tensor, axis), *rows)
+    return _read_bytes(some, Slice(some.shape, 1, spans))
+
+
+def _read_bytes(tensor: Tensor, part: Slice) -> np.ndarray:
     memory = np.empty(part.size * tensor.dtype.size, np.uint8)
     fill(memory, tensor, part)
     return memory
