@@ -13,7 +13,7 @@ class Host:
     `limit_bytes` is what a model may take: on a Mac what the GPU may wire, on Linux
     what is available. `bytes_per_second` is the rate at which matrix-vector products
     read weights, `flops` that of matrix products, `token_seconds` what a token of the
-    model that ships takes on one rank that evaluates at each collective.
+    whole model that ships takes beside collectives, which the rank waits for.
     """
 
     rank: int

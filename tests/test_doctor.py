@@ -6,15 +6,19 @@ Outputs are in the format that macOS prints; they were not recorded on a cluster
 import json
 import queue
 import threading
+import time
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
+import mlx.core as mx
 import pytest
 from test_mlx_transports import HARDWARE_PORTS
 from test_ring import ring
 
+from mlxtp.communicator import Communicator
 from mlxtp.doctor import linux, macos
+from mlxtp.doctor.computing import token_seconds
 from mlxtp.doctor.facts import Facts, Interface, Route
 from mlxtp.doctor.faults import faults
 from mlxtp.doctor.findings import Findings
@@ -235,7 +239,7 @@ def macs(size: int = 5) -> Findings:
         ways = host.routes.items()
         routes.append({to: Route(port, hop) for to, (hop, port) in ways})
     found = Findings(
-        machines, routes, [0.0] * size, {}, [Speed(4e11, 2e13, 5e-6)] * size, "mpi"
+        machines, routes, [0.0] * size, {}, [Speed(4e11, 2e13)] * size, "mpi"
     )
     links = {pair: Link(1e-4 * found.paths[pair].hops, 4e9) for pair in found.pairs}
     return replace(found, links=links)
@@ -415,9 +419,7 @@ RING_2 = "sudo ./launch/ring 2 5 --left en2 --right en3 --apply"
             "make room",
         ),
         (
-            lambda found: replace(
-                found, speeds=[*found.speeds[:4], Speed(1e11, 2e13, 5e-6)]
-            ),
+            lambda found: replace(found, speeds=[*found.speeds[:4], Speed(1e11, 2e13)]),
             "studio5",
             "reads weights at 100.0 GB/s, others with its chip at 400.0 GB/s",
             "top",
@@ -566,4 +568,17 @@ def test_speeds(dtype: str, monkeypatch: pytest.MonkeyPatch) -> None:
     # From a slow core to a GPU that nobody has yet.
     assert 1e7 < speed.bytes_per_second < 1e13
     assert 1e7 < speed.flops < 1e15
-    assert 1e-5 < speed.token_seconds < 1
+
+
+class Slow(Communicator):
+    """A world of one rank whose collectives take their time."""
+
+    def allreduce(self, x: mx.array, at: str = "") -> mx.array:
+        time.sleep(0.1)
+        return x
+
+
+def test_a_token_is_timed_without_waits(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("mlxtp.doctor.computing.TOKENS", 3)
+    [seconds] = token_seconds(Slow())
+    assert 1e-5 < seconds < 0.5  # ten collectives take 1 s

@@ -62,6 +62,7 @@ def healthy(ring: None, tmp_path_factory: pytest.TempPathFactory) -> tuple[str, 
 
 def test_all_is_well(healthy: tuple[str, Path]) -> None:
     printed, _ = healthy
+    assert "Computing a token of the model that ships" in printed
     assert "All is well." in printed and found(printed) == []
     for host in HOSTS:
         assert host in printed

@@ -10,7 +10,7 @@ import time
 from pathlib import Path
 
 import pytest
-from five_hosts import HOSTFILE, HOSTS, LAB, ROOT, good, in_namespaces
+from five_hosts import HOSTFILE, HOSTS, LAB, ROOT, good, in_namespaces, lab
 from five_hosts import the_lab_can_be_built as the_lab_can_be_built
 from test_watch import is_running
 from tiny import Tiny
@@ -92,6 +92,16 @@ def test_the_users_very_command() -> None:
     printed = good("run", *command, timeout=100)
     assert "5 ranks over mpi4py" in printed
     assert "one-shot" in printed and "Generation: 8 tokens" in printed
+
+
+# Ranks that all end with 2 at once made mpirun crash or hang in two of five jobs.
+@pytest.mark.parametrize("turn", [1, 2])
+def test_a_mistake_ends_the_job(turn: int) -> None:
+    command = ["mpirun", "-hostfile", "hostfiles/studio5", sys.executable]
+    done = lab("run", *command, "-m", "mlxtp.generate", "--temp", "-1", timeout=60)
+    assert done.returncode == 2, done.stderr
+    mistake = "mlxtp.generate: error: --temp is -1.0: wanted at least 0"
+    assert done.stderr.count(mistake) == 1
 
 
 @pytest.mark.parametrize("transport", ["mpi", "ring"], ids="over {}".format)

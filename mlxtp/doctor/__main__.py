@@ -21,6 +21,7 @@ from huggingface_hub.constants import HF_HUB_CACHE
 from mlxtp import launched
 from mlxtp.communicator import AgreedError, Communicator
 from mlxtp.doctor import curves, options, speed
+from mlxtp.doctor.computing import token_seconds
 from mlxtp.doctor.facts import Facts
 from mlxtp.doctor.faults import faults
 from mlxtp.doctor.findings import Fault, Findings
@@ -79,19 +80,22 @@ def examine(args: argparse.Namespace) -> int:
     report.links(found, ring)
     report.faults(wrong)
     collectives: list[Collective] = []
+    tokens: list[float] = []
     if can_measure(found):
         try:
             comm = Communicator.world(args.transport, timeout_seconds=args.timeout)
             collectives = curves.measure(comm) if comm.size > 1 else []
+            tokens = token_seconds(comm)
             report.collectives(collectives, comm.describe())
+            report.tokens(tokens)
         except AgreedError as error:
             lacking = Fault(f"--transport {args.transport}", str(error), "mend that")
             wrong.append(lacking)
             report.faults(wrong)
     report.end(wrong)
     if args.json and line.rank == 0:
-        if can_measure(found):
-            measured(found, collectives).write(args.json)
+        if tokens:
+            measured(found, collectives, tokens).write(args.json)
         else:
             report.note(f"{args.json} is not written: collectives were not measured.")
     line.close()
@@ -174,7 +178,9 @@ def can_measure(found: Findings) -> bool:
     return found.all_reached and alike and not lacking
 
 
-def measured(found: Findings, collectives: list[Collective]) -> Measured:
+def measured(
+    found: Findings, collectives: list[Collective], tokens: list[float]
+) -> Measured:
     """What `mlxtp.plan` reads."""
     hosts = [
         Host(
@@ -185,9 +191,11 @@ def measured(found: Findings, collectives: list[Collective]) -> Measured:
             limit_bytes=it.limit_bytes,
             bytes_per_second=speed.bytes_per_second,
             flops=speed.flops,
-            token_seconds=speed.token_seconds,
+            token_seconds=token_seconds,
         )
-        for it, speed in zip(found.machines, found.speeds, strict=True)
+        for it, speed, token_seconds in zip(
+            found.machines, found.speeds, tokens, strict=True
+        )
     ]
     pairs = [
         Pair(pair, link.latency_seconds, link.bytes_per_second or 0.0)

@@ -28,7 +28,7 @@ class Report:
         columns = [
             ("rank", "host", "chip"),
             ("memory GB", "free", "for a model", "disk GB"),
-            ("GB/s", "GFLOPS", "ms a token", "clock s", "address"),
+            ("GB/s", "GFLOPS", "clock s", "address"),
         ]
         table = Table(box=None, pad_edge=False)
         for name in (name for group in columns for name in group):
@@ -53,7 +53,6 @@ class Report:
                 f"{it.disk_free_bytes / 1e9:.0f}",
                 f"{speed.bytes_per_second / 1e9:.2f}",
                 f"{speed.flops / 1e9:.1f}",
-                f"{1e3 * speed.token_seconds:.1f}",
                 f"{ahead:+.3f}",
                 it.address,
             )
@@ -106,6 +105,12 @@ class Report:
         self._line("")
         self._console.print(table)
         self._line(how.splitlines()[0])
+
+    def tokens(self, seconds: Sequence[float]) -> None:
+        self._line(
+            "Computing a token of the model that ships, beside collectives: "
+            f"{1e3 * min(seconds):.1f} to {1e3 * max(seconds):.1f} ms"
+        )
 
     def faults(self, found: Sequence[Fault]) -> None:
         for number, fault in enumerate(found, 1):

@@ -1,16 +1,10 @@
 """How fast a rank computes, measured while the others do the same."""
 
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
-from itertools import chain, repeat
 
 import mlx.core as mx
-from mlx_lm.generate import generate_step
-
-from mlxtp.communicator import Communicator
-from mlxtp.loading import load
-from mlxtp.stories import PATH as STORIES
 
 # What weights are kept as: MLX's type, or bits of a quantized matrix.
 DTYPES: dict[str, mx.Dtype | int] = {
@@ -32,33 +26,13 @@ SECONDS = 0.5
 PRODUCT_WIDTHS = (512, 1024, 2048, 4096)
 PRODUCT_SECONDS = 0.02
 
-# Of the model that ships, from a short prompt so many at a time: caches stay short.
-TOKENS = 64
-
 
 @dataclass(frozen=True)
 class Speed:
-    """Of matrix-vector products, of matrix products, and a token's time.
-
-    The token is one of the model that ships, by this rank alone, which evaluates at
-    each collective: its weights are little, and so the time is what operations take.
-    """
+    """Of matrix-vector products and of matrix products."""
 
     bytes_per_second: float
     flops: float
-    token_seconds: float
-
-
-class Evaluating(Communicator):
-    """A world of one rank that evaluates at each collective, as larger ones do."""
-
-    def allreduce(self, x: mx.array, at: str = "") -> mx.array:
-        mx.eval(x)
-        return x
-
-    def allgather(self, x: mx.array, sizes: Sequence[int], at: str = "") -> mx.array:
-        mx.eval(x)
-        return x
 
 
 def measure(dtype: str, barrier: Callable[[], None]) -> Speed:
@@ -68,7 +42,6 @@ def measure(dtype: str, barrier: Callable[[], None]) -> Speed:
     x = mx.ones((1, WIDTH), kept)
     products = [_product(kind) for _ in range(MATRICES)]
     nbytes = sum(nbytes for _, nbytes in products)
-    tokens = _tokens()
     square = _square(kept)
 
     def read() -> None:
@@ -77,24 +50,18 @@ def measure(dtype: str, barrier: Callable[[], None]) -> Speed:
     def multiply() -> None:
         mx.eval(square @ square)
 
-    def generate() -> None:
-        next(tokens)
-
     results = []
-    for work in read, multiply, generate:
+    for work in read, multiply:
         work()
         barrier()
         results.append(_seconds(work))
-    reading, multiplying, token_seconds = results
+    reading, multiplying = results
     flops = 2 * square.shape[0] ** 3 / multiplying
-    return Speed(nbytes / reading, flops, token_seconds)
+    return Speed(nbytes / reading, flops)
 
 
 def _seconds(work: Callable[[], None]) -> float:
-    """The mean over what fits in a fixed time, so that the ranks work at once.
-
-    Where ranks share cores, most short calls are not interrupted, and some long.
-    """
+    """The mean over what fits in a fixed time, so that the ranks work at once."""
     begin = time.perf_counter()
     count, seconds = 0, 0.0
     while seconds < SECONDS:
@@ -102,15 +69,6 @@ def _seconds(work: Callable[[], None]) -> float:
         count += 1
         seconds = time.perf_counter() - begin
     return seconds / count
-
-
-def _tokens() -> Iterator[object]:
-    """Tokens of the model that ships, without end."""
-    model, tokenizer = load(STORIES, Evaluating())
-    prompt = mx.array(tokenizer.encode("Once"))
-    return chain.from_iterable(
-        generate_step(prompt, model, max_tokens=TOKENS) for _ in repeat(None)
-    )
 
 
 def _product(kind: mx.Dtype | int) -> tuple[Callable[[mx.array], mx.array], int]:
