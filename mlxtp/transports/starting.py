@@ -1,0 +1,41 @@
+"""A limit on the start of MPI, in which no Python runs until all ranks have come."""
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+# A process of its own: it ends when its input does, or ends this one.
+GUARD = f"""
+import os, select, sys
+seconds, process, words = sys.argv[1:]
+if not select.select([0], [], [], float(seconds))[0]:
+    os.write(2, words.encode())
+    os.kill(int(process), {int(signal.SIGKILL)})
+"""
+
+
+@contextmanager
+def limited_start(seconds: float, after: float = 0.0) -> Iterator[None]:
+    """End this process, with a message, if MPI does not start within `seconds`.
+
+    `after` is how much later this rank says so than the first.
+    """
+    if "mpi4py.MPI" in sys.modules:
+        yield
+        return
+    words = (
+        f"mlxtp: MPI did not start on {socket.gethostname()} within {seconds:g} s: "
+        "a rank has not come, or its host is not reached\n"
+    )
+    command = [sys.executable, "-I", "-S", "-c", GUARD]
+    command += [str(seconds + after), str(os.getpid()), words]
+    with subprocess.Popen(
+        command, stdin=subprocess.PIPE, stdout=subprocess.DEVNULL
+    ) as guard:
+        assert guard.stdin is not None
+        yield
+        guard.stdin.close()
