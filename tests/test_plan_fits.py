@@ -35,6 +35,7 @@ CONTEXT = 300
 # Data that this process may have: what it has after its imports, and so much more.
 UNDER_A_LIMIT = """
 import resource, sys
+sys.modules["torch"] = None  # which takes memory of its own
 from pathlib import Path
 import mlxtp
 from mlxtp.prompt_cache import SavedPrompt

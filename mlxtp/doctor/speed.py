@@ -64,7 +64,7 @@ def _seconds(work: Callable[[], None]) -> float:
     """The mean over what fits in a fixed time, so that the ranks work at once."""
     begin = time.perf_counter()
     count, seconds = 0, 0.0
-    while seconds < SECONDS:
+    while not count or seconds < SECONDS:
         work()
         count += 1
         seconds = time.perf_counter() - begin
