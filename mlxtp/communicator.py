@@ -24,7 +24,6 @@ from mlxtp.transports import (
     add_backend,
     connect,
 )
-from mlxtp.transports.starting import limited_start
 from mlxtp.watch import Watch
 
 TIMEOUT_SECONDS = 60.0
@@ -113,7 +112,7 @@ class Communicator:
         if started == 0:
             return cls()
         try:
-            with limited_start(timeout_seconds, launched.later_seconds()):
+            with launched.limited_start(timeout_seconds):
                 control = connect(transport)
         except ValueError as error:
             raise AgreedError(str(error)) from error

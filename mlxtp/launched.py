@@ -1,15 +1,18 @@
-"""What mpirun tells a rank, and how a program of many ranks ends."""
+"""What mpirun tells a rank, and how a program of many ranks starts and ends."""
 
 import argparse
 import contextlib
 import io
 import os
+import signal
+import socket
+import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import NoReturn
 
-from mlxtp.transports.openmpi import finish
+from mlxtp.transports.openmpi import finish, is_started
 
 # Where launchers tell a rank its number, and how many there are.
 RANKS = ("OMPI_COMM_WORLD_RANK", "PMI_RANK")
@@ -17,6 +20,18 @@ SIZES = ("OMPI_COMM_WORLD_SIZE", "PMI_SIZE")
 
 # How much later than the others rank 0 ends when something is wrong.
 LAST_SECONDS = 0.5
+
+# Python and its imports take a while, and on one host longer than on another.
+LEAST_START_SECONDS = 10.0
+
+# A process of its own: it ends when its input does, or ends this one.
+GUARD = f"""
+import os, select, sys
+seconds, process, words = sys.argv[1:]
+if not select.select([0], [], [], float(seconds))[0]:
+    os.write(2, words.encode())
+    os.kill(int(process), {int(signal.SIGKILL)})
+"""
 
 
 def size() -> int:
@@ -36,6 +51,31 @@ def later_seconds() -> float:
 
 def _largest(names: tuple[str, ...]) -> int:
     return max(int(os.environ.get(name, "0")) for name in names)
+
+
+@contextlib.contextmanager
+def limited_start(seconds: float) -> Iterator[None]:
+    """End all ranks, with a message, if MPI does not start in this block.
+
+    `seconds` is the limit, which is never below `LEAST_START_SECONDS`. MPI starts when
+    all ranks have come, and mpi4py lets no thread of Python run until then.
+    """
+    if is_started():
+        yield
+        return
+    seconds = max(seconds, LEAST_START_SECONDS)
+    words = (
+        f"mlxtp: MPI did not start on {socket.gethostname()} within {seconds:g} s: "
+        "a rank has not come, or its host is not reached\n"
+    )
+    command = [sys.executable, "-I", "-S", "-c", GUARD]
+    command += [str(seconds + later_seconds()), str(os.getpid()), words]
+    with subprocess.Popen(
+        command, stdin=subprocess.PIPE, stdout=subprocess.DEVNULL
+    ) as guard:
+        assert guard.stdin is not None
+        yield
+        guard.stdin.close()
 
 
 def parse(

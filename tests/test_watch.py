@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 from ranks import HOSTFILE, environment
 
-from mlxtp.transports.starting import LEAST_SECONDS
+from mlxtp.launched import LEAST_START_SECONDS
 
 HOST = os.uname().nodename
 TIMEOUT_SECONDS = 3
@@ -178,10 +178,10 @@ import mlxtp
 mlxtp.Communicator.world(timeout_seconds=float(sys.argv[1]))
 """
     job = Job("-c", program, TIMEOUT_SECONDS)
-    status, seconds = job.end(LEAST_SECONDS + 25)
-    assert status != 0 and seconds < LEAST_SECONDS + 10  # it imports first
+    status, seconds = job.end(LEAST_START_SECONDS + 25)
+    assert status != 0 and seconds < LEAST_START_SECONDS + 10  # it imports first
     assert job.still_running() == []
-    message = f"mlxtp: MPI did not start on {HOST} within {LEAST_SECONDS:g} s"
+    message = f"mlxtp: MPI did not start on {HOST} within {LEAST_START_SECONDS:g} s"
     assert job.output.count(message) == 1, job.output
 
 

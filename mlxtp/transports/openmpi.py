@@ -40,6 +40,11 @@ def set_defaults() -> None:
         os.environ.setdefault(f"OMPI_MCA_{name}", str(value))
 
 
+def is_started() -> bool:
+    """Whether mpi4py has started MPI in this process."""
+    return "mpi4py.MPI" in sys.modules
+
+
 def finish() -> None:
     """End MPI, with all ranks, where mpi4py has started it in this process."""
     mpi = sys.modules.get("mpi4py.MPI")
