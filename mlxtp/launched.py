@@ -70,12 +70,9 @@ def limited_start(seconds: float) -> Iterator[None]:
     )
     command = [sys.executable, "-I", "-S", "-c", GUARD]
     command += [str(seconds + later_seconds()), str(os.getpid()), words]
-    with subprocess.Popen(
-        command, stdin=subprocess.PIPE, stdout=subprocess.DEVNULL
-    ) as guard:
-        assert guard.stdin is not None
+    # Leaving the block closes its input, and waits for it.
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.DEVNULL):
         yield
-        guard.stdin.close()
 
 
 def parse(
