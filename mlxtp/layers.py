@@ -9,15 +9,11 @@ from typing import Any
 import mlx.core as mx
 import mlx.nn as nn
 
+from mlxtp.architectures.cuts import base
 from mlxtp.communicator import Communicator
 from mlxtp.partition import Span
 
 Sum = Callable[[mx.array, str], mx.array]
-
-
-def base(module: nn.Module) -> nn.Module:
-    """The layer under an adapter, or the layer itself."""
-    return next((module[k] for k in ("linear", "embedding") if k in module), module)
 
 
 class Communicating(nn.Module):

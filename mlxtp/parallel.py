@@ -9,7 +9,8 @@ import mlx.nn as nn
 from mlx_lm.tuner.dora import DoRALinear
 
 from mlxtp import partition, ternary
-from mlxtp.architectures.cuts import BlockShards, child
+from mlxtp.architectures.adapt.table import ADAPTERS
+from mlxtp.architectures.cuts import BlockShards, base, child
 from mlxtp.architectures.layouts import Part, place
 from mlxtp.communicator import Communicator
 from mlxtp.layers import (
@@ -21,7 +22,6 @@ from mlxtp.layers import (
     Sum,
     VocabParallelEmbedding,
     VocabParallelLinear,
-    base,
     sum_output,
 )
 from mlxtp.norms import NormShard, RMSNormOverRanks
@@ -50,8 +50,8 @@ def parallelize(model: nn.Module, table: SliceTable, comm: Communicator) -> None
         if shards.block.rule is not None and shards.parts:
             _resize(modules[shards.path], shards, shards.parts[comm.rank])
     for shards in table.blocks:
-        if shards.block.adapt is not None:
-            shards.block.adapt(modules[shards.path], shards, comm)
+        if shards.block.adapt:
+            ADAPTERS[shards.block.adapt](modules[shards.path], shards, comm)
 
 
 def _layer(

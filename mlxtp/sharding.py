@@ -18,13 +18,13 @@ from mlxtp.architectures.cuts import (
     BlockShards,
     Heads,
     Width,
+    base,
     blocks_of,
     child,
     targets,
 )
 from mlxtp.architectures.layouts import Part, place
 from mlxtp.heads import head_shards, tiled
-from mlxtp.layers import base
 from mlxtp.partition import Spans
 from mlxtp.shards import MatrixShards, SliceTable
 

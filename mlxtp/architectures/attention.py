@@ -3,7 +3,6 @@
 One allreduce a block, after the output projection.
 """
 
-from mlxtp.architectures.adapt import attention as adapt
 from mlxtp.architectures.cuts import Block, Cut, Heads, along, column, norm, row
 
 # Names of the number of query heads under a KV head.
@@ -45,7 +44,7 @@ WIDE_NORMS = ATTENTION.but(
     needs=("q_proj", "q_norm"),
     cuts={"q_norm": norm("q"), "k_norm": norm("kv")},
     joint=("q_norm", "k_norm"),
-    adapt=adapt.norm_together,
+    adapt="norm_together",
 )
 # Each head has a norm of its own.
 NORM_PER_HEAD = ATTENTION.but(
@@ -108,13 +107,13 @@ INDEXED = ATTENTION.but(
     sizes={"index_n_heads": "kv"},
     shared={"index_k_proj": "one key head for all index heads"},
 )
-EXAONE = ATTENTION.but(adapt=adapt.any_width)
+EXAONE = ATTENTION.but(adapt="attention.any_width")
 BAICHUAN = fused("W_pack", "o_proj").but(
     cuts={"conv_k": along("kv", 2), "conv_v": along("kv", 2)},
-    adapt=adapt.any_packed_width,
+    adapt="any_packed_width",
 )
 PHI3_SMALL = fused("query_key_value", "dense", "(q kv kv)").but(
-    adapt=adapt.mask_of_own_heads
+    adapt="mask_of_own_heads"
 )
 # Convolutions over keys and values in place of a softmax.
 CONVOLVED = ATTENTION.but(
@@ -171,5 +170,5 @@ GROUPED_OUTPUT = Block(
         "compressor": "one KV head for all query heads",
         "indexer": "every rank chooses the same keys",
     },
-    adapt=adapt.count_groups,
+    adapt="count_groups",
 )

@@ -1,6 +1,6 @@
 """The words of the table: what can be said of a module and how it is cut."""
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
@@ -120,7 +120,8 @@ class Block:
             has, if it is not one.
         more: elements that another allreduce of the block sums for a token.
         when: an attribute without which the block is something else.
-        adapt: what has to be changed besides, in a file named after the pattern.
+        adapt: the adapter that changes the forward pass besides, by its name in
+            `adapt.ADAPTERS`.
     """
 
     name: str
@@ -134,7 +135,7 @@ class Block:
     times: str = ""
     more: int = 0
     when: str = ""
-    adapt: Callable[..., Any] | None = None
+    adapt: str = ""
 
     def but(self, name: str = "", **changes: Any) -> "Block":
         """This block with other contents; those of `cuts` and the like are added."""
@@ -177,6 +178,11 @@ class Family:
     blocks: tuple[Block, ...]
     shared: Mapping[str, str] = field(default_factory=dict)
     loops: bool = False
+
+
+def base(module: nn.Module) -> nn.Module:
+    """The layer under an adapter, or the layer itself."""
+    return next((module[k] for k in ("linear", "embedding") if k in module), module)
 
 
 def child(module: Any, path: str) -> Any:

@@ -4,7 +4,6 @@ One allreduce a block: after the down projection, or after the experts, routed a
 shared, have been added. Experts are cut as an MLP is: every rank has a part of each.
 """
 
-from mlxtp.architectures.adapt import mlp as adapt
 from mlxtp.architectures.cuts import Block, Width, column, norm, row
 
 _ROUTER = "every rank chooses the same experts"
@@ -41,7 +40,7 @@ SPARSE = GATED.but(
     "gated MLP of the largest",
     more=2,
     when="activation_sparsity",
-    adapt=adapt.largest_of_all,
+    adapt="largest_of_all",
 )
 
 
@@ -58,7 +57,7 @@ LATENT_SWITCH = SWITCH.but(
         "fc1_latent_proj": "a latent of all experts",
         "fc2_latent_proj": "a latent of all experts",
     },
-    adapt=adapt.bias_once("fc2_latent_proj"),
+    adapt="latent_bias_once",
 )
 # A norm stands between the experts' sum and the rest.
 NORMED_LATENT = SWITCH.but(
@@ -68,11 +67,11 @@ NORMED_LATENT = SWITCH.but(
         "routed_expert_down_proj": "a latent of all experts",
         "routed_expert_up_proj": "a latent of all experts",
     },
-    adapt=adapt.sum_before_norm,
+    adapt="sum_before_norm",
 )
 # Some of the experts pass the input on.
 ZERO_EXPERTS = SWITCH.but(
-    "experts, some of which do nothing", sums="inside", adapt=adapt.sum_of_some
+    "experts, some of which do nothing", sums="inside", adapt="sum_of_some"
 )
 # Each expert's output goes through a norm: as many vectors as experts are summed.
 NORMED_EACH = GATED.but(
@@ -87,5 +86,5 @@ LINEAR = Block(
     needs=("linear",),
     rule=Width("linear"),
     cuts={"linear": row("w")},
-    adapt=adapt.take_own_inputs,
+    adapt="take_own_inputs",
 )

@@ -4,7 +4,6 @@ One allreduce a block, after the output projection. The states that a rank cache
 those of its heads or channels.
 """
 
-from mlxtp.architectures.adapt import recurrent as adapt
 from mlxtp.architectures.cuts import Block, Heads, Width, along, column, norm, row
 
 _STATES = "q:head_dim kv:ssm_state_size kv:ssm_state_size"
@@ -42,7 +41,7 @@ MAMBA = Block(
         "out_proj": row("w"),
     },
 )
-MAMBA_BY_STEPS = MAMBA.but(adapt=adapt.project_at_once)
+MAMBA_BY_STEPS = MAMBA.but(adapt="project_at_once")
 MAMBA_HEADS = Block(
     "selective state space with heads",
     needs=("in_proj", "bcdt_proj"),
@@ -123,7 +122,7 @@ KIMI_DELTA_FUSED = KIMI_DELTA.but(
         "qkv_conv.conv": along("q q q"),
         "A_log": along("q"),
     },
-    adapt=adapt.step_uncompiled,
+    adapt="step_uncompiled",
 )
 KIMI_DELTA_FULL = KIMI_DELTA.but(
     needs=("f_proj", "q_conv1d"),
@@ -191,7 +190,7 @@ TIME_MIXING = Block(
     shared={
         **dict.fromkeys(("w_lora", "a_lora", "v_lora", "g_lora"), _LOW_RANK),
     },
-    adapt=adapt.any_width,
+    adapt="recurrent.any_width",
 )
 CHANNEL_MIXING = Block(
     "channel mixing (RWKV)",

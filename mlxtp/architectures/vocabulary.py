@@ -3,7 +3,6 @@
 One allreduce for the embedding of a token, one gather of its logits.
 """
 
-from mlxtp.architectures.adapt import vocabulary as adapt
 from mlxtp.architectures.cuts import HEAD, LOOKUP, Block, Words, along
 
 
@@ -28,7 +27,7 @@ VOCABULARY = (embedding("embed_tokens"), head("lm_head"))
 TIED_BY_WEIGHT = Block(
     "tied head",
     needs=("model.embed_tokens",),
-    adapt=adapt.head_of_embedding,
+    adapt="head_of_embedding",
 )
 # The head is a bare matrix, and what comes behind it scales all logits alike.
 BARE_HEAD = Block(
@@ -36,7 +35,7 @@ BARE_HEAD = Block(
     needs=("lm_head", "lm_head_gain"),
     rule=Words(),
     cuts={"lm_head": along("v")},
-    adapt=adapt.gather_before_gain,
+    adapt="gather_before_gain",
 )
 # Embeddings of several neighbouring tokens are projected and added up.
 NGRAMS = Block(

@@ -6,7 +6,7 @@ from typing import Any
 import mlx.core as mx
 import mlx.nn as nn
 
-from mlxtp.layers import base
+from mlxtp.architectures.cuts import base
 
 
 @dataclass(frozen=True)

@@ -1,18 +1,14 @@
 """MLPs and experts: what has to be known of all columns or all experts at once."""
 
 import sys
-from collections.abc import Callable
 from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
 
 from mlxtp.architectures.adapt import become
-from mlxtp.architectures.cuts import BlockShards
+from mlxtp.architectures.cuts import BlockShards, base
 from mlxtp.communicator import Communicator
-from mlxtp.layers import base
-
-Adapt = Callable[[nn.Module, BlockShards, Communicator], None]
 
 
 def largest_of_all(mlp: nn.Module, shards: BlockShards, comm: Communicator) -> None:
@@ -41,16 +37,11 @@ class _LargestOfAll:
         )
 
 
-def bias_once(name: str) -> Adapt:
-    """Count the bias of a whole matrix once, for its input is a partial sum."""
-
-    def adapt(block: nn.Module, shards: BlockShards, comm: Communicator) -> None:
-        """Count a bias behind a partial sum once."""
-        layer = base(block.get(name, block))
-        if "bias" in layer:
-            layer.bias = layer.bias * (comm.rank == 0)
-
-    return adapt
+def latent_bias_once(block: nn.Module, shards: BlockShards, comm: Communicator) -> None:
+    """Count the bias of a projection out of a latent once: its input is partial."""
+    layer = base(block.get("fc2_latent_proj", block))
+    if "bias" in layer:
+        layer.bias = layer.bias * (comm.rank == 0)
 
 
 def sum_before_norm(block: nn.Module, shards: BlockShards, comm: Communicator) -> None:
