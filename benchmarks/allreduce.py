@@ -17,12 +17,12 @@ import mlx.core as mx
 import numpy as np
 from ranks import HOSTFILE, measured
 
-from mlxtp.collectives import ways
-from mlxtp.eager import EagerCollectives
-from mlxtp.in_graph import GraphCollectives
-from mlxtp.traffic import Traffic
-from mlxtp.transports import add_backend, connect
-from mlxtp.watch import Watch
+from mlxtp.comm.allreduce import ways
+from mlxtp.comm.eager import EagerCollectives
+from mlxtp.comm.graph import GraphCollectives
+from mlxtp.comm.heartbeat import Watch
+from mlxtp.comm.traffic import Traffic
+from mlxtp.comm.transports import add_backend, connect
 
 # 32 KiB is the hidden vector of Llama 3.1 405B in 16 bits.
 SIZES = [2**power for power in (10, 12, 14, 15, 16, 18, 20, 22, 24)]

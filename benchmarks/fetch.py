@@ -17,7 +17,7 @@ from typing import Any
 
 from ranks import measured
 
-sys.path.append(str(Path(__file__).parent.parent / "tests"))
+sys.path.append(str(Path(__file__).parent.parent / "tests" / "support"))
 
 NAME = "org/model"
 
@@ -76,9 +76,9 @@ def measure(machines: Path) -> None:
     import numpy as np
 
     import mlxtp
-    from mlxtp import hub
+    from mlxtp.fetch import hub
+    from mlxtp.fetch.journal import Partial
     from mlxtp.loading import load_model
-    from mlxtp.partial import Partial
 
     comm = mlxtp.Communicator.world()
     comm.host = f"host-{rank}"

@@ -18,8 +18,8 @@ from models import LLAMA_3_2_1B, make
 from ranks import HOSTFILE, measured
 
 import mlxtp
-from mlxtp.collectives import WAYS
-from mlxtp.gathers import MPIGather
+from mlxtp.comm.allreduce import WAYS
+from mlxtp.comm.gathers import MPIGather
 from mlxtp.stories import PATH as STORIES
 
 # 8,192 elements of float32, which MPI can add, are 32 KiB.

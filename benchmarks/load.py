@@ -26,12 +26,12 @@ from proc import PeakMemory
 from ranks import measured
 
 import mlxtp
-from mlxtp.building import EmptyModel, build
+from mlxtp.checkpoint.rows import PAGE_BYTES
+from mlxtp.checkpoint.tensors import Tensor
 from mlxtp.loading import load_model
-from mlxtp.partition import Slice
-from mlxtp.rows import PAGE_BYTES
-from mlxtp.sharding import slice_table
-from mlxtp.tensors import Tensor
+from mlxtp.model.skeleton import EmptyModel, build
+from mlxtp.partition.spans import Slice
+from mlxtp.sharding.decide import slice_table
 
 
 def main() -> None:

@@ -22,8 +22,8 @@ from ranks import measured
 from wide_models import WIDE, make_quantized
 
 import mlxtp
-from mlxtp.building import build
 from mlxtp.loading import load_model
+from mlxtp.model.skeleton import build
 
 PROMPT = [[1, 20, 300, 4000]]
 ITEM_BYTES = 2  # of bfloat16, in which activations travel

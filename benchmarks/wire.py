@@ -20,9 +20,9 @@ from ranks import measured
 from tokenizers import Tokenizer
 
 import mlxtp
+from mlxtp.comm.codec import Int8Wire
 from mlxtp.stories import PATH as STORIES
 from mlxtp.stories.train import CONFIG, LONG_LENGTH, batch, row
-from mlxtp.wire import Int8Wire
 
 WIRES = ["plain", "int8"]
 MAX_TOKENS = 100

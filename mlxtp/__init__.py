@@ -2,8 +2,8 @@
 
 from importlib.metadata import version
 
-from mlxtp.communicator import Communicator
-from mlxtp.decoding import stream_generate
+from mlxtp.comm.communicator import Communicator
+from mlxtp.generation.stream import stream_generate
 from mlxtp.loading import load
 
 __all__ = ["Communicator", "__version__", "load", "stream_generate"]

@@ -22,9 +22,11 @@ from mlx_lm.sample_utils import make_logits_processors, make_sampler
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 
 import mlxtp
-from mlxtp import launched, options, prompt
-from mlxtp.communicator import AgreedError, Communicator
-from mlxtp.prompt_cache import SavedPrompt
+from mlxtp import options
+from mlxtp.comm import launcher as launched
+from mlxtp.comm.communicator import AgreedError, Communicator
+from mlxtp.generation import prompt
+from mlxtp.generation.prompt_cache import SavedPrompt
 from mlxtp.stories import PATH as STORIES
 
 

@@ -13,19 +13,21 @@ from mlx_lm.tokenizer_utils import TokenizerWrapper
 from mlx_lm.utils import load_tokenizer
 from tqdm import tqdm
 
-from mlxtp import cut_checkpoint, hub, memory
-from mlxtp.building import EmptyModel, build
-from mlxtp.communicator import AgreedError, Communicator
-from mlxtp.cut_checkpoint import Origin, Share, bytes_of, lacking
-from mlxtp.fetching import fill
-from mlxtp.hub import Repo
-from mlxtp.parallel import parallelize
-from mlxtp.partition import Slice
-from mlxtp.reading import ReadAhead
-from mlxtp.recipes import needed, reads
-from mlxtp.sharding import slice_table
-from mlxtp.shards import SliceTable
-from mlxtp.tensors import Tensor
+from mlxtp.checkpoint import cut as cut_checkpoint
+from mlxtp.checkpoint import memory
+from mlxtp.checkpoint.cut import Origin, Share, bytes_of, lacking
+from mlxtp.checkpoint.readahead import ReadAhead
+from mlxtp.checkpoint.tensors import Tensor
+from mlxtp.comm.communicator import AgreedError, Communicator
+from mlxtp.fetch import hub
+from mlxtp.fetch.fetch import fill
+from mlxtp.fetch.hub import Repo
+from mlxtp.layers.parallelize import parallelize
+from mlxtp.model.skeleton import EmptyModel, build
+from mlxtp.model.sources import needed, reads
+from mlxtp.partition.spans import Slice
+from mlxtp.sharding.decide import slice_table
+from mlxtp.sharding.table import SliceTable
 
 logger = logging.getLogger(__name__)
 

@@ -9,10 +9,10 @@ from typing import Any
 
 from mlx_lm.generate import setup_arg_parser
 
-from mlxtp import launched
-from mlxtp.collectives import WAYS
-from mlxtp.communicator import TIMEOUT_SECONDS
-from mlxtp.transports import TRANSPORTS
+from mlxtp.comm import launcher as launched
+from mlxtp.comm.allreduce import WAYS
+from mlxtp.comm.communicator import TIMEOUT_SECONDS
+from mlxtp.comm.transports import TRANSPORTS
 
 # Options of mlx-lm that a split model does not take.
 REFUSED = {

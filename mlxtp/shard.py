@@ -13,16 +13,20 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from mlxtp import cut_checkpoint, cutting, hashes, hub, options
-from mlxtp.building import build
-from mlxtp.checkpoint import Checkpoint
-from mlxtp.communicator import Communicator
-from mlxtp.cut_checkpoint import Origin, Share, bytes_of, lacking
-from mlxtp.hashes import Advance
+from mlxtp import options
+from mlxtp.checkpoint import cut as cut_checkpoint
+from mlxtp.checkpoint import verify as hashes
+from mlxtp.checkpoint import writing as cutting
+from mlxtp.checkpoint.cut import Origin, Share, bytes_of, lacking
+from mlxtp.checkpoint.headers import Checkpoint
+from mlxtp.checkpoint.verify import Advance
+from mlxtp.comm.communicator import Communicator
+from mlxtp.fetch import hub
 from mlxtp.loading import locate
-from mlxtp.partition import Slice
-from mlxtp.recipes import needed
-from mlxtp.sharding import slice_table
+from mlxtp.model.skeleton import build
+from mlxtp.model.sources import needed
+from mlxtp.partition.spans import Slice
+from mlxtp.sharding.decide import slice_table
 
 
 def main() -> None:

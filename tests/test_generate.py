@@ -10,7 +10,7 @@ import mlx_lm
 import pytest
 from mlx_lm.generate import setup_arg_parser
 from ranks import mpirun
-from test_models import MODELS, heads
+from reference import MODELS, heads
 from tiny import Tiny
 
 from mlxtp import options

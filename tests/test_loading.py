@@ -12,14 +12,15 @@ import numpy as np
 import pytest
 from mlx.utils import tree_flatten
 from mlx_lm.tuner.utils import linear_to_lora_layers
+from reference import MODELS, greedy, on_rank_0, quantized
 from safetensors import safe_open
-from test_models import MODELS, greedy, on_rank_0, quantized
 from tiny import Tiny, edit_config, made_by_rank_0
 
 import mlxtp
-from mlxtp import Communicator, memory
-from mlxtp.building import build
-from mlxtp.sharding import slice_table
+from mlxtp import Communicator
+from mlxtp.checkpoint import memory
+from mlxtp.model.skeleton import build
+from mlxtp.sharding.decide import slice_table
 
 
 def test_several_files_with_and_without_an_index(
@@ -178,7 +179,7 @@ def test_too_little_memory_is_said_before_reading(
 ) -> None:
     folder = made_by_rank_0(Tiny(), shared_path / "memory", comm)
     monkeypatch.setattr(memory, "available_bytes", lambda: 200_000)
-    monkeypatch.setattr("mlxtp.tensors.read", None)
+    monkeypatch.setattr("mlxtp.checkpoint.tensors.read", None)
     with pytest.raises(ValueError, match=r"take 0\.\d GB, and it has 0\.0 GB free"):
         mlxtp.load(folder, comm)
 

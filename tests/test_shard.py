@@ -10,18 +10,19 @@ from pathlib import Path
 
 import mlx.core as mx
 import mlx_lm
+import published
 import pytest
-import test_recipes
+from reference import greedy, on_rank_0
 from safetensors import safe_open
-from test_models import greedy, on_rank_0
 from tiny import Tiny, made_by_rank_0
 
 import mlxtp
-from mlxtp import Communicator, cutting
-from mlxtp.building import build
-from mlxtp.communicator import AgreedError
+from mlxtp import Communicator
+from mlxtp.checkpoint import writing as cutting
+from mlxtp.comm.communicator import AgreedError
+from mlxtp.model.skeleton import build
 from mlxtp.shard import main, report, shard
-from mlxtp.sharding import slice_table
+from mlxtp.sharding.decide import slice_table
 
 once = pytest.mark.once
 Q4 = {"group_size": 32, "bits": 4}
@@ -74,10 +75,10 @@ def test_a_rank_needs_its_own_folder_alone(
 
 
 @once
-@pytest.mark.parametrize("case", test_recipes.CASES)
+@pytest.mark.parametrize("case", published.CASES)
 def test_published_checkpoints_are_cut(case: str, tmp_path: Path) -> None:
     """Of what mlx-lm computes of tensors, each rank has what that takes."""
-    folder = test_recipes.published(case, tmp_path)
+    folder = published.published(case, tmp_path)
     output, ranks = tmp_path / "cut", 3
     shard(folder, [1] * ranks, output)
     whole = build(folder)
@@ -261,8 +262,8 @@ def test_killed_while_it_cuts(tmp_path: Path) -> None:
 def test_what_cannot_be_followed_is_not_cut(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    folder = test_recipes.published("stacked", tmp_path)
-    monkeypatch.setattr("mlxtp.recipes.OPERATIONS", {})
+    folder = published.published("stacked", tmp_path)
+    monkeypatch.setattr("mlxtp.model.sources.OPERATIONS", {})
     with pytest.raises(ValueError, match="in a way that mlxtp cannot follow"):
         shard(folder, [1, 1], tmp_path / "cut")
     assert not (tmp_path / "cut").exists()

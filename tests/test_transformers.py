@@ -8,7 +8,7 @@ from pathlib import Path
 import mlx.core as mx
 import numpy as np
 import pytest
-from test_models import MODELS, PROMPT, STEPS, as_numpy, greedy, on_rank_0
+from reference import MODELS, PROMPT, STEPS, as_numpy, greedy, on_rank_0
 from tiny import made_by_rank_0
 
 import mlxtp

@@ -11,6 +11,7 @@ import mlx.core as mx
 import mlx.nn as nn
 import pytest
 import zoo
+from every_type import PROMPT, RUNNABLE, check_logits
 from metal_kernels import use_plain_operations
 from mlx.utils import tree_flatten
 from mlx_lm.generate import generate_step, speculative_generate_step
@@ -19,35 +20,19 @@ from mlx_lm.tuner.utils import linear_to_lora_layers, load_adapters
 from mlx_lm.utils import (
     load_model,
     load_tokenizer,
-    quantize_model,
-    save_config,
-    save_model,
 )
-from test_architectures import PROMPT, RUNNABLE, check_logits
-from test_models import as_numpy, on_rank_0
+from reference import as_numpy, on_rank_0
+from saved_types import saved
 from tiny import Tiny, made_by_rank_0
 
 from mlxtp import Communicator, stream_generate
+from mlxtp.generation.prompt_cache import SavedPrompt
 from mlxtp.loading import load_model as load_split
-from mlxtp.prompt_cache import SavedPrompt
 
 use_plain_operations()
 pytestmark = pytest.mark.ranks(3)
 
 STEPS = 6
-
-
-def saved(model_type: str, folder: Path, bits: int | None = None) -> Path:
-    """The folder of a tiny model of a type."""
-    folder = folder / ("types" if bits is None else "quantized") / model_type
-    if not folder.exists():
-        folder.mkdir(parents=True)
-        model, config = zoo.build(model_type)
-        if bits is not None:
-            model, config = quantize_model(model, config, 64, bits)
-        save_model(folder, model)
-        save_config(config, folder / "config.json")
-    return folder
 
 
 @pytest.mark.parametrize("kind", ["lora", "dora"])

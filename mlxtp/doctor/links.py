@@ -9,7 +9,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from itertools import combinations
 
-from mlxtp.doctor.line import Line
+from mlxtp.comm.line import Line
 
 REACH_SECONDS = 2.0
 STALL_SECONDS = 3.0

@@ -10,10 +10,10 @@ from importlib.metadata import version
 from pathlib import Path
 
 import mlxtp
-from mlxtp import memory
+from mlxtp.checkpoint import memory
+from mlxtp.comm.transports import lacking
 from mlxtp.doctor import linux, macos
 from mlxtp.doctor.facts import Facts, Interface, Route
-from mlxtp.transports import lacking
 
 HERE = macos if sys.platform == "darwin" else linux
 

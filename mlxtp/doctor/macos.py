@@ -3,8 +3,8 @@
 import json
 import re
 
+from mlxtp.comm.transports import rdma
 from mlxtp.doctor.facts import Facts, Interface, Route, output
-from mlxtp.transports import rdma
 
 SETTINGS = (
     "hw.memsize",

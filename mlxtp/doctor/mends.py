@@ -1,8 +1,8 @@
 """The commands that mend what is wrong, as they are typed on the host."""
 
+from mlxtp.cluster.addresses import RING_ADDRESSES
 from mlxtp.doctor.findings import Findings
 from mlxtp.doctor.machine import Machine
-from mlxtp.transports.network import RING_ADDRESSES
 
 
 def ring_command(found: Findings, machine: Machine) -> str:

@@ -4,10 +4,10 @@ from collections import Counter
 from collections.abc import Iterator
 from statistics import median
 
+from mlxtp.cluster.addresses import RING_ADDRESSES
 from mlxtp.doctor.findings import Fault, Findings, Pair
 from mlxtp.doctor.machine import Machine
 from mlxtp.doctor.mends import mtu_command, ring_command, sudo
-from mlxtp.transports.network import RING_ADDRESSES
 
 # A link is slow beside its peers: noise is less on a machine that is not idle.
 SLOW = 2.0

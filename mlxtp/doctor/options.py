@@ -3,10 +3,10 @@
 import argparse
 from pathlib import Path
 
-from mlxtp import launched
-from mlxtp.communicator import TIMEOUT_SECONDS
+from mlxtp.comm import launcher as launched
+from mlxtp.comm.communicator import TIMEOUT_SECONDS
+from mlxtp.comm.transports import TRANSPORTS
 from mlxtp.doctor.speed import DTYPES
-from mlxtp.transports import TRANSPORTS
 
 # mpi4py lets the ranks find each other, and MLX's MPI shares no process with it.
 MEASURED = [name for name in TRANSPORTS if name != "mlx-mpi"]

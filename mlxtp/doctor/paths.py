@@ -3,9 +3,9 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+from mlxtp.cluster.addresses import RING_ADDRESSES
 from mlxtp.doctor.facts import Route
 from mlxtp.doctor.machine import Machine
-from mlxtp.transports.network import RING_ADDRESSES
 
 # Of each rank, by address of another: None where there is no way.
 Routes = Sequence[Mapping[str, Route | None]]

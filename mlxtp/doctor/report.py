@@ -7,9 +7,9 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from mlxtp.cluster.measured import Collective
 from mlxtp.doctor.findings import Fault, Findings
 from mlxtp.doctor.links import Ring
-from mlxtp.measured import Collective
 
 # Wide enough for the table, whatever mpirun makes of the terminal.
 WIDTH = 110

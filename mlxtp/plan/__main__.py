@@ -12,7 +12,7 @@ from pathlib import Path
 from rich.console import Console
 
 from mlxtp import options
-from mlxtp.measured import Measured
+from mlxtp.cluster.measured import Measured
 from mlxtp.plan import hardware
 from mlxtp.plan.auto import auto
 from mlxtp.plan.calibration import of_measured

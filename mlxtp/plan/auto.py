@@ -8,13 +8,13 @@ from math import gcd, prod
 
 import mlx.nn as nn
 
-from mlxtp.architectures.cuts import Heads
-from mlxtp.partition import Slice
+from mlxtp.families.blocks import Heads
+from mlxtp.partition.spans import Slice
 from mlxtp.plan.hardware import Machine, alike
 from mlxtp.plan.opening import Opened
 from mlxtp.plan.planning import Plan, Setting, plan
 from mlxtp.plan.requirements import Need
-from mlxtp.sharding import slice_table
+from mlxtp.sharding.decide import slice_table
 
 # Shares are tried in steps of this part of an even one.
 UNITS = 24

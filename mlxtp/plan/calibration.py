@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 
-from mlxtp.measured import Host
+from mlxtp.cluster.measured import Host
 from mlxtp.plan.hardware import OPERATION_SECONDS, Machine
 from mlxtp.plan.opening import opened
 from mlxtp.plan.requirements import needs

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from mlxtp.measured import Measured
+from mlxtp.cluster.measured import Measured
 
 GIB = 1 << 30
 

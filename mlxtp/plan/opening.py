@@ -14,13 +14,15 @@ import mlx.core as mx
 from mlx.utils import tree_flatten
 from mlx_lm.utils import quantize_model
 
-from mlxtp import building, cut_checkpoint, hub
-from mlxtp.building import EmptyModel
-from mlxtp.checkpoint import WEIGHTS, Header
-from mlxtp.communicator import Communicator
-from mlxtp.cut_checkpoint import Origin
+from mlxtp.checkpoint import cut as cut_checkpoint
+from mlxtp.checkpoint.cut import Origin
+from mlxtp.checkpoint.headers import WEIGHTS, Header
+from mlxtp.checkpoint.tensors import DTYPES, whole_tensor
+from mlxtp.comm.communicator import Communicator
+from mlxtp.fetch import hub
 from mlxtp.loading import locate
-from mlxtp.tensors import DTYPES, whole_tensor
+from mlxtp.model import skeleton as building
+from mlxtp.model.skeleton import EmptyModel
 
 # In the words of safetensors; FP8 comes as bytes.
 KINDS = {dtype: kind for kind, dtype in DTYPES.items() if kind != "F8_E4M3"}

@@ -3,15 +3,15 @@
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-from mlxtp.architectures.cuts import Heads, Width
-from mlxtp.partition import length
+from mlxtp.dryrun.passes import PIECE, Rehearsed, Step, rehearse
+from mlxtp.families.blocks import Heads, Width
+from mlxtp.partition.spans import length
 from mlxtp.plan.opening import Opened
-from mlxtp.plan.rehearsal import PIECE, Rehearsed, Step, rehearse
-from mlxtp.sharding import slice_table
-from mlxtp.shards import SliceTable
+from mlxtp.sharding.decide import slice_table
+from mlxtp.sharding.table import SliceTable
 
 # Of what the layers between two collectives give out together, what is there at once,
-# with what lies between them: measured (tests/test_plan_fits.py).
+# with what lies between them: measured (tests/plan/test_plan_fits.py).
 MADE_AT_ONCE = 1.5
 # Where attention is not one kernel: of the products of all queries and keys, likewise.
 SCORES_AT_ONCE = 1.2

@@ -7,8 +7,8 @@ a token takes the sum over the steps of the slowest rank's time, and the collect
 from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
 
+from mlxtp.dryrun.passes import PIECE, Step
 from mlxtp.plan.hardware import Machine, Network
-from mlxtp.plan.rehearsal import PIECE, Step
 from mlxtp.plan.requirements import Need
 
 # Kernels for each layer with weights on a GPU, where norms, rotations and attention

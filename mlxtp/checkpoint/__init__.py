@@ -1,0 +1,1 @@
+"""A checkpoint's bytes on disk: headers, tensors in pieces, cut checkpoints."""

@@ -1,0 +1,272 @@
+"""Cut checkpoints: folders with slices of a checkpoint's tensors, rank by rank.
+
+    config.json, tokenizer.json, …      as they were
+    checkpoint.json                     every tensor of the whole, and its source
+    rank-0-of-5/model.safetensors       slices by the names of the tensors, a file
+                                        for each of the checkpoint's
+    rank-0-of-5/manifest.json           which slices, and their hashes; written last
+
+A machine needs the files at the top and its own rank's folder. In `rest` lies what no
+rank reads (a vision tower, say): it makes the checkpoint whole again.
+"""
+
+import json
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from mlxtp.checkpoint.headers import Checkpoint, Header, read_header
+from mlxtp.checkpoint.tensors import Piece, Tensor, whole_tensor
+from mlxtp.partition.spans import Slice
+
+CHECKPOINT = "checkpoint.json"
+MANIFEST = "manifest.json"
+REST = "rest"
+
+# What of a repository makes a model, besides its weights.
+SMALL_FILES = ["*.json", "*.model", "*.tiktoken", "*.txt", "*.jinja", "*.py"]
+
+
+@dataclass(frozen=True)
+class Origin:
+    """What was cut: its name, on the hub the commit, and the headers of its files.
+
+    Tensors lie where they do in the source's files.
+    """
+
+    source: str
+    revision: str | None
+    headers: dict[str, Header]
+
+    @property
+    def tensors(self) -> dict[str, Tensor]:
+        return {
+            name: tensor
+            for header in self.headers.values()
+            for name, tensor in header.tensors.items()
+        }
+
+    def to_json(self) -> dict[str, Any]:
+        return {
+            "source": self.source,
+            "revision": self.revision,
+            "files": {
+                file: {
+                    "metadata": header.metadata,
+                    "sha256": header.sha256,
+                    "tensors": {
+                        tensor.name: {
+                            "dtype": tensor.kind,
+                            "shape": tensor.shape,
+                            "offset": tensor.pieces[0].offset,
+                        }
+                        for tensor in header.tensors.values()
+                    },
+                }
+                for file, header in self.headers.items()
+            },
+        }
+
+    @classmethod
+    def from_json(cls, content: Mapping[str, Any]) -> "Origin":
+        return cls(
+            content["source"],
+            content["revision"],
+            {
+                file: Header(
+                    header["metadata"],
+                    {
+                        name: whole_tensor(
+                            name, it["dtype"], it["shape"], Path(file), it["offset"]
+                        )
+                        for name, it in header["tensors"].items()
+                    },
+                    header["sha256"],
+                )
+                for file, header in content["files"].items()
+            },
+        )
+
+
+@dataclass(frozen=True)
+class Share:
+    """For whom slices were cut: a rank of a world; nobody, for the rest."""
+
+    weights: tuple[int, ...]
+    rank: int | None
+
+    @property
+    def folder(self) -> str:
+        """`rank-0-of-5`; `rank-0-of-2-1-1` where the weights differ."""
+        if self.rank is None:
+            return REST
+        equal = len(set(self.weights)) == 1
+        world = str(len(self.weights)) if equal else "-".join(map(str, self.weights))
+        return f"rank-{self.rank}-of-{world}"
+
+
+def is_cut(folder: Path) -> bool:
+    return (folder / CHECKPOINT).exists()
+
+
+def open_checkpoint(folder: Path) -> dict[str, Tensor]:
+    """The tensors of the checkpoint in `folder`, whole or cut.
+
+    Raises: ValueError, with the file, if one is missing, cut short or broken.
+    """
+    if not is_cut(folder):
+        return Checkpoint.of_folder(folder).tensors
+    return open_cut(folder)
+
+
+def open_cut(folder: Path) -> dict[str, Tensor]:
+    """The tensors of a cut checkpoint, with the pieces that are in `folder`."""
+    tensors = origin_of(folder).tensors
+    pieces: dict[str, list[Piece]] = {name: [] for name in tensors}
+    for part in rank_folders(folder):
+        for name, piece in _pieces(part, tensors):
+            pieces[name].append(piece)
+    return {
+        name: Tensor(name, tensor.kind, tensor.shape, tuple(pieces[name]))
+        for name, tensor in tensors.items()
+    }
+
+
+def origin_of(folder: Path) -> Origin:
+    """What the cut checkpoint in `folder` was cut from."""
+    if not is_cut(folder):
+        raise ValueError(f"{folder} is no cut checkpoint")
+    try:
+        return Origin.from_json(json.loads((folder / CHECKPOINT).read_text()))
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ValueError(
+            f"{folder / CHECKPOINT} does not describe a checkpoint: {error!r}"
+        ) from None
+
+
+def begin(folder: Path, origin: Origin, small: Mapping[str, bytes]) -> None:
+    """Make `folder` a cut checkpoint without slices, with the `small` files.
+
+    Raises: ValueError if it holds slices of another checkpoint.
+    """
+    if is_cut(folder):
+        if origin_of(folder).to_json()["files"] != origin.to_json()["files"]:
+            raise ValueError(f"{folder} holds slices of another checkpoint")
+        return
+    if folder.exists() and any(folder.iterdir()):
+        raise ValueError(f"{folder} is not empty, and no cut checkpoint")
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, content in small.items():
+        (folder / name).write_bytes(content)
+    write_json(folder / CHECKPOINT, origin.to_json())
+
+
+def small_files(folder: Path) -> dict[str, bytes]:
+    """What of a model's folder goes with its weights."""
+    found = {file for pattern in SMALL_FILES for file in folder.glob(pattern)}
+    return {file.name: file.read_bytes() for file in found if file.name != CHECKPOINT}
+
+
+def stamp(file: Path) -> list[int]:
+    """A file's size and time: where they are as they were, it is."""
+    found = file.stat()
+    return [found.st_size, found.st_mtime_ns]
+
+
+def write_manifest(
+    part: Path,
+    share: Share,
+    origin: Origin,
+    files: Mapping[str, tuple[Mapping[Tensor, Slice], Mapping[str, str]]],
+) -> None:
+    manifest = {
+        "source": origin.source,
+        "revision": origin.revision,
+        "world_size": len(share.weights),
+        "weights": share.weights,
+        "rank": share.rank,
+        "files": {
+            file: {
+                "stamp": stamp(part / file),
+                "slices": {
+                    tensor.name: {
+                        "axis": it.axis,
+                        "spans": it.spans,
+                        "sha256": hashes[tensor.name],
+                    }
+                    for tensor, it in slices.items()
+                },
+            }
+            for file, (slices, hashes) in files.items()
+        },
+    }
+    write_json(part / MANIFEST, manifest)
+
+
+def bytes_of(slices: Mapping[Tensor, Slice]) -> int:
+    return sum(part.size * tensor.dtype.size for tensor, part in slices.items())
+
+
+def lacking(slices: Mapping[Tensor, Slice]) -> dict[Tensor, Slice]:
+    """What of `slices` is not here."""
+    gone = {tensor: tensor.missing(part) for tensor, part in slices.items()}
+    return {tensor: part for tensor, part in gone.items() if part}
+
+
+def shares(folder: Path) -> list[Share]:
+    """Whose slices are in `folder`."""
+    manifests = [manifest_of(part) for part in rank_folders(folder)]
+    return [Share(tuple(it["weights"]), it["rank"]) for it in manifests]
+
+
+def size_bytes(folder: Path) -> int:
+    """Bytes of all slices in `folder`."""
+    return sum(
+        file.stat().st_size
+        for part in rank_folders(folder)
+        for file in part.glob("*.safetensors")
+    )
+
+
+def rank_folders(folder: Path) -> list[Path]:
+    """The folders of slices that were written to the end."""
+    found = (file.parent for file in folder.glob(f"*/{MANIFEST}"))
+    return sorted(part for part in found if part.suffix != ".partial")
+
+
+def manifest_of(part: Path) -> dict[str, Any]:
+    try:
+        content: dict[str, Any] = json.loads((part / MANIFEST).read_text())
+        for key in ("world_size", "weights", "rank", "files"):
+            content[key]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ValueError(
+            f"{part / MANIFEST} is no manifest of slices: {error!r}"
+        ) from None
+    return content
+
+
+def _pieces(part: Path, tensors: Mapping[str, Tensor]) -> Iterator[tuple[str, Piece]]:
+    """What lies in a rank's folder, by tensor."""
+    for file, said in manifest_of(part)["files"].items():
+        header = read_header(part / file)
+        for name, it in said["slices"].items():
+            if name not in tensors or name not in header.tensors:
+                raise ValueError(f"{part / file} does not hold {name}, as it should")
+            spans = tuple((start, stop) for start, stop in it["spans"])
+            held = Slice(tensors[name].shape, it["axis"], spans)
+            stored = header.tensors[name]
+            if (stored.kind, stored.shape) != (tensors[name].kind, held.shape):
+                raise ValueError(
+                    f"{part / file}: {name} is {stored.kind} {stored.shape}, not the "
+                    f"{tensors[name].kind} {held.shape} that its manifest promises"
+                )
+            yield name, Piece(part / file, stored.pieces[0].offset, held)
+
+
+def write_json(file: Path, content: Mapping[str, Any]) -> None:
+    """Write at once: nobody sees half of it."""
+    partial = file.with_suffix(".partial")
+    partial.write_text(json.dumps(content, indent=1))
+    partial.rename(file)

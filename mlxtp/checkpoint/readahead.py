@@ -1,0 +1,63 @@
+"""Slices of tensors, read by threads ahead of what is made of them."""
+
+from collections import deque
+from collections.abc import Iterable
+from concurrent.futures import Future, ThreadPoolExecutor
+from types import TracebackType
+from typing import Self
+
+import mlx.core as mx
+
+from mlxtp.checkpoint.memory import allocate
+from mlxtp.checkpoint.tensors import Tensor, fill, read
+from mlxtp.partition.spans import Slice
+
+READERS = 4
+# A slice is begun while fewer bytes than this are under way: no more of what will be
+# converted lies in memory besides.
+AHEAD_BYTES = 32 * 1024 * 1024
+
+
+class ReadAhead:
+    """Reads slices like `tensors.read`, some before they are asked for.
+
+    `wanted` is what will be asked for, in that order. What is asked for out of turn is
+    read then.
+    """
+
+    def __init__(self, wanted: Iterable[tuple[Tensor, Slice]]) -> None:
+        self._wanted = iter(wanted)
+        self._under_way: deque[tuple[Tensor, Slice, mx.array, Future[None]]] = deque()
+        self._bytes = 0
+        self._pool = ThreadPoolExecutor(READERS)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self._pool.shutdown(cancel_futures=True)
+
+    def __call__(self, tensor: Tensor, part: Slice) -> mx.array:
+        self._begin()
+        if not self._under_way or self._under_way[0][:2] != (tensor, part):
+            return read(tensor, part)
+        *_, array, done = self._under_way.popleft()
+        self._bytes -= array.nbytes
+        done.result()
+        self._begin()
+        return array
+
+    def _begin(self) -> None:
+        while self._bytes < AHEAD_BYTES:
+            if (following := next(self._wanted, None)) is None:
+                return
+            tensor, part = following
+            array, memory = allocate(part.shape, tensor.dtype)
+            done = self._pool.submit(fill, memory, tensor, part)
+            self._under_way.append((tensor, part, array, done))
+            self._bytes += array.nbytes

@@ -1,0 +1,1 @@
+"""Hosts: their addresses and memory, and what doctor measured of them."""

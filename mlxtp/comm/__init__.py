@@ -1,0 +1,1 @@
+"""Ranks: the communicator, its collectives and what carries them."""

@@ -1,0 +1,50 @@
+"""Collectives on MLX arrays that stand in MLX's graph: nothing is evaluated."""
+
+from collections.abc import Sequence
+
+import mlx.core as mx
+
+from mlxtp.comm.heartbeat import Watch
+from mlxtp.comm.traffic import Traffic
+from mlxtp.comm.transports import GraphTransport
+
+
+class GraphCollectives:
+    """Gathers by one of MLX's backends, and sums in rank order.
+
+    The backends' own sums are made in an order of theirs, in 16 bits for 16-bit
+    types. Ours cost more bytes where arrays are large: every rank gets all parts.
+    """
+
+    def __init__(
+        self, transport: GraphTransport, watch: Watch, traffic: Traffic
+    ) -> None:
+        self._transport = transport
+        self._watch = watch
+        self._traffic = traffic
+
+    def __str__(self) -> str:
+        return "allreduce: gathers in the graph, sums in rank order"
+
+    def allreduce(self, x: mx.array, at: str) -> mx.array:
+        """Sum x (...) over ranks, in float32 for 16-bit floats."""
+        self._traffic.count(x.nbytes, 0.0)
+        self._watch.put_in_graph("an allreduce", at)
+        parts = self._transport.allgather(x)
+        if x.dtype in (mx.float16, mx.bfloat16):
+            parts = parts.astype(mx.float32)
+        total = parts[0]
+        for rank in range(1, self._transport.size):
+            total = total + parts[rank]
+        return total.astype(x.dtype)
+
+    def allgather(self, x: mx.array, sizes: Sequence[int], at: str) -> mx.array:
+        """Join the ranks' x (..., sizes[rank]) along the last axis."""
+        self._traffic.count(x.nbytes, 0.0)
+        self._watch.put_in_graph("an allgather", at)
+        missing = max(sizes) - x.shape[-1]
+        padded = mx.pad(x, [*[(0, 0)] * (x.ndim - 1), (0, missing)])
+        parts = self._transport.allgather(padded)
+        return mx.concatenate(
+            [parts[rank][..., :size] for rank, size in enumerate(sizes)], axis=-1
+        )

@@ -1,0 +1,109 @@
+"""What mpirun tells a rank, and how a program of many ranks starts and ends."""
+
+import argparse
+import contextlib
+import io
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from typing import NoReturn
+
+from mlxtp.comm.transports.openmpi import finish, is_started
+
+# Where launchers tell a rank its number, and how many there are.
+RANKS = ("OMPI_COMM_WORLD_RANK", "PMI_RANK")
+SIZES = ("OMPI_COMM_WORLD_SIZE", "PMI_SIZE")
+
+# How much later than the others rank 0 ends when something is wrong.
+LAST_SECONDS = 0.5
+
+# Python and its imports take a while, and on one host longer than on another.
+LEAST_START_SECONDS = 10.0
+
+# A process of its own: it ends when its input does, or ends this one.
+GUARD = f"""
+import os, select, sys
+seconds, process, words = sys.argv[1:]
+if not select.select([0], [], [], float(seconds))[0]:
+    os.write(2, words.encode())
+    os.kill(int(process), {int(signal.SIGKILL)})
+"""
+
+
+def size() -> int:
+    """The number of ranks that mpirun started this one among; 0 without mpirun."""
+    return _largest(SIZES)
+
+
+def rank() -> int:
+    """This rank's number, as mpirun tells it; 0 without mpirun."""
+    return _largest(RANKS)
+
+
+def later_seconds() -> float:
+    """How long this rank leaves it to lower ones to say what all ranks see."""
+    return 0.5 * min(rank(), 2)
+
+
+def _largest(names: tuple[str, ...]) -> int:
+    return max(int(os.environ.get(name, "0")) for name in names)
+
+
+@contextlib.contextmanager
+def limited_start(seconds: float) -> Iterator[None]:
+    """End all ranks, with a message, if MPI does not start in this block.
+
+    `seconds` is the limit, which is never below `LEAST_START_SECONDS`. MPI starts when
+    all ranks have come, and mpi4py lets no thread of Python run until then.
+    """
+    if is_started():
+        yield
+        return
+    seconds = max(seconds, LEAST_START_SECONDS)
+    words = (
+        f"mlxtp: MPI did not start on {socket.gethostname()} within {seconds:g} s: "
+        "a rank has not come, or its host is not reached\n"
+    )
+    command = [sys.executable, "-I", "-S", "-c", GUARD]
+    command += [str(seconds + later_seconds()), str(os.getpid()), words]
+    # Leaving the block closes its input, and waits for it.
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.DEVNULL):
+        yield
+
+
+def parse(
+    parser: argparse.ArgumentParser, arguments: Sequence[str]
+) -> argparse.Namespace:
+    """Parse the command line, the same on all ranks; rank 0 alone prints.
+
+    For --help and for mistakes the program ends, as argparse has it.
+    """
+    nowhere = io.StringIO()
+    with contextlib.ExitStack() as stack:
+        if rank() > 0:
+            stack.enter_context(contextlib.redirect_stdout(nowhere))
+            stack.enter_context(contextlib.redirect_stderr(nowhere))
+        try:
+            return parser.parse_args(arguments)
+        except SystemExit as stop:
+            status = int(stop.code or 0)
+    leave(status)
+
+
+def leave(status: int) -> NoReturn:
+    """End all ranks, which all call it, with a status that is rank 0's alone, last.
+
+    mpirun 5.0.11 over several hosts crashes or hangs in four of ten jobs whose ranks
+    all end with another status than 0 at once.
+    """
+    if size():
+        finish()
+        if rank() > 0:
+            status = 0
+        elif status:
+            time.sleep(LAST_SECONDS)
+    sys.exit(status)

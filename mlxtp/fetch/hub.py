@@ -1,0 +1,229 @@
+"""A repository on the hub: its small files, its headers, and ranges of its files.
+
+Through huggingface-hub's client, with its endpoint, token, cache and offline settings.
+"""
+
+import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeVar
+
+import numpy as np
+from huggingface_hub import (
+    HfApi,
+    cached_assets_path,
+    constants,
+    hf_hub_url,
+    snapshot_download,
+)
+from huggingface_hub.errors import HfHubHTTPError
+from huggingface_hub.hf_api import RepoFile
+from huggingface_hub.utils import (
+    build_hf_headers,
+    hf_raise_for_status,
+    http_stream_backoff,
+)
+
+from mlxtp.checkpoint.cut import SMALL_FILES, Origin
+from mlxtp.checkpoint.headers import INDEX, WEIGHTS, Header, header_of, weight_map
+from mlxtp.checkpoint.verify import Advance
+
+# How often something is asked for that breaks off or comes wrong, and the first wait.
+ATTEMPTS = 5
+WAIT_SECONDS = 0.5
+# What may be over when one asks again: too many requests, and faults of the server.
+PASSING = (429, 500, 502, 503, 504)
+HINTS = {
+    401: "it does not exist or is private: check the name, or run hf auth login",
+    403: "access to it has to be asked for on its page, with the token's account",
+    404: "it, or this revision of it, does not exist",
+}
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Repo:
+    """A commit of a repository."""
+
+    name: str
+    commit: str
+
+    def folder(self) -> Path:
+        """Where this machine keeps slices of it."""
+        return cached_assets_path("mlxtp", self.name, self.commit)
+
+
+def whole(repo: Repo) -> Path | None:
+    """Its folder in the hub's cache, where it is there with all weights."""
+    try:
+        return Path(
+            snapshot_download(
+                repo.name,
+                revision=repo.commit,
+                allow_patterns=[WEIGHTS, *SMALL_FILES],
+                local_files_only=True,
+            )
+        )
+    except (OSError, ValueError):
+        return None
+
+
+def download(name: str) -> Path:
+    """Its folder in the hub's cache, with all weights, from the hub where missing.
+
+    Raises: ValueError with what the hub said.
+    """
+    patterns = [WEIGHTS, *SMALL_FILES]
+    return Path(_asked(name, lambda: snapshot_download(name, allow_patterns=patterns)))
+
+
+def small_files(name: str) -> tuple[Repo, dict[str, bytes]]:
+    """The commit that `name` stands for now, and what goes with its weights.
+
+    Raises: ValueError with what the hub said.
+    """
+    folder = Path(
+        _asked(name, lambda: snapshot_download(name, allow_patterns=SMALL_FILES))
+    )
+    files = {f.name: f.read_bytes() for p in SMALL_FILES for f in folder.glob(p)}
+    return Repo(name, folder.name), files
+
+
+def origin(repo: Repo, small: dict[str, bytes]) -> Origin:
+    """Read the headers of a repository's safetensors files.
+
+    Raises: ValueError with what the hub said, or what is wrong with a header.
+    """
+    api = HfApi()
+    there = _asked(
+        repo.name,
+        lambda: {
+            file.path: file
+            for file in api.list_repo_tree(repo.name, revision=repo.commit)
+            if isinstance(file, RepoFile)
+        },
+    )
+    if INDEX in small:
+        files = set(weight_map(small[INDEX], f"{INDEX} of {repo.name}").values())
+    else:
+        files = {name for name in there if Path(name).match(WEIGHTS)}
+    if not files or not files <= there.keys():
+        lacking = ", ".join(sorted(files - there.keys())) or WEIGHTS
+        raise ValueError(f"{lacking} is not in {repo.name} on the hub")
+
+    def header(file: str) -> Header:
+        info = _asked(
+            repo.name,
+            lambda: api.parse_safetensors_file_metadata(
+                repo.name, file, revision=repo.commit
+            ),
+        )
+        lfs = there[file].lfs
+        return header_of(
+            Path(file), info, there[file].size, lfs.sha256 if lfs else None
+        )
+
+    with ThreadPoolExecutor(8) as pool:
+        names = sorted(files)
+        headers = dict(zip(names, pool.map(header, names), strict=True))
+    return Origin(repo.name, repo.commit, headers)
+
+
+def fetch(
+    repo: Repo,
+    file: str,
+    offset: int,
+    target: np.ndarray,
+    advance: Advance = lambda _: None,
+) -> None:
+    """Fill `target`, (n,) uint8, with the bytes of a file from `offset` on.
+
+    What breaks off goes on where it broke off. `advance` is told of bytes as they come.
+
+    Raises: ValueError with what the hub said, or did.
+    """
+    url = hf_hub_url(repo.name, file, revision=repo.commit)
+    done, failures, reason = 0, 0, ""
+    while done < target.size:
+        if failures == ATTEMPTS:
+            raise ValueError(f"{file} of {repo.name} could not be fetched: {reason}")
+        if failures:
+            time.sleep(WAIT_SECONDS * 2 ** (failures - 1))
+        first, last = offset + done, offset + target.size - 1
+        headers = {
+            **build_hf_headers(),
+            "Range": f"bytes={first}-{last}",
+            "Accept-Encoding": "identity",
+        }
+        got = 0
+        try:
+            with http_stream_backoff(
+                "GET", url, headers=headers, timeout=constants.HF_HUB_DOWNLOAD_TIMEOUT
+            ) as response:
+                hf_raise_for_status(response)
+                reason = _is_not_range(response, first, last)
+                if not reason:
+                    got, reason = _receive(response, target[done:], advance)
+        except HfHubHTTPError as error:
+            raise ValueError(_said(repo.name, error)) from error
+        except Exception as error:  # all that a connection may break with
+            reason = repr(error)
+        done += got
+        failures = 0 if got else failures + 1
+
+
+def _is_not_range(response: Any, first: int, last: int) -> str:
+    """What of a response is not the range that was asked for; nothing if it is."""
+    if response.status_code != 206:
+        return f"the hub does not give ranges of files (status {response.status_code})"
+    said = response.headers.get("Content-Range", "")
+    wanted = f"bytes {first}-{last}/"
+    return "" if said.startswith(wanted) else f"asked for {wanted}, the hub gave {said}"
+
+
+def _receive(response: Any, target: np.ndarray, advance: Advance) -> tuple[int, str]:
+    """Put what comes into `target`: how many bytes, and why there are no more."""
+    got = 0
+    try:  # not outside: huggingface-hub's retries cannot begin in the middle
+        for chunk in response.iter_bytes():
+            if got + len(chunk) > target.size:
+                advance(-got)
+                return 0, "the hub gave more bytes than were asked for"
+            target[got : got + len(chunk)] = np.frombuffer(chunk, np.uint8)
+            got += len(chunk)
+            advance(len(chunk))
+    except Exception as error:  # all that a connection may break with
+        return got, repr(error)
+    return got, "the connection ended early"
+
+
+def _asked(name: str, ask: Callable[[], T]) -> T:
+    """Ask the hub, again where that may help.
+
+    Raises: ValueError with what it said.
+    """
+    for attempt in range(ATTEMPTS):
+        try:
+            return ask()
+        except HfHubHTTPError as error:
+            status = getattr(error.response, "status_code", None)
+            if status not in PASSING or attempt == ATTEMPTS - 1:
+                raise ValueError(_said(name, error)) from error
+        except (OSError, ValueError) as error:
+            raise ValueError(_said(name, error)) from error
+        except Exception as error:  # all that a connection may break with
+            if attempt == ATTEMPTS - 1:
+                raise ValueError(_said(name, error)) from error
+        time.sleep(WAIT_SECONDS * 2**attempt)
+    raise AssertionError("unreachable")
+
+
+def _said(name: str, error: Exception) -> str:
+    status = getattr(getattr(error, "response", None), "status_code", None)
+    reason = (
+        HINTS.get(status or 0) or (str(error).strip() or repr(error)).splitlines()[0]
+    )
+    return f"there is no folder {name}, and the hub did not give it: {reason}"

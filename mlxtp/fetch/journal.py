@@ -1,0 +1,193 @@
+"""Slices on their way: a folder that fills up, and a journal of what has come.
+
+A job that was broken off leaves it behind; the next one goes on with it.
+"""
+
+import json
+import os
+import shutil
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+
+import numpy as np
+
+from mlxtp.checkpoint import writing as cutting
+from mlxtp.checkpoint.cut import Origin, Share, bytes_of
+from mlxtp.checkpoint.tensors import Piece, Tensor, seen_from
+from mlxtp.partition.spans import Slice, Span, Spans, cover, spans_on, without
+
+LAYOUT = "layout.json"
+JOURNAL = "journal.jsonl"
+
+
+class Partial:
+    """The slices that a rank lacks, written as they come.
+
+    `missing` are those that have not come yet.
+    """
+
+    def __init__(
+        self, folder: Path, share: Share, origin: Origin, slices: Mapping[str, Slice]
+    ) -> None:
+        self._share, self._origin, self._slices = share, origin, dict(slices)
+        self._path = folder / f"{share.folder}.partial"
+        self._files: dict[str, dict[Tensor, Slice]] = {
+            file: {
+                t: slices[t.name] for t in header.tensors.values() if t.name in slices
+            }
+            for file, header in origin.headers.items()
+        }
+        self._tensors = {t.name: t for part in self._files.values() for t in part}
+        self._goes_on = self._is_ours()
+        self.missing = self._slices
+        if self._goes_on:
+            self.missing = dict(self._left(self._journal()))
+        self._open: dict[str, np.memmap] = {}
+        self._bytes_left = self._to_come()
+        self._offsets: dict[str, int] = {}
+        self._noted: list[tuple[str, int, Spans]] = []
+
+    @property
+    def bytes_to_write(self) -> int:
+        """What the disk still has to hold."""
+        return sum(self._to_come().values())
+
+    @property
+    def files(self) -> set[str]:
+        """The files that it has slices of."""
+        return {file for file, slices in self._files.items() if slices}
+
+    def begin(self) -> None:
+        """Make the files, of the size that they will have."""
+        if self._goes_on:
+            return
+        shutil.rmtree(self._path, ignore_errors=True)
+        self._path.mkdir()
+        for file, slices in self._files.items():
+            if slices:
+                header, _ = cutting.layout(slices)
+                with open(self._path / file, "wb") as out:
+                    out.write(header)
+                    out.truncate(len(header) + bytes_of(slices))
+        (self._path / JOURNAL).touch()
+        (self._path / LAYOUT).write_text(json.dumps(self._layout()))
+
+    def write(
+        self, name: str, axis: int, rows: Span, spans: Spans, data: np.ndarray
+    ) -> None:
+        """Put items `spans` of some rows, as seen from `axis`, in their place."""
+        tensor, target = self._tensors[name], spans_on(self._slices[name], axis)
+        count, _, item = seen_from(tensor, axis)
+        into = self._memory(name).reshape(count, -1)[slice(*rows)]
+        data, done = data.reshape(len(into), -1), 0
+        for start, stop in spans:
+            place = _place(target, start) * item
+            width = (stop - start) * item
+            into[:, place : place + width] = data[:, done : done + width]
+            done += width
+        self._bytes_left[name] -= data.size
+        if count == 1:
+            self._noted.append((name, axis, spans))
+        elif self._bytes_left[name] == 0:
+            self._noted.append((name, axis, target))
+
+    def note(self) -> None:
+        """Remember what was written, once it is on the disk."""
+        for memory in self._open.values():
+            memory.flush()
+        with open(self._path / JOURNAL, "a") as out:
+            for line in self._noted:
+                out.write(json.dumps(line) + "\n")
+            out.flush()
+            os.fsync(out.fileno())
+        self._noted.clear()
+
+    def tensors(self, others: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Its tensors, with the pieces that are here and those of `others`."""
+        result = {}
+        for file, slices in self._files.items():
+            _, offsets = cutting.layout(slices)
+            for it, part in slices.items():
+                piece = Piece(self._path / file, offsets[it.name], part)
+                pieces = (*others[it.name].pieces, piece)
+                result[it.name] = Tensor(it.name, it.kind, it.shape, pieces)
+        return result
+
+    def forget(self, files: Iterable[str]) -> None:
+        """Take what has come of some files for missing."""
+        gone = {t.name for file in files for t in self._files.get(file, ())}
+        kept = [line for line in self._journal() if line[0] not in gone]
+        self._noted = kept
+        (self._path / JOURNAL).write_text("")
+        self.note()
+        self.missing = dict(self._left(kept))
+        self._bytes_left = self._to_come()
+
+    def finish(self) -> None:
+        """Make it a folder of slices like any other."""
+        self._open.clear()
+        for name in (LAYOUT, JOURNAL):
+            (self._path / name).unlink()
+        slices = {file: it for file, it in self._files.items() if it}
+        cutting.seal(self._path, self._share, self._origin, slices)
+
+    def _layout(self) -> object:
+        return {name: [it.axis, it.spans] for name, it in self._slices.items()}
+
+    def _is_ours(self) -> bool:
+        """Whether an earlier job began with the same slices."""
+        try:
+            there = json.loads((self._path / LAYOUT).read_text())
+        except (OSError, ValueError):
+            return False
+        return bool(there == json.loads(json.dumps(self._layout())))
+
+    def _journal(self) -> Iterator[tuple[str, int, Spans]]:
+        for line in (self._path / JOURNAL).read_text().splitlines():
+            try:
+                name, axis, spans = json.loads(line)
+            except ValueError:  # it was broken off here
+                return
+            yield name, axis, tuple((start, stop) for start, stop in spans)
+
+    def _left(
+        self, came: Iterable[tuple[str, int, Spans]]
+    ) -> Iterator[tuple[str, Slice]]:
+        here: dict[str, tuple[int, list[Span]]] = {}
+        for name, axis, spans in came:
+            here.setdefault(name, (axis, []))[1].extend(spans)
+        for name, part in self._slices.items():
+            if name not in here:
+                yield name, part
+                continue
+            axis, spans_here = here[name]
+            if gone := without(spans_on(part, axis), spans_here):
+                yield name, Slice(part.full_shape, axis, cover(gone, 1))
+
+    def _to_come(self) -> dict[str, int]:
+        return {name: self._bytes(name, it) for name, it in self.missing.items()}
+
+    def _bytes(self, name: str, part: Slice) -> int:
+        return part.size * self._tensors[name].dtype.size
+
+    def _memory(self, name: str) -> np.ndarray:
+        """The bytes of a slice, in its file."""
+        tensor = self._tensors[name]
+        file = next(file for file, it in self._files.items() if tensor in it)
+        if file not in self._open:
+            self._open[file] = np.memmap(self._path / file, np.uint8, "r+")
+            _, offsets = cutting.layout(self._files[file])
+            self._offsets |= offsets
+        start = self._offsets[name]
+        size = self._bytes(name, self._slices[name])
+        return self._open[file][start : start + size]
+
+
+def _place(spans: Spans, item: int) -> int:
+    """Where an item lies when the spans are one behind the other."""
+    before = 0
+    for start, stop in spans:
+        if start <= item < stop:
+            return before + item - start
+        before += stop - start
+    raise AssertionError(f"{item} is not in {spans}")

@@ -1,0 +1,221 @@
+"""What was planned is fetched, passed on and written down, a round after another."""
+
+import threading
+from collections.abc import Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor, wait
+from dataclasses import dataclass
+from typing import NoReturn
+
+import numpy as np
+from tqdm import tqdm
+
+from mlxtp.checkpoint import cut as cut_checkpoint
+from mlxtp.checkpoint.tensors import Tensor, read_items, seen_from
+from mlxtp.comm.communicator import Communicator
+from mlxtp.fetch import hub
+from mlxtp.fetch.hub import Repo
+from mlxtp.fetch.journal import Partial
+from mlxtp.fetch.schedule import Move
+from mlxtp.partition.spans import Spans, length
+
+# What a rank fetches and passes on at a time, the most of it that is one request, and
+# how many requests there are at once.
+ROUND_BYTES = 64 * 1024 * 1024
+RUN_BYTES = 8 * 1024 * 1024
+CONNECTIONS = 8
+# How often the progress bar learns what has come to all ranks.
+SHOW_SECONDS = 0.5
+
+
+@dataclass
+class _Run:
+    """Moves whose bytes lie together in a file of the hub: one request."""
+
+    file: str
+    start: int
+    stop: int
+    moves: list[Move]
+
+
+class Rounds:
+    """Gets and passes on what was planned, a round after another."""
+
+    def __init__(
+        self,
+        comm: Communicator,
+        repo: Repo,
+        tensors: Mapping[str, Tensor],
+        partial: Partial,
+        moves: Sequence[Move],
+    ) -> None:
+        self._comm, self._repo, self._partial = comm, repo, partial
+        self._tensors = tensors
+        origin = cut_checkpoint.origin_of(repo.folder())
+        self._at_hub = origin.tensors
+        self._came, self._counting = 0, threading.Lock()  # bytes from the hub
+        self._rounds = self._in_rounds(moves)
+
+    def _in_rounds(self, moves: Sequence[Move]) -> list[list[Move]]:
+        """The moves of each round: of every rank about ROUND_BYTES."""
+        rounds: list[list[Move]] = []
+        planned = [0] * self._comm.size
+        for move in sorted(moves, key=self._place):
+            number = planned[move.source] // ROUND_BYTES
+            planned[move.source] += self._stop(move) - self._start(move)
+            while len(rounds) <= number:
+                rounds.append([])
+            rounds[number].append(move)
+        return rounds
+
+    def _place(self, move: Move) -> tuple[str, int]:
+        return str(self._at_hub[move.name].pieces[0].file), self._start(move)
+
+    def _start(self, move: Move) -> int:
+        """The first byte, in the file at the hub."""
+        return self._byte(move, move.rows[0], move.span[0])
+
+    def _stop(self, move: Move) -> int:
+        return self._byte(move, move.rows[1] - 1, move.span[1])
+
+    def _byte(self, move: Move, row: int, item: int) -> int:
+        tensor = self._at_hub[move.name]
+        _, items, item_bytes = seen_from(tensor, move.axis)
+        return tensor.pieces[0].offset + (row * items + item) * item_bytes
+
+    def run(self, show: bool) -> None:
+        """Make all rounds; while one is passed on the next is fetched."""
+        comm = self._comm
+        with (
+            ThreadPoolExecutor(CONNECTIONS) as pool,
+            tqdm(
+                total=sum(self._bytes_of(moves) for moves in self._rounds),
+                unit="B", unit_scale=True, desc="Fetching", leave=False,
+                disable=not (show and comm.rank == 0),
+            ) as bar,
+        ):  # fmt: skip
+            try:
+                under_way = self._begin(pool, 0)
+                for number, moves in enumerate(self._rounds):
+                    self._await([done for *_, done in under_way], bar)
+                    with comm.agreement():
+                        arrived = self._arrived(under_way)
+                    under_way = self._begin(pool, number + 1)
+                    self._pass_on(moves, arrived)
+                    with comm.agreement():
+                        self._partial.note()
+                    bar.update(self._bytes_of([m for m in moves if not m.from_hub]))
+            except BaseException:
+                pool.shutdown(wait=False, cancel_futures=True)
+                raise
+
+    def _bytes_of(self, moves: Sequence[Move]) -> int:
+        return sum(self._stop(move) - self._start(move) for move in moves)
+
+    def _await(self, fetches: Sequence[Future[None]], bar: "tqdm[NoReturn]") -> None:
+        """Wait for what all ranks fetch in a round, and show what comes."""
+        comm, under_way = self._comm, True
+        while under_way:
+            left = wait(fetches, SHOW_SECONDS).not_done
+            failed = any(it.exception() for it in fetches if it not in left)
+            with self._counting:
+                came, self._came = self._came, 0
+            everyone = comm.allgather_objects((came, len(left), failed, comm.host))
+            bar.update(sum(came for came, *_ in everyone))
+            requests = [left for _, left, *_ in everyone]
+            slowest = max(range(comm.size), key=requests.__getitem__)
+            if under_way := any(requests) and not any(it[2] for it in everyone):
+                host = everyone[slowest][3]
+                bar.set_postfix_str(f"slowest: rank {slowest} on {host}", refresh=False)
+
+    def _count(self, size: int) -> None:
+        with self._counting:
+            self._came += size
+
+    def _begin(
+        self, pool: ThreadPoolExecutor, number: int
+    ) -> list[tuple[_Run, np.ndarray, Future[None]]]:
+        """Begin to fetch what this rank fetches in a round."""
+        if number >= len(self._rounds):
+            return []
+        runs: list[_Run] = []
+        for move in self._rounds[number]:
+            if move.source != self._comm.rank or not move.from_hub:
+                continue
+            file, start = self._place(move)
+            stop = self._stop(move)
+            last = runs[-1] if runs else None
+            if (
+                last
+                and last.file == file
+                and last.stop == start
+                and (stop - last.start <= RUN_BYTES)
+            ):
+                last.moves.append(move)
+                last.stop = stop
+            else:
+                runs.append(_Run(file, start, stop, [move]))
+        under_way = []
+        for run in runs:
+            target = np.empty(run.stop - run.start, np.uint8)
+            future = pool.submit(
+                hub.fetch, self._repo, run.file, run.start, target, self._count
+            )
+            under_way.append((run, target, future))
+        return under_way
+
+    def _arrived(
+        self, under_way: Sequence[tuple[_Run, np.ndarray, Future[None]]]
+    ) -> dict[Move, np.ndarray]:
+        """The bytes of each move that was fetched."""
+        arrived = {}
+        for run, target, future in under_way:
+            future.result()
+            for move in run.moves:
+                start, stop = self._start(move), self._stop(move)
+                arrived[move] = target[start - run.start : stop - run.start]
+        return arrived
+
+    def _pass_on(self, moves: Sequence[Move], arrived: dict[Move, np.ndarray]) -> None:
+        """Send what others lack of a round, and write down what comes from them."""
+        rank, ranks = self._comm.rank, range(self._comm.size)
+        to: list[list[np.ndarray]] = [[] for _ in ranks]
+        sizes = [0 for _ in ranks]
+        for move in moves:
+            for target, spans in move.targets:
+                if move.source == rank:
+                    to[target].append(self._items(move, spans, arrived))
+                if target == rank:
+                    sizes[move.source] += self._bytes(move, spans)
+        nothing = np.empty(0, np.uint8)
+        messages = [np.concatenate(parts) if parts else nothing for parts in to]
+        received = self._comm.exchange(messages, sizes)
+        read = [0 for _ in ranks]
+        for move in moves:
+            for target, spans in move.targets:
+                if target == rank:
+                    start = read[move.source]
+                    read[move.source] += self._bytes(move, spans)
+                    data = received[move.source][start : read[move.source]]
+                    self._partial.write(move.name, move.axis, move.rows, spans, data)
+
+    def _bytes(self, move: Move, spans: Spans) -> int:
+        _, _, item = seen_from(self._at_hub[move.name], move.axis)
+        return (move.rows[1] - move.rows[0]) * length(spans) * item
+
+    def _items(
+        self, move: Move, spans: Spans, arrived: Mapping[Move, np.ndarray]
+    ) -> np.ndarray:
+        """Items `spans` of each row of a move, one row behind the other: (n,)."""
+        rows = move.rows[1] - move.rows[0]
+        if not move.from_hub:
+            return read_items(self._tensors[move.name], move.axis, move.rows, spans)
+        _, items, item = seen_from(self._at_hub[move.name], move.axis)
+        first, last = move.span
+        bytes_of_rows = np.lib.stride_tricks.as_strided(
+            arrived[move], (rows, (last - first) * item), (items * item, 1)
+        )
+        parts = [
+            bytes_of_rows[:, (start - first) * item : (stop - first) * item]
+            for start, stop in spans
+        ]
+        return np.concatenate(parts, axis=1).reshape(-1)

@@ -1,0 +1,156 @@
+"""Who gets which bytes of a checkpoint from where, and passes them to whom.
+
+Every byte that some rank lacks is had by one rank, from its disk or else from the hub,
+and sent on to all that lack it. Integers only, and the same on every rank.
+
+Seen from the axis on which it is cut, a tensor is a stack of rows, each of so many
+items. Slices of the first axis are one row: their bytes lie together. Others have a
+part of each row. Where the parts are long each is fetched by one of those who lack it;
+where they are short, bands of whole rows are, each by another rank, which keeps its
+items and passes the others on.
+"""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+
+from mlxtp.partition.spans import Span, Spans, cover, length
+
+# The most that one move has.
+MOVE_BYTES = 8 * 1024 * 1024
+# About as many bytes come in the time that a request takes: parts that are shorter are
+# not asked for by themselves. Less where a rank's share is small, to keep them even.
+REQUEST_BYTES = 256 * 1024
+REQUESTS_OF_RANK = 16
+
+
+@dataclass(frozen=True)
+class Demand:
+    """What ranks lack of a tensor, and what they have of it, in items of a row."""
+
+    name: str
+    axis: int
+    rows: int
+    items: int
+    item_bytes: int
+    lacks: tuple[Spans, ...]
+    has: tuple[Spans, ...]
+
+
+@dataclass(frozen=True)
+class Move:
+    """Items `span` of each of the `rows`, from `source` to those who lack some.
+
+    `targets` are ranks, and which of the items each gets.
+    """
+
+    name: str
+    axis: int
+    rows: Span
+    span: Span
+    source: int
+    from_hub: bool
+    targets: tuple[tuple[int, Spans], ...]
+
+
+def plan(demands: Sequence[Demand], *, only_root: bool = False) -> list[Move]:
+    """The moves that give every rank what it lacks.
+
+    What comes from the hub is shared out evenly among those who lack it; with
+    `only_root` rank 0 fetches all.
+    """
+    ranks = len(demands[0].lacks) if demands else 0
+    from_hub, from_disk = [0] * ranks, [0] * ranks
+    total = sum(it.rows * it.item_bytes * length(s) for it in demands for s in it.lacks)
+    request = min(REQUEST_BYTES, total // max(1, ranks * REQUESTS_OF_RANK))
+    moves: list[Move] = []
+    source, run_bytes = (
+        0,
+        request,
+    )  # neighbours go to one rank until they make a request
+    for demand in demands:
+        fetched = []
+        for span, lacking, having in _intervals(demand):
+            if having:
+                moves += _from_disk(demand, span, lacking, having, from_disk)
+            else:
+                fetched.append((span, lacking))
+        for rows, span, targets in _pieces(demand, fetched, request):
+            able = [0] if only_root else [rank for rank, _ in targets]
+            if run_bytes >= request or source not in able:
+                source = min(able, key=lambda rank: (from_hub[rank], rank))
+                run_bytes = 0
+            moves.append(
+                Move(demand.name, demand.axis, rows, span, source, True, targets)
+            )
+            size = (rows[1] - rows[0]) * length([span]) * demand.item_bytes
+            from_hub[source] += size
+            run_bytes += size
+    return moves
+
+
+def _intervals(demand: Demand) -> Iterator[tuple[Span, list[int], list[int]]]:
+    """The parts of a row that are alike, who lacks them and who has them."""
+    everywhere = [*demand.lacks, *demand.has]
+    edges = sorted({edge for spans in everywhere for span in spans for edge in span})
+    for start, stop in pairwise(edges):
+        lacking, having = (
+            [
+                rank
+                for rank, spans in enumerate(of_ranks)
+                if any(a <= start and stop <= b for a, b in spans)
+            ]
+            for of_ranks in (demand.lacks, demand.has)
+        )
+        if lacking:
+            yield (start, stop), lacking, having
+
+
+def _from_disk(
+    demand: Demand, span: Span, lacking: list[int], having: list[int], load: list[int]
+) -> Iterator[Move]:
+    source = min(having, key=lambda rank: (load[rank], rank))
+    load[source] += demand.rows * length([span]) * demand.item_bytes
+    targets = tuple((rank, (span,)) for rank in lacking)
+    step = max(1, MOVE_BYTES // (length([span]) * demand.item_bytes))
+    for first in range(0, demand.rows, step):
+        rows = first, min(first + step, demand.rows)
+        yield Move(demand.name, demand.axis, rows, span, source, False, targets)
+
+
+Piece = tuple[Span, Span, tuple[tuple[int, Spans], ...]]
+
+
+def _pieces(
+    demand: Demand, fetched: Sequence[tuple[Span, list[int]]], request: int
+) -> Iterator[Piece]:
+    """What is fetched of a tensor: rows, items and for whom, of at most MOVE_BYTES."""
+    if not fetched:
+        return
+    shortest = min(length([span]) for span, _ in fetched) * demand.item_bytes
+    if shortest < request:
+        yield from _in_bands(demand, fetched, request)
+        return
+    step = max(1, MOVE_BYTES // demand.item_bytes)
+    for row in range(demand.rows):
+        for (start, stop), lacking in fetched:
+            for first in range(start, stop, step):
+                part = first, min(first + step, stop)
+                yield (row, row + 1), part, tuple((r, (part,)) for r in lacking)
+
+
+def _in_bands(
+    demand: Demand, fetched: Sequence[tuple[Span, list[int]]], request: int
+) -> Iterator[Piece]:
+    """Bands of rows from the first to the last item that is fetched of them."""
+    hull = fetched[0][0][0], fetched[-1][0][1]
+    by_rank: dict[int, list[Span]] = {}
+    for span, lacking in fetched:
+        for rank in lacking:
+            by_rank.setdefault(rank, []).append(span)
+    targets = tuple((rank, cover(spans, 1)) for rank, spans in sorted(by_rank.items()))
+    row = demand.items * demand.item_bytes
+    even = -(-demand.rows * row // len(targets))
+    step = -(-min(max(even, request), MOVE_BYTES) // row)
+    for first in range(0, demand.rows, step):
+        yield (first, min(first + step, demand.rows)), hull, targets

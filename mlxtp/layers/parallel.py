@@ -1,0 +1,290 @@
+"""The layers that communicate. Each wraps a layer of MLX that holds one shard.
+
+A column-parallel layer needs no class: it is the layer itself with fewer outputs.
+"""
+
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+
+from mlxtp.comm.communicator import Communicator
+from mlxtp.families.blocks import base
+from mlxtp.partition.spans import Span
+
+Sum = Callable[[mx.array, str], mx.array]
+
+
+class Communicating(nn.Module):
+    """A layer that communicates.
+
+    While `unread` is set, nobody looks at the layer's output: it does not
+    communicate, and what it returns is right in its shape alone. `path` is where
+    the model has it; `inner` says that the rest of its block, caches too, needs it.
+    """
+
+    unread: bool = False
+    path: str = ""
+    inner: bool = False
+
+
+class JointSum:
+    """One allreduce for the outputs of two blocks that are only added.
+
+    Whichever is called first gives zeros and leaves its partial output to the other,
+    which adds its own, sums both over ranks and gives the whole.
+    """
+
+    def __init__(self, comm: Communicator) -> None:
+        self._allreduce = comm.allreduce
+        self._first: tuple[str, mx.array] | None = None
+
+    def __call__(self, x: mx.array, at: str) -> mx.array:
+        first, self._first = self._first, None
+        # The same place again: the other one never came, somebody stopped between.
+        if first is None or first[0] == at:
+            self._first = (at, x)
+            return mx.zeros_like(x)
+        return self._allreduce(first[1] + x, at)
+
+
+class RowParallelLinear(Communicating):
+    """Multiply a sharded input by a row shard and sum over ranks.
+
+    y = allreduce(x_r @ W_r.T) + b, where W_r holds rank r's columns of W. Where the
+    sum is made later, with those of other layers, y is partial.
+
+    A quantized W is cut between groups. Where a rank's inputs begin or end
+    inside one (`spans` and `covered`), W_r holds the group whole and x_r is
+    filled up with zeros, which add nothing.
+
+    Shapes: x_r (..., in_r) sharded -> y (..., out) replicated, or partial.
+    Communicates: one allreduce of (...)*out elements, or nothing if partial.
+    """
+
+    def __init__(
+        self,
+        linear: nn.Module,
+        comm: Communicator,
+        spans: Sequence[Span] = (),
+        covered: Sequence[Span] = (),
+        sum_over_ranks: Sum | None = None,
+    ) -> None:
+        """Wrap `linear`, which holds W_r, a matrix or one for each expert.
+
+        Without `sum_over_ranks`, which makes the sum, y stays partial.
+        """
+        super().__init__()
+        inner = base(linear)
+        if "bias" in inner and sum_over_ranks is not None:
+            self.bias = inner.pop("bias")
+            inner.bias = None  # which some layers ask for
+        elif "bias" in inner:
+            # Added once: the partial outputs are summed later.
+            inner.bias = inner.bias * (comm.rank == 0)
+        self.linear = linear
+        self._sum = sum_over_ranks
+        self._sources = _fill_up(spans, covered) if tuple(spans) != covered else None
+
+    def __call__(self, x: mx.array, *which: mx.array, **options: Any) -> mx.array:
+        """Multiply; `which` and `options` go to the layer of several experts."""
+        if self._sources is not None:
+            zero = mx.zeros((*x.shape[:-1], 1), x.dtype)
+            x = mx.concatenate([x, zero], axis=-1)[..., mx.array(self._sources)]
+        y = self.linear(x, *which, **options)
+        if self._sum is not None and not self.unread:
+            y = self._sum(y, self.path)
+        return y + self.bias if "bias" in self else y
+
+
+class RowParallelDoRA(RowParallelLinear):
+    """A row-parallel layer under DoRA, whose norms run over all ranks' columns.
+
+    y = m / |W + s B A| * allreduce(x_r @ (W_r + s B A_r).T) + b, with the norm of
+    every row of W. (DoRA: Liu et al., 2024, arXiv:2402.09353.)
+
+    Shapes: x_r (..., in_r) sharded -> y (..., out) replicated, or partial.
+    Communicates: what `RowParallelLinear` does, and once an allreduce of out elements.
+    """
+
+    def __init__(
+        self,
+        dora: nn.Module,
+        comm: Communicator,
+        spans: Sequence[Span],
+        covered: Sequence[Span],
+        sum_over_ranks: Sum | None = None,
+    ) -> None:
+        """Wrap `dora`, mlx-lm's layer, which holds W_r."""
+        bias = dora.linear.pop("bias", None)
+        super().__init__(dora, comm, spans, covered, sum_over_ranks)
+        if bias is not None:
+            dora.linear.bias = None
+            self.bias = bias if sum_over_ranks else bias * (comm.rank == 0)
+        adapted = dora._dequantized_weight().astype(mx.float32)
+        adapted = adapted + dora.scale * (dora.lora_b.T @ dora.lora_a.T)
+        if self._sources is not None:  # columns that another rank has, too
+            adapted = adapted * (mx.array(self._sources) >= 0)
+        squares = comm.allreduce(mx.square(adapted).sum(axis=1))
+        self.linear = _Scaled(dora, dora.m / mx.sqrt(squares))
+
+
+class _Scaled(nn.Module):
+    """The product of a DoRA layer, each output scaled: (..., in) -> (..., out)."""
+
+    def __init__(self, dora: nn.Module, scale: mx.array) -> None:
+        super().__init__()
+        self.dora = dora
+        self._scale = scale
+
+    def __call__(self, x: mx.array) -> mx.array:
+        z = (x @ self.dora.lora_a) @ self.dora.lora_b
+        y = self.dora.linear(x) + (self.dora.scale * z).astype(x.dtype)
+        return y * self._scale.astype(x.dtype)
+
+
+class RowParallelRotated(RowParallelLinear):
+    """A row-parallel layer whose inputs are rotated in blocks (Hadamard).
+
+    y = allreduce(H(x)_r @ W_r.T), where H mixes the inputs within each block. Blocks
+    of which several ranks have a part are put together first.
+
+    Shapes: x_r (..., in_r) sharded -> y (..., out) replicated, or partial.
+    Communicates: what `RowParallelLinear` does, and where blocks are cut, before it
+        one allgather of (...)*in elements.
+    """
+
+    def __init__(
+        self,
+        linear: nn.Module,
+        comm: Communicator,
+        spans: Sequence[Sequence[Span]],
+        covered: Sequence[Sequence[Span]],
+        sum_over_ranks: Sum | None,
+        rotate: Callable[..., mx.array],
+        is_aligned: bool,
+    ) -> None:
+        """Wrap `linear`; `spans` and `covered` are those of all ranks.
+
+        With `is_aligned` every rank has whole blocks, and rotates them itself.
+        """
+        mine = spans[comm.rank]
+        super().__init__(linear, comm, mine, covered[comm.rank], sum_over_ranks)
+        if is_aligned:
+            linear.signs = linear.signs[mx.array(_places(mine))]
+            return
+        order = [place for part in spans for place in _places(part)]
+        self._back = [order.index(place) for place in range(len(order))]
+        self._sizes = [len(_places(part)) for part in spans]
+        self._mine = _places(mine)
+        self._rotate, self._block, self._signs = rotate, linear.block, linear.signs
+        self.comm = comm
+        linear.block = 0
+
+    def __call__(self, x: mx.array, *which: mx.array, **options: Any) -> mx.array:
+        if not self.linear.block:
+            whole = self.comm.allgather(x, self._sizes, self.path)
+            whole = whole[..., mx.array(self._back)]
+            x = self._rotate(whole, self._block, self._signs)[..., mx.array(self._mine)]
+        return super().__call__(x, *which, **options)
+
+
+def sum_output(module: nn.Module, sum_over_ranks: Sum, path: str) -> None:
+    """Let `module` sum its output over ranks: it is made of partial ones.
+
+    The module keeps its place and its attributes.
+
+    Communicates: one allreduce of what the module returns.
+    """
+
+    class Summed(Communicating, type(module)):  # type: ignore[misc]
+        def __call__(self, *args: Any, **kwargs: Any) -> mx.array:
+            y = super().__call__(*args, **kwargs)
+            return y if self.unread else sum_over_ranks(y, self.path)
+
+    module.__class__ = Summed
+    module.path = path
+
+
+def _places(spans: Iterable[Span]) -> list[int]:
+    return [place for start, stop in spans for place in range(start, stop)]
+
+
+def _fill_up(spans: Iterable[Span], covered: Iterable[Span]) -> list[int]:
+    """For every place in `covered`: which element of x_r is there, -1 for a zero."""
+    index = {place: number for number, place in enumerate(_places(spans))}
+    return [index.get(place, -1) for place in _places(covered)]
+
+
+class VocabParallel(Communicating):
+    """What layers share that hold `spans[rank]` of the vocabulary's rows."""
+
+    def __init__(self, comm: Communicator, spans: Sequence[Span]) -> None:
+        super().__init__()
+        self.comm = comm
+        self._sizes = [stop - start for start, stop in spans]
+
+    def _gather(self, logits: mx.array) -> mx.array:
+        """(..., V_r) sharded -> (..., V) replicated."""
+        if self.unread:
+            return mx.zeros((*logits.shape[:-1], sum(self._sizes)), logits.dtype)
+        return self.comm.allgather(logits, self._sizes, self.path)
+
+
+class VocabParallelLinear(VocabParallel):
+    """Multiply by a shard of the vocabulary's rows and gather all logits.
+
+    y = allgather(x @ W_r.T), where W_r holds rank r's rows of W.
+
+    Shapes: x (..., D) replicated -> y (..., V) replicated.
+    Communicates: one allgather of (...)*V elements.
+    """
+
+    def __init__(
+        self, linear: nn.Module, comm: Communicator, spans: Sequence[Span]
+    ) -> None:
+        super().__init__(comm, spans)
+        self.linear = linear
+
+    @property
+    def weight(self) -> mx.array:
+        """This rank's rows: models look at the dtype."""
+        return self.linear.weight
+
+    def __call__(self, x: mx.array) -> mx.array:
+        return self._gather(self.linear(x))
+
+
+class VocabParallelEmbedding(VocabParallel):
+    """Look tokens up where they are held and sum over ranks.
+
+    y = allreduce(E[token] where the rank holds it, else 0); partial where the sum is
+    made later.
+
+    Shapes: tokens (B, L) replicated -> y (B, L, D) replicated.
+    Communicates: one allreduce of B*L*D elements; as a tied head
+    (`as_linear`) what `VocabParallelLinear` does.
+    """
+
+    def __init__(
+        self,
+        embedding: nn.Module,
+        comm: Communicator,
+        spans: Sequence[Span],
+        sum_over_ranks: Sum | None,
+    ) -> None:
+        super().__init__(comm, spans)
+        self.embedding = embedding
+        self._span = spans[comm.rank]
+        self._sum = sum_over_ranks
+
+    def __call__(self, tokens: mx.array) -> mx.array:
+        start, stop = self._span
+        held = (tokens >= start) & (tokens < stop)
+        rows = self.embedding(mx.where(held, tokens - start, 0))
+        rows = mx.where(held[..., None], rows, 0)
+        return self._sum(rows, self.path) if self._sum is not None else rows
+
+    def as_linear(self, x: mx.array) -> mx.array:
+        return self._gather(self.embedding.as_linear(x))

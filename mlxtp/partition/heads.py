@@ -1,0 +1,223 @@
+"""Which attention heads a rank computes. Integers only."""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from fractions import Fraction
+from functools import lru_cache
+from math import ceil
+
+from mlxtp.partition import spans as partition
+from mlxtp.partition.spans import Spans
+
+
+@dataclass(frozen=True)
+class HeadShard:
+    """The heads of one rank: as many query heads under each of its KV heads.
+
+    `kv_heads` are indices of KV heads; `query_spans[i]` are the query heads that
+    the rank computes under `kv_heads[i]`, all of one width.
+    """
+
+    kv_heads: tuple[int, ...]
+    query_spans: Spans
+
+    @property
+    def kv_spans(self) -> Spans:
+        return tuple((kv, kv + 1) for kv in self.kv_heads)
+
+    @property
+    def local_kv_heads(self) -> int:
+        return len(self.kv_heads)
+
+    @property
+    def local_heads(self) -> int:
+        return partition.length(self.query_spans)
+
+
+@lru_cache
+def head_shards(
+    num_heads: int,
+    num_kv_heads: int,
+    weights: tuple[int, ...],
+    shared_groups: bool = False,
+) -> tuple[HeadShard, ...]:
+    """Give every rank its attention heads.
+
+    Up to one rank a KV head, whole KV groups are shared out. With more ranks,
+    ranks share KV heads and split the query heads under them: a rank takes a
+    rectangle, some KV heads and an equal number of query heads under each, so
+    that grouped-query attention runs on it as it is.
+
+    With `shared_groups` they do so wherever whole groups would be too uneven: what
+    belongs to a group of a state space is little beside its heads.
+
+    Raises: ValueError if there are more ranks than query heads.
+    """
+    if num_heads % num_kv_heads:
+        raise ValueError(
+            f"{num_heads} query heads are no multiple of {num_kv_heads} KV heads"
+        )
+    if num_heads < len(weights):
+        raise ValueError(
+            f"the model has {num_heads} query heads and the world {len(weights)} "
+            f"ranks: a rank would be left without one; start at most {num_heads} ranks"
+        )
+    group = num_heads // num_kv_heads
+    if len(weights) <= num_kv_heads and not (
+        shared_groups and _is_uneven(num_kv_heads, weights)
+    ):
+        return tuple(
+            HeadShard(
+                tuple(range(start, stop)),
+                tuple((kv * group, (kv + 1) * group) for kv in range(start, stop)),
+            )
+            for start, stop in partition.spans(num_kv_heads, weights, minimum=1)
+        )
+    used = [kv * group for kv in range(num_kv_heads)]
+    shards = []
+    for kv_heads, width in _rectangles(num_kv_heads, group, weights):
+        query_spans = tuple((used[kv], used[kv] + width) for kv in kv_heads)
+        shards.append(HeadShard(kv_heads, query_spans))
+        for kv in kv_heads:
+            used[kv] += width
+    return tuple(shards)
+
+
+def _is_uneven(num_kv_heads: int, weights: tuple[int, ...]) -> bool:
+    """Whether a rank gets too many of the heads where groups stay whole."""
+    counts = partition.shares(num_kv_heads, weights, minimum=1)
+    return any(
+        count * sum(weights) > MOST_QUERIES * num_kv_heads * weight
+        for count, weight in zip(counts, weights, strict=True)
+    )
+
+
+def tiled(shard: HeadShard, num_heads: int, num_kv_heads: int) -> Spans:
+    """The query heads of a shard where head h is under KV head h mod KV.
+
+    They come in turns: the first under each of the rank's KV heads, then the second.
+    """
+    group = num_heads // num_kv_heads
+    firsts = [
+        start - kv * group
+        for kv, (start, _) in zip(shard.kv_heads, shard.query_spans, strict=True)
+    ]
+    width = shard.local_heads // shard.local_kv_heads
+    return tuple(
+        (head, head + 1)
+        for turn in range(width)
+        for kv, first in zip(shard.kv_heads, firsts, strict=True)
+        for head in [kv + (first + turn) * num_kv_heads]
+    )
+
+
+Rectangle = tuple[tuple[int, ...], int]  # KV heads, query heads under each
+
+# Query heads a rank may hold, as a multiple of its even share.
+MOST_QUERIES = Fraction(5, 4)
+# Rectangles tried before a limit is taken for too tight. The bound above is
+# reached within it for every head count of up to 16 ranks (tests/partition/
+# test_heads.py).
+SEARCH_NODES = 2000
+
+
+def _rectangles(
+    num_kv_heads: int, group: int, weights: Sequence[int]
+) -> list[Rectangle]:
+    """Tile the heads (KV heads x `group` query heads) with a rectangle a rank.
+
+    The limit on what a rank holds grows until a tiling is found. A query head
+    weighs as much as a KV head: two matrices of head_dim x hidden each.
+    """
+    num_heads, all_weights = num_kv_heads * group, sum(weights)
+    limit = Fraction(1)
+    while True:
+        # Weights too uneven for any tiling within the bound on queries may pass it.
+        queries = limit if limit > 4 else min(limit, MOST_QUERIES)
+        most = [
+            (
+                max(1, ceil(queries * num_heads * weight / all_weights)),
+                max(2, ceil(limit * (num_heads + num_kv_heads) * weight / all_weights)),
+            )
+            for weight in weights
+        ]
+        # Heavy ranks first: light ones fill what is left.
+        order = sorted(range(len(weights)), key=lambda rank: -weights[rank])
+        found = _tile(num_kv_heads, group, [most[rank] for rank in order])
+        if found is not None:
+            by_rank = dict(zip(order, found, strict=True))
+            return [by_rank[rank] for rank in range(len(weights))]
+        limit += Fraction(1, 16)
+
+
+def _tile(
+    num_kv_heads: int, group: int, most: Sequence[tuple[int, int]]
+) -> list[Rectangle] | None:
+    """Depth-first search for a tiling.
+
+    Rank i holds at most most[i][0] query heads, and at most most[i][1] query and
+    KV heads together.
+    """
+    ranks = len(most)
+    shapes = [
+        sorted(
+            (
+                (kv * width, kv, width)
+                for kv in range(1, num_kv_heads + 1)
+                for width in range(1, group + 1)
+                if kv * width <= queries and kv * (width + 1) <= both
+            ),
+            key=lambda shape: (-shape[0], shape[1]),
+        )
+        for queries, both in most
+    ]
+    capacity = [0] * (ranks + 1)  # of the ranks from i on
+    for rank in reversed(range(ranks)):
+        largest = shapes[rank][0][0] if shapes[rank] else 0
+        capacity[rank] = capacity[rank + 1] + largest
+    dead: set[tuple[int, tuple[int, ...]]] = set()
+    nodes = 0
+
+    def place(rank: int, left: tuple[int, ...]) -> list[Rectangle] | None:
+        nonlocal nodes
+        total = sum(left)
+        if rank == ranks:
+            return [] if total == 0 else None
+        state = (rank, tuple(sorted(left)))
+        hopeless = not ranks - rank <= total <= capacity[rank]
+        if hopeless or state in dead or nodes > SEARCH_NODES:
+            return None
+        nodes += 1
+        for queries, kv, width in shapes[rank]:
+            if queries < total - capacity[rank + 1]:
+                break
+            for kv_heads in _distinct_choices(left, kv, width):
+                after = tuple(
+                    rest - width * (head in kv_heads) for head, rest in enumerate(left)
+                )
+                following = place(rank + 1, after)
+                if following is not None:
+                    return [(kv_heads, width), *following]
+        dead.add(state)
+        return None
+
+    return place(0, (group,) * num_kv_heads)
+
+
+def _distinct_choices(
+    left: tuple[int, ...], kv: int, width: int
+) -> Iterator[tuple[int, ...]]:
+    """Neighbouring choices of `kv` heads with `width` left, the fullest first.
+
+    Heads with as many left are interchangeable: one choice stands for all.
+    """
+    fullest = sorted(range(len(left)), key=lambda head: (-left[head], head))
+    seen = set()
+    for first in range(len(left) - kv + 1):
+        chosen = fullest[first : first + kv]
+        rests = tuple(left[head] for head in chosen)
+        if rests[-1] < width:
+            return
+        if rests not in seen:
+            seen.add(rests)
+            yield tuple(sorted(chosen))

@@ -1,0 +1,1 @@
+"""The slice table: which slice of which parameter is whose."""

@@ -1,0 +1,268 @@
+"""The slice table: which slice of which parameter is whose.
+
+`slice_table` is the one place that decides it: table of architectures x empty model x
+weights of the ranks -> the slices of every rank, without any other rank or any weight
+at hand.
+"""
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+from mlx.utils import tree_flatten
+
+from mlxtp import families as architectures
+from mlxtp.families import Block, Cut, Family
+from mlxtp.families.blocks import (
+    BlockShards,
+    Heads,
+    Width,
+    base,
+    blocks_of,
+    child,
+    targets,
+)
+from mlxtp.partition import spans as partition
+from mlxtp.partition.heads import head_shards, tiled
+from mlxtp.partition.layouts import Part, place
+from mlxtp.partition.spans import Spans
+from mlxtp.sharding.table import MatrixShards, SliceTable
+
+# The most that a rank's share of an MLP may be above an even one before quantization
+# groups are cut in two, and are then held on both sides of the cut.
+UNEVEN = 1.2
+
+
+def slice_table(model: nn.Module, weights: Sequence[int]) -> SliceTable:
+    """Decide what every rank owns of `model`, whose arrays are not looked into.
+
+    Args:
+        model: a whole model of mlx-lm, with or without LoRA layers.
+        weights: one positive number a rank, in whose proportion it gets work.
+
+    Raises: ValueError if the model cannot be split so.
+    """
+    family, remark = architectures.of(model)
+    found = list(_blocks(model, family))
+    containers = {
+        path: block
+        for path, _, block in found
+        if block.sums != "rows"
+        and not _inside(
+            path, (p for p, _, b in found if b.sums != "rows" and p != path)
+        )
+    }
+    blocks, matrices = [], {}
+    for path, module, block in found:
+        if block.rule is None:
+            blocks.append(BlockShards(path, block, {}, ()))
+            continue
+        shards = _share(path, module, block, model, weights)
+        blocks.append(shards)
+        for name, target, cut in targets(module, block):
+            where = f"{path}.{name}" if path else name
+            partial = _inside(f"{where}.", containers) and not cut.inner
+            matrices[where] = _matrix(
+                where, module, target, cut, shards, not partial, weights
+            )
+    outputs = {
+        shards.path: shards
+        for shards in blocks
+        if shards.path in containers and shards.block.sums == "output"
+    }
+    return SliceTable(
+        family,
+        remark,
+        tuple(blocks),
+        matrices,
+        outputs,
+        tuple(_joints(blocks, matrices, outputs)),
+        {name: a.shape for name, a in tree_flatten(model.parameters())},
+    )
+
+
+def _blocks(model: nn.Module, family: Family) -> Iterator[tuple[str, nn.Module, Block]]:
+    """The blocks of a model, in the order of their paths."""
+    for path, module in sorted(model.named_modules(), key=lambda item: item[0]):
+        for block in blocks_of(module, family):
+            yield path, module, block
+
+
+def _share(
+    path: str,
+    module: nn.Module,
+    block: Block,
+    model: nn.Module,
+    weights: Sequence[int],
+) -> BlockShards:
+    """Share the units of one block out among the ranks."""
+    if isinstance(block.rule, Heads):
+        rule = block.rule
+        num_heads = _first(module, rule.queries)
+        if num_heads is None:
+            raise ValueError(f"{path} has none of {', '.join(rule.queries)}")
+        num_kv_heads = rule.kv if isinstance(rule.kv, int) else _first(module, rule.kv)
+        if num_kv_heads is None and rule.kv_from:
+            num_kv_heads = child(model, rule.kv_from)
+        counts = {"q": num_heads, "kv": num_kv_heads or num_heads}
+        shards = head_shards(
+            counts["q"], counts["kv"], tuple(weights), rule.shared_groups
+        )
+        parts = tuple(
+            Part(
+                {
+                    "q": tiled(shard, counts["q"], counts["kv"])
+                    if rule.tiled
+                    else shard.query_spans,
+                    "kv": shard.kv_spans,
+                },
+                tuple(zip(shard.kv_heads, shard.query_spans, strict=True)),
+            )
+            for shard in shards
+        )
+        return BlockShards(path, block, counts, parts)
+    if isinstance(block.rule, Width):
+        width = _features(child(module, block.rule.of))[1] // block.rule.parts
+        rows = [t for _, t, cut in targets(module, block) if cut.style == "row"]
+        granule = max(max(granule_of(m), getattr(m, "block", 1)) for m in rows)
+        cuts = _width_spans(path, width, granule, weights)
+        parts = tuple(Part({"w": (cut,)}) for cut in cuts)
+        around = child(model, path.rpartition(".")[0])
+        times = child(around, block.times) if block.times else 1
+        return BlockShards(path, block, {"w": width}, parts, times)
+    return BlockShards(path, block, {}, ())
+
+
+def _width_spans(
+    path: str, width: int, granule: int, weights: Sequence[int]
+) -> list[tuple[int, int]]:
+    """Cut the columns of an MLP between quantization groups, if that is even enough."""
+    if width < len(weights):
+        raise ValueError(f"{path} has {width} columns for {len(weights)} ranks")
+    if width % granule == 0 and width // granule >= len(weights):
+        spans = partition.spans(width, weights, granule)
+        shares = [
+            (stop - start) * sum(weights) / (width * weight)
+            for (start, stop), weight in zip(spans, weights, strict=True)
+        ]
+        if max(shares) <= UNEVEN and min(shares) > 0:
+            return spans
+    return partition.spans(width, weights, minimum=1)
+
+
+def _matrix(
+    path: str,
+    module: nn.Module,
+    target: Any,
+    cut: Cut,
+    shards: BlockShards,
+    summed: bool,
+    weights: Sequence[int],
+) -> MatrixShards:
+    """Every rank's part of one matrix."""
+    features = _length(target, cut)
+    if cut.layout == "v":
+        spans: tuple[Spans, ...] = tuple(
+            (span,) for span in partition.spans(features, weights, minimum=1)
+        )
+    else:
+        try:
+            spans = tuple(
+                place(
+                    cut.layout,
+                    features,
+                    shards.counts,
+                    part,
+                    lambda name: int(child(module, name)),
+                )
+                for part in shards.parts
+            )
+        except ValueError as error:
+            raise ValueError(f"{path}: {error}") from error
+    granule = granule_of(target) if cut.style == "row" else 1
+    covered = tuple(partition.cover(needed, granule) for needed in spans)
+    if cut.style != "row":
+        covered = spans
+    if cut.style == "repack":
+        covered = tuple(_bytes_of_four(needed, features // 4) for needed in spans)
+    groups = int(child(module, cut.groups)) if cut.groups else 1
+    width = _width(target, cut)
+    rotated = getattr(target, "block", 0) if cut.style == "row" else 1
+    return MatrixShards(
+        path, cut, shards, features, spans, covered, summed, width, groups, rotated or 1
+    )
+
+
+def _bytes_of_four(spans: Spans, rows: int) -> Spans:
+    """The rows of bytes in which outputs lie; output i is in row i mod `rows`."""
+    needed = {i % rows for start, stop in spans for i in range(start, stop)}
+    return partition.cover([(row, row + 1) for row in sorted(needed)], 1)
+
+
+def _joints(
+    blocks: Iterable[BlockShards],
+    matrices: Mapping[str, MatrixShards],
+    outputs: Mapping[str, Any],
+) -> Iterator[tuple[str, ...]]:
+    """The places whose sums are made in one: the end of each of two blocks."""
+    for shards in blocks:
+        places = []
+        for name in shards.block.joint:
+            path = f"{shards.path}.{name}" if shards.path else name
+            ends = [p for p in outputs if _inside(f"{p}.", [path])] or [
+                p
+                for p, matrix in matrices.items()
+                if _inside(f"{p}.", [path])
+                and (matrix.cut.style in ("row", "lookup") or p == path)
+                and matrix.summed
+                and not matrix.cut.inner
+            ]
+            places += ends
+        if places and len(places) == len(shards.block.joint):
+            yield tuple(places)
+
+
+def _inside(path: str, roots: Iterable[str]) -> bool:
+    return any(path.startswith(f"{root}.") or root == "" for root in roots)
+
+
+def _first(module: nn.Module, names: Iterable[str]) -> int | None:
+    return next((n for name in names if (n := getattr(module, name, None))), None)
+
+
+def granule_of(module: nn.Module) -> int:
+    """Input features that must stay together; 1 where nothing is quantized."""
+    layer = base(module)
+    return getattr(layer, "group_size", 1)
+
+
+def _features(module: nn.Module) -> tuple[int, int]:
+    """The output and input features of a linear layer or an embedding."""
+    layer = base(module)
+    out_features, in_elements = layer.weight.shape[-2:]
+    packing = 32 / layer.bits if hasattr(layer, "bits") else 1
+    return out_features, round(in_elements * packing)
+
+
+def _width(target: Any, cut: Cut) -> int:
+    """The length of a token's output, where a row or an embedding makes one."""
+    if cut.style == "row":
+        layer = base(target)
+        return int(getattr(layer, "out_features", layer.weight.shape[-2]))
+    return _features(target)[1] if cut.style == "lookup" else 0
+
+
+def _length(target: Any, cut: Cut) -> int:
+    """The number of features on the axis that is cut."""
+    if isinstance(target, list):
+        return len(target)
+    if isinstance(target, mx.array):
+        return int(target.shape[cut.axis])
+    if cut.style == "row":
+        return _features(target)[1]
+    if cut.style == "repack":
+        return int(target.out_features)
+    if cut.style in ("column", "lookup", "head"):
+        return _features(target)[0]
+    return int(base(target).weight.shape[cut.axis if cut.style == "along" else -1])

@@ -1,0 +1,220 @@
+"""The slice table as data: what every rank owns, and what can be read off it."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+
+from mlxtp.families.blocks import BlockShards, Cut, Family, along
+from mlxtp.partition.spans import Slice, Spans, keeps_whole
+
+# The axis of each parameter that a cut divides, by the parameter's last name. Weights
+# are (..., out, in), lora_a (in, r), lora_b (r, out), m (out). What is missing here is
+# replicated: a row-parallel bias is added once, after the sum.
+CUT_AXIS = {
+    "column": {"weight": -2, "scales": -2, "biases": -2, "bias": -1, "lora_b": -1,
+               "m": -1},
+    "row": {"weight": -1, "scales": -1, "biases": -1, "lora_a": -2},
+    "lookup": {"weight": -2, "scales": -2, "biases": -2, "lora_a": -2, "m": -1},
+    "head": {"weight": -2, "scales": -2, "biases": -2, "bias": -1, "lora_b": -1,
+             "m": -1},
+    "norm": {"weight": -1},
+    "repack": {"weight": -2, "bias": -1},
+    "items": {},
+}  # fmt: skip
+# Those of experts lie the other way round: lora_a (E, r, in), lora_b (E, out, r).
+EXPERT_LORA_AXIS = {"lora_a": -1, "lora_b": -2}
+
+
+@dataclass(frozen=True)
+class MatrixShards:
+    """What is cut, and every rank's part, in features of the cut axis.
+
+    `spans[rank]` are the features that a rank computes with, `covered[rank]` those
+    that it holds: for a row cut through a quantized matrix, whole groups. `summed`
+    says whether a partial output is summed there; `width` is what a token's output
+    has, `groups` how many parts of a norm there are, `rotated` how many inputs are
+    mixed with each other before they are multiplied.
+    """
+
+    path: str
+    cut: Cut
+    block: BlockShards
+    features: int
+    spans: tuple[Spans, ...]
+    covered: tuple[Spans, ...]
+    summed: bool
+    width: int
+    groups: int = 1
+    rotated: int = 1
+
+    @property
+    def cuts_rotations(self) -> bool:
+        """Whether ranks have parts of what is rotated together."""
+        edges = (edge for part in self.spans for span in part for edge in span)
+        return any(edge % self.rotated for edge in edges)
+
+
+@dataclass(frozen=True)
+class Collective:
+    """A collective of a forward pass, and its elements for one token."""
+
+    path: str
+    kind: str
+    elements: int
+
+
+@dataclass(frozen=True)
+class SliceTable:
+    """What every rank owns of one model.
+
+    `matrices` by path; `outputs` are the modules whose whole output is summed;
+    `joints` are pairs of places that make one sum together. `parameters` are the
+    shapes of the whole model.
+    """
+
+    family: Family
+    remark: str
+    blocks: tuple[BlockShards, ...]
+    matrices: dict[str, MatrixShards]
+    outputs: dict[str, BlockShards]
+    joints: tuple[tuple[str, ...], ...]
+    parameters: dict[str, tuple[int, ...]] = field(repr=False)
+
+    def unexplained(self) -> list[str]:
+        """Matrices that are neither cut nor named as shared."""
+        shared = set(self.family.shared)
+        own: dict[str, set[str]] = {}
+        for shards in self.blocks:
+            own.setdefault(shards.path, set()).update(shards.block.shared)
+        result = set()
+        for name, shape in self.parameters.items():
+            is_vector = sum(length > 1 for length in shape) < 2
+            if is_vector or self.matrix_of(name):
+                continue
+            names = name.split(".")
+            above = (
+                names[i] in own.get(".".join(names[:i]), ()) for i in range(len(names))
+            )
+            if not shared & set(names) and not any(above):
+                result.add(name.rpartition(".")[0] or name)
+        return sorted(result)
+
+    def collectives(self) -> list["Collective"]:
+        """What a token's forward pass sends, in the order of the layers' names."""
+        made = [self._of_matrix(matrix) for matrix in self.matrices.values()]
+        made += [
+            Collective(shards.path, "allreduce", self._width(shards))
+            for shards in self.blocks
+            if shards.path in self.outputs or shards.block.sums == "inside"
+        ]
+        made += [
+            Collective(f"{matrix.path} (inputs)", "allgather", matrix.features)
+            for matrix in self.matrices.values()
+            if matrix.cuts_rotations
+        ]
+        made += [
+            Collective(shards.path, "allreduce", shards.block.more)
+            for shards in self.blocks
+            if shards.block.more
+        ]
+        found = {it.path: it for it in made if it is not None}
+        if not any(
+            m.cut.style == "head" or m.cut == along("v") for m in self.matrices.values()
+        ):
+            found |= {it.path: it for it in self._of_tied_head()}
+        for first, *others in self.joints:
+            for path in others:
+                joined = found.pop(path)
+                if self.matrices.get(path) and self.matrices[path].cut.style == "norm":
+                    elements = found[first].elements + joined.elements
+                    found[first] = Collective(first, joined.kind, elements)
+        return sorted(found.values(), key=lambda it: it.path)
+
+    def _of_matrix(self, matrix: MatrixShards) -> "Collective | None":
+        cut, path = matrix.cut, matrix.path
+        if cut.style == "head" or cut == along("v"):
+            return Collective(path, "allgather", matrix.features)
+        if cut.style == "norm":
+            size = matrix.features // matrix.groups
+            if keeps_whole(matrix.spans, size):
+                return None
+            return Collective(path, "allreduce", matrix.groups)
+        if cut.style in ("row", "lookup") and matrix.summed:
+            return Collective(path, "allreduce", matrix.width)
+        return None
+
+    def _of_tied_head(self) -> Iterator["Collective"]:
+        """The gather of a head that is the embedding."""
+        tables = [m for m in self.matrices.values() if m.cut.style == "lookup"]
+        yield Collective(f"{tables[0].path} (tied)", "allgather", tables[0].features)
+
+    def _width(self, shards: BlockShards) -> int:
+        """Elements of a sum of a whole block: side by side where it is made inside."""
+        rows = {
+            matrix.path: matrix.width
+            for matrix in self.matrices.values()
+            if matrix.cut.style in ("row", "lookup")
+            and matrix.path.startswith(f"{shards.path}.")
+            and not matrix.summed
+        }
+        inside = shards.block.sums == "inside"
+        one = sum(rows.values()) if inside else next(iter(rows.values()))
+        return one * shards.times
+
+    def slices(self, rank: int) -> dict[str, Slice]:
+        """The slice of every parameter that `rank` owns, by the parameter's path."""
+        return {
+            name: self._slice(name, shape, rank)
+            for name, shape in self.parameters.items()
+        }
+
+    def matrix_of(self, parameter: str) -> MatrixShards | None:
+        """The matrix that a parameter belongs to: LoRA's lie a level deeper."""
+        for path in _upwards(parameter):
+            if path in self.matrices:
+                return self.matrices[path]
+        return None
+
+    def _slice(self, name: str, shape: tuple[int, ...], rank: int) -> Slice:
+        matrix = self.matrix_of(name)
+        axis = _cut_axis(matrix, name, len(shape)) if matrix else None
+        if matrix is None or axis is None:
+            return Slice(shape)
+        elements, features, covered = shape[axis], matrix.features, matrix.covered[rank]
+        if matrix.cut.style == "column" and name.endswith(".bias"):
+            # Outputs that share a byte have a bias each.
+            parts = getattr(matrix.block.block.rule, "parts", 1)
+            covered = tuple(
+                (start + part * features, stop + part * features)
+                for part in range(parts)
+                for start, stop in covered
+            )
+            features *= parts
+        if matrix.cut.style == "repack":
+            # Bytes of four outputs: covered are whole bytes.
+            is_bias = axis == -1
+            return Slice(
+                shape, len(shape) + axis, matrix.spans[rank] if is_bias else covered
+            )
+        # Packed weights and scales have fewer elements than features.
+        spans = tuple(
+            (start * elements // features, stop * elements // features)
+            for start, stop in covered
+        )
+        return Slice(shape, len(shape) + axis, spans)
+
+
+def _cut_axis(matrix: MatrixShards, parameter: str, ndim: int) -> int | None:
+    """The axis, counted from the last, that a parameter is cut on, if it is."""
+    leaf = parameter.rpartition(".")[2]
+    style = matrix.cut.style
+    if style == "along":
+        return matrix.cut.axis - ndim
+    if leaf in EXPERT_LORA_AXIS and ndim == 3:
+        return EXPERT_LORA_AXIS[leaf] if leaf in CUT_AXIS[style] else None
+    return CUT_AXIS[style].get(leaf)
+
+
+def _upwards(path: str) -> Iterator[str]:
+    while path:
+        yield path
+        path = path.rpartition(".")[0]

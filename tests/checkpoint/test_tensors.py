@@ -1,0 +1,152 @@
+"""Slices are read right, and with few bytes beside them."""
+
+import sys
+from pathlib import Path
+
+import mlx.core as mx
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from safetensors.numpy import save_file
+
+from mlxtp.checkpoint import tensors
+from mlxtp.checkpoint.headers import Checkpoint
+from mlxtp.checkpoint.rows import PAGE_BYTES
+from mlxtp.checkpoint.tensors import Piece, Tensor, blocks, read
+from mlxtp.partition.spans import Slice, Spans, cover, spans_on
+
+pytestmark = pytest.mark.once
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("checkpoint")
+
+
+@st.composite
+def arrays(draw: st.DrawFn) -> np.ndarray:
+    shape = tuple(draw(st.lists(st.integers(1, 40), min_size=1, max_size=3)))
+    if draw(st.booleans()):  # rows far apart: read piece by piece
+        shape = (*shape[:-1], shape[-1] * 300)
+    return np.random.default_rng(0).integers(0, 256, shape).astype(np.int32)
+
+
+@st.composite
+def slices(draw: st.DrawFn, shape: tuple[int, ...]) -> Slice:
+    axis = draw(st.integers(0, len(shape) - 1))
+    edges = st.integers(0, shape[axis])
+    cuts = sorted(draw(st.lists(edges, min_size=2, max_size=6)))
+    return Slice(shape, axis, tuple(zip(cuts[::2], cuts[1::2], strict=False)))
+
+
+def numpy_slice(whole: np.ndarray, part: Slice) -> np.ndarray:
+    assert part.axis is not None
+    index = [i for start, stop in part.spans for i in range(start, stop)]
+    return np.take(whole, index, part.axis)
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.data())
+def test_read_is_numpy_slicing(folder: Path, data: st.DataObject) -> None:
+    whole = data.draw(arrays())
+    part = data.draw(slices(whole.shape))
+    save_file({"before": whole[:1], "x": whole}, folder / "model.safetensors")
+    tensor = Checkpoint([folder / "model.safetensors"]).tensors["x"]
+    expected = numpy_slice(whole, part)
+    assert np.array_equal(np.array(read(tensor, part)), expected)
+    assert np.array_equal(np.array(read(tensor, Slice(whole.shape))), whole)
+    assert tensor.missing(part) is None
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(tensors, "BLOCK_BYTES", 1000)
+        in_blocks = b"".join(block.tobytes() for block in blocks(tensor, part))
+    assert in_blocks == expected.tobytes()
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.data())
+def test_read_from_pieces(folder: Path, data: st.DataObject) -> None:
+    """Pieces that overlap, leave gaps, or lie on another axis than what is read."""
+    whole = data.draw(arrays())
+    axis = data.draw(st.integers(0, whole.ndim - 1))
+    parts = [
+        Slice(whole.shape, axis, it.spans)
+        for it in data.draw(st.lists(slices(whole.shape), min_size=1, max_size=4))
+        if it.axis == axis
+    ]
+    here: Spans = cover([span for part in parts for span in part.spans], 1)
+    file = folder / "pieces"
+    file.write_bytes(b"".join(numpy_slice(whole, it).tobytes() for it in parts))
+    pieces, offset = [], 0
+    for part in parts:
+        pieces.append(Piece(file, offset, part))
+        offset += part.size * 4
+    tensor = Tensor("x", "I32", whole.shape, tuple(pieces))
+    wanted = data.draw(slices(whole.shape))
+    needed = {i for a, b in spans_on(wanted, axis) for i in range(a, b)}
+    lacking = needed - {i for a, b in here for i in range(a, b)}
+    missing = tensor.missing(wanted)
+    if wanted.size == 0:
+        return
+    if lacking:
+        assert missing is not None
+        assert {
+            i for a, b in spans_on(missing, axis) for i in range(a, b)
+        } == lacking or not pieces
+        with pytest.raises(OSError, match=r"x: of axis . .* is not here"):
+            read(tensor, wanted)
+    else:
+        assert missing is None
+        assert np.array_equal(
+            np.array(read(tensor, wanted)), numpy_slice(whole, wanted)
+        )
+
+
+@pytest.mark.parametrize(
+    "dtype", [mx.bfloat16, mx.float16, mx.uint8, mx.bool_], ids=str
+)
+def test_dtypes(folder: Path, dtype: mx.Dtype) -> None:
+    x = mx.random.normal((6, 8)).astype(dtype)
+    mx.save_safetensors(str(folder / "model-t.safetensors"), {"x": x, "s": x[0, 0]})
+    found = Checkpoint([folder / "model-t.safetensors"]).tensors
+    part = read(found["x"], Slice((6, 8), 1, ((1, 3), (5, 8))))
+    assert part.dtype == dtype
+    assert mx.array_equal(part, mx.concatenate([x[:, 1:3], x[:, 5:8]], axis=1))
+    assert read(found["s"], Slice(())).item() == x[0, 0].item()
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="/proc/self/io is Linux's")
+@pytest.mark.parametrize("row", [PAGE_BYTES * 8, PAGE_BYTES // 4])
+def test_bytes_read(folder: Path, row: int) -> None:
+    shape = (400, row)
+    mx.save_safetensors(
+        str(folder / "model-b.safetensors"), {"x": mx.zeros(shape, mx.uint8)}
+    )
+    tensor = Checkpoint([folder / "model-b.safetensors"]).tensors["x"]
+
+    def bytes_read(part: Slice) -> int:
+        before = _read_by_this_process()
+        read(tensor, part)
+        return _read_by_this_process() - before
+
+    overhead = bytes_read(Slice(shape, 0, ((0, 1),))) - row  # of reading the counter
+    rows = Slice(shape, 0, ((80, 160),))
+    assert bytes_read(rows) - overhead == rows.size
+    columns = Slice(shape, 1, ((row // 5, 2 * row // 5),))
+    count = bytes_read(columns) - overhead
+    # Closer together than a page, what lies between is read as well.
+    assert count == columns.size if row > PAGE_BYTES else count <= 400 * row
+
+
+def _read_by_this_process() -> int:
+    lines = Path("/proc/self/io").read_text().splitlines()
+    return int(dict(line.split(": ") for line in lines)["rchar"])
+
+
+def test_a_file_that_shrinks_meanwhile_is_an_error(folder: Path) -> None:
+    file = folder / "model-s.safetensors"
+    mx.save_safetensors(str(file), {"x": mx.zeros((100, 100))})
+    tensor = Checkpoint([file]).tensors["x"]
+    file.write_bytes(file.read_bytes()[:-4])
+    with pytest.raises(OSError, match="the file ends at byte"):
+        read(tensor, Slice((100, 100)))

@@ -1,0 +1,584 @@
+"""What tools print is read, and faults are told from reports: no cluster needed.
+
+Outputs are in the format that macOS prints; they were not recorded on a cluster.
+"""
+
+import json
+import queue
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import mlx.core as mx
+import pytest
+from recorded import HARDWARE_PORTS
+from ring_script import ring
+
+from mlxtp.comm.communicator import Communicator
+from mlxtp.comm.line import Line, LostError
+from mlxtp.doctor import linux, macos
+from mlxtp.doctor.computing import token_seconds
+from mlxtp.doctor.facts import Facts, Interface, Route
+from mlxtp.doctor.faults import faults
+from mlxtp.doctor.findings import Findings
+from mlxtp.doctor.links import Link, Ring, Sockets
+from mlxtp.doctor.machine import Machine
+from mlxtp.doctor.paths import follow
+from mlxtp.doctor.speed import DTYPES, Speed, measure
+
+pytestmark = pytest.mark.once
+
+SYSCTL = """\
+hw.memsize: 68719476736
+machdep.cpu.brand_string: Apple M2 Ultra
+iogpu.wired_limit_mb: 57344
+net.inet.ip.forwarding: 1
+"""
+VM_STAT = """\
+Mach Virtual Memory Statistics: (page size of 16384 bytes)
+Pages free:                             1000000.
+Pages active:                           1200000.
+Pages inactive:                          900000.
+Pages speculative:                       100000.
+Pages throttled:                              0.
+Pages wired down:                        500000.
+Pages purgeable:                          20000.
+"Translation faults":                 123456789.
+Pages copy-on-write:                    1234567.
+File-backed pages:                       800000.
+"""
+IFCONFIG = """\
+lo0: flags=8049<UP,LOOPBACK,RUNNING,MULTICAST> mtu 16384
+	options=1203<RXCSUM,TXCSUM,TXSTATUS,SW_TIMESTAMP>
+	inet 127.0.0.1 netmask 0xff000000
+	inet6 ::1 prefixlen 128
+gif0: flags=8010<POINTOPOINT,MULTICAST> mtu 1280
+en0: flags=8863<UP,BROADCAST,SMART,RUNNING,SIMPLEX,MULTICAST> mtu 1500
+	options=567<RXCSUM,TXCSUM,VLAN_MTU,TSO4,TSO6,AV,CHANNEL_IO>
+	ether 1c:1d:d3:00:00:01
+	inet6 fe80::1%en0 prefixlen 64 secured scopeid 0x4
+	inet 192.168.1.21 netmask 0xffffff00 broadcast 192.168.1.255
+	nd6 options=201<PERFORMNUD,DAD>
+	media: autoselect (10Gbase-T <full-duplex,flow-control>)
+	status: active
+en3: flags=8863<UP,BROADCAST,SMART,RUNNING,SIMPLEX,MULTICAST> mtu 1500
+	options=460<TSO4,TSO6,CHANNEL_IO>
+	ether 36:5c:11:00:00:04
+	inet 10.89.0.1 netmask 0xffffffff
+	inet 10.88.1.1 netmask 0xfffffffc broadcast 10.88.1.3
+	media: autoselect <full-duplex>
+	status: active
+en4: flags=8863<UP,BROADCAST,SMART,RUNNING,SIMPLEX,MULTICAST> mtu 1500
+	media: autoselect <full-duplex>
+	status: inactive
+"""
+THUNDERBOLT = json.dumps(
+    {
+        "SPThunderboltDataType": [
+            {
+                "_items": [{"_name": "Mac Studio", "domain_uuid_key": "B"}],
+                "domain_uuid_key": "A",
+                "receptacle_1_tag": {
+                    "current_speed_key": "Up to 40 Gb/s",
+                    "receptacle_id_key": "2",
+                    "receptacle_status_key": "receptacle_connected",
+                },
+            },
+            {
+                "domain_uuid_key": "C",
+                "receptacle_1_tag": {
+                    "current_speed_key": "Up to 40 Gb/s",
+                    "receptacle_id_key": "3",
+                    "receptacle_status_key": "receptacle_no_devices_connected",
+                },
+            },
+        ]
+    }
+)
+ROUTE = """\
+   route to: 10.89.0.3
+destination: 10.89.0.3
+    gateway: 10.88.1.2
+  interface: en3
+      flags: <UP,GATEWAY,HOST,DONE,STATIC>
+ recvpipe  sendpipe  ssthresh  rtt,msec    rttvar  hopcount      mtu     expire
+       0         0         0         0         0         0      1500         0
+"""
+
+
+def test_a_mac(monkeypatch: pytest.MonkeyPatch) -> None:
+    printed = {
+        "sysctl": SYSCTL,
+        "vm_stat": VM_STAT,
+        "ifconfig": IFCONFIG,
+        "networksetup": HARDWARE_PORTS,
+        "system_profiler": THUNDERBOLT,
+        "route": ROUTE,
+    }
+    monkeypatch.setattr(macos, "output", lambda command: printed[command[0]])
+    ports = {it.name: it for it in macos.facts().interfaces}
+    assert macos.facts() == Facts(
+        system="macOS",
+        chip="Apple M2 Ultra",
+        memory_bytes=64 * 2**30,
+        available_bytes=2_000_000 * 16384,
+        limit_set_mb=57344,
+        forwards=True,
+        interfaces=tuple(ports.values()),
+    )
+    assert set(ports) == {"gif0", "en0", "en3", "en4"} and not ports["gif0"].up
+    assert ports["en0"].bits_per_second == 10e9
+    assert ports["en3"] == Interface(
+        "en3", "Thunderbolt 2", True, 1500, ("10.89.0.1", "10.88.1.1"), 40e9
+    )
+    assert not ports["en4"].up and ports["en4"].bits_per_second is None
+    assert macos.route("10.89.0.3") == Route("en3", "10.88.1.2")
+
+
+def test_tools_that_are_not_there(monkeypatch: pytest.MonkeyPatch) -> None:
+    for system in macos, linux:
+        monkeypatch.setattr(system, "output", lambda command: "")
+        assert system.facts().interfaces == ()
+        assert system.route("10.89.0.3") is None
+
+
+def test_routes_of_a_mac() -> None:
+    direct = ROUTE.replace("gateway: 10.88.1.2", "gateway: 1c:1d:d3:0:0:2")
+    assert macos.parse_route(direct) == Route("en3", None)
+    default = ROUTE.replace("10.88.1.2", "192.168.1.1").replace("en3", "en0")
+    assert macos.parse_route(default) == Route("en0", "192.168.1.1")
+    assert macos.parse_route("route: writing to routing socket: not in table") is None
+
+
+@pytest.mark.parametrize(
+    ("media", "rate"),
+    [
+        ("autoselect (1000baseT <full-duplex>)", 1e9),
+        ("autoselect (2500Base-T <full-duplex>)", 2.5e9),
+        ("autoselect (10Gbase-T <full-duplex,flow-control>)", 10e9),
+        ("autoselect", None),
+        ("", None),
+    ],
+)
+def test_media_of_an_ethernet(media: str, rate: float | None) -> None:
+    assert macos.media_rate(media) == rate
+
+
+def test_a_linux_machine(tmp_path: Path) -> None:
+    for name, file in (
+        ("wlan0", "wireless/status"),
+        ("tb0", "tun_flags"),
+        ("br0", "bridge/id"),
+        ("eth0", "device/id"),
+    ):
+        path = tmp_path / name / file
+        path.parent.mkdir(parents=True)
+        path.write_text("")
+    (tmp_path / "eth0" / "type").write_text("1\n")
+    (tmp_path / "eth0" / "speed").write_text("10000\n")
+    driver = tmp_path / "drivers" / "thunderbolt-net"
+    driver.mkdir(parents=True)
+    (tmp_path / "thunderbolt0" / "device").mkdir(parents=True)
+    (tmp_path / "thunderbolt0" / "device" / "driver").symlink_to(driver)
+    kinds = {name: linux.kind(tmp_path / name) for name in ("wlan0", "tb0", "br0")}
+    assert kinds == {"wlan0": "Wi-Fi", "tb0": "tunnel", "br0": "bridge"}
+    assert linux.kind(tmp_path / "thunderbolt0") == "Thunderbolt"
+    printed = [
+        {
+            "ifname": name,
+            "flags": ["UP", *flags],
+            "mtu": 1500,
+            "operstate": "UP",
+            "addr_info": [{"family": "inet", "local": "10.0.0.1"}],
+        }
+        for name, flags in (("lo", ["LOOPBACK"]), ("eth0", ["LOWER_UP"]))
+    ]
+    [port] = linux.interfaces(json.dumps([*printed, {}]), tmp_path)
+    assert port == Interface("eth0", "Ethernet", True, 1500, ("10.0.0.1",), 10e9)
+    via = '[{"dst":"10.89.0.5","gateway":"10.88.3.2","dev":"tb1","flags":[]}]'
+    assert linux.parse_route(via) == Route("tb1", "10.88.3.2")
+    assert linux.parse_route('[{"dst":"10.0.0.2","dev":"eth0"}]') == Route("eth0", None)
+    assert linux.meminfo("MemTotal:  8 kB\nHugePages_Total: 0\n") == {"MemTotal": 8192}
+
+
+def macs(size: int = 5) -> Findings:
+    """A ring of Macs in which all is well."""
+    machines, routes = [], []
+    for rank in range(size):
+        host = ring.Host(rank + 1, size, "en2", "en3")
+        ports = tuple(
+            Interface(
+                name,
+                f"Thunderbolt {name[2:]}",
+                True,
+                1500,
+                (host.address, address),
+                40e9,
+            )
+            for name, address in host.ports.items()
+        )
+        wifi = Interface("en1", "Wi-Fi", True, 1500, (f"192.168.1.{rank}",))
+        facts = Facts("macOS", "M2", 64 * 10**9, 60 * 10**9, 0, True, (*ports, wifi))
+        versions = {"mlxtp": "1", "mlx": "2", "Open MPI": "5.0.11", "Python": "3.12"}
+        machines.append(
+            Machine(
+                rank,
+                f"studio{rank + 1}",
+                host.address,
+                ".venv/bin/python",
+                False,
+                versions,
+                48 * 10**9,
+                10**12,
+                {"mpi": None, "jaccl": None},
+                facts,
+            )
+        )
+        ways = host.routes.items()
+        routes.append({to: Route(port, hop) for to, (hop, port) in ways})
+    found = Findings(
+        machines, routes, [0.0] * size, {}, [Speed(4e11, 2e13)] * size, "mpi"
+    )
+    links = {pair: Link(1e-4 * found.paths[pair].hops, 4e9) for pair in found.pairs}
+    return replace(found, links=links)
+
+
+Change = Callable[[Findings], Findings]
+
+
+def host(rank: int, **facts: object) -> Change:
+    """Other facts of one host."""
+    return machine(rank, lambda it: replace(it, facts=replace(it.facts, **facts)))  # type: ignore[arg-type]
+
+
+def machine(rank: int, change: Callable[[Machine], Machine]) -> Change:
+    def changed(found: Findings) -> Findings:
+        machines = list(found.machines)
+        machines[rank] = change(machines[rank])
+        return replace(found, machines=machines)
+
+    return changed
+
+
+def port(rank: int, name: str, **changes: object) -> Change:
+    """Another interface of one host."""
+
+    def changed(it: Machine) -> Machine:
+        ports = tuple(
+            replace(port, **changes) if port.name == name else port  # type: ignore[arg-type]
+            for port in it.facts.interfaces
+        )
+        return replace(it, facts=replace(it.facts, interfaces=ports))
+
+    return machine(rank, changed)
+
+
+def link(*pair: int, **changes: object) -> Change:
+    """Another link, and those of two hops that go over it."""
+
+    def changed(found: Findings) -> Findings:
+        links = {
+            it: replace(link, **changes) if pair in found.paths[it].cables else link  # type: ignore[arg-type]
+            for it, link in found.links.items()
+        }
+        return replace(found, links=links)
+
+    return changed
+
+
+def without(*pairs: tuple[int, int]) -> Change:
+    return lambda found: replace(
+        found, links={p: it for p, it in found.links.items() if p not in pairs}
+    )
+
+
+def route(rank: int, to: int, way: Route | None) -> Change:
+    def changed(found: Findings) -> Findings:
+        routes = [dict(ways) for ways in found.routes]
+        routes[rank][f"10.89.0.{to + 1}"] = way
+        return replace(found, routes=routes)
+
+    return changed
+
+
+@pytest.mark.parametrize("size", [1, 2, 3, 4, 5, 6, 8])
+def test_all_is_well(size: int) -> None:
+    assert faults(macs(max(size, 2)) if size > 1 else alone()) == []
+
+
+def alone() -> Findings:
+    found = macs(2)
+    return replace(
+        found,
+        machines=found.machines[:1],
+        routes=[{}],
+        clocks=[0.0],
+        links={},
+        speeds=found.speeds[:1],
+    )
+
+
+RING_2 = "sudo ./launch/ring 2 5 --left en2 --right en3 --apply"
+
+
+@pytest.mark.parametrize(
+    ("change", "where", "what", "mend"),
+    [
+        (
+            without((1, 2), (0, 2), (1, 3)),
+            "studio2 - studio3",
+            "nothing passes between studio2 en3 (Thunderbolt 3) and studio3 en2",
+            "ping -c 3 10.88.2.2",
+        ),
+        (
+            host(1, forwards=False),
+            "studio2",
+            "forwarding is off",
+            "sudo sysctl -w net.inet.ip.forwarding=1",
+        ),
+        (route(1, 3, None), "studio2", "no route to 10.89.0.4 (studio4)", RING_2),
+        (
+            route(1, 2, Route("en1", "192.168.1.254")),
+            "studio2",
+            "data to studio3 go by en1 (Wi-Fi)",
+            RING_2,
+        ),
+        (
+            without((1, 3)),
+            "studio2 - studio4",
+            "do not reach each other at 10.89.0.2 and 10.89.0.4",
+            "on studio2: ping -c 3 10.89.0.4",
+        ),
+        (
+            machine(2, lambda it: replace(it, versions=it.versions | {"mlx": "1"})),
+            "studio3",
+            "mlx 1 (elsewhere 2)",
+            ".venv/bin/python -m pip install mlx==2",
+        ),
+        (
+            machine(2, lambda it: replace(it, versions=it.versions | {"mlxtp": "0"})),
+            "studio3",
+            "mlxtp 0 (elsewhere 1)",
+            "git pull && source launch/environment",
+        ),
+        (
+            lambda found: replace(found, need_bytes=50e9),
+            "studio1",
+            "48.0 GB for a model, 50.0 GB needed",
+            "sudo sysctl iogpu.wired_limit_mb=48708",
+        ),
+        (
+            machine(4, lambda it: replace(it, limit_bytes=16 * 10**9)),
+            "studio5",
+            "16.0 GB for a model, elsewhere 48.0 GB",
+            "--weights 3,3,3,3,1",
+        ),
+        (host(3, available_bytes=8 * 10**9), "studio4", "8.0 of 64.0 GB", "top -o mem"),
+        (
+            link(3, 4, latency_seconds=9e-4),
+            "studio4 - studio5",
+            "a slow link, studio4 en3 (Thunderbolt 3) to studio5 en2",
+            "another cable",
+        ),
+        (
+            link(3, 4, bytes_per_second=1e9),
+            "studio4 - studio5",
+            "1.000 GB/s, its peers 4.000 GB/s",
+            "another cable",
+        ),
+        (
+            port(3, "en3", bits_per_second=20e9),
+            "studio4 - studio5",
+            "runs at 20 Gb/s, its peers at 40 Gb/s",
+            "another cable",
+        ),
+        (
+            port(1, "en3", mtu=9000),
+            "studio3",
+            "en2 (Thunderbolt 2) have 1500 bytes (MTU), at the other end 9000",
+            "sudo networksetup -setMTU en2 9000",
+        ),
+        (
+            link(1, 2, bytes_per_second=None),
+            "studio2 - studio3",
+            "short messages pass, long ones do not",
+            "ping -c 3 -s 8000 10.89.0.3",
+        ),
+        (
+            lambda found: replace(found, clocks=[0, 0, 100.0, 0, 0]),
+            "studio3",
+            "its clock is 100 s ahead of the others'",
+            "sudo sntp -sS time.apple.com",
+        ),
+        (
+            machine(1, lambda it: replace(it, disk_free_bytes=10**9)),
+            "studio2",
+            "1.0 GB of disk are free",
+            "make room",
+        ),
+        (
+            lambda found: replace(found, speeds=[*found.speeds[:4], Speed(1e11, 2e13)]),
+            "studio5",
+            "reads weights at 100.0 GB/s, others with its chip at 400.0 GB/s",
+            "top",
+        ),
+        (
+            lambda found: replace(
+                machine(3, lambda it: replace(it, lacks={"jaccl": "RDMA"}))(found),
+                transport="jaccl",
+            ),
+            "studio4",
+            "--transport jaccl: RDMA",
+            "--transport mpi",
+        ),
+        (
+            machine(1, lambda it: replace(it, address="192.168.1.1")),
+            "studio2",
+            "no address 10.89.0.K",
+            RING_2,
+        ),
+    ],
+)
+def test_a_fault(change: Change, where: str, what: str, mend: str) -> None:
+    found = faults(change(macs()))
+    assert where in [fault.where for fault in found]
+    fault = next(fault for fault in found if fault.where == where)
+    assert what in fault.what and mend in fault.mend
+
+
+def test_one_fault_is_said_once() -> None:
+    """A cable, route or switch that others depend on stands alone."""
+    for change in (
+        without((1, 2), (0, 2), (1, 3)),
+        link(3, 4, latency_seconds=9e-4),
+        link(3, 4, bytes_per_second=1e9),
+        lambda found: without((0, 2))(host(1, forwards=False)(found)),
+        lambda found: without((1, 3))(route(1, 3, None)(found)),
+        port(3, "en3", bits_per_second=20e9),
+    ):
+        assert len(faults(change(macs()))) == 1
+
+
+def test_a_cable_that_is_out_is_told_from_its_port() -> None:
+    found = without((1, 2), (0, 2), (1, 3))(port(2, "en2", up=False)(macs()))
+    assert "(studio3 en2 (Thunderbolt 2) is down)" in faults(found)[0].what
+
+
+def test_ranks_in_another_order_than_cables() -> None:
+    found = macs()
+    order = [0, 2, 1, 3, 4]
+    swapped = replace(
+        found,
+        machines=[replace(found.machines[o], rank=r) for r, o in enumerate(order)],
+        routes=[found.routes[o] for o in order],
+    )
+    [fault] = faults(replace(swapped, links=found.links))
+    assert fault.where == "hostfile" and "studio1 and studio3" in fault.what
+    assert "studio1, studio2, studio3, studio4, studio5" in fault.mend
+
+
+def test_ways_are_followed() -> None:
+    found = macs()
+    assert found.paths[0, 2].ranks == (0, 1, 2) and found.paths[0, 3].hops == 2
+    circle = route(1, 2, Route("en2", "10.88.1.1"))(found)
+    path = follow(circle.machines, circle.routes, 0, 2)
+    assert path.stopped == "astray"
+
+
+def lines(size: int, timeout_seconds: float = 5.0) -> list[Line]:
+    """The ends of lines between ranks that are threads."""
+    words: queue.Queue[str] = queue.Queue()
+    found: dict[int, Line] = {}
+
+    def publish(word: str) -> None:
+        for _ in range(size - 1):
+            words.put(word)
+
+    def begin(rank: int) -> None:
+        found[rank] = Line(
+            rank,
+            size,
+            addresses=["10.89.0.77", "127.0.0.1"],
+            publish=publish,
+            lookup=lambda seconds: words.get(timeout=seconds),
+            timeout_seconds=timeout_seconds,
+        )
+
+    together(size, begin)
+    return [found[rank] for rank in range(size)]
+
+
+def together(size: int, work: Callable[[int], None]) -> None:
+    threads = [threading.Thread(target=work, args=(rank,)) for rank in range(size)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(30)
+        assert not thread.is_alive()
+
+
+def test_a_line_and_what_is_measured_over_loopback() -> None:
+    ends = lines(3)
+    seen: dict[int, tuple[list[str], list[float], dict, Ring | None]] = {}
+
+    def work(rank: int) -> None:
+        line = ends[rank]
+        words = line.gather(f"of {rank}")
+        clocks = line.clocks()
+        sockets = Sockets(line, "127.0.0.1")
+        seen[rank] = words, clocks, sockets.measure([(0, 1), (1, 2)]), sockets.ring()
+        sockets.close()
+
+    together(3, work)
+    words, clocks, links, around = seen[0]
+    assert words == ["of 0", "of 1", "of 2"]
+    assert max(map(abs, clocks)) < 0.1  # one clock, read by threads that take turns
+    assert set(links) == {(0, 1), (1, 2)} and around is not None
+    assert all(link.bytes_per_second > 1e6 for link in links.values())
+    assert seen[1] == seen[0] and seen[2] == seen[0]
+
+
+def test_a_rank_that_does_not_call_is_named() -> None:
+    with pytest.raises(LostError, match="rank 1, rank 2 of 3 did not call rank 0"):
+        Line(
+            0,
+            3,
+            addresses=["127.0.0.1"],
+            publish=lambda words: None,
+            lookup=lambda seconds: "",
+            timeout_seconds=0.3,
+        )
+
+
+def test_a_rank_that_ends_or_is_silent_is_named() -> None:
+    ends = lines(3, timeout_seconds=0.5)
+    with pytest.raises(LostError, match=r"rank 1 on \S+ did not answer for 0.5 s"):
+        ends[0].barrier()
+    ends[1].close()
+    with pytest.raises(LostError, match=r"rank 1 on \S+ has ended"):
+        ends[0].barrier()
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_speeds(dtype: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("mlxtp.doctor.speed.SECONDS", 0.0)
+    speed = measure(dtype, lambda: None)
+    # From a slow core to a GPU that nobody has yet.
+    assert 1e7 < speed.bytes_per_second < 1e13
+    assert 1e7 < speed.flops < 1e15
+
+
+class Slow(Communicator):
+    """A world of one rank whose collectives take their time."""
+
+    def allreduce(self, x: mx.array, at: str = "") -> mx.array:
+        time.sleep(0.1)
+        return x
+
+
+def test_a_token_is_timed_without_waits(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("mlxtp.doctor.computing.TOKENS", 3)
+    [seconds] = token_seconds(Slow())
+    assert 1e-5 < seconds < 0.5  # ten collectives take 1 s

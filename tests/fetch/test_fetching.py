@@ -1,0 +1,331 @@
+"""Each rank fetches its own bytes from a hub on loopback, with huggingface-hub."""
+
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import mlx_lm
+import numpy as np
+import pytest
+from hub_server import Hub, Request
+from huggingface_hub import constants
+from huggingface_hub.utils import _cache_assets
+from reference import greedy, on_rank_0
+from tiny import Tiny, made_by_rank_0
+
+import mlxtp
+from mlxtp import Communicator
+from mlxtp.checkpoint import verify as hashes
+from mlxtp.comm.communicator import AgreedError
+from mlxtp.fetch import hub
+from mlxtp.loading import load_model
+
+Q4 = {"group_size": 32, "bits": 4}
+NAME = "org/model"
+
+
+class Client:
+    """A rank's way to the hub: its own cache, as on a machine of its own."""
+
+    def __init__(self, comm: Communicator, patch: pytest.MonkeyPatch) -> None:
+        self.comm, self.patch = comm, patch
+
+    def use(self, url: str, cache: Path) -> None:
+        template = url + "/{repo_id}/resolve/{revision}/{filename}"
+        self.patch.setattr(constants, "ENDPOINT", url)
+        self.patch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
+        self.patch.setattr(constants, "HF_HUB_CACHE", str(cache / "hub"))
+        self.patch.setattr(_cache_assets, "HF_ASSETS_CACHE", str(cache / "assets"))
+        self.patch.setattr(hub, "WAIT_SECONDS", 0.01)
+        self.patch.setattr(self.comm, "host", f"host-{self.comm.rank}")
+
+    def count(self) -> list[int]:
+        """Bytes of tensors that this rank asks the hub for, from now on."""
+        asked = [0]
+        fetch = hub.fetch
+
+        def counting(
+            repo: hub.Repo, file: str, offset: int, target: np.ndarray, *more: Any
+        ) -> None:
+            asked[0] += target.size if offset else 0  # beginnings are for the hash
+            fetch(repo, file, offset, target, *more)
+
+        self.patch.setattr(hub, "fetch", counting)
+        return asked
+
+
+@pytest.fixture
+def client(comm: Communicator, monkeypatch: pytest.MonkeyPatch) -> Client:
+    return Client(comm, monkeypatch)
+
+
+@pytest.fixture(scope="module")
+def model(comm: Communicator, shared_path: Path) -> Path:
+    """Llama's shapes, quantized, in several moves."""
+    tiny = Tiny(
+        {"hidden_size": 320, "intermediate_size": 640, "num_attention_heads": 10,
+         "num_key_value_heads": 5, "head_dim": 32, "vocab_size": 131},
+        quantization=Q4,
+    )  # fmt: skip
+    return made_by_rank_0(tiny, shared_path / "on-the-hub", comm)
+
+
+@pytest.fixture
+def served(comm: Communicator, model: Path) -> Iterator[tuple[Hub | None, str]]:
+    """The hub, which rank 0 has, and its address."""
+    if comm.rank == 0:
+        with Hub({NAME: model}) as hub:
+            comm.bcast(hub.url)
+            yield hub, hub.url
+    else:
+        yield None, comm.bcast(None)
+
+
+Served = tuple[Hub | None, str]
+
+
+def test_each_byte_is_fetched_once(
+    comm: Communicator, model: Path, served: Served, client: Client, tmp_path: Path
+) -> None:
+    """On machines of their own: at most 1.1 times the checkpoint from the hub, of
+    which a rank fetches its share, and nothing at the second start."""
+    server, url = served
+    client.use(url, tmp_path)
+    asked = client.count()
+    expected = on_rank_0(comm, lambda: greedy(mlx_lm.load(str(model))[0]))
+    split, _ = mlxtp.load(NAME, comm)
+    assert greedy(split) == expected
+    whole = (model / "model.safetensors").stat().st_size
+    assert 0.9 * whole < sum(comm.allgather_objects(asked[0])) < 1.1 * whole
+    assert asked[0] <= 1.3 * whole / comm.size
+    assert not server or server.sent < 1.1 * whole
+    kept = list(tmp_path.glob("assets/**/rank-*/*.safetensors"))
+    assert sum(file.stat().st_size for file in kept) <= 1.3 * whole / comm.size
+    asked[0] = 0
+    again, _ = mlxtp.load(NAME, comm)
+    assert greedy(again) == expected
+    assert asked[0] == 0
+
+
+# Faults of the hub at the first request for a range.
+PASSING: dict[str, int | str] = {
+    "drops connections": "drop",
+    "busy": 503,
+    "too many requests": 429,
+    "other bytes than asked for": "shifted",
+    "more bytes than asked for": "long",
+    "wrong bytes": "wrong",
+}
+
+
+@pytest.mark.parametrize("fault", PASSING)
+def test_faults_that_pass(
+    fault: str,
+    comm: Communicator,
+    model: Path,
+    served: Served,
+    client: Client,
+    tmp_path: Path,
+) -> None:
+    server, url = served
+    client.use(url, tmp_path)
+    seen: set[str | None] = set()
+
+    def at_first(request: Request) -> int | str | None:
+        if not request.path.startswith("/cdn/") or request.range in seen:
+            return None
+        seen.add(request.range)
+        # Those that cost a second of waiting only now and then.
+        rare = isinstance(PASSING[fault], int) and len(seen) % 4 != 1
+        return None if rare else PASSING[fault]
+
+    if server:
+        server.fault = at_first
+    expected = on_rank_0(comm, lambda: greedy(mlx_lm.load(str(model))[0]))
+    split, _ = mlxtp.load(NAME, comm)
+    assert greedy(split) == expected
+
+
+def is_of_weights(request: Request) -> bool:
+    return bool(request.range) and request.path.endswith("model.safetensors")
+
+
+# Lasting ones, and what has to be said.
+LASTING: dict[str, tuple[int | str, str]] = {
+    "no token": (401, "does not exist or is private"),
+    "gated": (403, "access to it has to be asked for"),
+    "gone": (404, "or this revision of it, does not exist"),
+    "no ranges": ("no range", "does not give ranges of files"),
+    "drops all": ("shifted", r"could not be fetched: asked for bytes"),
+    "wrong bytes": ("wrong", "came from the hub twice, and was not what the hub's SHA"),
+}
+
+
+@pytest.mark.parametrize("fault", LASTING)
+def test_faults_that_last(
+    fault: str,
+    comm: Communicator,
+    model: Path,
+    served: Served,
+    client: Client,
+    tmp_path: Path,
+) -> None:
+    """One message on all ranks, nothing that counts is left, and then it goes on."""
+    server, url = served
+    client.use(url, tmp_path)
+    answer, said = LASTING[fault]
+    if server:
+        server.fault = lambda it: answer if is_of_weights(it) and it.number else None
+    with pytest.raises(AgreedError, match=said):
+        mlxtp.load(NAME, comm)
+    assert not list(tmp_path.glob("assets/**/manifest.json"))
+    comm.barrier()
+    if server:
+        server.fault = lambda it: None
+    comm.barrier()
+    expected = on_rank_0(comm, lambda: greedy(mlx_lm.load(str(model))[0]))
+    split, _ = mlxtp.load(NAME, comm)
+    assert greedy(split) == expected
+
+
+def test_no_such_repository(
+    comm: Communicator, served: Served, client: Client, tmp_path: Path
+) -> None:
+    client.use(served[1], tmp_path)
+    with pytest.raises(AgreedError, match="there is no folder org/other, and the hub"):
+        mlxtp.load("org/other", comm)
+
+
+def test_a_private_repository(
+    comm: Communicator, model: Path, served: Served, client: Client, tmp_path: Path
+) -> None:
+    server, url = served
+    client.use(url, tmp_path)
+    if server:
+        server.token = "hf_secret"
+    comm.barrier()
+    with pytest.raises(AgreedError, match="does not exist or is private"):
+        mlxtp.load(NAME, comm)
+    client.patch.setenv("HF_TOKEN", "hf_secret")
+    load_model(NAME, comm)
+
+
+def test_root_fetches_for_all(
+    comm: Communicator, model: Path, served: Served, client: Client, tmp_path: Path
+) -> None:
+    """Only rank 0 asks the hub; it keeps its own slices alone."""
+    client.use(served[1] if comm.rank == 0 else "http://127.0.0.1:1", tmp_path)
+    expected = on_rank_0(comm, lambda: greedy(mlx_lm.load(str(model))[0]))
+    split, _ = mlxtp.load(NAME, comm, fetch="root")
+    assert greedy(split) == expected
+    kept = list(tmp_path.glob("assets/**/rank-*/*.safetensors"))
+    whole = (model / "model.safetensors").stat().st_size
+    assert sum(file.stat().st_size for file in kept) <= 1.3 * whole / comm.size
+
+
+def test_offline(
+    comm: Communicator, model: Path, served: Served, client: Client, tmp_path: Path
+) -> None:
+    client.use(served[1], tmp_path)
+    with client.patch.context() as patch:
+        patch.setattr(constants, "HF_HUB_OFFLINE", True)
+        with pytest.raises(
+            AgreedError, match="there is no folder org/model, and the hub"
+        ):
+            load_model(NAME, comm)
+    expected = on_rank_0(comm, lambda: greedy(mlx_lm.load(str(model))[0]))
+    load_model(NAME, comm)
+    client.use("http://127.0.0.1:1", tmp_path)
+    client.patch.setattr(constants, "HF_HUB_OFFLINE", True)
+    split, _ = mlxtp.load(NAME, comm)
+    assert greedy(split) == expected
+
+
+def test_a_damaged_file_is_fetched_again(
+    comm: Communicator, model: Path, served: Served, client: Client, tmp_path: Path
+) -> None:
+    """On one machine; the others pass it on where they have it."""
+    client.use(served[1], tmp_path)
+    expected = on_rank_0(comm, lambda: greedy(mlx_lm.load(str(model))[0]))
+    load_model(NAME, comm)
+    (file,) = tmp_path.glob("assets/**/rank-*/model.safetensors")
+    asked = client.count()
+    if comm.rank == comm.size - 1:
+        content = bytearray(file.read_bytes())
+        content[-7] ^= 4
+        file.write_bytes(content)
+    split, _ = mlxtp.load(NAME, comm)
+    assert greedy(split) == expected
+    assert (asked[0] > 0) == (comm.rank == comm.size - 1)
+    folder = next(iter(tmp_path.glob("assets/**/checkpoint.json"))).parent
+    assert not hashes.verify(folder)
+    asked[0] = 0
+    load_model(NAME, comm)
+    assert asked[0] == 0
+
+
+def test_other_weights_come_from_the_other_ranks(
+    comm: Communicator, model: Path, served: Served, client: Client, tmp_path: Path
+) -> None:
+    client.use(served[1], tmp_path)
+    expected = on_rank_0(comm, lambda: greedy(mlx_lm.load(str(model))[0]))
+    load_model(NAME, comm)
+    asked = client.count()
+    split, _ = mlxtp.load(NAME, comm, weights=[2] + [1] * (comm.size - 1))
+    assert greedy(split) == expected
+    assert asked[0] == 0
+
+
+def test_a_new_commit_is_fetched_anew(
+    comm: Communicator, model: Path, client: Client, shared_path: Path, tmp_path: Path
+) -> None:
+    """And one that comes while it is fetched is not mixed with the old one."""
+    mine = shared_path / "changing"
+    tiny = Tiny()
+    made_by_rank_0(tiny, mine, comm)
+    server = Hub({NAME: mine})
+    if comm.rank == 0:
+        server.__enter__()
+    client.use(comm.bcast(server.url if comm.rank == 0 else None), tmp_path)
+    load_model(NAME, comm)
+
+    def change(request: Request) -> None:
+        if is_of_weights(request) and request.number > 0 and not changed:
+            changed.append(True)
+            shutil.rmtree(mine)
+            another.rename(mine)
+
+    changed: list[bool] = []
+    another = shared_path / "another"
+    comm.barrier()
+    if comm.rank == 0:
+        Tiny(seed=1).save(mine)
+        # Not in the server's thread: a thread that used mx.random ends the process with
+        # an abort if it is still there when Python ends.
+        another.mkdir()
+        Tiny(seed=2).save(another)
+        server.ranges.clear()
+        server.fault = change
+    comm.barrier()
+    with pytest.raises(AgreedError, match="or this revision of it, does not exist"):
+        load_model(NAME, comm)
+    split, _ = mlxtp.load(NAME, comm)
+    assert greedy(split) == on_rank_0(comm, lambda: greedy(mlx_lm.load(str(mine))[0]))
+    comm.barrier()
+    if comm.rank == 0:
+        server.__exit__()
+
+
+def test_too_small_a_disk_is_said_before(
+    comm: Communicator, served: Served, client: Client, tmp_path: Path
+) -> None:
+    client.use(served[1], tmp_path)
+    asked = client.count()
+    usage = shutil.disk_usage(tmp_path)._replace(free=1000)
+    client.patch.setattr(shutil, "disk_usage", lambda _: usage)
+    with pytest.raises(
+        AgreedError, match=r"host-0 needs 0\.0 GB of disk for its slices"
+    ):
+        load_model(NAME, comm)
+    assert asked[0] == 0

@@ -1,0 +1,140 @@
+"""Every byte that a rank lacks comes to it once, and with few others."""
+
+from collections import Counter
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from mlxtp.fetch import schedule as moves
+from mlxtp.fetch.schedule import Demand, Move, plan
+from mlxtp.partition.spans import Spans, cover, length, spans, without
+
+pytestmark = pytest.mark.once
+
+
+def come_to(demand: Demand, found: list[Move]) -> list[Counter[tuple[int, int]]]:
+    """How often each item of each row comes to each rank."""
+    come: list[Counter[tuple[int, int]]] = [Counter() for _ in demand.lacks]
+    for move in found:
+        for rank, parts in move.targets:
+            for row in range(*move.rows):
+                for start, stop in parts:
+                    assert move.span[0] <= start < stop <= move.span[1]
+                    come[rank].update((row, item) for item in range(start, stop))
+    return come
+
+
+@st.composite
+def demands(draw: st.DrawFn) -> Demand:
+    ranks = draw(st.integers(1, 5))
+    rows, items = draw(st.integers(1, 6)), draw(st.integers(1, 12))
+    edges = st.lists(st.integers(0, items), min_size=2, max_size=4)
+
+    def part() -> Spans:
+        cuts = sorted(draw(edges))
+        found = zip(cuts[::2], cuts[1::2], strict=False)
+        return cover([(a, b) for a, b in found if a < b], 1)
+
+    has = tuple(part() if draw(st.booleans()) else () for _ in range(ranks))
+    lacks = tuple(without(part(), it) for it in has)
+    return Demand("x", 1, rows, items, draw(st.sampled_from([1, 64])), lacks, has)
+
+
+@settings(max_examples=300, deadline=None)
+@given(st.lists(demands(), min_size=1, max_size=1), st.booleans())
+def test_all_comes_once(given: list[Demand], only_root: bool) -> None:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(moves, "REQUEST_BYTES", 100)
+        patch.setattr(moves, "MOVE_BYTES", 300)
+        found = plan(given, only_root=only_root)
+    (demand,) = given
+    for rank, come in enumerate(come_to(demand, found)):
+        wanted = {
+            (row, item)
+            for row in range(demand.rows)
+            for start, stop in demand.lacks[rank]
+            for item in range(start, stop)
+        }
+        assert come.keys() == wanted and set(come.values()) <= {1}
+    for move in found:
+        if not move.from_hub:
+            assert not without([move.span], demand.has[move.source])
+        elif only_root:
+            assert move.source == 0
+        else:
+            assert move.source in dict(move.targets)
+        assert dict(move.targets).keys() <= set(range(len(demand.lacks)))
+
+
+def llama(ranks: int, has: list[list[Spans]] | None = None) -> list[Demand]:
+    """Matrices cut on either axis, an embedding and a norm, of half a byte a weight."""
+    made = []
+    for number, (axis, items, item_bytes, rows) in enumerate(
+        [(0, 128256, 8192, 1), (0, 16384, 8192, 1), (1, 53248, 1, 8192),
+         (1, 16384, 1, 8192), (0, 53248, 8192, 1), (0, 16384, 2, 1)]
+    ):  # fmt: skip
+        shared = number == 5
+        mine = spans(items, [1] * ranks, 64)
+        wanted = [cover([(0, items) if shared else span], 1) for span in mine]
+        here = has[number] if has else [() for _ in range(ranks)]
+        here += [()] * (ranks - len(here))
+        lacks = tuple(
+            without(want, held) for want, held in zip(wanted, here, strict=False)
+        )
+        made.append(
+            Demand(
+                str(number), axis, rows, items, item_bytes, lacks, tuple(here[:ranks])
+            )
+        )
+    return made
+
+
+def from_hub(demands: list[Demand], found: list[Move]) -> Counter[int]:
+    """Bytes that each rank fetches."""
+    by_name = {demand.name: demand for demand in demands}
+    fetched: Counter[int] = Counter()
+    for move in found:
+        it = by_name[move.name]
+        between = (move.rows[1] - move.rows[0] - 1) * it.items + length([move.span])
+        fetched[move.source] += between * it.item_bytes * move.from_hub
+    return fetched
+
+
+@pytest.mark.parametrize("ranks", [1, 2, 3, 5, 8])
+def test_each_rank_fetches_its_share(ranks: int) -> None:
+    wanted = llama(ranks)
+    found = plan(wanted)
+    whole = sum(it.rows * it.items * it.item_bytes for it in wanted)
+    fetched = from_hub(wanted, found)
+    assert sum(fetched.values()) == whole
+    assert max(fetched.values()) < 1.05 * whole / ranks
+    # Columns come in bands: not a request for each row.
+    assert len(found) < 1.5 * whole / moves.MOVE_BYTES + 6 * ranks
+
+
+@pytest.mark.parametrize("ranks", [4, 3, 5, 7])
+def test_another_world_moves_what_is_missing_and_no_more(ranks: int) -> None:
+    """From five ranks to others: nothing from the hub while all five are there."""
+    before = [list(it.lacks) for it in llama(5)]
+    wanted = llama(ranks, [list(it) for it in before])
+    found = plan(wanted)
+    lacked = sum(it.rows * length(p) * it.item_bytes for it in wanted for p in it.lacks)
+    moved = sum(
+        (m.rows[1] - m.rows[0]) * length(p) * wanted[int(m.name)].item_bytes
+        for m in found
+        for _, p in m.targets
+    )
+    assert moved == lacked
+    # From the hub comes what no machine has; columns with what lies between them.
+    gone = {
+        it.name: without([(0, it.items)], [s for part in it.has for s in part])
+        for it in wanted
+    }
+    least = sum(
+        it.rows * (it.items if it.rows > 1 else length(gone[it.name])) * it.item_bytes
+        for it in wanted
+        if gone[it.name]
+    )
+    assert sum(from_hub(wanted, found).values()) <= least
+    assert bool(least) == (ranks < 5)

@@ -1,0 +1,155 @@
+"""Modelled times follow from what was measured, or from what links are known to do."""
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from mlx.utils import tree_flatten
+from wide_models import WIDE
+
+from mlxtp.cluster.measured import Collective, Host, Measured, Pair
+from mlxtp.plan.__main__ import main
+from mlxtp.plan.calibration import of_measured
+from mlxtp.plan.hardware import (
+    OPERATION_SECONDS,
+    Link,
+    MeasuredNetwork,
+    Network,
+    network_of,
+)
+from mlxtp.plan.opening import of_config, opened
+from mlxtp.plan.planning import Setting, plan
+from mlxtp.plan.requirements import needs
+from mlxtp.plan.timing import Time, compute
+from mlxtp.stories import PATH as STORIES
+
+pytestmark = pytest.mark.once
+
+# Three hosts on a ring: the last reads at half the speed of the others.
+HOSTS = tuple(
+    Host(rank, f"studio{rank + 1}", "a CPU", 10**10, 8 * 10**9, rate, 1e12, 1e7 / rate)
+    for rank, rate in enumerate([2e9, 2e9, 1e9])
+)
+MEASURED = Measured(
+    HOSTS,
+    tuple(Pair(ranks, 1e-3, 1e9) for ranks in [(0, 1), (0, 2), (1, 2)]),
+    (
+        Collective("allreduce", 1000, 2e-3),
+        Collective("allreduce", 2000, 3e-3),
+        Collective("allgather", 1000, 5e-3),
+    ),
+)
+
+
+def test_a_collective_takes_what_was_measured() -> None:
+    network = network_of(MEASURED, 3, "ring")
+    assert isinstance(network, MeasuredNetwork)
+    assert network.seconds("allreduce", 1500, 2) == pytest.approx(2.5e-3)
+    assert network.seconds("allreduce", 10, 2) == pytest.approx(2e-3)
+    # The last line goes on.
+    assert network.seconds("allreduce", 4000, 2) == pytest.approx(5e-3)
+    assert network.seconds("allgather", 9000, 2) == pytest.approx(5e-3)
+    # Of two ranks no collective was measured, but their link.
+    assert network_of(MEASURED, 2, "ring").seconds("allreduce", 2, 2) == pytest.approx(
+        1e-3, rel=1e-3
+    )
+
+
+def test_a_token_is_the_sum_of_its_steps() -> None:
+    machines = tuple(of_measured(HOSTS))
+    setting = Setting(machines, network_of(MEASURED, 3, "ring"), 256, 1)
+    with opened(str(STORIES)) as model:
+        found = plan(model, setting, [1, 1, 1])
+    token = found.decode
+    # Four layers with two sums each, one for the embedding, of 192 elements.
+    assert token.allreduces == pytest.approx(9 * 2e-3)
+    assert token.gathers == pytest.approx(5e-3)
+    # The slow rank decides in every step: it is last in each, with a third.
+    reads = sum(step.read_bytes for step in found.needs[2].rehearsed.token)
+    most = sum(
+        max(n.rehearsed.token[i].read_bytes / m.bytes_per_second
+            for n, m in zip(found.needs, machines, strict=True))
+        for i in range(len(found.needs[0].rehearsed.token))
+    )  # fmt: skip
+    assert token.weights == pytest.approx(most) and most >= reads / 1e9
+    # A rank starts as many operations as one that is alone, whose token took 10 ms.
+    whole = sum(step.read_bytes for step in found.one.rehearsed.token)
+    counts = [
+        sum(step.operations for step in need.rehearsed.token)
+        for need in (found.needs[2], found.one)
+    ]
+    beside = 0.01 - whole / 1e9
+    assert token.operations == pytest.approx(beside * counts[0] / counts[1])
+
+
+def test_a_token_alone_takes_what_it_took() -> None:
+    """On a CPU all but weights is operations; on a GPU, but for kernels, waits."""
+    mac = replace(HOSTS[0], chip="Apple M2 Ultra")
+    with opened(str(STORIES)) as model:
+        [need] = needs(model, [1], 64)
+    for host, token_seconds in (HOSTS[1], 0.01), (HOSTS[2], 0.01), (mac, 0.01):
+        [machine] = of_measured([replace(host, token_seconds=token_seconds)])
+        total = sum((compute(it, machine) for it in need.rehearsed.token), Time())
+        assert total.seconds == pytest.approx(token_seconds)
+        assert (total.evaluations > 0) == (host is mac)
+    assert machine.operation_seconds == OPERATION_SECONDS
+
+
+# From docs/communication.md: hops of one-shot and two-shot, parts over the busiest
+# cable.
+@pytest.mark.parametrize(
+    "topology, ranks, one_shot, two_shot",
+    [
+        ("ring", 2, (1, 1.0), (2, 1.0)),
+        ("ring", 3, (1, 1.0), (2, 2 / 3)),
+        ("ring", 4, (2, 1.5), (4, 1.125)),
+        ("ring", 5, (2, 2.0), (4, 1.0)),
+        ("ring", 8, (4, 3.5), (8, 1.6875)),
+        ("switch", 5, (1, 4.0), (2, 1.6)),
+        ("mesh", 5, (1, 1.0), (2, 0.4)),
+    ],
+)
+def test_links_carry_what_the_ways_send(
+    topology: str, ranks: int, one_shot: tuple[int, float], two_shot: tuple[int, float]
+) -> None:
+    latency = Network(ranks, Link(1.0, 1e30, topology), topology)
+    assert latency.seconds("allreduce", 1, 2) == pytest.approx(one_shot[0])
+    rate = Network(ranks, Link(0.0, 1e9, topology), topology)
+    parts = min(one_shot[1], two_shot[1])
+    # Adding takes less than a thousandth of what the links take here.
+    seconds = rate.seconds("allreduce", 10**6, 10**6)
+    assert seconds == pytest.approx(parts * 1e-3, rel=1e-3)
+    gather = latency.seconds("allgather", 1, 2), rate.seconds("allgather", 10**6, 2)
+    assert gather == pytest.approx((one_shot[0], one_shot[1] * 1e-3))
+
+
+def test_the_command_line_reads_what_doctor_wrote(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = tmp_path / "measured.json"
+    MEASURED.write(file)
+    words = ["mlxtp.plan", "--model", str(STORIES), "--measured", str(file), "--json"]
+    monkeypatch.setattr("sys.argv", [*words, "--context", "256", "--weights", "auto"])
+    main()
+    found = json.loads(capsys.readouterr().out)
+    assert [rank["host"] for rank in found["ranks"]] == [
+        "studio1",
+        "studio2",
+        "studio3",
+    ]
+    assert [rank["limit_bytes"] for rank in found["ranks"]] == [8 * 10**9] * 3
+    # The slow one gets less.
+    assert found["weights"][2] < found["weights"][0]
+
+
+def test_a_token_reads_the_experts_that_it_chooses() -> None:
+    config, _ = WIDE["Qwen3-235B-A22B, 2 of 94 layers"]  # 8 of 128 experts
+    with of_config("a mixture", config, 4) as model:
+        [one] = needs(model, [1], 256)
+        parameters = dict(tree_flatten(model.build().model.parameters()))
+    path = "model.layers.1.mlp.switch_mlp.gate_proj"
+    held = sum(a.nbytes for name, a in parameters.items() if name.startswith(path))
+    calls = [call for step in one.rehearsed.token for call in step.calls]
+    [read] = [call.read_bytes for call in calls if call.path == path]
+    assert read == pytest.approx(held * 8 / 128)

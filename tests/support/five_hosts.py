@@ -1,0 +1,67 @@
+"""The lab for tests: five hosts on this machine, where it can have them."""
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+LAB = ROOT / "launch" / "lab"
+HOSTFILE = ROOT / "hostfiles" / "studio5"
+HOSTS = [f"studio{k}" for k in range(1, 6)]
+
+
+def why_not():
+    if sys.platform != "linux":
+        return "it needs Linux"
+    if os.geteuid() != 0:
+        return "it needs root"
+    if shutil.which("ip") is None:
+        return "it needs the command ip (package iproute2)"
+    if not Path("/dev/net/tun").exists():
+        return "it needs /dev/net/tun"
+    if Path("/run/mlxtp-lab").exists():
+        return "a lab is up already: launch/lab down"
+    return None
+
+
+def lab(*arguments, timeout=60, **env):
+    """Run launch/lab with this Python's programs first in PATH."""
+    path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
+    return subprocess.run(
+        [sys.executable, LAB, *arguments],
+        capture_output=True,
+        stdin=subprocess.DEVNULL,
+        text=True,
+        timeout=timeout,
+        cwd=ROOT,
+        env={**os.environ, "PATH": path, **env},
+    )
+
+
+def good(*arguments, **options):
+    done = lab(*arguments, **options)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
+
+
+def in_namespaces():
+    return [
+        pid
+        for host in HOSTS
+        for pid in subprocess.run(
+            ["ip", "netns", "pids", host], capture_output=True, text=True
+        ).stdout.split()
+    ]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def the_lab_can_be_built():
+    reason = why_not()
+    if reason is not None:
+        pytest.skip(f"LAB NOT TESTED: {reason}")
+    yield
+    good("down")
