@@ -23,8 +23,9 @@ from mlx_lm.tokenizer_utils import TokenizerWrapper
 
 import mlxtp
 from mlxtp import options
-from mlxtp.comm import launcher as launched
-from mlxtp.comm.communicator import AgreedError, Communicator
+from mlxtp.comm import launcher
+from mlxtp.comm.communicator import Communicator
+from mlxtp.comm.errors import UsageError
 from mlxtp.generation import prompt
 from mlxtp.generation.prompt_cache import SavedPrompt
 from mlxtp.stories import PATH as STORIES
@@ -39,10 +40,10 @@ def main() -> None:
         if args.verbose and comm.rank == 0:
             print(comm.describe(), file=screen)
         job = prepare(args, comm)
-    except AgreedError as error:
-        if launched.rank() == 0:
+    except UsageError as error:
+        if launcher.rank() == 0:
             print(f"mlxtp.generate: error: {error}", file=sys.stderr)
-        launched.leave(2)
+        launcher.leave(2)
     run(job, args, comm, screen)
 
 
@@ -60,7 +61,7 @@ def only_ours(comm: Communicator) -> TextIO:
 def check_same_start(comm: Communicator) -> None:
     """Compare what the ranks were started with.
 
-    Raises: AgreedError, with the first rank that differs from rank 0, and in what.
+    Raises: UsageError, with the first rank that differs from rank 0, and in what.
     """
     mine = {
         "arguments": " ".join(sys.argv[1:]),
@@ -73,7 +74,7 @@ def check_same_start(comm: Communicator) -> None:
     for rank, (host, start) in enumerate(starts):
         for what, value in start.items():
             if value != first[what]:
-                raise AgreedError(
+                raise UsageError(
                     f"the ranks do not start alike: {what} {first[what]!r} on rank 0 "
                     f"({first_host}), {value!r} on rank {rank} ({host})"
                 )
@@ -92,7 +93,7 @@ class Job:
 def prepare(args: argparse.Namespace, comm: Communicator) -> Job:
     """From options to a loaded model and a prompt.
 
-    Raises: AgreedError for whatever was given wrong.
+    Raises: UsageError for whatever was given wrong.
     """
     args.prompt = prompt.read(args.prompt, comm)
     with comm.agreement():

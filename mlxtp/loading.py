@@ -13,12 +13,12 @@ from mlx_lm.tokenizer_utils import TokenizerWrapper
 from mlx_lm.utils import load_tokenizer
 from tqdm import tqdm
 
-from mlxtp.checkpoint import cut as cut_checkpoint
-from mlxtp.checkpoint import memory
+from mlxtp.checkpoint import cut, memory
 from mlxtp.checkpoint.cut import Origin, Share, bytes_of, lacking
 from mlxtp.checkpoint.readahead import ReadAhead
 from mlxtp.checkpoint.tensors import Tensor
-from mlxtp.comm.communicator import AgreedError, Communicator
+from mlxtp.comm.communicator import Communicator
+from mlxtp.comm.errors import UsageError
 from mlxtp.fetch import hub
 from mlxtp.fetch.fetch import fill
 from mlxtp.fetch.hub import Repo
@@ -65,7 +65,7 @@ def load(
         fetch: "all" ranks fetch from the hub, or "root" for all: rank 0.
         progress: show a progress bar on rank 0.
 
-    Raises: AgreedError (a ValueError) on every rank, with one message, if what was
+    Raises: UsageError (a ValueError) on every rank, with one message, if what was
         given does not make a model or its slices do not fit in memory, before a
         weight is read.
     """
@@ -138,13 +138,13 @@ def _open(
         logger.warning(table.remark)
     slices = table.slices(comm.rank)
     check_memory(comm, _bytes_of(empty, slices), folder)
-    if cut_checkpoint.is_cut(folder):
+    if cut.is_cut(folder):
         with comm.agreement():
             tensors = needed(empty.sources, slices)
             if repo is None:
                 _check_here(tensors, folder)
         if repo is not None:
-            at_hub = set(cut_checkpoint.open_cut(folder).values())
+            at_hub = set(cut.open_cut(folder).values())
             wanted = {t.name: it for t, it in tensors.items() if t in at_hub}
             share = Share(tuple(rank_weights), comm.rank)
             fill(comm, repo, share, wanted, only_root=fetch == "root", show=show)
@@ -183,7 +183,7 @@ def locate(path_or_hf_repo: str | Path, comm: Communicator) -> tuple[Path, Repo 
         assert snapshot is not None
         return snapshot, None
     folder = repo.folder()
-    begun = comm.allgather_objects(cut_checkpoint.is_cut(folder))
+    begun = comm.allgather_objects(cut.is_cut(folder))
     if not all(begun):
         with comm.agreement():
             if comm.rank == 0:
@@ -191,7 +191,7 @@ def locate(path_or_hf_repo: str | Path, comm: Communicator) -> tuple[Path, Repo 
         small, origin = comm.bcast((small, origin))
         with comm.agreement():
             if comm.rank == [host for host, _ in hosts].index(comm.host):
-                cut_checkpoint.begin(folder, origin, small)
+                cut.begin(folder, origin, small)
     return folder, repo
 
 
@@ -209,7 +209,7 @@ def _checked_weights(weights: Sequence[int] | None, comm: Communicator) -> list[
 def _check_here(slices: Mapping[Tensor, Slice], folder: Path) -> None:
     """Compare what a rank reads with what a cut checkpoint has."""
     if absent := bytes_of(lacking(slices)):
-        held = ", ".join(share.folder for share in cut_checkpoint.shares(folder))
+        held = ", ".join(share.folder for share in cut.shares(folder))
         raise ValueError(
             f"{absent / 1e9:.2f} of the {bytes_of(slices) / 1e9:.2f} GB that this rank "
             f"reads are not in {folder}, which holds {held or 'no slices'}: cut the "
@@ -220,7 +220,7 @@ def _check_here(slices: Mapping[Tensor, Slice], folder: Path) -> None:
 def check_memory(comm: Communicator, bytes_of_rank: int, folder: Path) -> None:
     """Compare what the ranks of each host will hold with what the host has.
 
-    Raises: AgreedError, with the numbers of the host that lacks most.
+    Raises: UsageError, with the numbers of the host that lacks most.
     """
     hosts: dict[str, int] = {}
     available: dict[str, int] = {}
@@ -233,7 +233,7 @@ def check_memory(comm: Communicator, bytes_of_rank: int, folder: Path) -> None:
     lacking = {host: hosts[host] - free for host, free in available.items()}
     host = max(lacking, key=lambda name: lacking[name], default=None)
     if host is not None and lacking[host] > 0:
-        raise AgreedError(
+        raise UsageError(
             f"the slices of {folder} for {host} take {hosts[host] / 1e9:.1f} GB, and "
             f"it has {available[host] / 1e9:.1f} GB free: use more hosts, give it a "
             "smaller share with --weights, or take a model with fewer bits"

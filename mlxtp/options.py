@@ -9,7 +9,7 @@ from typing import Any
 
 from mlx_lm.generate import setup_arg_parser
 
-from mlxtp.comm import launcher as launched
+from mlxtp.comm import launcher
 from mlxtp.comm.allreduce import WAYS
 from mlxtp.comm.communicator import TIMEOUT_SECONDS
 from mlxtp.comm.transports import TRANSPORTS
@@ -170,8 +170,8 @@ def _json_object(text: str) -> dict[str, Any]:
 
 
 def parse(arguments: list[str]) -> argparse.Namespace:
-    """Parse the command line, as `launched.parse` does."""
-    return launched.parse(_parser(), arguments)
+    """Parse the command line, as `launcher.parse` does."""
+    return launcher.parse(_parser(), arguments)
 
 
 def check(args: argparse.Namespace) -> None:

@@ -14,9 +14,7 @@ from pathlib import Path
 from tqdm import tqdm
 
 from mlxtp import options
-from mlxtp.checkpoint import cut as cut_checkpoint
-from mlxtp.checkpoint import verify as hashes
-from mlxtp.checkpoint import writing as cutting
+from mlxtp.checkpoint import cut, verify, writing
 from mlxtp.checkpoint.cut import Origin, Share, bytes_of, lacking
 from mlxtp.checkpoint.headers import Checkpoint
 from mlxtp.checkpoint.verify import Advance
@@ -35,9 +33,9 @@ def main() -> None:
         if args.verify:
             sys.exit(0 if report(args.verify, show=not args.quiet) else 1)
         elif args.join:
-            size = cut_checkpoint.size_bytes(args.join)
+            size = cut.size_bytes(args.join)
             with _bar(size, "Joining", show=not args.quiet) as advance:
-                cutting.join(args.join, args.output, advance)
+                writing.join(args.join, args.output, advance)
         else:
             shard(args.model, args.weights, args.output, show=not args.quiet)
     except (ValueError, OSError) as error:
@@ -66,24 +64,24 @@ def shard(
     folder, repo = locate(path_or_hf_repo, Communicator())
     if repo is not None:
         folder = hub.download(repo.name)
-    if cut_checkpoint.is_cut(folder):
+    if cut.is_cut(folder):
         raise ValueError(f"{folder} is cut already: join it first")
     empty = build(folder)
     table = slice_table(empty.model, weights)
     ranks = [needed(empty.sources, table.slices(r)) for r in range(len(weights))]
     names = [{tensor.name: part for tensor, part in it.items()} for it in ranks]
     origin = Origin(folder.name, None, Checkpoint.of_folder(folder).headers)
-    rest = cutting.rest(origin, names)
-    cut_checkpoint.begin(output, origin, cut_checkpoint.small_files(folder))
-    tensors = cut_checkpoint.open_checkpoint(folder)
+    rest = writing.rest(origin, names)
+    cut.begin(output, origin, cut.small_files(folder))
+    tensors = cut.open_checkpoint(folder)
     size = sum(map(bytes_of, [*ranks, {tensors[n]: it for n, it in rest.items()}]))
     with _bar(size, "Cutting", show=show) as advance:
         for rank, slices in enumerate(names):
             share = Share(tuple(weights), rank)
-            cutting.write(output, share, origin, slices, advance)
+            writing.write(output, share, origin, slices, advance)
         if rest:
             nobody = Share(tuple(weights), None)
-            cutting.write(output, nobody, origin, rest, advance)
+            writing.write(output, nobody, origin, rest, advance)
 
 
 def report(folder: Path, *, show: bool = False) -> bool:
@@ -93,13 +91,13 @@ def report(folder: Path, *, show: bool = False) -> bool:
 
     Raises: ValueError if it is no cut checkpoint, or a file is missing or cut short.
     """
-    tensors = cut_checkpoint.open_cut(folder).values()
-    size = cut_checkpoint.size_bytes(folder)
+    tensors = cut.open_cut(folder).values()
+    size = cut.size_bytes(folder)
     with _bar(size, "Verifying", show=show) as advance:
-        faults = hashes.verify(folder, advance)
+        faults = verify.verify(folder, advance)
     for line in faults:
         print(line)
-    names = ", ".join(share.folder for share in cut_checkpoint.shares(folder))
+    names = ", ".join(share.folder for share in cut.shares(folder))
     print(f"{folder} holds {names or 'no slices'}: {size:,} bytes")
     whole = {tensor: Slice(tensor.shape) for tensor in tensors}
     absent = bytes_of(lacking(whole))

@@ -18,8 +18,8 @@ from tiny import Tiny, made_by_rank_0
 
 import mlxtp
 from mlxtp import Communicator
-from mlxtp.checkpoint import writing as cutting
-from mlxtp.comm.communicator import AgreedError
+from mlxtp.checkpoint import writing
+from mlxtp.comm.errors import UsageError
 from mlxtp.model.skeleton import build
 from mlxtp.shard import main, report, shard
 from mlxtp.sharding.decide import slice_table
@@ -70,7 +70,7 @@ def test_a_rank_needs_its_own_folder_alone(
     empty = tmp_path / "none"
     shutil.copytree(output, empty, ignore=shutil.ignore_patterns(*others))
     last = empty if comm.rank == comm.size - 1 else mine
-    with pytest.raises(AgreedError, match=r"GB that this rank reads are not in .*none"):
+    with pytest.raises(UsageError, match=r"GB that this rank reads are not in .*none"):
         mlxtp.load(last, comm)
 
 
@@ -108,7 +108,7 @@ def test_join_gives_back_every_tensor(tmp_path: Path) -> None:
     for gone in ("rank-4-of-5", "rank-0-of-3"):
         shutil.rmtree(output / gone)
     joined = tmp_path / "joined"
-    cutting.join(output, joined)
+    writing.join(output, joined)
     assert equal_tensors(folder, joined)
     for file in folder.glob("*.json"):
         assert (joined / file.name).read_bytes() == file.read_bytes()
@@ -254,7 +254,7 @@ def test_killed_while_it_cuts(tmp_path: Path) -> None:
     shard(folder, [1] * 8, output)
     assert report(output)
     assert not list(output.glob("*.partial"))
-    cutting.join(output, tmp_path / "joined")
+    writing.join(output, tmp_path / "joined")
     assert equal_tensors(folder, tmp_path / "joined")
 
 

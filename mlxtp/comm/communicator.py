@@ -13,8 +13,9 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 
-from mlxtp.comm import launcher as launched
+from mlxtp.comm import launcher
 from mlxtp.comm.eager import EagerCollectives
+from mlxtp.comm.errors import UsageError
 from mlxtp.comm.graph import GraphCollectives
 from mlxtp.comm.heartbeat import Watch
 from mlxtp.comm.traffic import Traffic
@@ -29,10 +30,6 @@ from mlxtp.comm.transports import (
 TIMEOUT_SECONDS = 60.0
 # No allreduce has it; MPI promises tags up to 32767.
 EXCHANGE_TAG = 32767
-
-
-class AgreedError(ValueError):
-    """A mistake in what people gave us, raised on every rank alike."""
 
 
 class Communicator:
@@ -69,7 +66,7 @@ class Communicator:
         try:
             connected = add_backend(transport, control)
         except ValueError as error:
-            raise AgreedError(str(error)) from error
+            raise UsageError(str(error)) from error
         self._transport = str(connected)
         atexit.register(self._close, *{id(t): t for t in (connected, control)}.values())
         self._arrays: EagerCollectives | GraphCollectives
@@ -105,17 +102,17 @@ class Communicator:
                 collective, or wait for MPI to start on all.
 
         Raises:
-            AgreedError: if the transport is not available.
+            UsageError: if the transport is not available.
             RuntimeError: if mpirun and mpi4py belong to different MPIs.
         """
-        started = launched.size()
+        started = launcher.size()
         if started == 0:
             return cls()
         try:
-            with launched.limited_start(timeout_seconds):
+            with launcher.limited_start(timeout_seconds):
                 control = connect(transport)
         except ValueError as error:
-            raise AgreedError(str(error)) from error
+            raise UsageError(str(error)) from error
         if control.size != started:
             raise RuntimeError(
                 f"mpirun started {started} ranks, {control} sees {control.size}: they "
@@ -213,12 +210,12 @@ class Communicator:
 
     @contextmanager
     def agreement(self) -> Iterator[None]:
-        """Turn a mistake found on any rank into the same `AgreedError` on all.
+        """Turn a mistake found on any rank into the same `UsageError` on all.
 
         For a block without collectives that checks what people gave us: what one
         rank alone sees (a file missing on its host) ends it on every rank.
 
-        Raises: AgreedError for a ValueError or OSError on any rank, with rank and
+        Raises: UsageError for a ValueError or OSError on any rank, with rank and
             host where not all ranks found the same.
         """
         found = None
@@ -234,7 +231,7 @@ class Communicator:
         message, host = report
         if any(other is None or other[0] != message for other in reports):
             message = f"rank {rank} on {host}: {message}"
-        raise AgreedError(message) from found
+        raise UsageError(message) from found
 
     def _close(self, *transports: Transport) -> None:
         with self._watch.finish():
@@ -249,7 +246,7 @@ class Communicator:
     ) -> None:
         """Print an exception and end every rank: what `world` puts in excepthook."""
         # The others may have failed alike: the first to print ends them all.
-        time.sleep(launched.later_seconds())
+        time.sleep(launcher.later_seconds())
         text = "".join(traceback.format_exception(kind, error, trace))
         self._watch.end_job(
             f"{text}mlxtp: rank {self.rank} on {self.host} failed: all ranks end"

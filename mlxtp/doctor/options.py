@@ -3,7 +3,7 @@
 import argparse
 from pathlib import Path
 
-from mlxtp.comm import launcher as launched
+from mlxtp.comm import launcher
 from mlxtp.comm.communicator import TIMEOUT_SECONDS
 from mlxtp.comm.transports import TRANSPORTS
 from mlxtp.doctor.speed import DTYPES
@@ -13,8 +13,8 @@ MEASURED = [name for name in TRANSPORTS if name != "mlx-mpi"]
 
 
 def parse(arguments: list[str]) -> argparse.Namespace:
-    """Parse the command line, as `launched.parse` does."""
-    return launched.parse(_parser(), arguments)
+    """Parse the command line, as `launcher.parse` does."""
+    return launcher.parse(_parser(), arguments)
 
 
 def _parser() -> argparse.ArgumentParser:

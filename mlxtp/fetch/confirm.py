@@ -54,7 +54,7 @@ def wrong_files(
     `tensors` have the pieces that are on this machine. Files for which the hub has no
     hash, or of which no rank has some part, are left out.
 
-    Raises: AgreedError on every rank if the hub does not give the files' beginnings.
+    Raises: UsageError on every rank if the hub does not give the files' beginnings.
     """
     has = comm.allgather_objects(
         {n: [p.part for p in t.pieces] for n, t in tensors.items() if t.pieces}

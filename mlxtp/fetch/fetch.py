@@ -15,12 +15,12 @@ from pathlib import Path
 import filelock
 import numpy as np
 
-from mlxtp.checkpoint import cut as cut_checkpoint
-from mlxtp.checkpoint import verify as hashes
+from mlxtp.checkpoint import cut, verify
 from mlxtp.checkpoint.cut import Origin, Share, lacking
 from mlxtp.checkpoint.tensors import Tensor, seen_from
-from mlxtp.comm.communicator import AgreedError, Communicator
-from mlxtp.fetch import confirm as confirming
+from mlxtp.comm.communicator import Communicator
+from mlxtp.comm.errors import UsageError
+from mlxtp.fetch import confirm
 from mlxtp.fetch.hub import Repo
 from mlxtp.fetch.journal import Partial
 from mlxtp.fetch.rounds import Rounds
@@ -43,12 +43,12 @@ def fill(
 
     Every rank calls it alike, with its own share and slices.
 
-    Raises: AgreedError on every rank if the hub does not give something, or a disk
+    Raises: UsageError on every rank if the hub does not give something, or a disk
         is too small.
     """
     folder = repo.folder()
     with comm.agreement():
-        hashes.drop_damaged(folder)
+        verify.drop_damaged(folder)
     if not any(comm.allgather_objects(bool(_lacks(folder, wanted)))):
         return
     with _locked(comm, folder / f"{share.folder}.lock", repo.name):
@@ -56,8 +56,8 @@ def fill(
             lacks = _lacks(folder, wanted)
         lacks = _on_one_axis(comm, lacks)
         with comm.agreement():
-            origin = cut_checkpoint.origin_of(folder)
-            tensors = cut_checkpoint.open_cut(folder)
+            origin = cut.origin_of(folder)
+            tensors = cut.open_cut(folder)
             partial = Partial(folder, share, origin, lacks)
         _check_disks(comm, folder, partial.bytes_to_write)
         with comm.agreement():
@@ -66,7 +66,7 @@ def fill(
         if wrong:  # once more: it may have been the way
             wrong = _fetched(comm, repo, origin, tensors, partial, only_root, show)
         if wrong:
-            raise AgreedError(
+            raise UsageError(
                 f"{', '.join(wrong)} of {repo.name} came from the hub twice, and was "
                 "not what the hub's SHA-256 says: nothing of it is kept"
             )
@@ -88,7 +88,7 @@ def _fetched(
     Rounds(comm, repo, tensors, partial, moves).run(show)
     touched = set[str]().union(*comm.allgather_objects(partial.files))
     headers = {file: it for file, it in origin.headers.items() if file in touched}
-    wrong = confirming.wrong_files(
+    wrong = confirm.wrong_files(
         comm, repo, headers, {**tensors, **partial.tensors(tensors)}, show
     )
     if wrong:
@@ -111,7 +111,7 @@ def _on_one_axis(comm: Communicator, lacks: Mapping[str, Slice]) -> dict[str, Sl
 
 
 def _lacks(folder: Path, wanted: Mapping[str, Slice]) -> dict[str, Slice]:
-    tensors = cut_checkpoint.open_cut(folder)
+    tensors = cut.open_cut(folder)
     gone = lacking({tensors[name]: part for name, part in wanted.items()})
     return {tensor.name: part for tensor, part in gone.items()}
 
@@ -192,7 +192,7 @@ def _demand(
 def _check_disks(comm: Communicator, folder: Path, bytes_to_write: int) -> None:
     """Compare what the ranks of each host will write with what its disk has free.
 
-    Raises: AgreedError, with the numbers of a host that lacks space.
+    Raises: UsageError, with the numbers of a host that lacks space.
     """
     free = shutil.disk_usage(folder).free
     everyone = comm.allgather_objects((comm.host, bytes_to_write, free))
@@ -200,7 +200,7 @@ def _check_disks(comm: Communicator, folder: Path, bytes_to_write: int) -> None:
         wanted = sum(size for other, size, _ in everyone if other == host)
         free = min(free for other, _, free in everyone if other == host)
         if wanted > free:
-            raise AgreedError(
+            raise UsageError(
                 f"{host} needs {wanted / 1e9:.1f} GB of disk for its slices and has "
                 f"{free / 1e9:.1f} GB free in {folder}: make room, or set HF_HOME to "
                 "another disk"

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import numpy as np
 
-from mlxtp.checkpoint import writing as cutting
+from mlxtp.checkpoint import writing
 from mlxtp.checkpoint.cut import Origin, Share, bytes_of
 from mlxtp.checkpoint.tensors import Piece, Tensor, seen_from
 from mlxtp.partition.spans import Slice, Span, Spans, cover, spans_on, without
@@ -65,7 +65,7 @@ class Partial:
         self._path.mkdir()
         for file, slices in self._files.items():
             if slices:
-                header, _ = cutting.layout(slices)
+                header, _ = writing.layout(slices)
                 with open(self._path / file, "wb") as out:
                     out.write(header)
                     out.truncate(len(header) + bytes_of(slices))
@@ -106,7 +106,7 @@ class Partial:
         """Its tensors, with the pieces that are here and those of `others`."""
         result = {}
         for file, slices in self._files.items():
-            _, offsets = cutting.layout(slices)
+            _, offsets = writing.layout(slices)
             for it, part in slices.items():
                 piece = Piece(self._path / file, offsets[it.name], part)
                 pieces = (*others[it.name].pieces, piece)
@@ -129,7 +129,7 @@ class Partial:
         for name in (LAYOUT, JOURNAL):
             (self._path / name).unlink()
         slices = {file: it for file, it in self._files.items() if it}
-        cutting.seal(self._path, self._share, self._origin, slices)
+        writing.seal(self._path, self._share, self._origin, slices)
 
     def _layout(self) -> object:
         return {name: [it.axis, it.spans] for name, it in self._slices.items()}
@@ -176,7 +176,7 @@ class Partial:
         file = next(file for file, it in self._files.items() if tensor in it)
         if file not in self._open:
             self._open[file] = np.memmap(self._path / file, np.uint8, "r+")
-            _, offsets = cutting.layout(self._files[file])
+            _, offsets = writing.layout(self._files[file])
             self._offsets |= offsets
         start = self._offsets[name]
         size = self._bytes(name, self._slices[name])

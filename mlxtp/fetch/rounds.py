@@ -9,7 +9,7 @@ from typing import NoReturn
 import numpy as np
 from tqdm import tqdm
 
-from mlxtp.checkpoint import cut as cut_checkpoint
+from mlxtp.checkpoint import cut
 from mlxtp.checkpoint.tensors import Tensor, read_items, seen_from
 from mlxtp.comm.communicator import Communicator
 from mlxtp.fetch import hub
@@ -50,7 +50,7 @@ class Rounds:
     ) -> None:
         self._comm, self._repo, self._partial = comm, repo, partial
         self._tensors = tensors
-        origin = cut_checkpoint.origin_of(repo.folder())
+        origin = cut.origin_of(repo.folder())
         self._at_hub = origin.tensors
         self._came, self._counting = 0, threading.Lock()  # bytes from the hub
         self._rounds = self._in_rounds(moves)

@@ -7,7 +7,7 @@ import sys
 
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 
-from mlxtp.comm import launcher as launched
+from mlxtp.comm import launcher
 from mlxtp.comm.communicator import Communicator
 
 # mpirun of Open MPI 5.0.11 hands standard input to rank 0 and keeps its end to itself
@@ -22,14 +22,14 @@ MORE_SECONDS = 2.0
 def read(given: str, comm: Communicator) -> str:
     """The prompt that is `given`; `-` stands for standard input.
 
-    Raises: AgreedError if standard input is no text.
+    Raises: UsageError if standard input is no text.
     """
     if given != "-":
         return given.replace("\\n", "\n").replace("\\t", "\t")
     text = ""
     with comm.unlimited(), comm.agreement():
         if comm.rank == 0:
-            text = _read_under_mpirun() if launched.size() else sys.stdin.read()
+            text = _read_under_mpirun() if launcher.size() else sys.stdin.read()
     return str(comm.bcast(text))
 
 

@@ -61,7 +61,7 @@ class SavedPrompt:
         Shapes: keys and values (B, KV heads, L, D) -> (B, local KV heads, L, D);
             states are cut on the axis on which the rank's own are shorter.
 
-        Raises: AgreedError if the caches are not of such a model.
+        Raises: UsageError if the caches are not of such a model.
         """
         own = make_prompt_cache(model)
         with comm.agreement():

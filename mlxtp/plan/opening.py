@@ -14,14 +14,14 @@ import mlx.core as mx
 from mlx.utils import tree_flatten
 from mlx_lm.utils import quantize_model
 
-from mlxtp.checkpoint import cut as cut_checkpoint
+from mlxtp.checkpoint import cut
 from mlxtp.checkpoint.cut import Origin
 from mlxtp.checkpoint.headers import WEIGHTS, Header
 from mlxtp.checkpoint.tensors import DTYPES, whole_tensor
 from mlxtp.comm.communicator import Communicator
 from mlxtp.fetch import hub
 from mlxtp.loading import locate
-from mlxtp.model import skeleton as building
+from mlxtp.model import skeleton
 from mlxtp.model.skeleton import EmptyModel
 
 # In the words of safetensors; FP8 comes as bytes.
@@ -38,7 +38,7 @@ class Opened:
     folder: Path
 
     def build(self) -> EmptyModel:
-        return building.build(self.folder)
+        return skeleton.build(self.folder)
 
     def bits(self) -> int | None:
         """Of its quantization, as the config says."""
@@ -62,8 +62,8 @@ def opened(
         if file.is_file():
             raise ValueError(f"{model} is a config alone: say with how many --bits")
         folder, _ = locate(model, Communicator())
-        config = building.read_json(folder / "config.json", needed=["model_type"])
-        if not any(folder.glob(WEIGHTS)) and not cut_checkpoint.is_cut(folder):
+        config = skeleton.read_json(folder / "config.json", needed=["model_type"])
+        if not any(folder.glob(WEIGHTS)) and not cut.is_cut(folder):
             raise ValueError(f"{model} has no weights: say with how many --bits")
         yield Opened(model, config, folder)
         return
@@ -77,7 +77,7 @@ def config_of(model: str) -> dict[str, Any]:
     if path.is_dir():
         path = path / "config.json"
     if path.is_file():
-        return building.read_json(path, needed=["model_type"])
+        return skeleton.read_json(path, needed=["model_type"])
     if model.startswith((".", "/", "~")) or path.suffix == ".json":
         raise ValueError(f"there is no {model}")
     _, small = hub.small_files(model)
@@ -99,7 +99,7 @@ def of_config(
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary) / "model"
         small = {"config.json": json.dumps(config).encode()}
-        cut_checkpoint.begin(folder, origin, small)
+        cut.begin(folder, origin, small)
         yield Opened(name, config, folder)
 
 
@@ -109,7 +109,7 @@ def _headers(
     """What mlx-lm would write of the config's model; no array is evaluated."""
     config = {k: v for k, v in config.items() if not k.startswith("quantization")}
     try:
-        model = building.unloaded(config)
+        model = skeleton.unloaded(config)
         dtype = str(config.get("torch_dtype") or config.get("dtype") or "bfloat16")
         model.set_dtype(getattr(mx, dtype.removeprefix("torch."), mx.bfloat16))
         if bits < 16:

@@ -12,7 +12,7 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_flatten
 
-from mlxtp import families as architectures
+from mlxtp import families
 from mlxtp.families import Block, Cut, Family
 from mlxtp.families.blocks import (
     BlockShards,
@@ -43,7 +43,7 @@ def slice_table(model: nn.Module, weights: Sequence[int]) -> SliceTable:
 
     Raises: ValueError if the model cannot be split so.
     """
-    family, remark = architectures.of(model)
+    family, remark = families.of(model)
     found = list(_blocks(model, family))
     containers = {
         path: block

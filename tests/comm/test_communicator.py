@@ -11,7 +11,7 @@ import pytest
 from ranks import mpirun
 
 from mlxtp import Communicator
-from mlxtp.comm.communicator import AgreedError
+from mlxtp.comm.errors import UsageError
 
 
 def test_objects(comm: Communicator) -> None:
@@ -26,11 +26,11 @@ def test_objects(comm: Communicator) -> None:
 def test_agreement(comm: Communicator) -> None:
     with comm.agreement():
         pass
-    with pytest.raises(AgreedError, match=r"^all of us$"), comm.agreement():
+    with pytest.raises(UsageError, match=r"^all of us$"), comm.agreement():
         raise OSError("all of us")
     last = comm.size - 1
     where = f"^rank {last} on .*: only me$" if comm.size > 1 else "^only me$"
-    with pytest.raises(AgreedError, match=where), comm.agreement():
+    with pytest.raises(UsageError, match=where), comm.agreement():
         if comm.rank == last:
             raise ValueError("only me")
 

@@ -16,8 +16,8 @@ from tiny import Tiny, made_by_rank_0
 
 import mlxtp
 from mlxtp import Communicator
-from mlxtp.checkpoint import verify as hashes
-from mlxtp.comm.communicator import AgreedError
+from mlxtp.checkpoint import verify
+from mlxtp.comm.errors import UsageError
 from mlxtp.fetch import hub
 from mlxtp.loading import load_model
 
@@ -177,7 +177,7 @@ def test_faults_that_last(
     answer, said = LASTING[fault]
     if server:
         server.fault = lambda it: answer if is_of_weights(it) and it.number else None
-    with pytest.raises(AgreedError, match=said):
+    with pytest.raises(UsageError, match=said):
         mlxtp.load(NAME, comm)
     assert not list(tmp_path.glob("assets/**/manifest.json"))
     comm.barrier()
@@ -193,7 +193,7 @@ def test_no_such_repository(
     comm: Communicator, served: Served, client: Client, tmp_path: Path
 ) -> None:
     client.use(served[1], tmp_path)
-    with pytest.raises(AgreedError, match="there is no folder org/other, and the hub"):
+    with pytest.raises(UsageError, match="there is no folder org/other, and the hub"):
         mlxtp.load("org/other", comm)
 
 
@@ -205,7 +205,7 @@ def test_a_private_repository(
     if server:
         server.token = "hf_secret"
     comm.barrier()
-    with pytest.raises(AgreedError, match="does not exist or is private"):
+    with pytest.raises(UsageError, match="does not exist or is private"):
         mlxtp.load(NAME, comm)
     client.patch.setenv("HF_TOKEN", "hf_secret")
     load_model(NAME, comm)
@@ -231,7 +231,7 @@ def test_offline(
     with client.patch.context() as patch:
         patch.setattr(constants, "HF_HUB_OFFLINE", True)
         with pytest.raises(
-            AgreedError, match="there is no folder org/model, and the hub"
+            UsageError, match="there is no folder org/model, and the hub"
         ):
             load_model(NAME, comm)
     expected = on_rank_0(comm, lambda: greedy(mlx_lm.load(str(model))[0]))
@@ -259,7 +259,7 @@ def test_a_damaged_file_is_fetched_again(
     assert greedy(split) == expected
     assert (asked[0] > 0) == (comm.rank == comm.size - 1)
     folder = next(iter(tmp_path.glob("assets/**/checkpoint.json"))).parent
-    assert not hashes.verify(folder)
+    assert not verify.verify(folder)
     asked[0] = 0
     load_model(NAME, comm)
     assert asked[0] == 0
@@ -308,7 +308,7 @@ def test_a_new_commit_is_fetched_anew(
         server.ranges.clear()
         server.fault = change
     comm.barrier()
-    with pytest.raises(AgreedError, match="or this revision of it, does not exist"):
+    with pytest.raises(UsageError, match="or this revision of it, does not exist"):
         load_model(NAME, comm)
     split, _ = mlxtp.load(NAME, comm)
     assert greedy(split) == on_rank_0(comm, lambda: greedy(mlx_lm.load(str(mine))[0]))
@@ -325,7 +325,7 @@ def test_too_small_a_disk_is_said_before(
     usage = shutil.disk_usage(tmp_path)._replace(free=1000)
     client.patch.setattr(shutil, "disk_usage", lambda _: usage)
     with pytest.raises(
-        AgreedError, match=r"host-0 needs 0\.0 GB of disk for its slices"
+        UsageError, match=r"host-0 needs 0\.0 GB of disk for its slices"
     ):
         load_model(NAME, comm)
     assert asked[0] == 0

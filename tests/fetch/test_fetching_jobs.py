@@ -15,7 +15,7 @@ from hub_server import Hub
 from reference import greedy
 from tiny import Tiny
 
-from mlxtp.checkpoint import verify as hashes
+from mlxtp.checkpoint import verify
 
 pytestmark = pytest.mark.once
 
@@ -139,7 +139,7 @@ def test_killed_in_the_middle_goes_on(
     # Columns are noted by the matrix, rows by the move.
     assert 0.2 * whole < sum(done["fetched"]) < 0.7 * whole
     for folder in tmp_path.glob("**/checkpoint.json"):
-        assert not hashes.verify(folder.parent)
+        assert not verify.verify(folder.parent)
 
 
 def children(pid: int) -> list[int]:
@@ -161,4 +161,4 @@ def test_two_jobs_on_the_same_machines(
     whole = (model / "model.safetensors").stat().st_size
     assert sum(sum(it["fetched"]) for it in results) < 1.1 * whole
     for folder in tmp_path.glob("**/checkpoint.json"):
-        assert not hashes.verify(folder.parent)
+        assert not verify.verify(folder.parent)

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mlxtp.fetch import schedule as moves
+from mlxtp.fetch import schedule
 from mlxtp.fetch.schedule import Demand, Move, plan
 from mlxtp.partition.spans import Spans, cover, length, spans, without
 
@@ -45,8 +45,8 @@ def demands(draw: st.DrawFn) -> Demand:
 @given(st.lists(demands(), min_size=1, max_size=1), st.booleans())
 def test_all_comes_once(given: list[Demand], only_root: bool) -> None:
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(moves, "REQUEST_BYTES", 100)
-        patch.setattr(moves, "MOVE_BYTES", 300)
+        patch.setattr(schedule, "REQUEST_BYTES", 100)
+        patch.setattr(schedule, "MOVE_BYTES", 300)
         found = plan(given, only_root=only_root)
     (demand,) = given
     for rank, come in enumerate(come_to(demand, found)):
@@ -110,7 +110,7 @@ def test_each_rank_fetches_its_share(ranks: int) -> None:
     assert sum(fetched.values()) == whole
     assert max(fetched.values()) < 1.05 * whole / ranks
     # Columns come in bands: not a request for each row.
-    assert len(found) < 1.5 * whole / moves.MOVE_BYTES + 6 * ranks
+    assert len(found) < 1.5 * whole / schedule.MOVE_BYTES + 6 * ranks
 
 
 @pytest.mark.parametrize("ranks", [4, 3, 5, 7])
