@@ -114,7 +114,7 @@ def measure(args: argparse.Namespace) -> Times:
         rounds = range(WARM_UP + args.rounds)
         turns = [[timed(sums[way], x, calls) for way in sums] for _ in rounds]
         medians = np.median(turns[WARM_UP:], axis=0)
-        slowest = np.max(transport.allgather_objects(medians), axis=0)
+        slowest = np.max(transport.allgather_object(medians), axis=0)
         for way, seconds in zip(sums, slowest.tolist(), strict=True):
             result[way][str(size)] = seconds
     watch.leave()

@@ -107,7 +107,7 @@ def measure(machines: Path) -> None:
         "fetched": sum(fetched),
         "requests": len([size for size in fetched if size]),
     }
-    everyone = comm.allgather_objects(mine)
+    everyone = comm.allgather_object(mine)
     if comm.rank == 0:
         print(json.dumps({key: [it[key] for it in everyone] for key in mine}))
 

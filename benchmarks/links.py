@@ -107,7 +107,7 @@ def measure(args: argparse.Namespace) -> dict[str, float]:
     return {
         "tokens_per_second": responses[-1].generation_tps,
         "collectives_a_token": calls / (len(responses) - 1),
-        "ms_a_collective": 1000 * max(comm.allgather_objects(seconds / calls)),
+        "ms_a_collective": 1000 * max(comm.allgather_object(seconds / calls)),
     }
 
 

@@ -114,7 +114,7 @@ def measure(folder: Path) -> None:
         "read_mb": memory.read_bytes / 1e6,
         "floor_mb": floor / 1e6,
     }
-    ranks = comm.allgather_objects(figures)
+    ranks = comm.allgather_object(figures)
     assert model is not None
     if comm.rank == 0:
         print(json.dumps({"ranks": ranks}), flush=True)

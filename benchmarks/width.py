@@ -115,7 +115,7 @@ def measure(folder: Path, logits_file: Path) -> None:
     model.set_dtype(mx.float32)
     logits = model(mx.array(PROMPT))
     mx.eval(logits)
-    ranks = comm.allgather_objects(figures)
+    ranks = comm.allgather_object(figures)
     if comm.rank == 0:
         np.save(logits_file, np.array(logits.astype(mx.float32)))
         made = table.collectives() if comm.size > 1 else []

@@ -1,11 +1,51 @@
-"""One language model on several machines: tensor parallelism for MLX over MPI."""
+"""One language model on several machines: tensor parallelism for MLX over MPI.
 
-from importlib.metadata import version
+Names are imported when they are first asked for: `import mlxtp` alone is quick, and
+needs no package besides Python.
+"""
 
-from mlxtp.comm.communicator import Communicator
-from mlxtp.generation.stream import stream_generate
-from mlxtp.loading import load
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
 
-__all__ = ["Communicator", "__version__", "load", "stream_generate"]
+if TYPE_CHECKING:
+    from mlxtp.comm.communicator import Communicator
+    from mlxtp.comm.errors import MLXTPError, RankLostError, UsageError
+    from mlxtp.generation.stream import stream_generate
+    from mlxtp.loading import load, load_model
+    from mlxtp.sharding.table import SliceTable
 
-__version__ = version("mlxtp")
+__all__ = [
+    "Communicator",
+    "MLXTPError",
+    "RankLostError",
+    "SliceTable",
+    "UsageError",
+    "__version__",
+    "load",
+    "load_model",
+    "stream_generate",
+]
+
+# Where each name is defined.
+_HOMES = {
+    "Communicator": "comm.communicator",
+    "MLXTPError": "comm.errors",
+    "RankLostError": "comm.errors",
+    "SliceTable": "sharding.table",
+    "UsageError": "comm.errors",
+    "load": "loading",
+    "load_model": "loading",
+    "stream_generate": "generation.stream",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name == "__version__":
+        return import_module("importlib.metadata").version("mlxtp")
+    if name not in _HOMES:
+        raise AttributeError(f"module 'mlxtp' has no attribute {name!r}")
+    return getattr(import_module(f"mlxtp.{_HOMES[name]}"), name)
+
+
+def __dir__() -> list[str]:
+    return __all__

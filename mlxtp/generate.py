@@ -69,7 +69,7 @@ def check_same_start(comm: Communicator) -> None:
         "version of mlx": version("mlx"),
         "version of mlx-lm": version("mlx-lm"),
     }
-    starts = comm.allgather_objects((comm.host, mine))
+    starts = comm.allgather_object((comm.host, mine))
     first_host, first = starts[0]
     for rank, (host, start) in enumerate(starts):
         for what, value in start.items():
@@ -106,13 +106,15 @@ def prepare(args: argparse.Namespace, comm: Communicator) -> Job:
                 raise ValueError(
                     f"--model is {args.model}; the prompt cache is of {saved.model}"
                 )
-    mx.random.seed(comm.bcast(secrets.randbits(64) if args.seed is None else args.seed))
+    mx.random.seed(
+        comm.bcast_object(secrets.randbits(64) if args.seed is None else args.seed)
+    )
     show = not (args.quiet or args.json)
     name = args.model or (saved.model if saved else STORIES)
     model, tokenizer = mlxtp.load(
         name,
         comm,
-        weights=args.weights,
+        shares=args.shares,
         adapter_path=args.adapter_path,
         tokenizer_config=saved.tokenizer_config if saved else None,
         trust_remote_code=args.trust_remote_code,
@@ -124,7 +126,7 @@ def prepare(args: argparse.Namespace, comm: Communicator) -> Job:
         draft_model, draft_tokenizer = mlxtp.load(
             args.draft_model,
             comm,
-            weights=args.weights,
+            shares=args.shares,
             fetch=args.fetch,
             progress=show,
         )
@@ -215,7 +217,7 @@ def run(job: Job, args: argparse.Namespace, comm: Communicator, screen: TextIO) 
     seconds = time.perf_counter() - begin
     if to_screen:
         print(file=screen)
-    reports = comm.allgather_objects(
+    reports = comm.allgather_object(
         (tokens, mx.get_peak_memory() / 1e9, comm.traffic.seconds / seconds)
     )
     all_tokens, peaks_gb, collective_shares = zip(*reports, strict=True)

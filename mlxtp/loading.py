@@ -14,7 +14,7 @@ from mlx_lm.utils import load_tokenizer
 from tqdm import tqdm
 
 from mlxtp.checkpoint import cut, memory
-from mlxtp.checkpoint.cut import Origin, Share, bytes_of, lacking
+from mlxtp.checkpoint.cut import Origin, Shard, bytes_of, lacking
 from mlxtp.checkpoint.readahead import ReadAhead
 from mlxtp.checkpoint.tensors import Tensor
 from mlxtp.comm.communicator import Communicator
@@ -25,6 +25,7 @@ from mlxtp.fetch.hub import Repo
 from mlxtp.layers.parallelize import parallelize
 from mlxtp.model.skeleton import EmptyModel, build
 from mlxtp.model.sources import needed, reads
+from mlxtp.partition.shares import Share, Shares, as_shares
 from mlxtp.partition.spans import Slice
 from mlxtp.sharding.decide import slice_table
 from mlxtp.sharding.table import SliceTable
@@ -39,7 +40,7 @@ def load(
     path_or_hf_repo: str | Path,
     comm: Communicator,
     *,
-    weights: Sequence[int] | None = None,
+    shares: Sequence[int | Share] | None = None,
     adapter_path: str | Path | None = None,
     tokenizer_config: dict[str, Any] | None = None,
     trust_remote_code: bool = False,
@@ -56,8 +57,8 @@ def load(
         comm: the ranks to split it over.
         path_or_hf_repo: a folder, whole or cut by `mlxtp.shard`, or a name on the
             hub, of which each rank fetches its slices and keeps them.
-        weights: one positive number a rank, in whose proportion the ranks get
-            work and memory. Default: equal.
+        shares: one positive number a rank, in whose proportion the ranks get
+            work and memory, or a `Share` for each. Default: equal.
         adapter_path: a folder with LoRA adapters or full weights of mlx-lm's
             tuner.
         tokenizer_config: more arguments for the tokenizer.
@@ -72,7 +73,7 @@ def load(
     with comm.unlimited():
         show = progress and comm.rank == 0
         opened = _open(
-            path_or_hf_repo, comm, weights, adapter_path, trust_remote_code, fetch, show
+            path_or_hf_repo, comm, shares, adapter_path, trust_remote_code, fetch, show
         )
         with comm.agreement():
             tokenizer = _load_tokenizer(
@@ -85,7 +86,7 @@ def load_model(
     path_or_hf_repo: str | Path,
     comm: Communicator,
     *,
-    weights: Sequence[int] | None = None,
+    shares: Sequence[int | Share] | None = None,
     adapter_path: str | Path | None = None,
     trust_remote_code: bool = False,
     fetch: Fetch = "all",
@@ -98,7 +99,7 @@ def load_model(
     with comm.unlimited():
         show = progress and comm.rank == 0
         opened = _open(
-            path_or_hf_repo, comm, weights, adapter_path, trust_remote_code, fetch, show
+            path_or_hf_repo, comm, shares, adapter_path, trust_remote_code, fetch, show
         )
         model = _read(opened, comm, show=show)
         return model, opened.empty.config
@@ -116,7 +117,7 @@ class _Opened:
 def _open(
     path_or_hf_repo: str | Path,
     comm: Communicator,
-    weights: Sequence[int] | None,
+    shares: Sequence[int | Share] | None,
     adapter_path: str | Path | None,
     trust_remote_code: bool,
     fetch: Fetch,
@@ -124,7 +125,7 @@ def _open(
 ) -> _Opened:
     """Find and build a model, decide what is whose, see if it fits, and fetch it."""
     with comm.agreement():
-        rank_weights = _checked_weights(weights, comm)
+        rank_shares = _checked_shares(shares, comm)
     folder, repo = locate(path_or_hf_repo, comm)
     adapter = Path(adapter_path) if adapter_path is not None else None
 
@@ -133,7 +134,7 @@ def _open(
 
     with comm.agreement():
         empty = built()
-        table = slice_table(empty.model, rank_weights)
+        table = slice_table(empty.model, rank_shares)
     if table.remark and comm.rank == 0:
         logger.warning(table.remark)
     slices = table.slices(comm.rank)
@@ -146,8 +147,8 @@ def _open(
         if repo is not None:
             at_hub = set(cut.open_cut(folder).values())
             wanted = {t.name: it for t, it in tensors.items() if t in at_hub}
-            share = Share(tuple(rank_weights), comm.rank)
-            fill(comm, repo, share, wanted, only_root=fetch == "root", show=show)
+            shard = Shard(rank_shares, comm.rank)
+            fill(comm, repo, shard, wanted, only_root=fetch == "root", show=show)
             with comm.agreement():
                 empty = built()
     return _Opened(folder, empty, table)
@@ -163,7 +164,7 @@ def locate(path_or_hf_repo: str | Path, comm: Communicator) -> tuple[Path, Repo 
     with comm.agreement():
         if local.exists() and not local.is_dir():
             raise ValueError(f"the model {local} is a file; give the folder it is in")
-    hosts = comm.allgather_objects((comm.host, local.is_dir()))
+    hosts = comm.allgather_object((comm.host, local.is_dir()))
     if all(there for _, there in hosts):
         return local, None
     name = str(path_or_hf_repo)
@@ -177,43 +178,42 @@ def locate(path_or_hf_repo: str | Path, comm: Communicator) -> tuple[Path, Repo 
                 raise ValueError(f"there is no model folder {local}")
         elif comm.rank == 0:
             repo, small = hub.small_files(name)
-    repo = comm.bcast(repo)
+    repo = comm.bcast_object(repo)
     snapshot = hub.whole(repo)
-    if all(comm.allgather_objects(snapshot is not None)):
+    if all(comm.allgather_object(snapshot is not None)):
         assert snapshot is not None
         return snapshot, None
     folder = repo.folder()
-    begun = comm.allgather_objects(cut.is_cut(folder))
+    begun = comm.allgather_object(cut.is_cut(folder))
     if not all(begun):
         with comm.agreement():
             if comm.rank == 0:
                 origin = hub.origin(repo, small)
-        small, origin = comm.bcast((small, origin))
+        small, origin = comm.bcast_object((small, origin))
         with comm.agreement():
             if comm.rank == [host for host, _ in hosts].index(comm.host):
                 cut.begin(folder, origin, small)
     return folder, repo
 
 
-def _checked_weights(weights: Sequence[int] | None, comm: Communicator) -> list[int]:
-    if weights is None:
-        return [1] * comm.size
-    if len(weights) != comm.size or any(weight < 1 for weight in weights):
+def _checked_shares(shares: Sequence[int | Share] | None, comm: Communicator) -> Shares:
+    result = as_shares([1] * comm.size if shares is None else shares)
+    if len(result) != comm.size:
         raise ValueError(
-            f"weights {','.join(map(str, weights))}: wanted one positive whole number "
+            f"shares {','.join(map(str, result))}: wanted one positive whole number "
             f"for each of {comm.size} ranks"
         )
-    return list(weights)
+    return result
 
 
 def _check_here(slices: Mapping[Tensor, Slice], folder: Path) -> None:
     """Compare what a rank reads with what a cut checkpoint has."""
     if absent := bytes_of(lacking(slices)):
-        held = ", ".join(share.folder for share in cut.shares(folder))
+        held = ", ".join(shard.folder for shard in cut.shards(folder))
         raise ValueError(
             f"{absent / 1e9:.2f} of the {bytes_of(slices) / 1e9:.2f} GB that this rank "
             f"reads are not in {folder}, which holds {held or 'no slices'}: cut the "
-            "checkpoint for these ranks and weights with python -m mlxtp.shard"
+            "checkpoint for these ranks and shares with python -m mlxtp.shard"
         )
 
 
@@ -224,7 +224,7 @@ def check_memory(comm: Communicator, bytes_of_rank: int, folder: Path) -> None:
     """
     hosts: dict[str, int] = {}
     available: dict[str, int] = {}
-    for host, wanted, free in comm.allgather_objects(
+    for host, wanted, free in comm.allgather_object(
         (comm.host, bytes_of_rank, memory.available_bytes())
     ):
         hosts[host] = hosts.get(host, 0) + wanted
@@ -236,7 +236,7 @@ def check_memory(comm: Communicator, bytes_of_rank: int, folder: Path) -> None:
         raise UsageError(
             f"the slices of {folder} for {host} take {hosts[host] / 1e9:.1f} GB, and "
             f"it has {available[host] / 1e9:.1f} GB free: use more hosts, give it a "
-            "smaller share with --weights, or take a model with fewer bits"
+            "smaller share with --shares, or take a model with fewer bits"
         )
 
 

@@ -122,8 +122,8 @@ def _parser() -> argparse.ArgumentParser:
     )
     ours = result.add_argument_group("mlxtp")
     ours.add_argument(
-        "--weights",
-        type=weights,
+        "--shares",
+        type=shares,
         help="Shares of the ranks in the work, whole numbers such as 2,1,1,1,1. "
         "Default: equal.",
     )
@@ -150,7 +150,7 @@ def _parser() -> argparse.ArgumentParser:
     return result
 
 
-def weights(text: str) -> list[int]:
+def shares(text: str) -> list[int]:
     """Shares of the ranks, as the command line gives them."""
     found = [int(part) if part.strip().isdigit() else 0 for part in text.split(",")]
     if min(found) < 1:

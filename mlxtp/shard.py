@@ -7,7 +7,7 @@ python -m mlxtp.shard --join DIR --output FOLDER
 
 import argparse
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -15,7 +15,7 @@ from tqdm import tqdm
 
 from mlxtp import options
 from mlxtp.checkpoint import cut, verify, writing
-from mlxtp.checkpoint.cut import Origin, Share, bytes_of, lacking
+from mlxtp.checkpoint.cut import Origin, Shard, bytes_of, lacking
 from mlxtp.checkpoint.headers import Checkpoint
 from mlxtp.checkpoint.verify import Advance
 from mlxtp.comm.communicator import Communicator
@@ -23,6 +23,7 @@ from mlxtp.fetch import hub
 from mlxtp.loading import locate
 from mlxtp.model.skeleton import build
 from mlxtp.model.sources import needed
+from mlxtp.partition.shares import Share, as_shares
 from mlxtp.partition.spans import Slice
 from mlxtp.sharding.decide import slice_table
 
@@ -37,7 +38,7 @@ def main() -> None:
             with _bar(size, "Joining", show=not args.quiet) as advance:
                 writing.join(args.join, args.output, advance)
         else:
-            shard(args.model, args.weights, args.output, show=not args.quiet)
+            shard(args.model, args.shares, args.output, show=not args.quiet)
     except (ValueError, OSError) as error:
         print(f"mlxtp.shard: error: {error}", file=sys.stderr)
         sys.exit(2)
@@ -45,7 +46,7 @@ def main() -> None:
 
 def shard(
     path_or_hf_repo: str | Path,
-    weights: Sequence[int],
+    shares: Iterable[int | Share],
     output: Path,
     *,
     show: bool = False,
@@ -54,7 +55,7 @@ def shard(
 
     Args:
         path_or_hf_repo: a folder, or a name on the hub, as for `mlxtp.load`.
-        weights: one positive number a rank, in whose proportion they share.
+        shares: one positive number or `Share` a rank, in whose proportion they share.
         output: a new folder, or one with slices of the same checkpoint.
         show: show a progress bar.
 
@@ -67,8 +68,9 @@ def shard(
     if cut.is_cut(folder):
         raise ValueError(f"{folder} is cut already: join it first")
     empty = build(folder)
-    table = slice_table(empty.model, weights)
-    ranks = [needed(empty.sources, table.slices(r)) for r in range(len(weights))]
+    shares = as_shares(shares)
+    table = slice_table(empty.model, shares)
+    ranks = [needed(empty.sources, table.slices(r)) for r in range(len(shares))]
     names = [{tensor.name: part for tensor, part in it.items()} for it in ranks]
     origin = Origin(folder.name, None, Checkpoint.of_folder(folder).headers)
     rest = writing.rest(origin, names)
@@ -77,10 +79,10 @@ def shard(
     size = sum(map(bytes_of, [*ranks, {tensors[n]: it for n, it in rest.items()}]))
     with _bar(size, "Cutting", show=show) as advance:
         for rank, slices in enumerate(names):
-            share = Share(tuple(weights), rank)
-            writing.write(output, share, origin, slices, advance)
+            shard = Shard(shares, rank)
+            writing.write(output, shard, origin, slices, advance)
         if rest:
-            nobody = Share(tuple(weights), None)
+            nobody = Shard(shares, None)
             writing.write(output, nobody, origin, rest, advance)
 
 
@@ -97,7 +99,7 @@ def report(folder: Path, *, show: bool = False) -> bool:
         faults = verify.verify(folder, advance)
     for line in faults:
         print(line)
-    names = ", ".join(share.folder for share in cut.shares(folder))
+    names = ", ".join(shard.folder for shard in cut.shards(folder))
     print(f"{folder} holds {names or 'no slices'}: {size:,} bytes")
     whole = {tensor: Slice(tensor.shape) for tensor in tensors}
     absent = bytes_of(lacking(whole))
@@ -138,8 +140,8 @@ def _parser() -> argparse.ArgumentParser:
     world = result.add_mutually_exclusive_group()
     world.add_argument("--ranks", type=int, help="for so many ranks, with equal shares")
     world.add_argument(
-        "--weights",
-        type=options.weights,
+        "--shares",
+        type=options.shares,
         help="shares of the ranks, whole numbers such as 2,1,1,1,1",
     )
     result.add_argument("--output", type=Path, metavar="DIR", help="where to write")
@@ -150,12 +152,12 @@ def _parser() -> argparse.ArgumentParser:
 def _parse() -> argparse.Namespace:
     parser = _parser()
     args = parser.parse_args()
-    if args.model and not args.weights:
+    if args.model and not args.shares:
         if args.ranks is None or args.ranks < 1:
-            parser.error("--model goes with --ranks, at least 1, or --weights")
-        args.weights = [1] * args.ranks
-    if not args.model and (args.weights or args.ranks is not None):
-        parser.error("--ranks and --weights go with --model")
+            parser.error("--model goes with --ranks, at least 1, or --shares")
+        args.shares = [1] * args.ranks
+    if not args.model and (args.shares or args.ranks is not None):
+        parser.error("--ranks and --shares go with --model")
     if (args.output is None) != bool(args.verify):
         parser.error("--output goes with --model and --join, and neither without it")
     return args

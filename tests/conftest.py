@@ -22,7 +22,7 @@ def comm() -> Communicator:
 @pytest.fixture(scope="session")
 def shared_path(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder that is the same on all ranks."""
-    return WORLD.bcast(tmp_path_factory.mktemp("shared"))
+    return WORLD.bcast_object(tmp_path_factory.mktemp("shared"))
 
 
 @pytest.hookimpl(trylast=True)
@@ -67,7 +67,7 @@ def pytest_runtest_call(item: pytest.Item) -> Iterator[None]:
         failure = error
         raise
     finally:
-        failed = WORLD.allgather_objects(failure is not None and not _is_skip(failure))
+        failed = WORLD.allgather_object(failure is not None and not _is_skip(failure))
         if any(failed) and failure is None:
             pytest.fail(f"failed on ranks {[r for r, f in enumerate(failed) if f]}")
 

@@ -165,13 +165,13 @@ def test_code_in_a_checkpoint_runs_only_when_trusted(
     assert not trace.exists()
 
 
-@pytest.mark.parametrize("weights", [[], [1, 0], [0] * 5, [-1]])
-def test_weights_must_fit_the_world(
-    weights: list[int], comm: Communicator, shared_path: Path
+@pytest.mark.parametrize("shares", [[], [1, 0], [0] * 5, [-1]])
+def test_shares_must_fit_the_world(
+    shares: list[int], comm: Communicator, shared_path: Path
 ) -> None:
-    folder = made_by_rank_0(Tiny(), shared_path / "weights", comm)
+    folder = made_by_rank_0(Tiny(), shared_path / "shares", comm)
     with pytest.raises(ValueError, match="wanted one positive whole number for each"):
-        mlxtp.load(folder, comm, weights=weights)
+        mlxtp.load(folder, comm, shares=shares)
 
 
 def test_too_little_memory_is_said_before_reading(
@@ -269,6 +269,6 @@ def test_parameters_are_read_as_they_lie(comm: Communicator, shared_path: Path) 
     part = table.slices(comm.rank)[name]
     with safe_open(folder / "model.safetensors", framework="numpy") as file:
         whole = file.get_tensor(name)
-    columns = [i for start, stop in part.spans for i in range(start, stop)]
+    columns = part.spans.indices
     mine = held["model.layers.0.self_attn.o_proj.linear.scales"]
     assert np.array_equal(np.array(mine), whole[:, columns])

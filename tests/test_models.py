@@ -46,7 +46,7 @@ def test_equals_one_process(name: str, comm: Communicator, shared_path: Path) ->
     model, _ = mlxtp.load(folder, comm)
     logits = model(mx.array([PROMPT]))
 
-    assert len(set(comm.allgather_objects(as_numpy(logits).tobytes()))) == 1
+    assert len(set(comm.allgather_object(as_numpy(logits).tobytes()))) == 1
     error = np.abs(as_numpy(logits) - expected["logits"]).max()
     assert error <= TOLERANCE[tiny.dtype] * np.abs(expected["logits"]).max()
     if tiny.dtype == mx.float32:
@@ -92,13 +92,13 @@ def _stop_at_half(processed: int, total: int) -> None:
         raise KeyboardInterrupt
 
 
-def test_unequal_weights(comm: Communicator, shared_path: Path) -> None:
+def test_unequal_shares(comm: Communicator, shared_path: Path) -> None:
     folder = made_by_rank_0(MODELS["llama-64-4"], shared_path / "llama-64-4", comm)
     expected = on_rank_0(comm, lambda: reference(folder)["greedy"])
-    weights = [3, *[1] * (comm.size - 1)]
-    model, _ = mlxtp.load(folder, comm, weights=weights)
+    shares = [3, *[1] * (comm.size - 1)]
+    model, _ = mlxtp.load(folder, comm, shares=shares)
     assert greedy(model) == expected
-    held = comm.allgather_objects(
+    held = comm.allgather_object(
         sum(p.size for _, p in nn.utils.tree_flatten(model.parameters()))
     )
     if comm.size > 1:

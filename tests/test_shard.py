@@ -28,25 +28,25 @@ once = pytest.mark.once
 Q4 = {"group_size": 32, "bits": 4}
 
 
-def cut_by_rank_0(folder: Path, weights: list[int], comm: Communicator) -> Path:
+def cut_by_rank_0(folder: Path, shares: list[int], comm: Communicator) -> Path:
     output = folder.with_name(f"{folder.name}-cut")
     if comm.rank == 0:
-        shard(folder, weights, output)
+        shard(folder, shares, output)
     comm.barrier()
     return output
 
 
 def test_load_reads_what_was_cut(comm: Communicator, shared_path: Path) -> None:
-    """Quantized, with heads that do not divide, and for ranks with other weights."""
+    """Quantized, with heads that do not divide, and for ranks with other shares."""
     tiny = Tiny(
         {"hidden_size": 96, "num_attention_heads": 6, "num_key_value_heads": 3},
         quantization=Q4,
     )
     folder = made_by_rank_0(tiny, shared_path / "to-cut", comm)
     expected = on_rank_0(comm, lambda: greedy(mlx_lm.load(str(folder))[0]))
-    for weights in ([1] * comm.size, [2] + [1] * (comm.size - 1)):
-        output = cut_by_rank_0(folder, weights, comm)
-        model, _ = mlxtp.load(output, comm, weights=weights)
+    for shares in ([1] * comm.size, [2] + [1] * (comm.size - 1)):
+        output = cut_by_rank_0(folder, shares, comm)
+        model, _ = mlxtp.load(output, comm, shares=shares)
         assert greedy(model) == expected
         comm.barrier()
         if comm.rank == 0:
@@ -161,7 +161,7 @@ def run(*arguments: object) -> subprocess.CompletedProcess[str]:
 @once
 def test_the_command_line(cut: Path, tmp_path: Path) -> None:
     model, output = tmp_path / "model", tmp_path / "again"
-    done = run("--model", model, "--weights", "2,1,1", "--output", output)
+    done = run("--model", model, "--shares", "2,1,1", "--output", output)
     assert done.returncode == 0, done.stderr
     assert {part.name for part in output.glob("rank-*")} == {
         f"rank-{rank}-of-2-1-1" for rank in range(3)

@@ -124,7 +124,7 @@ def test_saved_latents_where_a_rank_has_one_head(
 
 
 @pytest.mark.parametrize("model_type", RUNNABLE)
-def test_uneven_weights(model_type: str, comm: Communicator, shared_path: Path) -> None:
+def test_uneven_shares(model_type: str, comm: Communicator, shared_path: Path) -> None:
     """A rank that gets three times the work of another."""
 
     def whole() -> Any:
@@ -133,7 +133,7 @@ def test_uneven_weights(model_type: str, comm: Communicator, shared_path: Path) 
         return folder, as_numpy(model(mx.array([PROMPT])))
 
     folder, expected = on_rank_0(comm, whole)
-    model, _ = load_split(folder, comm, weights=[3, 1, 2])
+    model, _ = load_split(folder, comm, shares=[3, 1, 2])
     check_logits(model_type, [model(mx.array([PROMPT]))], [expected])
 
 

@@ -12,13 +12,14 @@ rank reads (a vision tower, say): it makes the checkpoint whole again.
 
 import json
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
 from pathlib import Path
 from typing import Any
 
 from mlxtp.checkpoint.headers import Checkpoint, Header, read_header
 from mlxtp.checkpoint.tensors import Piece, Tensor, whole_tensor
-from mlxtp.partition.spans import Slice
+from mlxtp.partition.shares import Share, Shares
+from mlxtp.partition.spans import Slice, Spans
 
 CHECKPOINT = "checkpoint.json"
 MANIFEST = "manifest.json"
@@ -90,19 +91,22 @@ class Origin:
 
 
 @dataclass(frozen=True)
-class Share:
+class Shard:
     """For whom slices were cut: a rank of a world; nobody, for the rest."""
 
-    weights: tuple[int, ...]
+    shares: Shares
     rank: int | None
 
     @property
     def folder(self) -> str:
-        """`rank-0-of-5`; `rank-0-of-2-1-1` where the weights differ."""
+        """`rank-0-of-5`; `rank-0-of-2-1-1` where the shares differ."""
         if self.rank is None:
             return REST
-        equal = len(set(self.weights)) == 1
-        world = str(len(self.weights)) if equal else "-".join(map(str, self.weights))
+        world = (
+            str(len(self.shares))
+            if len(set(self.shares)) == 1
+            else "-".join(str(share).replace("/", "+") for share in self.shares)
+        )
         return f"rank-{self.rank}-of-{world}"
 
 
@@ -176,16 +180,16 @@ def stamp(file: Path) -> list[int]:
 
 def write_manifest(
     part: Path,
-    share: Share,
+    shard: Shard,
     origin: Origin,
     files: Mapping[str, tuple[Mapping[Tensor, Slice], Mapping[str, str]]],
 ) -> None:
     manifest = {
         "source": origin.source,
         "revision": origin.revision,
-        "world_size": len(share.weights),
-        "weights": share.weights,
-        "rank": share.rank,
+        "world_size": len(shard.shares),
+        "shares": [astuple(share) for share in shard.shares],
+        "rank": shard.rank,
         "files": {
             file: {
                 "stamp": stamp(part / file),
@@ -214,10 +218,13 @@ def lacking(slices: Mapping[Tensor, Slice]) -> dict[Tensor, Slice]:
     return {tensor: part for tensor, part in gone.items() if part}
 
 
-def shares(folder: Path) -> list[Share]:
+def shards(folder: Path) -> list[Shard]:
     """Whose slices are in `folder`."""
     manifests = [manifest_of(part) for part in rank_folders(folder)]
-    return [Share(tuple(it["weights"]), it["rank"]) for it in manifests]
+    return [
+        Shard(tuple(Share(*numbers) for numbers in it["shares"]), it["rank"])
+        for it in manifests
+    ]
 
 
 def size_bytes(folder: Path) -> int:
@@ -238,7 +245,7 @@ def rank_folders(folder: Path) -> list[Path]:
 def manifest_of(part: Path) -> dict[str, Any]:
     try:
         content: dict[str, Any] = json.loads((part / MANIFEST).read_text())
-        for key in ("world_size", "weights", "rank", "files"):
+        for key in ("world_size", "shares", "rank", "files"):
             content[key]
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise ValueError(
@@ -254,7 +261,7 @@ def _pieces(part: Path, tensors: Mapping[str, Tensor]) -> Iterator[tuple[str, Pi
         for name, it in said["slices"].items():
             if name not in tensors or name not in header.tensors:
                 raise ValueError(f"{part / file} does not hold {name}, as it should")
-            spans = tuple((start, stop) for start, stop in it["spans"])
+            spans = Spans(it["spans"])
             held = Slice(tensors[name].shape, it["axis"], spans)
             stored = header.tensors[name]
             if (stored.kind, stored.shape) != (tensors[name].kind, held.shape):

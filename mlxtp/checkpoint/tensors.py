@@ -10,7 +10,7 @@ import numpy as np
 
 from mlxtp.checkpoint.memory import allocate
 from mlxtp.checkpoint.rows import BLOCK_BYTES, pread, read_rows, take
-from mlxtp.partition.spans import Slice, Spans, length, spans_on, times, without
+from mlxtp.partition.spans import Slice, Spans
 
 # What MLX makes of the types of a safetensors file.
 DTYPES = {
@@ -76,7 +76,7 @@ class Tensor:
             return part if part.size else None
         if (axis := self._cut_axis()) is None:
             return None
-        gone = without(spans_on(part, axis), self._spans_here(axis))
+        gone = part.on(axis).difference(self._spans_here(axis))
         return Slice(self.shape, axis, gone) if gone else None
 
     def _cut_axis(self) -> int | None:
@@ -85,7 +85,7 @@ class Tensor:
         return axes[0] if axes and None not in axes else None
 
     def _spans_here(self, axis: int) -> Spans:
-        return tuple(
+        return Spans(
             span
             for piece in self.pieces
             if piece.part.axis == axis
@@ -135,10 +135,10 @@ def blocks(tensor: Tensor, part: Slice) -> Iterator[np.ndarray]:
             yield _read_bytes(some, Slice(some.shape, part.axis, part.spans))
         return
     step = max(1, BLOCK_BYTES // (prod(tensor.shape[1:]) * item or 1))
-    for first, last in spans_on(part, 0):
+    for first, last in part.on(0):
         for start in range(first, last, step):
             span = start, min(start + step, last)
-            yield _read_bytes(tensor, Slice(tensor.shape, 0, (span,)))
+            yield _read_bytes(tensor, Slice(tensor.shape, 0, Spans([span])))
 
 
 def seen_from(tensor: Tensor, axis: int) -> tuple[int, int, int]:
@@ -159,7 +159,7 @@ def _flattened(tensor: Tensor, axis: int) -> Tensor:
     rows, items, item = seen_from(tensor, axis)
     shape = (rows, items, item // tensor.dtype.size)
     pieces = tuple(
-        Piece(it.file, it.offset, Slice(shape, 1, spans_on(it.part, axis)))
+        Piece(it.file, it.offset, Slice(shape, 1, it.part.on(axis)))
         for it in tensor.pieces
         if it.part.axis in (None, axis)
     )
@@ -206,15 +206,15 @@ def _read_into(memory: np.ndarray, tensor: Tensor, part: Slice) -> None:
         together = np.empty(prod(tensor.shape) * tensor.dtype.size, np.uint8)
         _read_into(together, tensor, Slice(tensor.shape))
         rows, _, item = seen_from(tensor, part.axis)
-        spans = times(part.spans, item)
+        spans = part.spans.scaled(item)
         take(together.reshape(rows, -1), memory.reshape(rows, -1), spans)
         return
     rows, _, item = seen_from(tensor, axis)
     into, filled = memory.reshape(rows, -1), 0
     for piece, spans in _found(tensor, part, axis):
-        width = length(spans) * item
-        row = length(spans_on(piece.part, axis)) * item
-        target, mine = into[:, filled : filled + width], times(spans, item)
+        width = spans.length * item
+        row = piece.part.on(axis).length * item
+        target, mine = into[:, filled : filled + width], spans.scaled(item)
         with open(piece.file, "rb", buffering=0) as file:
             read_rows(target, file.fileno(), piece.offset, row, mine)
         filled += width
@@ -224,9 +224,9 @@ def _found(tensor: Tensor, part: Slice, axis: int) -> Iterator[tuple[Piece, Span
     """The pieces that `part` is in, one behind the other, and where in each."""
     for piece in tensor.pieces:
         if piece.part.axis is None:
-            yield piece, spans_on(part, axis)
+            yield piece, part.on(axis)
             return
-    for start, stop in spans_on(part, axis):
+    for start, stop in part.on(axis):
         while start < stop:
             here = [
                 (min(last, stop), number, before + start - first)
@@ -240,7 +240,7 @@ def _found(tensor: Tensor, part: Slice, axis: int) -> Iterator[tuple[Piece, Span
                     f"{tensor.name}: of axis {axis} {start} to {stop} is not here"
                 )
             reach, number, inside = max(here)
-            yield tensor.pieces[number], ((inside, inside + reach - start),)
+            yield tensor.pieces[number], Spans([(inside, inside + reach - start)])
             start = reach
 
 

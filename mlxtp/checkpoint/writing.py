@@ -12,24 +12,24 @@ from typing import Any
 
 from mlxtp.checkpoint.cut import (
     Origin,
-    Share,
+    Shard,
     bytes_of,
     lacking,
     open_cut,
     origin_of,
-    shares,
+    shards,
     small_files,
     write_manifest,
 )
 from mlxtp.checkpoint.headers import read_header
 from mlxtp.checkpoint.tensors import Tensor, blocks
 from mlxtp.checkpoint.verify import Advance, sha256
-from mlxtp.partition.spans import Slice, spans_on, union, without
+from mlxtp.partition.spans import Slice
 
 
 def write(
     folder: Path,
-    share: Share,
+    shard: Shard,
     origin: Origin,
     slices: Mapping[str, Slice],
     advance: Advance = lambda _: None,
@@ -39,10 +39,10 @@ def write(
     In memory is a block of a few MB at a time. What was there before stays until all
     of it is written.
 
-    Returns: the folder of the share.
+    Returns: the folder of the shard.
     """
-    final = folder / share.folder
-    partial = folder / f"{share.folder}.partial"
+    final = folder / shard.folder
+    partial = folder / f"{shard.folder}.partial"
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir()
     files = {}
@@ -52,7 +52,7 @@ def write(
         if mine:
             hashes = _write_file(partial / name, mine, advance)
             files[name] = (mine, hashes)
-    write_manifest(partial, share, origin, files)
+    write_manifest(partial, shard, origin, files)
     shutil.rmtree(final, ignore_errors=True)
     partial.rename(final)
     return final
@@ -60,7 +60,7 @@ def write(
 
 def seal(
     partial: Path,
-    share: Share,
+    shard: Shard,
     origin: Origin,
     files: Mapping[str, Mapping[Tensor, Slice]],
 ) -> None:
@@ -76,7 +76,7 @@ def seal(
     with ThreadPoolExecutor() as pool:
         found = dict(zip(files, pool.map(hashes, files), strict=True))
     done = {file: (slices, found[file]) for file, slices in files.items()}
-    write_manifest(partial, share, origin, done)
+    write_manifest(partial, shard, origin, done)
     final = partial.with_suffix("")
     others = (partial.with_name(f"{final.name}+{n}") for n in count(1))
     partial.rename(next(path for path in chain([final], others) if not path.exists()))
@@ -87,7 +87,7 @@ def rest(origin: Origin, slices: Iterable[Mapping[str, Slice]]) -> dict[str, Sli
     held: dict[str, Slice] = {}
     for of_rank in slices:
         for name, part in of_rank.items():
-            held[name] = union(held.get(name, part), part)
+            held[name] = held.get(name, part).union(part)
     result = {}
     for header in origin.headers.values():
         for name, tensor in header.tensors.items():
@@ -95,7 +95,7 @@ def rest(origin: Origin, slices: Iterable[Mapping[str, Slice]]) -> dict[str, Sli
             if mine is None:
                 result[name] = whole
             elif mine.axis is not None:
-                gone = without(spans_on(whole, mine.axis), mine.spans)
+                gone = whole.on(mine.axis).difference(mine.spans)
                 result[name] = Slice(tensor.shape, mine.axis, gone)
     return {name: part for name, part in result.items() if part.size}
 
@@ -108,7 +108,7 @@ def join(folder: Path, output: Path, advance: Advance = lambda _: None) -> None:
     origin, tensors = origin_of(folder), open_cut(folder)
     absent = bytes_of(lacking({t: Slice(t.shape) for t in tensors.values()}))
     if absent:
-        here = ", ".join(share.folder for share in shares(folder)) or "nothing"
+        here = ", ".join(shard.folder for shard in shards(folder)) or "nothing"
         raise ValueError(
             f"{absent:,} bytes of the checkpoint are not in {folder}: there is {here}"
         )

@@ -23,7 +23,7 @@ import numpy as np
 from mlxtp.comm.codec import GROUP_SIZE, Int8Wire, PlainWire, Wire
 from mlxtp.comm.gathers import DirectGather, Gather, MPIGather, RingGather, in_pieces
 from mlxtp.comm.transports import MessageTransport, Request
-from mlxtp.partition.spans import spans
+from mlxtp.partition.shares import cut_axis
 
 # Buffers and requests are kept for the sizes used last, up to so many bytes.
 KEPT_BYTES = 256 * 1024 * 1024
@@ -74,7 +74,7 @@ class TwoShot:
         self._wire = wire
         ranks, rank = transport.size, transport.rank
         edges = [0]
-        for _, stop in spans(-(-size // GROUP_SIZE), [1] * ranks):
+        for _, stop in cut_axis(-(-size // GROUP_SIZE), [1] * ranks):
             edges.append(min(stop * GROUP_SIZE, size))
         self._blocks = list(pairwise(edges))
         sizes = [stop - start for start, stop in self._blocks]

@@ -151,19 +151,26 @@ class Communicator:
             return "one rank: nothing travels"
         return f"{self.size} ranks over {self._transport}\n{self._arrays}"
 
-    def bcast(self, value: Any, root: int = 0) -> Any:
-        """Give every rank the `value` of `root`: an array or a plain object."""
+    def bcast(self, x: mx.array, root: int = 0) -> mx.array:
+        """Give every rank the array of `root`.
+
+        Shapes: x (...) of `root` -> (...) replicated, of the same dtype.
+        """
+        return self.bcast_object(x, root)
+
+    def bcast_object(self, value: Any, root: int = 0) -> Any:
+        """Give every rank the plain object of `root`."""
         if self._control is None:
             return value
         with self._watch.collective("bcast"):
             return self._control.bcast_object(value, root)
 
-    def allgather_objects(self, value: Any) -> list[Any]:
+    def allgather_object(self, value: Any) -> list[Any]:
         """Give every rank the plain object of every rank, in rank order."""
         if self._control is None:
             return [value]
         with self._watch.collective("allgather"):
-            return self._control.allgather_objects(value)
+            return self._control.allgather_object(value)
 
     def exchange(self, to: Sequence[np.ndarray], sizes: Sequence[int]) -> list[Any]:
         """Send each rank a message, and receive one of `sizes[rank]` bytes from each.
@@ -177,7 +184,7 @@ class Communicator:
             return received
         with self._watch.collective("exchange"):
             if not isinstance(self._control, MessageTransport):
-                everything = self._control.allgather_objects(to)
+                everything = self._control.allgather_object(to)
                 return [messages[self.rank] for messages in everything]
             others = [rank for rank in range(self.size) if rank != self.rank]
             receives = [
@@ -224,7 +231,7 @@ class Communicator:
         except (ValueError, OSError) as error:
             found = error
         mine = found and (str(found) or repr(found), self.host)
-        reports = self.allgather_objects(mine)
+        reports = self.allgather_object(mine)
         if all(report is None for report in reports):
             return
         rank, report = next((r, it) for r, it in enumerate(reports) if it is not None)

@@ -85,11 +85,11 @@ class Watch:
             self._connect(transport)
 
     def _connect(self, transport: Transport) -> None:
-        hosts = transport.allgather_objects(self._host)
+        hosts = transport.allgather_object(self._host)
         key = transport.bcast_object(secrets.token_hex(8), 0)
         mine = (own_address(hosts), self._listen.getsockname()[1])
         peers = []
-        for rank, address in enumerate(transport.allgather_objects(mine)):
+        for rank, address in enumerate(transport.allgather_object(mine)):
             if rank != self._rank:
                 line = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
                 line.setblocking(False)

@@ -80,7 +80,7 @@ def choose(
     by_size: dict[int, list[float]] = {}
     begin = time.perf_counter()
     for size in SIZES:
-        spent = max(transport.allgather_objects(time.perf_counter() - begin))
+        spent = max(transport.allgather_object(time.perf_counter() - begin))
         if len(by_size) >= 2 and spent > BUDGET_SECONDS:
             break
         by_size[size] = timer.seconds(np.zeros(size, np.uint8).view(np.float32), names)
@@ -118,7 +118,7 @@ class _Timer:
                 begin = time.perf_counter()
                 self._collectives.allreduce(part, name)
                 mine[call, place] = time.perf_counter() - begin
-        return np.max(self._transport.allgather_objects(mine), axis=0)
+        return np.max(self._transport.allgather_object(mine), axis=0)
 
 
 def _in_words(nbytes: int) -> str:

@@ -54,4 +54,4 @@ def token_seconds(comm: Communicator) -> list[float]:
     for _ in range(TOKENS):
         next(tokens)
     seconds = time.perf_counter() - begin - me.waited_seconds
-    return comm.allgather_objects(seconds / TOKENS)
+    return comm.allgather_object(seconds / TOKENS)

@@ -61,8 +61,8 @@ def _seconds(
         return time.perf_counter() - begin
 
     call()  # makes buffers and connections
-    once = max(comm.allgather_objects(call()))
+    once = max(comm.allgather_object(call()))
     least, most = CALLS
     calls = min(max(int(BUDGET_SECONDS / once), least), most)
-    times = comm.allgather_objects([call() for _ in range(calls)])
+    times = comm.allgather_object([call() for _ in range(calls)])
     return float(np.median(np.mean(times, axis=0)))

@@ -74,8 +74,8 @@ def memory(found: Findings) -> Iterator[Fault]:
             what = f"{_gb(limit)} GB for a model, elsewhere {_gb(usual)} GB"
             least = min(filter(None, limits))
             shares = (round((m.limit_bytes or least) / least) for m in found.machines)
-            weights = ",".join(map(str, shares))
-            yield Fault(it.host, what, f"give it a smaller share: --weights {weights}")
+            given = ",".join(map(str, shares))
+            yield Fault(it.host, what, f"give it a smaller share: --shares {given}")
 
 
 def slow_hosts(found: Findings) -> Iterator[Fault]:

@@ -35,7 +35,7 @@ def sudo(machine: Machine) -> str:
 
 def more_memory(machine: Machine, need: float) -> str:
     """What lets a host take `need` bytes of a model."""
-    smaller = "give it a smaller share: --weights"
+    smaller = "give it a smaller share: --shares"
     if machine.facts.system == "macOS" and need < 0.9 * machine.facts.memory_bytes:
         return f"{sudo(machine)}sysctl iogpu.wired_limit_mb={need / 2**20 + 1024:.0f}"
     if machine.facts.system == "Linux" and need < 0.9 * machine.facts.memory_bytes:

@@ -88,11 +88,13 @@ class Heads:
 class Width:
     """A rank gets columns `w`: of the inputs of the row-parallel matrix `of`.
 
-    With `parts` it gets the same columns of each of so many parts.
+    With `parts` it gets the same columns of each of so many parts. `share` is the part
+    of a rank's `Share` that counts.
     """
 
     of: str
     parts: int = 1
+    share: Literal["attention", "mlp"] = "mlp"
 
 
 @dataclass(frozen=True)

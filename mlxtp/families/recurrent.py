@@ -30,7 +30,7 @@ MAMBA2_GROUP_NORM = MAMBA2.but(
 MAMBA = Block(
     "selective state space (Mamba)",
     needs=("in_proj", "x_proj", "dt_proj"),
-    rule=Width("out_proj"),
+    rule=Width("out_proj", share="attention"),
     cuts={
         "in_proj": column("w w"),
         "conv1d": along("w"),
@@ -169,7 +169,7 @@ GATED_RECURRENCE = Block(
 SHORT_CONVOLUTION = Block(
     "short convolution",
     needs=("in_proj", "conv", "out_proj"),
-    rule=Width("out_proj"),
+    rule=Width("out_proj", share="attention"),
     cuts={"in_proj": column("w w w"), "conv": along("w"), "out_proj": row("w")},
     sizes={"args.hidden_size": "w"},
 )

@@ -16,7 +16,7 @@ import filelock
 import numpy as np
 
 from mlxtp.checkpoint import cut, verify
-from mlxtp.checkpoint.cut import Origin, Share, lacking
+from mlxtp.checkpoint.cut import Origin, Shard, lacking
 from mlxtp.checkpoint.tensors import Tensor, seen_from
 from mlxtp.comm.communicator import Communicator
 from mlxtp.comm.errors import UsageError
@@ -25,7 +25,7 @@ from mlxtp.fetch.hub import Repo
 from mlxtp.fetch.journal import Partial
 from mlxtp.fetch.rounds import Rounds
 from mlxtp.fetch.schedule import Demand, Move, plan
-from mlxtp.partition.spans import Slice, spans_on
+from mlxtp.partition.spans import Slice, Spans
 
 logger = logging.getLogger(__name__)
 
@@ -33,7 +33,7 @@ logger = logging.getLogger(__name__)
 def fill(
     comm: Communicator,
     repo: Repo,
-    share: Share,
+    shard: Shard,
     wanted: Mapping[str, Slice],
     *,
     only_root: bool = False,
@@ -41,7 +41,7 @@ def fill(
 ) -> None:
     """Get what this machine lacks of the `wanted` slices of tensors, and keep it.
 
-    Every rank calls it alike, with its own share and slices.
+    Every rank calls it alike, with its own shard and slices.
 
     Raises: UsageError on every rank if the hub does not give something, or a disk
         is too small.
@@ -49,16 +49,16 @@ def fill(
     folder = repo.folder()
     with comm.agreement():
         verify.drop_damaged(folder)
-    if not any(comm.allgather_objects(bool(_lacks(folder, wanted)))):
+    if not any(comm.allgather_object(bool(_lacks(folder, wanted)))):
         return
-    with _locked(comm, folder / f"{share.folder}.lock", repo.name):
+    with _locked(comm, folder / f"{shard.folder}.lock", repo.name):
         with comm.agreement():
             lacks = _lacks(folder, wanted)
         lacks = _on_one_axis(comm, lacks)
         with comm.agreement():
             origin = cut.origin_of(folder)
             tensors = cut.open_cut(folder)
-            partial = Partial(folder, share, origin, lacks)
+            partial = Partial(folder, shard, origin, lacks)
         _check_disks(comm, folder, partial.bytes_to_write)
         with comm.agreement():
             partial.begin()
@@ -86,7 +86,7 @@ def _fetched(
     """Get what is missing; files of which something came wrong, which is let go of."""
     moves = _planned(comm, tensors, partial, only_root)
     Rounds(comm, repo, tensors, partial, moves).run(show)
-    touched = set[str]().union(*comm.allgather_objects(partial.files))
+    touched = set[str]().union(*comm.allgather_object(partial.files))
     headers = {file: it for file, it in origin.headers.items() if file in touched}
     wrong = confirm.wrong_files(
         comm, repo, headers, {**tensors, **partial.tensors(tensors)}, show
@@ -101,7 +101,7 @@ def _on_one_axis(comm: Communicator, lacks: Mapping[str, Slice]) -> dict[str, Sl
     """Whole tensors in the place of slices where the ranks' are cut on other axes."""
     axes: dict[str, set[int | None]] = {}
     mine = {name: part.axis for name, part in lacks.items()}
-    for of_rank in comm.allgather_objects(mine):
+    for of_rank in comm.allgather_object(mine):
         for name, axis in of_rank.items():
             axes.setdefault(name, set()).add(axis)
     return {
@@ -127,14 +127,14 @@ def _locked(comm: Communicator, file: Path, name: str) -> Iterator[None]:
             mine = None
         except filelock.Timeout:
             mine = comm.host
-        busy = next(filter(None, comm.allgather_objects(mine)), None)
+        busy = next(filter(None, comm.allgather_object(mine)), None)
         if busy is None:
             break
         lock.release()  # two jobs that each hold some would wait for each other
         if not waiting and comm.rank == 0:
             logger.warning(f"another job on {busy} fetches {name}: waiting for it")
         waiting = True
-        time.sleep(comm.bcast(float(np.random.default_rng().uniform(0.5, 1.5))))
+        time.sleep(comm.bcast_object(float(np.random.default_rng().uniform(0.5, 1.5))))
     try:
         yield
     finally:
@@ -148,10 +148,10 @@ def _planned(
     only_root: bool,
 ) -> list[Move]:
     """What every rank gets from where."""
-    lacks = comm.allgather_objects(partial.missing)
+    lacks = comm.allgather_object(partial.missing)
     names = [name for name in tensors if any(name in of_rank for of_rank in lacks)]
     here = {name: [piece.part for piece in tensors[name].pieces] for name in names}
-    has = comm.allgather_objects({name: parts for name, parts in here.items() if parts})
+    has = comm.allgather_object({name: parts for name, parts in here.items() if parts})
     demands = [
         _demand(
             tensors[name],
@@ -176,13 +176,13 @@ def _demand(
         rows,
         items,
         item_bytes,
-        tuple(spans_on(part, axis) if part else () for part in lacks),
+        tuple(part.on(axis) if part else Spans() for part in lacks),
         tuple(
-            tuple(
+            Spans(
                 span
                 for part in parts
                 if part.axis in (None, axis)
-                for span in spans_on(part, axis)
+                for span in part.on(axis)
             )
             for parts in has
         ),
@@ -195,7 +195,7 @@ def _check_disks(comm: Communicator, folder: Path, bytes_to_write: int) -> None:
     Raises: UsageError, with the numbers of a host that lacks space.
     """
     free = shutil.disk_usage(folder).free
-    everyone = comm.allgather_objects((comm.host, bytes_to_write, free))
+    everyone = comm.allgather_object((comm.host, bytes_to_write, free))
     for host in dict.fromkeys(host for host, *_ in everyone):
         wanted = sum(size for other, size, _ in everyone if other == host)
         free = min(free for other, _, free in everyone if other == host)

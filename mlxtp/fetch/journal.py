@@ -12,9 +12,9 @@ from pathlib import Path
 import numpy as np
 
 from mlxtp.checkpoint import writing
-from mlxtp.checkpoint.cut import Origin, Share, bytes_of
+from mlxtp.checkpoint.cut import Origin, Shard, bytes_of
 from mlxtp.checkpoint.tensors import Piece, Tensor, seen_from
-from mlxtp.partition.spans import Slice, Span, Spans, cover, spans_on, without
+from mlxtp.partition.spans import Slice, Span, Spans
 
 LAYOUT = "layout.json"
 JOURNAL = "journal.jsonl"
@@ -27,10 +27,10 @@ class Partial:
     """
 
     def __init__(
-        self, folder: Path, share: Share, origin: Origin, slices: Mapping[str, Slice]
+        self, folder: Path, shard: Shard, origin: Origin, slices: Mapping[str, Slice]
     ) -> None:
-        self._share, self._origin, self._slices = share, origin, dict(slices)
-        self._path = folder / f"{share.folder}.partial"
+        self._shard, self._origin, self._slices = shard, origin, dict(slices)
+        self._path = folder / f"{shard.folder}.partial"
         self._files: dict[str, dict[Tensor, Slice]] = {
             file: {
                 t: slices[t.name] for t in header.tensors.values() if t.name in slices
@@ -76,13 +76,13 @@ class Partial:
         self, name: str, axis: int, rows: Span, spans: Spans, data: np.ndarray
     ) -> None:
         """Put items `spans` of some rows, as seen from `axis`, in their place."""
-        tensor, target = self._tensors[name], spans_on(self._slices[name], axis)
+        tensor, target = self._tensors[name], self._slices[name].on(axis)
         count, _, item = seen_from(tensor, axis)
         into = self._memory(name).reshape(count, -1)[slice(*rows)]
         data, done = data.reshape(len(into), -1), 0
-        for start, stop in spans:
-            place = _place(target, start) * item
-            width = (stop - start) * item
+        for span in spans:
+            place = target.offset(span.start) * item
+            width = span.length * item
             into[:, place : place + width] = data[:, done : done + width]
             done += width
         self._bytes_left[name] -= data.size
@@ -129,7 +129,7 @@ class Partial:
         for name in (LAYOUT, JOURNAL):
             (self._path / name).unlink()
         slices = {file: it for file, it in self._files.items() if it}
-        writing.seal(self._path, self._share, self._origin, slices)
+        writing.seal(self._path, self._shard, self._origin, slices)
 
     def _layout(self) -> object:
         return {name: [it.axis, it.spans] for name, it in self._slices.items()}
@@ -148,7 +148,7 @@ class Partial:
                 name, axis, spans = json.loads(line)
             except ValueError:  # it was broken off here
                 return
-            yield name, axis, tuple((start, stop) for start, stop in spans)
+            yield name, axis, Spans(spans)
 
     def _left(
         self, came: Iterable[tuple[str, int, Spans]]
@@ -161,8 +161,8 @@ class Partial:
                 yield name, part
                 continue
             axis, spans_here = here[name]
-            if gone := without(spans_on(part, axis), spans_here):
-                yield name, Slice(part.full_shape, axis, cover(gone, 1))
+            if gone := part.on(axis).difference(spans_here):
+                yield name, Slice(part.full_shape, axis, gone.merged())
 
     def _to_come(self) -> dict[str, int]:
         return {name: self._bytes(name, it) for name, it in self.missing.items()}
@@ -181,13 +181,3 @@ class Partial:
         start = self._offsets[name]
         size = self._bytes(name, self._slices[name])
         return self._open[file][start : start + size]
-
-
-def _place(spans: Spans, item: int) -> int:
-    """Where an item lies when the spans are one behind the other."""
-    before = 0
-    for start, stop in spans:
-        if start <= item < stop:
-            return before + item - start
-        before += stop - start
-    raise AssertionError(f"{item} is not in {spans}")

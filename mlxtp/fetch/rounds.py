@@ -16,7 +16,7 @@ from mlxtp.fetch import hub
 from mlxtp.fetch.hub import Repo
 from mlxtp.fetch.journal import Partial
 from mlxtp.fetch.schedule import Move
-from mlxtp.partition.spans import Spans, length
+from mlxtp.partition.spans import Spans
 
 # What a rank fetches and passes on at a time, the most of it that is one request, and
 # how many requests there are at once.
@@ -119,7 +119,7 @@ class Rounds:
             failed = any(it.exception() for it in fetches if it not in left)
             with self._counting:
                 came, self._came = self._came, 0
-            everyone = comm.allgather_objects((came, len(left), failed, comm.host))
+            everyone = comm.allgather_object((came, len(left), failed, comm.host))
             bar.update(sum(came for came, *_ in everyone))
             requests = [left for _, left, *_ in everyone]
             slowest = max(range(comm.size), key=requests.__getitem__)
@@ -200,7 +200,7 @@ class Rounds:
 
     def _bytes(self, move: Move, spans: Spans) -> int:
         _, _, item = seen_from(self._at_hub[move.name], move.axis)
-        return (move.rows[1] - move.rows[0]) * length(spans) * item
+        return (move.rows[1] - move.rows[0]) * spans.length * item
 
     def _items(
         self, move: Move, spans: Spans, arrived: Mapping[Move, np.ndarray]

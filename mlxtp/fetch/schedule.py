@@ -14,7 +14,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 
-from mlxtp.partition.spans import Span, Spans, cover, length
+from mlxtp.partition.spans import Span, Spans
 
 # The most that one move has.
 MOVE_BYTES = 8 * 1024 * 1024
@@ -61,13 +61,11 @@ def plan(demands: Sequence[Demand], *, only_root: bool = False) -> list[Move]:
     """
     ranks = len(demands[0].lacks) if demands else 0
     from_hub, from_disk = [0] * ranks, [0] * ranks
-    total = sum(it.rows * it.item_bytes * length(s) for it in demands for s in it.lacks)
+    total = sum(it.rows * it.item_bytes * s.length for it in demands for s in it.lacks)
     request = min(REQUEST_BYTES, total // max(1, ranks * REQUESTS_OF_RANK))
     moves: list[Move] = []
-    source, run_bytes = (
-        0,
-        request,
-    )  # neighbours go to one rank until they make a request
+    # Neighbours go to one rank until they make a request.
+    source, run_bytes = 0, request
     for demand in demands:
         fetched = []
         for span, lacking, having in _intervals(demand):
@@ -83,7 +81,7 @@ def plan(demands: Sequence[Demand], *, only_root: bool = False) -> list[Move]:
             moves.append(
                 Move(demand.name, demand.axis, rows, span, source, True, targets)
             )
-            size = (rows[1] - rows[0]) * length([span]) * demand.item_bytes
+            size = rows.length * span.length * demand.item_bytes
             from_hub[source] += size
             run_bytes += size
     return moves
@@ -93,28 +91,28 @@ def _intervals(demand: Demand) -> Iterator[tuple[Span, list[int], list[int]]]:
     """The parts of a row that are alike, who lacks them and who has them."""
     everywhere = [*demand.lacks, *demand.has]
     edges = sorted({edge for spans in everywhere for span in spans for edge in span})
-    for start, stop in pairwise(edges):
+    for part in map(Span._make, pairwise(edges)):
         lacking, having = (
             [
                 rank
                 for rank, spans in enumerate(of_ranks)
-                if any(a <= start and stop <= b for a, b in spans)
+                if any(part.intersection(span) == part for span in spans)
             ]
             for of_ranks in (demand.lacks, demand.has)
         )
         if lacking:
-            yield (start, stop), lacking, having
+            yield part, lacking, having
 
 
 def _from_disk(
     demand: Demand, span: Span, lacking: list[int], having: list[int], load: list[int]
 ) -> Iterator[Move]:
     source = min(having, key=lambda rank: (load[rank], rank))
-    load[source] += demand.rows * length([span]) * demand.item_bytes
-    targets = tuple((rank, (span,)) for rank in lacking)
-    step = max(1, MOVE_BYTES // (length([span]) * demand.item_bytes))
+    load[source] += demand.rows * span.length * demand.item_bytes
+    targets = tuple((rank, Spans([span])) for rank in lacking)
+    step = max(1, MOVE_BYTES // (span.length * demand.item_bytes))
     for first in range(0, demand.rows, step):
-        rows = first, min(first + step, demand.rows)
+        rows = Span(first, min(first + step, demand.rows))
         yield Move(demand.name, demand.axis, rows, span, source, False, targets)
 
 
@@ -127,7 +125,7 @@ def _pieces(
     """What is fetched of a tensor: rows, items and for whom, of at most MOVE_BYTES."""
     if not fetched:
         return
-    shortest = min(length([span]) for span, _ in fetched) * demand.item_bytes
+    shortest = min(span.length for span, _ in fetched) * demand.item_bytes
     if shortest < request:
         yield from _in_bands(demand, fetched, request)
         return
@@ -135,22 +133,25 @@ def _pieces(
     for row in range(demand.rows):
         for (start, stop), lacking in fetched:
             for first in range(start, stop, step):
-                part = first, min(first + step, stop)
-                yield (row, row + 1), part, tuple((r, (part,)) for r in lacking)
+                part = Span(first, min(first + step, stop))
+                targets = tuple((rank, Spans([part])) for rank in lacking)
+                yield Span(row, row + 1), part, targets
 
 
 def _in_bands(
     demand: Demand, fetched: Sequence[tuple[Span, list[int]]], request: int
 ) -> Iterator[Piece]:
     """Bands of rows from the first to the last item that is fetched of them."""
-    hull = fetched[0][0][0], fetched[-1][0][1]
+    hull = Span(fetched[0][0].start, fetched[-1][0].stop)
     by_rank: dict[int, list[Span]] = {}
     for span, lacking in fetched:
         for rank in lacking:
             by_rank.setdefault(rank, []).append(span)
-    targets = tuple((rank, cover(spans, 1)) for rank, spans in sorted(by_rank.items()))
+    targets = tuple(
+        (rank, Spans(spans).merged()) for rank, spans in sorted(by_rank.items())
+    )
     row = demand.items * demand.item_bytes
     even = -(-demand.rows * row // len(targets))
     step = -(-min(max(even, request), MOVE_BYTES) // row)
     for first in range(0, demand.rows, step):
-        yield (first, min(first + step, demand.rows)), hull, targets
+        yield Span(first, min(first + step, demand.rows)), hull, targets

@@ -30,7 +30,7 @@ def read(given: str, comm: Communicator) -> str:
     with comm.unlimited(), comm.agreement():
         if comm.rank == 0:
             text = _read_under_mpirun() if launcher.size() else sys.stdin.read()
-    return str(comm.bcast(text))
+    return str(comm.bcast_object(text))
 
 
 def _read_under_mpirun() -> str:

@@ -18,7 +18,7 @@ from mlx_lm.models.cache import (
 )
 
 from mlxtp.comm.communicator import Communicator
-from mlxtp.partition.spans import Spans, length
+from mlxtp.partition.spans import Spans
 
 
 @dataclass(frozen=True)
@@ -125,7 +125,7 @@ class _CutAxes:
     def cut_keys(self, cache: Any, mine: Any) -> None:
         """Keep the rank's KV heads of a cache of keys and values."""
         local = next((x.shape[1] for x in _arrays(mine.state) if x.ndim == 4), None)
-        wholes = {size for size, spans in self.heads if length(spans) == local}
+        wholes = {size for size, spans in self.heads if spans.length == local}
         uncut = not wholes or local in wholes or (self.has_latents and local == 1)
 
         def cut(x: Any) -> Any:
@@ -162,14 +162,13 @@ def _find(
     axes: Iterable[tuple[int, Spans]], whole: int, local: int | None
 ) -> Spans | None:
     return next(
-        (spans for size, spans in axes if size == whole and length(spans) == local),
+        (spans for size, spans in axes if size == whole and spans.length == local),
         None,
     )
 
 
 def _take(x: mx.array, spans: Spans, axis: int) -> mx.array:
-    own = [i for start, stop in spans for i in range(start, stop)]
-    return mx.contiguous(mx.take(x, mx.array(own), axis))
+    return mx.contiguous(mx.take(x, mx.array(spans.indices), axis))
 
 
 def _arrays(state: Any) -> Iterator[mx.array]:

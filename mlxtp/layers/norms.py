@@ -7,7 +7,7 @@ import mlx.nn as nn
 
 from mlxtp.comm.communicator import Communicator
 from mlxtp.layers.parallel import Communicating
-from mlxtp.partition.spans import Spans, keeps_whole
+from mlxtp.partition.spans import Spans, keeps_groups_whole
 
 
 class NormShard:
@@ -22,20 +22,15 @@ class NormShard:
     ) -> None:
         """Take all ranks' `spans` of an axis of `features`."""
         size = features // groups
-        mine = [i for start, stop in spans[rank] for i in range(start, stop)]
-        before = {
-            i
-            for other in spans[:rank]
-            for start, stop in other
-            for i in range(start, stop)
-        }
+        mine = spans[rank].indices
+        before = {place for other in spans[:rank] for place in other.indices}
         self.size = size
         self.groups = groups
         member = mx.array([i // size for i in mine])[:, None] == mx.arange(groups)
         counts = mx.array([i not in before for i in mine])[:, None]
         self._member = member.astype(mx.float32)  # (local features, groups)
         self._counted = (member & counts).astype(mx.float32)
-        self.is_local = keeps_whole(spans, size)
+        self.is_local = keeps_groups_whole(spans, size)
 
     def squares(self, x: mx.array) -> mx.array:
         """This rank's sums of squares: x (..., local features) -> (..., groups)."""

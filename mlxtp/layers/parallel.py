@@ -3,7 +3,7 @@
 A column-parallel layer needs no class: it is the layer itself with fewer outputs.
 """
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import mlx.core as mx
@@ -11,7 +11,7 @@ import mlx.nn as nn
 
 from mlxtp.comm.communicator import Communicator
 from mlxtp.families.blocks import base
-from mlxtp.partition.spans import Span
+from mlxtp.partition.spans import Span, Spans
 
 Sum = Callable[[mx.array, str], mx.array]
 
@@ -67,8 +67,8 @@ class RowParallelLinear(Communicating):
         self,
         linear: nn.Module,
         comm: Communicator,
-        spans: Sequence[Span] = (),
-        covered: Sequence[Span] = (),
+        spans: Spans = Spans(),  # noqa: B008
+        covered: Spans = Spans(),  # noqa: B008
         sum_over_ranks: Sum | None = None,
     ) -> None:
         """Wrap `linear`, which holds W_r, a matrix or one for each expert.
@@ -85,7 +85,7 @@ class RowParallelLinear(Communicating):
             inner.bias = inner.bias * (comm.rank == 0)
         self.linear = linear
         self._sum = sum_over_ranks
-        self._sources = _fill_up(spans, covered) if tuple(spans) != covered else None
+        self._sources = _fill_up(spans, covered) if spans != covered else None
 
     def __call__(self, x: mx.array, *which: mx.array, **options: Any) -> mx.array:
         """Multiply; `which` and `options` go to the layer of several experts."""
@@ -112,8 +112,8 @@ class RowParallelDoRA(RowParallelLinear):
         self,
         dora: nn.Module,
         comm: Communicator,
-        spans: Sequence[Span],
-        covered: Sequence[Span],
+        spans: Spans,
+        covered: Spans,
         sum_over_ranks: Sum | None = None,
     ) -> None:
         """Wrap `dora`, mlx-lm's layer, which holds W_r."""
@@ -159,8 +159,8 @@ class RowParallelRotated(RowParallelLinear):
         self,
         linear: nn.Module,
         comm: Communicator,
-        spans: Sequence[Sequence[Span]],
-        covered: Sequence[Sequence[Span]],
+        spans: Sequence[Spans],
+        covered: Sequence[Spans],
         sum_over_ranks: Sum | None,
         rotate: Callable[..., mx.array],
         is_aligned: bool,
@@ -172,12 +172,12 @@ class RowParallelRotated(RowParallelLinear):
         mine = spans[comm.rank]
         super().__init__(linear, comm, mine, covered[comm.rank], sum_over_ranks)
         if is_aligned:
-            linear.signs = linear.signs[mx.array(_places(mine))]
+            linear.signs = linear.signs[mx.array(mine.indices)]
             return
-        order = [place for part in spans for place in _places(part)]
+        order = [place for part in spans for place in part.indices]
         self._back = [order.index(place) for place in range(len(order))]
-        self._sizes = [len(_places(part)) for part in spans]
-        self._mine = _places(mine)
+        self._sizes = [part.length for part in spans]
+        self._mine = mine.indices
         self._rotate, self._block, self._signs = rotate, linear.block, linear.signs
         self.comm = comm
         linear.block = 0
@@ -207,14 +207,10 @@ def sum_output(module: nn.Module, sum_over_ranks: Sum, path: str) -> None:
     module.path = path
 
 
-def _places(spans: Iterable[Span]) -> list[int]:
-    return [place for start, stop in spans for place in range(start, stop)]
-
-
-def _fill_up(spans: Iterable[Span], covered: Iterable[Span]) -> list[int]:
+def _fill_up(spans: Spans, covered: Spans) -> list[int]:
     """For every place in `covered`: which element of x_r is there, -1 for a zero."""
-    index = {place: number for number, place in enumerate(_places(spans))}
-    return [index.get(place, -1) for place in _places(covered)]
+    offsets = spans.offsets
+    return [offsets.get(place, -1) for place in covered.indices]
 
 
 class VocabParallel(Communicating):
@@ -223,7 +219,7 @@ class VocabParallel(Communicating):
     def __init__(self, comm: Communicator, spans: Sequence[Span]) -> None:
         super().__init__()
         self.comm = comm
-        self._sizes = [stop - start for start, stop in spans]
+        self._sizes = [span.length for span in spans]
 
     def _gather(self, logits: mx.array) -> mx.array:
         """(..., V_r) sharded -> (..., V) replicated."""

@@ -24,7 +24,6 @@ from mlxtp.layers.parallel import (
     VocabParallelLinear,
     sum_output,
 )
-from mlxtp.partition import spans as partition
 from mlxtp.partition.layouts import Part, place
 from mlxtp.sharding.table import MatrixShards, SliceTable
 
@@ -84,18 +83,18 @@ def _layer(
         shard = NormShard(matrix.features, spans, comm.rank, groups)
         return RMSNormOverRanks(target, shard, comm)
     if style == "items":
-        return [target[i] for a, b in spans[comm.rank] for i in range(a, b)]
+        return [target[i] for i in spans[comm.rank].indices]
     if (
         isinstance(target, mx.array)
         and target.shape[matrix.cut.axis] == matrix.features
     ):
         # Computed by the model itself, and so still whole.
-        own = [i for a, b in spans[comm.rank] for i in range(a, b)]
-        return mx.take(target, mx.array(own), matrix.cut.axis)
+        own = mx.array(spans[comm.rank].indices)
+        return mx.take(target, own, matrix.cut.axis)
     if hasattr(target, "out_features"):  # ternary weights, four in a byte
         target.out_features = 4 * target.weight.shape[-2]
     if isinstance(target, nn.Conv1d):
-        target.groups = partition.length(spans[comm.rank])
+        target.groups = spans[comm.rank].length
     if hasattr(base(target), "indices") and style == "column":
         _split_where_parts_end(base(target), matrix, comm.rank)
     return target
@@ -106,7 +105,7 @@ def _split_where_parts_end(linear: nn.Module, matrix: MatrixShards, rank: int) -
     starts = [0, *linear.indices]
     stops = [*linear.indices, matrix.features]
     sizes = [
-        sum(max(0, min(b, stop) - max(a, start)) for a, b in matrix.spans[rank])
+        matrix.spans[rank].intersection([(start, stop)]).length
         for start, stop in zip(starts, stops, strict=True)
     ]
     linear.indices = [sum(sizes[: i + 1]) for i in range(len(sizes) - 1)]
@@ -135,7 +134,7 @@ def _resize(module: nn.Module, shards: BlockShards, part: Part) -> None:
                 part,
                 lambda attribute: int(child(module, attribute)),
             )
-            local[name] = partition.length(spans)
+            local[name] = spans.length
     for name, value in local.items():
         owner, _, attribute = name.rpartition(".")
         holder = child(module, owner)

@@ -25,14 +25,9 @@ def pack(codes: mx.array) -> mx.array:
 
 def repacked(linear: nn.Module, spans: Spans, rows: Spans) -> nn.Module:
     """Keep the outputs `spans` of a layer that holds the bytes of `rows`."""
-    held = [row for start, stop in rows for row in range(start, stop)]
-    index = {row: number for number, row in enumerate(held)}
+    offsets = rows.offsets
     quarter = linear.out_features // 4
-    own = [
-        index[i % quarter] + (i // quarter) * len(held)
-        for start, stop in spans
-        for i in range(start, stop)
-    ]
+    own = [offsets[i % quarter] + (i // quarter) * rows.length for i in spans.indices]
     linear.weight = pack(unpack(linear.weight)[mx.array(own)])
     linear.out_features = len(own)
     mx.eval(linear.weight)

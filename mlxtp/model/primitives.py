@@ -13,7 +13,7 @@ from typing import Any
 
 import mlx.core as mx
 
-from mlxtp.partition.spans import Spans, cover, length
+from mlxtp.partition.spans import Spans
 
 Region = tuple[Spans, ...]
 Pieces = Sequence[mx.array | None]
@@ -21,11 +21,11 @@ Found = tuple[list[Region | None], Callable[[list[Any]], mx.array]]
 
 
 def whole(shape: Sequence[int]) -> Region:
-    return tuple(((0, size),) for size in shape)
+    return tuple(Spans.whole(size) for size in shape)
 
 
 def shape_of(region: Region) -> tuple[int, ...]:
-    return tuple(length(spans) for spans in region)
+    return tuple(spans.length for spans in region)
 
 
 def take(x: mx.array, have: Region, want: Region) -> mx.array:
@@ -33,13 +33,9 @@ def take(x: mx.array, have: Region, want: Region) -> mx.array:
     for axis, (held, wanted) in enumerate(zip(have, want, strict=True)):
         if held == wanted:
             continue
-        index = {place: i for i, place in enumerate(_places(held))}
-        x = mx.take(x, mx.array([index[place] for place in _places(wanted)]), axis)
+        offsets = held.offsets
+        x = mx.take(x, mx.array([offsets[place] for place in wanted.indices]), axis)
     return x
-
-
-def _places(spans: Spans) -> list[int]:
-    return [place for start, stop in spans for place in range(start, stop)]
 
 
 def _each(function: Callable[..., mx.array]) -> Callable[..., Found]:
@@ -71,17 +67,13 @@ def _transpose(node: Any, region: Region) -> Found:
 
 def _concatenate(node: Any, region: Region) -> Found | None:
     axis = node.arguments[0]
-    if list(region[axis]) != sorted(region[axis]):
+    if not region[axis].is_ascending:
         return None
     needed: list[Region | None] = []
     start = 0
     for source in node.inputs:
         stop = start + source.shape[axis]
-        spans = tuple(
-            (max(a, start) - start, min(b, stop) - start)
-            for a, b in region[axis]
-            if a < stop and b > start
-        )
+        spans = region[axis].intersection([(start, stop)]).shifted(-start)
         cut = (*region[:axis], spans, *region[axis + 1 :])
         needed.append(cut if spans else None)
         start = stop
@@ -92,7 +84,7 @@ def _concatenate(node: Any, region: Region) -> Found | None:
 def _split(node: Any, region: Region) -> Found:
     indices, axis = node.arguments
     start = (0, *indices)[node.output]
-    spans = tuple((a + start, b + start) for a, b in region[axis])
+    spans = region[axis].shifted(start)
     cut = (*region[:axis], spans, *region[axis + 1 :])
     return [cut], lambda pieces: pieces[0]
 
@@ -100,9 +92,9 @@ def _split(node: Any, region: Region) -> Found:
 def _slice(node: Any, region: Region) -> Found:
     starts, _, strides = node.arguments
     needed = tuple(
-        tuple((a + start, b + start) for a, b in spans)
+        spans.shifted(start)
         if stride == 1
-        else tuple((start + i * stride, start + i * stride + 1) for i in _places(spans))
+        else Spans((p, p + 1) for i in spans.indices for p in [start + i * stride])
         for spans, start, stride in zip(region, starts, strides, strict=True)
     )
     return [needed], lambda pieces: pieces[0]
@@ -112,7 +104,7 @@ def _broadcast(node: Any, region: Region) -> Found:
     shape = node.inputs[0].shape
     own = region[len(region) - len(shape) :]
     needed = tuple(
-        ((0, 1),) if size == 1 else spans
+        Spans.whole(1) if size == 1 else spans
         for size, spans in zip(shape, own, strict=True)
     )
     return [needed], lambda pieces: mx.broadcast_to(pieces[0], shape_of(region))
@@ -122,14 +114,14 @@ def _pad(node: Any, region: Region) -> Found | None:
     """Padding behind the end, as far as the region reaches into it."""
     _, low, _ = node.arguments
     sizes = node.inputs[0].shape
-    if any(low) or any(list(spans) != sorted(spans) for spans in region):
+    if any(low) or not all(spans.is_ascending for spans in region):
         return None
     needed = tuple(
-        tuple((a, min(b, size)) for a, b in spans if a < size)
+        spans.intersection([(0, size)])
         for spans, size in zip(region, sizes, strict=True)
     )
     width = [
-        (0, length(spans) - length(inside))
+        (0, spans.length - inside.length)
         for spans, inside in zip(region, needed, strict=True)
     ]
     value = whole(node.inputs[1].shape)
@@ -140,10 +132,10 @@ def _pad(node: Any, region: Region) -> Found | None:
 
 def _view(node: Any, region: Region) -> Found | None:
     inner, outer = node.inputs[0].dtype.size, node.dtype.size
-    spans = [(a * outer, b * outer) for a, b in region[-1]]
-    if any(a % inner or b % inner for a, b in spans):
+    spans = region[-1].scaled(outer)
+    if any(edge % inner for span in spans for edge in span):
         return None
-    last = tuple((a // inner, b // inner) for a, b in spans)
+    last = Spans((a // inner, b // inner) for a, b in spans)
     return [(*region[:-1], last)], lambda pieces: mx.contiguous(pieces[0]).view(
         node.dtype
     )
@@ -161,16 +153,16 @@ def _reshape(node: Any, region: Region) -> Found:
         wanted = tuple(region[i] for i in outer)
         flat = _flat(sizes, wanted)
         rest = prod(before[i] for i in inner[1:])
-        held = cover(flat, rest)
+        held = flat.aligned(rest)
         if inner:
-            needed.append(tuple((a // rest, b // rest) for a, b in held))
-            needed += [((0, before[i]),) for i in inner[1:]]
-        middle.append(length(held))
-        exact = _is_leading(sizes, wanted) and held == cover(flat, 1)
+            needed.append(Spans((a // rest, b // rest) for a, b in held))
+            needed += [Spans.whole(before[i]) for i in inner[1:]]
+        middle.append(held.length)
+        exact = _is_leading(sizes, wanted) and held == flat.merged()
         places = None
         if not exact:
-            index = {place: i for i, place in enumerate(_places(held))}
-            places = [index[place] for place in _linear(sizes, wanted)]
+            offsets = held.offsets
+            places = [offsets[place] for place in _linear(sizes, wanted)]
         pick.append(places)
         inside.append(wanted)
 
@@ -207,26 +199,26 @@ def _is_leading(sizes: Sequence[int], region: Region) -> bool:
     """Whether only the first axis that is longer than 1 is cut, and in order."""
     seen = False
     for size, spans in zip(sizes, region, strict=True):
-        if seen and spans != ((0, size),):
+        if seen and spans != Spans.whole(size):
             return False
         seen = seen or size > 1
-    return all(list(spans) == sorted(spans) for spans in region)
+    return all(spans.is_ascending for spans in region)
 
 
 def _flat(sizes: Sequence[int], region: Region) -> Spans:
     """What of the joined axes is needed, as the first of them says."""
     if not sizes:
-        return ((0, 1),)
+        return Spans.whole(1)
     first = next((i for i, size in enumerate(sizes) if size > 1), 0)
     rest = prod(sizes[first + 1 :])
-    return tuple((a * rest, b * rest) for a, b in region[first])
+    return region[first].scaled(rest)
 
 
 def _linear(sizes: Sequence[int], region: Region) -> list[int]:
     """Where the elements of a region lie on the joined axes."""
     places = [0]
     for size, spans in zip(sizes, region, strict=True):
-        places = [place * size + i for place in places for i in _places(spans)]
+        places = [place * size + i for place in places for i in spans.indices]
     return places
 
 

@@ -16,7 +16,7 @@ import numpy as np
 from mlxtp.checkpoint.memory import allocate
 from mlxtp.checkpoint.tensors import Read, Tensor, read
 from mlxtp.model.primitives import OPERATIONS, Found, Region, shape_of, take, whole
-from mlxtp.partition.spans import Slice, union
+from mlxtp.partition.spans import Slice, Spans
 
 
 class Source(Protocol):
@@ -120,7 +120,7 @@ def needed(
                 "follow: it cannot be cut, and is only read from a whole one"
             )
         for tensor, wanted in reads(source, part):
-            result[tensor] = union(result.get(tensor, wanted), wanted)
+            result[tensor] = result.get(tensor, wanted).union(wanted)
     return result
 
 
@@ -248,7 +248,7 @@ def _outermost(tensor: Tensor, region: Region) -> Slice:
     """The part of a tensor that a region lies in, cut on one axis: the first."""
     full = whole(tensor.shape)
     cut = next((i for i, spans in enumerate(region) if spans != full[i]), None)
-    return Slice(tensor.shape, cut, () if cut is None else region[cut])
+    return Slice(tensor.shape, cut, Spans() if cut is None else region[cut])
 
 
 def _region(part: Slice) -> Region:

@@ -6,7 +6,7 @@ from fractions import Fraction
 from functools import lru_cache
 from math import ceil
 
-from mlxtp.partition import spans as partition
+from mlxtp.partition.shares import apportion, cut_axis
 from mlxtp.partition.spans import Spans
 
 
@@ -23,7 +23,7 @@ class HeadShard:
 
     @property
     def kv_spans(self) -> Spans:
-        return tuple((kv, kv + 1) for kv in self.kv_heads)
+        return Spans((kv, kv + 1) for kv in self.kv_heads)
 
     @property
     def local_kv_heads(self) -> int:
@@ -31,14 +31,14 @@ class HeadShard:
 
     @property
     def local_heads(self) -> int:
-        return partition.length(self.query_spans)
+        return self.query_spans.length
 
 
 @lru_cache
 def head_shards(
     num_heads: int,
     num_kv_heads: int,
-    weights: tuple[int, ...],
+    shares: tuple[int, ...],
     shared_groups: bool = False,
 ) -> tuple[HeadShard, ...]:
     """Give every rank its attention heads.
@@ -57,38 +57,38 @@ def head_shards(
         raise ValueError(
             f"{num_heads} query heads are no multiple of {num_kv_heads} KV heads"
         )
-    if num_heads < len(weights):
+    if num_heads < len(shares):
         raise ValueError(
-            f"the model has {num_heads} query heads and the world {len(weights)} "
+            f"the model has {num_heads} query heads and the world {len(shares)} "
             f"ranks: a rank would be left without one; start at most {num_heads} ranks"
         )
     group = num_heads // num_kv_heads
-    if len(weights) <= num_kv_heads and not (
-        shared_groups and _is_uneven(num_kv_heads, weights)
+    if len(shares) <= num_kv_heads and not (
+        shared_groups and _is_uneven(num_kv_heads, shares)
     ):
         return tuple(
             HeadShard(
-                tuple(range(start, stop)),
-                tuple((kv * group, (kv + 1) * group) for kv in range(start, stop)),
+                tuple(heads.indices),
+                Spans((kv * group, (kv + 1) * group) for kv in heads.indices),
             )
-            for start, stop in partition.spans(num_kv_heads, weights, minimum=1)
+            for heads in cut_axis(num_kv_heads, shares, minimum=1)
         )
     used = [kv * group for kv in range(num_kv_heads)]
     shards = []
-    for kv_heads, width in _rectangles(num_kv_heads, group, weights):
-        query_spans = tuple((used[kv], used[kv] + width) for kv in kv_heads)
+    for kv_heads, width in _rectangles(num_kv_heads, group, shares):
+        query_spans = Spans((used[kv], used[kv] + width) for kv in kv_heads)
         shards.append(HeadShard(kv_heads, query_spans))
         for kv in kv_heads:
             used[kv] += width
     return tuple(shards)
 
 
-def _is_uneven(num_kv_heads: int, weights: tuple[int, ...]) -> bool:
+def _is_uneven(num_kv_heads: int, shares: tuple[int, ...]) -> bool:
     """Whether a rank gets too many of the heads where groups stay whole."""
-    counts = partition.shares(num_kv_heads, weights, minimum=1)
+    counts = apportion(num_kv_heads, shares, minimum=1)
     return any(
-        count * sum(weights) > MOST_QUERIES * num_kv_heads * weight
-        for count, weight in zip(counts, weights, strict=True)
+        count * sum(shares) > MOST_QUERIES * num_kv_heads * share
+        for count, share in zip(counts, shares, strict=True)
     )
 
 
@@ -103,7 +103,7 @@ def tiled(shard: HeadShard, num_heads: int, num_kv_heads: int) -> Spans:
         for kv, (start, _) in zip(shard.kv_heads, shard.query_spans, strict=True)
     ]
     width = shard.local_heads // shard.local_kv_heads
-    return tuple(
+    return Spans(
         (head, head + 1)
         for turn in range(width)
         for kv, first in zip(shard.kv_heads, firsts, strict=True)
@@ -122,31 +122,31 @@ SEARCH_NODES = 2000
 
 
 def _rectangles(
-    num_kv_heads: int, group: int, weights: Sequence[int]
+    num_kv_heads: int, group: int, shares: Sequence[int]
 ) -> list[Rectangle]:
     """Tile the heads (KV heads x `group` query heads) with a rectangle a rank.
 
     The limit on what a rank holds grows until a tiling is found. A query head
     weighs as much as a KV head: two matrices of head_dim x hidden each.
     """
-    num_heads, all_weights = num_kv_heads * group, sum(weights)
+    num_heads, all_shares = num_kv_heads * group, sum(shares)
     limit = Fraction(1)
     while True:
         # Weights too uneven for any tiling within the bound on queries may pass it.
         queries = limit if limit > 4 else min(limit, MOST_QUERIES)
         most = [
             (
-                max(1, ceil(queries * num_heads * weight / all_weights)),
-                max(2, ceil(limit * (num_heads + num_kv_heads) * weight / all_weights)),
+                max(1, ceil(queries * num_heads * share / all_shares)),
+                max(2, ceil(limit * (num_heads + num_kv_heads) * share / all_shares)),
             )
-            for weight in weights
+            for share in shares
         ]
         # Heavy ranks first: light ones fill what is left.
-        order = sorted(range(len(weights)), key=lambda rank: -weights[rank])
+        order = sorted(range(len(shares)), key=lambda rank: -shares[rank])
         found = _tile(num_kv_heads, group, [most[rank] for rank in order])
         if found is not None:
             by_rank = dict(zip(order, found, strict=True))
-            return [by_rank[rank] for rank in range(len(weights))]
+            return [by_rank[rank] for rank in range(len(shares))]
         limit += Fraction(1, 16)
 
 

@@ -13,7 +13,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import lru_cache
 
-from mlxtp.partition.spans import Span, Spans, length
+from mlxtp.partition.spans import Span, Spans
 
 
 @dataclass(frozen=True)
@@ -27,7 +27,7 @@ class Part:
     groups: tuple[tuple[int, Span], ...] = ()
 
     def size(self, unit: str) -> int:
-        return length(self.spans[unit])
+        return self.spans[unit].length
 
 
 @dataclass(frozen=True)
@@ -85,14 +85,11 @@ def place(
     for phrase in phrases:
         if len(phrase) == 1:
             (word,) = phrase
-            spans += [
-                (start + first * width(word), start + last * width(word))
-                for first, last in part.spans[word.unit]
-            ]
+            spans += part.spans[word.unit].scaled(width(word)).shifted(start)
         else:
             spans += _groups(phrase, start, counts, part, width)
         start += sum(counts[word.unit] * width(word) for word in phrase)
-    return _joined(spans)
+    return Spans(spans).joined()
 
 
 def _groups(
@@ -105,25 +102,14 @@ def _groups(
     """The spans of words that come once for every KV head."""
     queries = counts["q"] // counts["kv"]  # under one KV head
     sizes = [width(word) * (queries if word.unit == "q" else 1) for word in phrase]
-    spans = []
+    spans: list[Span] = []
     for kv, (first, last) in part.groups:
         at = start + kv * sum(sizes)
         for word, size in zip(phrase, sizes, strict=True):
             if word.unit == "q":
                 shift = at - kv * queries * width(word)
-                spans.append((shift + first * width(word), shift + last * width(word)))
+                spans += Spans([(first, last)]).scaled(width(word)).shifted(shift)
             else:
-                spans.append((at, at + size))
+                spans.append(Span(at, at + size))
             at += size
     return spans
-
-
-def _joined(spans: list[Span]) -> Spans:
-    """The same features in the same order, in as few spans as that takes."""
-    joined: list[Span] = []
-    for first, last in spans:
-        if joined and joined[-1][1] == first:
-            joined[-1] = (joined[-1][0], last)
-        elif first < last:
-            joined.append((first, last))
-    return tuple(joined)

@@ -1,95 +1,147 @@
-"""Which part of an axis a rank owns. Integers only.
+"""Spans of an axis, and slices of an array: integers only.
 
-A *span* is a half-open range (start, stop). A rule is given the weights of all
-ranks, positive numbers in whose proportion the axis is shared out.
+A span is a half-open range of places on an axis. `Spans` are several of one axis, in
+the order in which they are joined. Both are tuples: they compare, unpack and turn into
+JSON as such.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass
-from fractions import Fraction
 from itertools import pairwise
 from math import prod
-
-Span = tuple[int, int]
-Spans = tuple[Span, ...]
+from typing import NamedTuple, Self
 
 
-def shares(total: int, weights: Sequence[int], minimum: int = 0) -> list[int]:
-    """Share out `total` indivisible things in proportion to `weights`.
+class Span(NamedTuple):
+    """The places from `start` up to `stop`, which is not one of them."""
 
-    Largest remainders, ties to the lower rank; with equal weights no two shares
-    differ by more than one. Nobody gets less than `minimum`.
+    start: int
+    stop: int
 
-    Raises: ValueError if `total` is less than `minimum` for every rank.
-    """
-    ranks = len(weights)
-    if total < minimum * ranks:
-        raise ValueError(f"{total} cannot be shared by {ranks} ranks")
-    quotas = [Fraction(total * weight, sum(weights)) for weight in weights]
-    result = [max(minimum, int(quota)) for quota in quotas]
-    while (missing := total - sum(result)) != 0:
-        step = 1 if missing > 0 else -1
-        able = [r for r in range(ranks) if step > 0 or result[r] > minimum]
-        neediest = max(able, key=lambda r: (step * (quotas[r] - result[r]), -r))
-        result[neediest] += step
-    return result
+    @property
+    def length(self) -> int:
+        """The number of places."""
+        return self.stop - self.start
 
+    @property
+    def indices(self) -> range:
+        """The places, ascending."""
+        return range(self.start, self.stop)
 
-def spans(
-    total: int, weights: Sequence[int], granule: int = 1, minimum: int = 0
-) -> list[Span]:
-    """Cut an axis of length `total` into one contiguous span for each rank.
+    def intersection(self, other: "Span") -> "Span":
+        """The places of both; of length 0 where there are none."""
+        start = max(self.start, other.start)
+        return Span(start, max(start, min(self.stop, other.stop)))
 
-    Cuts fall on multiples of `granule`, which must divide `total`; `minimum` is
-    in granules.
-    """
-    if total % granule:
-        raise ValueError(f"{total} is no multiple of {granule}")
-    stops = [0]
-    for share in shares(total // granule, weights, minimum):
-        stops.append(stops[-1] + share * granule)
-    return list(pairwise(stops))
+    def shifted(self, by: int) -> "Span":
+        """The span `by` places further on."""
+        return Span(self.start + by, self.stop + by)
 
 
-def cover(needed: Sequence[Span], granule: int) -> Spans:
-    """The fewest whole granules that contain the `needed` spans, merged."""
-    result: list[Span] = []
-    for start, stop in sorted(needed):
-        start, stop = start // granule * granule, -(-stop // granule) * granule
-        if result and start <= result[-1][1]:
-            result[-1] = (result[-1][0], max(stop, result[-1][1]))
-        else:
-            result.append((start, stop))
-    return tuple(result)
+class Spans(tuple[Span, ...]):
+    """Spans of one axis, joined in this order."""
+
+    __slots__ = ()
+
+    def __new__(cls, spans: Iterable[tuple[int, int]] = ()) -> Self:
+        """Take pairs of (start, stop)."""
+        return super().__new__(cls, (Span(*span) for span in spans))
+
+    @classmethod
+    def whole(cls, length: int) -> Self:
+        """All of an axis."""
+        return cls([(0, length)])
+
+    @property
+    def length(self) -> int:
+        """The number of places in all spans."""
+        return sum(span.length for span in self)
+
+    @property
+    def indices(self) -> list[int]:
+        """All places, in the order in which they are joined."""
+        return [place for span in self for place in span.indices]
+
+    @property
+    def is_ascending(self) -> bool:
+        """Whether every span begins behind the one before it."""
+        return all(a.stop <= b.start for a, b in pairwise(self))
+
+    @property
+    def offsets(self) -> dict[int, int]:
+        """Where each place is once the spans are joined."""
+        return {place: offset for offset, place in enumerate(self.indices)}
+
+    def offset(self, place: int) -> int:
+        """Where `place` is once the spans are joined.
+
+        Raises: ValueError if no span holds it.
+        """
+        before = 0
+        for span in self:
+            if span.start <= place < span.stop:
+                return before + place - span.start
+            before += span.length
+        raise ValueError(f"{place} is in none of {list(map(tuple, self))}")
+
+    def aligned(self, granule: int) -> "Spans":
+        """The fewest whole granules that hold these places: ascending, merged."""
+        merged: list[Span] = []
+        for start, stop in sorted(self):
+            start, stop = start // granule * granule, -(-stop // granule) * granule
+            if merged and start <= merged[-1].stop:
+                merged[-1] = Span(merged[-1].start, max(stop, merged[-1].stop))
+            else:
+                merged.append(Span(start, stop))
+        return Spans(merged)
+
+    def merged(self) -> "Spans":
+        """The same places, ascending, in as few spans as hold them."""
+        return self.aligned(1)
+
+    def joined(self) -> "Spans":
+        """The same places in the same order, in as few spans as that takes."""
+        result: list[Span] = []
+        for span in self:
+            if result and result[-1].stop == span.start:
+                result[-1] = Span(result[-1].start, span.stop)
+            elif span.length:
+                result.append(span)
+        return Spans(result)
+
+    def intersection(self, other: Iterable[tuple[int, int]]) -> "Spans":
+        """The places that `other` has too, in the order of these spans."""
+        held = Spans(other).merged()
+        both = (span.intersection(part) for span in self for part in held)
+        return Spans(span for span in both if span.length)
+
+    def difference(self, other: Iterable[tuple[int, int]]) -> "Spans":
+        """The places that `other` has not, in the order of these spans."""
+        held = Spans(other).merged()
+        result: list[Span] = []
+        for start, stop in self:
+            for first, last in held:
+                if last <= start or first >= stop:
+                    continue
+                if start < first:
+                    result.append(Span(start, first))
+                start = last
+            if start < stop:
+                result.append(Span(start, stop))
+        return Spans(result)
+
+    def scaled(self, factor: int) -> "Spans":
+        """The same on an axis where each place has become `factor` others."""
+        return Spans((a * factor, b * factor) for a, b in self if a < b)
+
+    def shifted(self, by: int) -> "Spans":
+        """The same spans, `by` places further on."""
+        return Spans(span.shifted(by) for span in self)
 
 
-def keeps_whole(parts: Sequence[Spans], size: int) -> bool:
+def keeps_groups_whole(parts: Iterable[Spans], size: int) -> bool:
     """Whether every rank has whole groups of `size` alone, however many."""
-    return all(cover(spans, size) == cover(spans, 1) for spans in parts)
-
-
-def length(spans: Sequence[Span]) -> int:
-    return sum(stop - start for start, stop in spans)
-
-
-def times(spans: Sequence[Span], item: int) -> Spans:
-    """The same of an axis on which each has become `item` others."""
-    return tuple((a * item, b * item) for a, b in spans if a < b)
-
-
-def without(spans: Sequence[Span], held: Sequence[Span]) -> Spans:
-    """What of `spans` is not in `held`, in the order of `spans`."""
-    result: list[Span] = []
-    for start, stop in spans:
-        for first, last in cover(held, 1):
-            if last <= start or first >= stop:
-                continue
-            if start < first:
-                result.append((start, first))
-            start = last
-        if start < stop:
-            result.append((start, stop))
-    return tuple(result)
+    return all(spans.aligned(size) == spans.merged() for spans in parts)
 
 
 @dataclass(frozen=True)
@@ -101,29 +153,30 @@ class Slice:
 
     full_shape: tuple[int, ...]
     axis: int | None = None
-    spans: Spans = ()
+    spans: Spans = Spans()  # noqa: RUF009  (immutable)
 
     @property
     def shape(self) -> tuple[int, ...]:
+        """The shape of the part."""
         if self.axis is None:
             return self.full_shape
         before, after = self.full_shape[: self.axis], self.full_shape[self.axis + 1 :]
-        return (*before, length(self.spans), *after)
+        return (*before, self.spans.length, *after)
 
     @property
     def size(self) -> int:
+        """The number of elements of the part."""
         return prod(self.shape)
 
+    def on(self, axis: int) -> Spans:
+        """The spans of `axis` that it has: all of it, unless it is cut there."""
+        if self.axis == axis:
+            return self.spans
+        return Spans.whole(self.full_shape[axis] if self.full_shape else 1)
 
-def spans_on(part: Slice, axis: int) -> Spans:
-    """What a slice has of `axis`: all of it, unless it is cut there."""
-    if part.axis == axis:
-        return part.spans
-    return ((0, part.full_shape[axis] if part.full_shape else 1),)
-
-
-def union(one: Slice, other: Slice) -> Slice:
-    """What two slices of an array have together: all of it if cut on other axes."""
-    if one.axis is None or one.axis != other.axis:
-        return Slice(one.full_shape)
-    return Slice(one.full_shape, one.axis, cover((*one.spans, *other.spans), 1))
+    def union(self, other: "Slice") -> "Slice":
+        """Both together: the whole array if they are cut on different axes."""
+        if self.axis is None or self.axis != other.axis:
+            return Slice(self.full_shape)
+        both = Spans([*self.spans, *other.spans]).merged()
+        return Slice(self.full_shape, self.axis, both)

@@ -44,11 +44,11 @@ def run(args: argparse.Namespace) -> None:
     """
     setting = setting_of(args)
     with opened(args.model, args.bits, args.group_size) as model:
-        if args.weights == "auto":
+        if args.shares == "auto":
             found = auto(model, setting)
         else:
             even = [1] * len(setting.machines)
-            found = plan(model, setting, args.weights or even)
+            found = plan(model, setting, args.shares or even)
         would_do = list(remedies(found))
         if args.plot:
             plot(found, args.plot)
@@ -66,9 +66,9 @@ def setting_of(args: argparse.Namespace) -> Setting:
     measured = Measured.read(args.measured) if args.measured else None
     hosts = _hosts(args, measured)
     machines = _machines(args, hosts, measured)
-    if args.weights not in (None, "auto") and len(args.weights) != len(hosts):
+    if args.shares not in (None, "auto") and len(args.shares) != len(hosts):
         raise ValueError(
-            f"--weights gives {len(args.weights)} shares to {len(hosts)} ranks"
+            f"--shares gives {len(args.shares)} shares to {len(hosts)} ranks"
         )
     return Setting(
         tuple(machines), _network(args, len(hosts), measured), args.context, args.batch
@@ -84,8 +84,8 @@ def _hosts(args: argparse.Namespace, measured: Measured | None) -> list[str]:
     else:
         named = []
     if args.ranks is None:
-        ranks = len(named) or len(args.chips or []) or len(args.weights or [])
-        if args.weights == "auto" and not (named or args.chips):
+        ranks = len(named) or len(args.chips or []) or len(args.shares or [])
+        if args.shares == "auto" and not (named or args.chips):
             ranks = 0
         if not ranks:
             raise ValueError("say on how many ranks: --ranks, --hostfile or --measured")
@@ -155,8 +155,8 @@ def _network(
     return Network(ranks, link, args.topology or link.topology)
 
 
-def _weights(text: str) -> str | list[int]:
-    return text if text == "auto" else options.weights(text)
+def _shares(text: str) -> str | list[int]:
+    return text if text == "auto" else options.shares(text)
 
 
 def _sizes(text: str) -> list[float]:
@@ -215,7 +215,7 @@ def _parser() -> argparse.ArgumentParser:
     use.add_argument("--context", type=int, default=8192,
         help="tokens in the caches. Default: 8192")  # fmt: skip
     use.add_argument("--batch", type=int, default=1, help="sequences. Default: 1")
-    use.add_argument("--weights", type=_weights,
+    use.add_argument("--shares", type=_shares,
         help="shares of the ranks, such as 2,1,1,1,1, or auto: the fastest that fit. "
         "Default: equal")  # fmt: skip
     result.add_argument("--json", action="store_true", help="print one JSON object")

@@ -1,4 +1,4 @@
-"""`--weights auto`: the shares of the ranks that are the fastest that fit."""
+"""`--shares auto`: the shares of the ranks that are the fastest that fit."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -24,9 +24,9 @@ STEPS = 24
 
 
 def auto(opened: Opened, setting: Setting) -> Plan:
-    """The plan with the weights that fit and take the least time for a token.
+    """The plan with the shares that fit and take the least time for a token.
 
-    A rank has one weight, for attention, MLP and vocabulary alike: each half of a
+    A rank has one share, for attention, MLP and vocabulary alike: each half of a
     layer ends in a collective for which all wait, so to give a slow machine less
     attention and more of an MLP makes one half slower for what the other gains. Speed
     and memory are aims apart: of two that do not fit, the one that lacks less is
@@ -43,13 +43,13 @@ def auto(opened: Opened, setting: Setting) -> Plan:
     by_speed = _in_units([machine.bytes_per_second for machine in machines])
     by_memory = _in_units([m.limit_bytes or m.memory_bytes for m in machines])
     starts = {tuple(it) for it in (_in_units(even), by_speed, by_memory)}
-    weights = min(starts, key=search.score)
+    shares = min(starts, key=search.score)
     for _ in range(STEPS):
-        better = min(search.near(weights), key=search.score, default=weights)
-        if search.score(better) >= search.score(weights):
+        better = min(search.near(shares), key=search.score, default=shares)
+        if search.score(better) >= search.score(shares):
             break
-        weights = better
-    found = plan(opened, setting, _reduced(weights))
+        shares = better
+    found = plan(opened, setting, _reduced(shares))
     return min(found, first, key=_worth)
 
 
@@ -64,9 +64,9 @@ def _in_units(amounts: Sequence[float]) -> tuple[int, ...]:
     return tuple(max(1, round(units * it / sum(amounts))) for it in amounts)
 
 
-def _reduced(weights: Sequence[int]) -> list[int]:
-    by = reduce(gcd, weights)
-    return [weight // by for weight in weights]
+def _reduced(shares: Sequence[int]) -> list[int]:
+    by = reduce(gcd, shares)
+    return [share // by for share in shares]
 
 
 @dataclass(frozen=True)
@@ -91,46 +91,46 @@ class _Search:
         self._one = one
         self._scores: dict[tuple[int, ...], _Score | None] = {}
 
-    def score(self, weights: tuple[int, ...]) -> tuple[float, float, float]:
+    def score(self, shares: tuple[int, ...]) -> tuple[float, float, float]:
         """The less the better."""
-        it = self._looked_up(weights)
+        it = self._looked_up(shares)
         if it is None:
             return float("inf"), 0.0, 0.0
         return it.lacking_bytes, it.seconds, -it.least_left
 
-    def near(self, weights: tuple[int, ...]) -> list[tuple[int, ...]]:
+    def near(self, shares: tuple[int, ...]) -> list[tuple[int, ...]]:
         """Units from the slowest or the fullest rank to each other."""
-        it = self._looked_up(weights)
+        it = self._looked_up(shares)
         if it is None:
             return []
         source = it.fullest if it.lacking_bytes else it.slowest
         found = []
-        for target, units in product(range(len(weights)), MOVES):
-            moved = list(weights)
+        for target, units in product(range(len(shares)), MOVES):
+            moved = list(shares)
             moved[source] -= units
             moved[target] += units
             if target != source and moved[source] > 0:
                 found.append(tuple(moved))
         return found
 
-    def _looked_up(self, weights: tuple[int, ...]) -> _Score | None:
-        if weights not in self._scores:
+    def _looked_up(self, shares: tuple[int, ...]) -> _Score | None:
+        if shares not in self._scores:
             try:
-                self._scores[weights] = self._estimate(weights)
+                self._scores[shares] = self._estimate(shares)
             except ValueError:  # a rank would be left without heads
-                self._scores[weights] = None
-        return self._scores[weights]
+                self._scores[shares] = None
+        return self._scores[shares]
 
-    def _estimate(self, weights: tuple[int, ...]) -> _Score:
-        table = slice_table(self._model, weights)
+    def _estimate(self, shares: tuple[int, ...]) -> _Score:
+        table = slice_table(self._model, shares)
         one, machines = self._one, self._setting.machines
         heads = [s for s in table.blocks if isinstance(s.block.rule, Heads)]
         times, left = [], []
         for rank, machine in enumerate(machines):
-            shares, held = self._shares(table.slices(rank))
+            parts, held = self._parts(table.slices(rank))
             times.append(
                 [
-                    sum(it.read_bytes * _share(shares, it.path) for it in step.calls)
+                    sum(it.read_bytes * _part_of(parts, it.path) for it in step.calls)
                     / machine.bytes_per_second
                     for step in one.rehearsed.token
                 ]
@@ -150,7 +150,7 @@ class _Search:
             left.index(min(left)),
         )
 
-    def _shares(self, slices: Mapping[str, Slice]) -> tuple[dict[str, float], int]:
+    def _parts(self, slices: Mapping[str, Slice]) -> tuple[dict[str, float], int]:
         """What a rank has of each module's parameters, and its bytes of all."""
         own: dict[str, int] = {}
         whole: dict[str, int] = {}
@@ -161,10 +161,10 @@ class _Search:
         return {path: own[path] / whole[path] for path in own}, sum(own.values())
 
 
-def _share(shares: Mapping[str, float], path: str) -> float:
+def _part_of(parts: Mapping[str, float], path: str) -> float:
     """A layer may be wrapped in one that communicates."""
     around = path.rpartition(".")[0]
-    return shares.get(path, shares.get(around, 1.0))
+    return parts.get(path, parts.get(around, 1.0))
 
 
 def _limit(machine: Machine) -> float:

@@ -26,13 +26,13 @@ class Setting:
         network = Network(len(machines), link, topology)
         return replace(self, machines=tuple(machines), network=network)
 
-    def needs(self, opened: Opened, weights: Sequence[int]) -> list[Need]:
-        """What ranks need that share a model in proportion to `weights`.
+    def needs(self, opened: Opened, shares: Sequence[int]) -> list[Need]:
+        """What ranks need that share a model in proportion to `shares`.
 
         Raises: ValueError if it cannot be split so.
         """
         is_fused = all(machine.has_gpu for machine in self.machines)
-        return needs(opened, weights, self.context, self.batch, is_fused=is_fused)
+        return needs(opened, shares, self.context, self.batch, is_fused=is_fused)
 
     def left_bytes(self, needs: Sequence[Need]) -> list[int | None]:
         """What is left of the limit of each rank's host, which several may share."""
@@ -54,11 +54,11 @@ class Setting:
 
 @dataclass(frozen=True)
 class Plan:
-    """A model shared out in proportion to `weights`; `one` is it on one host."""
+    """A model shared out in proportion to `shares`; `one` is it on one host."""
 
     opened: Opened
     setting: Setting
-    weights: tuple[int, ...]
+    shares: tuple[int, ...]
     needs: tuple[Need, ...]
     one: Need
 
@@ -117,13 +117,13 @@ class Plan:
         )
 
 
-def plan(opened: Opened, setting: Setting, weights: Sequence[int]) -> Plan:
+def plan(opened: Opened, setting: Setting, shares: Sequence[int]) -> Plan:
     """Say what each rank of `setting` needs.
 
     Raises: ValueError if the model cannot be split so.
     """
-    found = tuple(setting.needs(opened, weights))
+    found = tuple(setting.needs(opened, shares))
     one = found[0]
     if len(found) > 1:
         [one] = setting.needs(opened, [1])
-    return Plan(opened, setting, tuple(weights), found, one)
+    return Plan(opened, setting, tuple(shares), found, one)

@@ -74,7 +74,7 @@ def _fewer_bits(plan: Plan) -> Iterator[Remedy]:
             continue
         try:
             with of_config(plan.opened.name, plan.opened.config, bits) as fewer:
-                found = plan.setting.needs(fewer, plan.weights)
+                found = plan.setting.needs(fewer, plan.shares)
         except ValueError:  # a width that no group divides
             continue
         if plan.setting.fits(found):
@@ -85,22 +85,22 @@ def _fewer_bits(plan: Plan) -> Iterator[Remedy]:
 
 def _more_hosts(plan: Plan) -> Iterator[Remedy]:
     machines = list(plan.setting.machines)
-    weights = list(plan.weights)
+    shares = list(plan.shares)
     while len(machines) < MOST_HOSTS:
         number = len(machines) + 1
         machines.append(replace(machines[-1], host=f"host {number}"))
-        weights.append(weights[-1])
+        shares.append(shares[-1])
         setting = plan.setting.with_machines(machines)
         try:
-            found = setting.needs(plan.opened, weights)
+            found = setting.needs(plan.opened, shares)
         except ValueError:  # fewer heads than ranks
             return
         if setting.fits(found):
-            added = len(machines) - len(plan.weights)
+            added = len(machines) - len(plan.shares)
             hosts = "one more host" if added == 1 else f"{added} more hosts"
             yield Remedy(f"{hosts} like the last", f"--ranks {len(machines)}")
             return
 
 
 def _fits(plan: Plan, setting: Setting) -> bool:
-    return setting.fits(setting.needs(plan.opened, plan.weights)) is not False
+    return setting.fits(setting.needs(plan.opened, plan.shares)) is not False

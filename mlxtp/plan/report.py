@@ -70,13 +70,13 @@ def _memory(plan: Plan) -> Table:
 
 
 def _verdict(plan: Plan) -> str:
-    weights = f"--weights {','.join(map(str, plan.weights))}"
+    shares = f"--shares {','.join(map(str, plan.shares))}"
     if plan.fits is None:
-        return f"No limit is known on some hosts, so nothing is said of it ({weights})."
+        return f"No limit is known on some hosts, so nothing is said of it ({shares})."
     if plan.fits:
-        return f"It fits ({weights})."
+        return f"It fits ({shares})."
     lacking = min(it for it in plan.left_bytes if it is not None)
-    return f"It does not fit ({weights}): the fullest rank lacks {_gb(-lacking)} GB."
+    return f"It does not fit ({shares}): the fullest rank lacks {_gb(-lacking)} GB."
 
 
 def _speed(plan: Plan) -> Table:
@@ -145,7 +145,7 @@ def as_json(plan: Plan, found: Sequence[Remedy]) -> dict[str, Any]:
         "model": plan.opened.name,
         "context": setting.context,
         "batch": setting.batch,
-        "weights": list(plan.weights),
+        "shares": list(plan.shares),
         "fits": plan.fits,
         "ranks": [
             {

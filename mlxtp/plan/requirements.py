@@ -5,7 +5,6 @@ from dataclasses import dataclass, replace
 
 from mlxtp.dryrun.passes import PIECE, Rehearsed, Step, rehearse
 from mlxtp.families.blocks import Heads, Width
-from mlxtp.partition.spans import length
 from mlxtp.plan.opening import Opened
 from mlxtp.sharding.decide import slice_table
 from mlxtp.sharding.table import SliceTable
@@ -68,32 +67,32 @@ def _working(step: Step) -> int:
 
 def needs(
     opened: Opened,
-    weights: Sequence[int],
+    shares: Sequence[int],
     context: int,
     batch: int = 1,
     *,
     is_fused: bool = True,
 ) -> list[Need]:
-    """What the ranks need that share a model in proportion to `weights`.
+    """What the ranks need that share a model in proportion to `shares`.
 
     Args:
         opened: the model.
-        weights: one positive number a rank.
+        shares: one positive number a rank.
         context: tokens in the caches.
         batch: sequences at once.
         is_fused: attention is one kernel, as on a GPU; else its scores take memory.
 
     Raises: ValueError if it is no model, or cannot be split so.
     """
-    table = slice_table(opened.build().model, weights)
+    table = slice_table(opened.build().model, shares)
     found: dict[object, Need] = {}
-    for rank in range(len(weights)):
+    for rank in range(len(shares)):
         # Ranks with slices of the same shapes compute alike.
         shapes = tuple(it.shape for it in table.slices(rank).values())
         if shapes not in found:
             found[shapes] = need(opened, table, rank, context, batch, is_fused)
         found[rank] = replace(found[shapes], rank=rank, owned=owned(table, rank))
-    return [found[rank] for rank in range(len(weights))]
+    return [found[rank] for rank in range(len(shares))]
 
 
 def need(
@@ -128,7 +127,7 @@ def owned(table: SliceTable, rank: int) -> Owned:
             kv.append(shards.parts[rank].size("kv"))
         elif isinstance(shards.block.rule, Width):
             width = shards.parts[rank].size("w")
-            shape = table.parameters.get(f"{shards.path}.{shards.block.rule.of}.weight")
+            shape = table.parameters.get(f"{shards.path}.{shards.block.rule.of}.share")
             if shape is not None and len(shape) == 3:
                 experts.append(shape[0])
                 expert_columns.append(width)
@@ -136,7 +135,7 @@ def owned(table: SliceTable, rank: int) -> Owned:
                 columns.append(width)
     for matrix in table.matrices.values():
         if matrix.cut.layout == "v":
-            words.append(length(matrix.spans[rank]))
+            words.append(matrix.spans[rank].length)
     return Owned(
         _range(queries),
         _range(kv),

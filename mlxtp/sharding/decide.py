@@ -1,7 +1,7 @@
 """The slice table: which slice of which parameter is whose.
 
 `slice_table` is the one place that decides it: table of architectures x empty model x
-weights of the ranks -> the slices of every rank, without any other rank or any weight
+shares of the ranks -> the slices of every rank, without any other rank or any weight
 at hand.
 """
 
@@ -23,10 +23,10 @@ from mlxtp.families.blocks import (
     child,
     targets,
 )
-from mlxtp.partition import spans as partition
 from mlxtp.partition.heads import head_shards, tiled
 from mlxtp.partition.layouts import Part, place
-from mlxtp.partition.spans import Spans
+from mlxtp.partition.shares import Share, Shares, as_shares, cut_axis
+from mlxtp.partition.spans import Span, Spans
 from mlxtp.sharding.table import MatrixShards, SliceTable
 
 # The most that a rank's share of an MLP may be above an even one before quantization
@@ -34,15 +34,17 @@ from mlxtp.sharding.table import MatrixShards, SliceTable
 UNEVEN = 1.2
 
 
-def slice_table(model: nn.Module, weights: Sequence[int]) -> SliceTable:
+def slice_table(model: nn.Module, shares: Iterable[int | Share]) -> SliceTable:
     """Decide what every rank owns of `model`, whose arrays are not looked into.
 
     Args:
         model: a whole model of mlx-lm, with or without LoRA layers.
-        weights: one positive number a rank, in whose proportion it gets work.
+        shares: one positive number or `Share` a rank, in whose proportion it gets
+            work.
 
     Raises: ValueError if the model cannot be split so.
     """
+    shares = as_shares(shares)
     family, remark = families.of(model)
     found = list(_blocks(model, family))
     containers = {
@@ -58,13 +60,13 @@ def slice_table(model: nn.Module, weights: Sequence[int]) -> SliceTable:
         if block.rule is None:
             blocks.append(BlockShards(path, block, {}, ()))
             continue
-        shards = _share(path, module, block, model, weights)
+        shards = _share(path, module, block, model, shares)
         blocks.append(shards)
         for name, target, cut in targets(module, block):
             where = f"{path}.{name}" if path else name
             partial = _inside(f"{where}.", containers) and not cut.inner
             matrices[where] = _matrix(
-                where, module, target, cut, shards, not partial, weights
+                where, module, target, cut, shards, not partial, shares
             )
     outputs = {
         shards.path: shards
@@ -94,7 +96,7 @@ def _share(
     module: nn.Module,
     block: Block,
     model: nn.Module,
-    weights: Sequence[int],
+    shares: Shares,
 ) -> BlockShards:
     """Share the units of one block out among the ranks."""
     if isinstance(block.rule, Heads):
@@ -107,7 +109,10 @@ def _share(
             num_kv_heads = child(model, rule.kv_from)
         counts = {"q": num_heads, "kv": num_kv_heads or num_heads}
         shards = head_shards(
-            counts["q"], counts["kv"], tuple(weights), rule.shared_groups
+            counts["q"],
+            counts["kv"],
+            tuple(share.attention for share in shares),
+            rule.shared_groups,
         )
         parts = tuple(
             Part(
@@ -126,8 +131,9 @@ def _share(
         width = _features(child(module, block.rule.of))[1] // block.rule.parts
         rows = [t for _, t, cut in targets(module, block) if cut.style == "row"]
         granule = max(max(granule_of(m), getattr(m, "block", 1)) for m in rows)
-        cuts = _width_spans(path, width, granule, weights)
-        parts = tuple(Part({"w": (cut,)}) for cut in cuts)
+        wanted = [getattr(share, block.rule.share) for share in shares]
+        cuts = _width_spans(path, width, granule, wanted)
+        parts = tuple(Part({"w": Spans([cut])}) for cut in cuts)
         around = child(model, path.rpartition(".")[0])
         times = child(around, block.times) if block.times else 1
         return BlockShards(path, block, {"w": width}, parts, times)
@@ -135,20 +141,20 @@ def _share(
 
 
 def _width_spans(
-    path: str, width: int, granule: int, weights: Sequence[int]
-) -> list[tuple[int, int]]:
+    path: str, width: int, granule: int, shares: Sequence[int]
+) -> list[Span]:
     """Cut the columns of an MLP between quantization groups, if that is even enough."""
-    if width < len(weights):
-        raise ValueError(f"{path} has {width} columns for {len(weights)} ranks")
-    if width % granule == 0 and width // granule >= len(weights):
-        spans = partition.spans(width, weights, granule)
-        shares = [
-            (stop - start) * sum(weights) / (width * weight)
-            for (start, stop), weight in zip(spans, weights, strict=True)
+    if width < len(shares):
+        raise ValueError(f"{path} has {width} columns for {len(shares)} ranks")
+    if width % granule == 0 and width // granule >= len(shares):
+        spans = cut_axis(width, shares, granule)
+        excess = [
+            span.length * sum(shares) / (width * share)
+            for span, share in zip(spans, shares, strict=True)
         ]
-        if max(shares) <= UNEVEN and min(shares) > 0:
+        if max(excess) <= UNEVEN and min(excess) > 0:
             return spans
-    return partition.spans(width, weights, minimum=1)
+    return cut_axis(width, shares, minimum=1)
 
 
 def _matrix(
@@ -158,13 +164,16 @@ def _matrix(
     cut: Cut,
     shards: BlockShards,
     summed: bool,
-    weights: Sequence[int],
+    shares: Shares,
 ) -> MatrixShards:
     """Every rank's part of one matrix."""
     features = _length(target, cut)
     if cut.layout == "v":
         spans: tuple[Spans, ...] = tuple(
-            (span,) for span in partition.spans(features, weights, minimum=1)
+            Spans([span])
+            for span in cut_axis(
+                features, [share.vocabulary for share in shares], minimum=1
+            )
         )
     else:
         try:
@@ -181,7 +190,7 @@ def _matrix(
         except ValueError as error:
             raise ValueError(f"{path}: {error}") from error
     granule = granule_of(target) if cut.style == "row" else 1
-    covered = tuple(partition.cover(needed, granule) for needed in spans)
+    covered = tuple(needed.aligned(granule) for needed in spans)
     if cut.style != "row":
         covered = spans
     if cut.style == "repack":
@@ -196,8 +205,8 @@ def _matrix(
 
 def _bytes_of_four(spans: Spans, rows: int) -> Spans:
     """The rows of bytes in which outputs lie; output i is in row i mod `rows`."""
-    needed = {i % rows for start, stop in spans for i in range(start, stop)}
-    return partition.cover([(row, row + 1) for row in sorted(needed)], 1)
+    needed = {place % rows for place in spans.indices}
+    return Spans((row, row + 1) for row in needed).merged()
 
 
 def _joints(

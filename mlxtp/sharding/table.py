@@ -4,7 +4,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 from mlxtp.families.blocks import BlockShards, Cut, Family, along
-from mlxtp.partition.spans import Slice, Spans, keeps_whole
+from mlxtp.partition.spans import Slice, Spans, keeps_groups_whole
 
 # The axis of each parameter that a cut divides, by the parameter's last name. Weights
 # are (..., out, in), lora_a (in, r), lora_b (r, out), m (out). What is missing here is
@@ -135,7 +135,7 @@ class SliceTable:
             return Collective(path, "allgather", matrix.features)
         if cut.style == "norm":
             size = matrix.features // matrix.groups
-            if keeps_whole(matrix.spans, size):
+            if keeps_groups_whole(matrix.spans, size):
                 return None
             return Collective(path, "allreduce", matrix.groups)
         if cut.style in ("row", "lookup") and matrix.summed:
@@ -183,7 +183,7 @@ class SliceTable:
         if matrix.cut.style == "column" and name.endswith(".bias"):
             # Outputs that share a byte have a bias each.
             parts = getattr(matrix.block.block.rule, "parts", 1)
-            covered = tuple(
+            covered = Spans(
                 (start + part * features, stop + part * features)
                 for part in range(parts)
                 for start, stop in covered
@@ -196,7 +196,7 @@ class SliceTable:
                 shape, len(shape) + axis, matrix.spans[rank] if is_bias else covered
             )
         # Packed weights and scales have fewer elements than features.
-        spans = tuple(
+        spans = Spans(
             (start * elements // features, stop * elements // features)
             for start, stop in covered
         )

@@ -14,7 +14,7 @@ from mlxtp.checkpoint import tensors
 from mlxtp.checkpoint.headers import Checkpoint
 from mlxtp.checkpoint.rows import PAGE_BYTES
 from mlxtp.checkpoint.tensors import Piece, Tensor, blocks, read
-from mlxtp.partition.spans import Slice, Spans, cover, spans_on
+from mlxtp.partition.spans import Slice, Spans
 
 pytestmark = pytest.mark.once
 
@@ -37,12 +37,12 @@ def slices(draw: st.DrawFn, shape: tuple[int, ...]) -> Slice:
     axis = draw(st.integers(0, len(shape) - 1))
     edges = st.integers(0, shape[axis])
     cuts = sorted(draw(st.lists(edges, min_size=2, max_size=6)))
-    return Slice(shape, axis, tuple(zip(cuts[::2], cuts[1::2], strict=False)))
+    return Slice(shape, axis, Spans(zip(cuts[::2], cuts[1::2], strict=False)))
 
 
 def numpy_slice(whole: np.ndarray, part: Slice) -> np.ndarray:
     assert part.axis is not None
-    index = [i for start, stop in part.spans for i in range(start, stop)]
+    index = part.spans.indices
     return np.take(whole, index, part.axis)
 
 
@@ -74,7 +74,7 @@ def test_read_from_pieces(folder: Path, data: st.DataObject) -> None:
         for it in data.draw(st.lists(slices(whole.shape), min_size=1, max_size=4))
         if it.axis == axis
     ]
-    here: Spans = cover([span for part in parts for span in part.spans], 1)
+    here = Spans(span for part in parts for span in part.spans).merged()
     file = folder / "pieces"
     file.write_bytes(b"".join(numpy_slice(whole, it).tobytes() for it in parts))
     pieces, offset = [], 0
@@ -83,16 +83,14 @@ def test_read_from_pieces(folder: Path, data: st.DataObject) -> None:
         offset += part.size * 4
     tensor = Tensor("x", "I32", whole.shape, tuple(pieces))
     wanted = data.draw(slices(whole.shape))
-    needed = {i for a, b in spans_on(wanted, axis) for i in range(a, b)}
+    needed = set(wanted.on(axis).indices)
     lacking = needed - {i for a, b in here for i in range(a, b)}
     missing = tensor.missing(wanted)
     if wanted.size == 0:
         return
     if lacking:
         assert missing is not None
-        assert {
-            i for a, b in spans_on(missing, axis) for i in range(a, b)
-        } == lacking or not pieces
+        assert {*missing.on(axis).indices} == lacking or not pieces
         with pytest.raises(OSError, match=r"x: of axis . .* is not here"):
             read(tensor, wanted)
     else:
@@ -109,7 +107,7 @@ def test_dtypes(folder: Path, dtype: mx.Dtype) -> None:
     x = mx.random.normal((6, 8)).astype(dtype)
     mx.save_safetensors(str(folder / "model-t.safetensors"), {"x": x, "s": x[0, 0]})
     found = Checkpoint([folder / "model-t.safetensors"]).tensors
-    part = read(found["x"], Slice((6, 8), 1, ((1, 3), (5, 8))))
+    part = read(found["x"], Slice((6, 8), 1, Spans([(1, 3), (5, 8)])))
     assert part.dtype == dtype
     assert mx.array_equal(part, mx.concatenate([x[:, 1:3], x[:, 5:8]], axis=1))
     assert read(found["s"], Slice(())).item() == x[0, 0].item()
@@ -129,10 +127,12 @@ def test_bytes_read(folder: Path, row: int) -> None:
         read(tensor, part)
         return _read_by_this_process() - before
 
-    overhead = bytes_read(Slice(shape, 0, ((0, 1),))) - row  # of reading the counter
-    rows = Slice(shape, 0, ((80, 160),))
+    overhead = (
+        bytes_read(Slice(shape, 0, Spans([(0, 1)]))) - row
+    )  # of reading the counter
+    rows = Slice(shape, 0, Spans([(80, 160)]))
     assert bytes_read(rows) - overhead == rows.size
-    columns = Slice(shape, 1, ((row // 5, 2 * row // 5),))
+    columns = Slice(shape, 1, Spans([(row // 5, 2 * row // 5)]))
     count = bytes_read(columns) - overhead
     # Closer together than a page, what lies between is read as well.
     assert count == columns.size if row > PAGE_BYTES else count <= 400 * row

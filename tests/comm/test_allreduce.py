@@ -169,7 +169,7 @@ def test_int8_on_the_wire(
     for size in SIZES:
         x = as_numpy(part(comm.rank, size, dtype))
         totals = [sums.allreduce(x, way).copy() for way in ways(comm.size)]
-        everyones = comm.allgather_objects(totals[0].tobytes())
+        everyones = comm.allgather_object(totals[0].tobytes())
         assert len({total.tobytes() for total in totals} | {*everyones}) == 1
         parts = [plain(part(rank, size, dtype)) for rank in range(comm.size)]
         # Half a step of each rank's largest value, and what 16 bits round away.

@@ -19,7 +19,7 @@ from mlxtp.comm.allreduce import Collectives, ways
 from mlxtp.comm.codec import GROUP_SIZE
 from mlxtp.comm.eager import EagerCollectives
 from mlxtp.comm.traffic import Traffic
-from mlxtp.partition.spans import spans
+from mlxtp.partition.shares import cut_axis
 from mlxtp.stories import PATH as STORIES
 
 # Whose messages can be counted; what MPI sends in its own gather is its own affair.
@@ -164,7 +164,7 @@ def counted(comm: Communicator) -> Any:
 
 
 def words(vocabulary: int, comm: Communicator) -> int:
-    start, stop = spans(vocabulary, [1] * comm.size)[comm.rank]
+    start, stop = cut_axis(vocabulary, [1] * comm.size)[comm.rank]
     return stop - start
 
 
@@ -192,7 +192,7 @@ def test_a_token_of_the_shipped_model(
         assert traffic.bytes == (sums + words(vocabulary, comm)) * width
         times = 2 if way.endswith("two-shot") else ranks
         sent = sum(nbytes for _, _, nbytes in counting.sent)
-        everyones = sum(comm.allgather_objects(sent))
+        everyones = sum(comm.allgather_object(sent))
         assert everyones == (ranks - 1) * (times * sums + vocabulary) * width
 
 

@@ -15,10 +15,10 @@ from mlxtp.comm.errors import UsageError
 
 
 def test_objects(comm: Communicator) -> None:
-    assert comm.allgather_objects(comm.rank) == list(range(comm.size))
-    assert comm.bcast({"rank": comm.rank}) == {"rank": 0}
-    assert comm.bcast(comm.rank, root=comm.size - 1) == comm.size - 1
-    array = comm.bcast(mx.full((2, 3), comm.rank + 1, mx.bfloat16))
+    assert comm.allgather_object(comm.rank) == list(range(comm.size))
+    assert comm.bcast_object({"rank": comm.rank}) == {"rank": 0}
+    assert comm.bcast_object(comm.rank, root=comm.size - 1) == comm.size - 1
+    array = comm.bcast_object(mx.full((2, 3), comm.rank + 1, mx.bfloat16))
     assert mx.array_equal(array, mx.ones((2, 3), mx.bfloat16))
     comm.barrier()
 

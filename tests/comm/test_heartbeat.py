@@ -25,7 +25,7 @@ import os, sys, time
 import mlx.core as mx
 import mlxtp
 comm = mlxtp.Communicator.world(sys.argv[1], timeout_seconds=float(sys.argv[3]))
-pids = comm.allgather_objects(os.getpid())
+pids = comm.allgather_object(os.getpid())
 if comm.rank == 0:
     print("pids", *pids, flush=True)
 for number in range(100_000):

@@ -65,7 +65,7 @@ for count in range(1, 30):
     x = following
 
 values = [{"rank": r, "text": "abc" * r, "bytes": bytes(r)} for r in range(size)]
-assert transport.allgather_objects(values[rank]) == values
+assert transport.allgather_object(values[rank]) == values
 big = b"0123456789" * 1_000_000
 for root in range(size):
     value = (root, big) if rank == root else None
@@ -118,7 +118,7 @@ class Half:
     def __init__(self):
         self.comm = MPI.COMM_WORLD.Split(MPI.COMM_WORLD.rank % 2)
         self.rank, self.size = self.comm.rank, self.comm.size
-    def allgather_objects(self, value): return self.comm.allgather(value)
+    def allgather_object(self, value): return self.comm.allgather(value)
     def barrier(self): self.comm.barrier()
 
 half = MPI.COMM_WORLD.rank % 2

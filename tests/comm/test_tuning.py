@@ -57,7 +57,7 @@ def test_all_ranks_measure_and_agree(comm: Communicator) -> None:
     assert set(choice.seconds) == set(ways(comm.size)) <= set(WAYS)
     assert len(choice.sizes) >= 2 and list(choice.sizes) == sorted(choice.sizes)
     assert np.array([*choice.seconds.values()]).min() > 0
-    assert len(set(map(str, comm.allgather_objects(choice)))) == 1
+    assert len(set(map(str, comm.allgather_object(choice)))) == 1
     only = choose(Collectives(transport), transport, ["mpi-one-shot"])
     assert only == Choice((), {"mpi-one-shot": ()})
     assert only.way(7) == only.gather(7) == "mpi-one-shot"

@@ -373,7 +373,7 @@ RING_2 = "sudo ./launch/ring 2 5 --left en2 --right en3 --apply"
             machine(4, lambda it: replace(it, limit_bytes=16 * 10**9)),
             "studio5",
             "16.0 GB for a model, elsewhere 48.0 GB",
-            "--weights 3,3,3,3,1",
+            "--shares 3,3,3,3,1",
         ),
         (host(3, available_bytes=8 * 10**9), "studio4", "8.0 of 64.0 GB", "top -o mem"),
         (

@@ -20,7 +20,6 @@ from reference import as_numpy, on_rank_0
 
 from mlxtp import Communicator
 from mlxtp.loading import load_model as load_split
-from mlxtp.partition.spans import length
 
 use_plain_operations()
 
@@ -54,7 +53,7 @@ def check(
     counted.elements.clear()
     mx.eval(model(mx.array([[1]]), cache=make_prompt_cache(model)))
 
-    hashes = comm.allgather_objects([as_numpy(x).tobytes() for x in logits])
+    hashes = comm.allgather_object([as_numpy(x).tobytes() for x in logits])
     assert all(theirs == hashes[0] for theirs in hashes), "ranks differ"
     check_logits(model_type, logits, expected["logits"])
     assert tokens == expected["tokens"]
@@ -67,7 +66,7 @@ def check(
             promised, counted.elements = [*{*promised}], [*{*counted.elements}]
         assert sorted(counted.elements) == sorted(promised)
     held, whole = share(model, comm.rank)
-    most = max(comm.allgather_objects(held)) * comm.size
+    most = max(comm.allgather_object(held)) * comm.size
     if comm.size in EVEN_WORLDS and model_type not in zoo.VARIANTS:
         assert most <= MOST_SHARE * whole, f"{most / whole:.2f} x an even share"
 
@@ -127,7 +126,7 @@ def share(model: nn.Module, rank: int) -> tuple[int, int]:
             size = int(np.prod(part.full_shape))
             whole += size
             if matrix.cut.style == "repack":  # more is read than held
-                held += size * length(matrix.spans[rank]) // matrix.features
+                held += size * matrix.spans[rank].length // matrix.features
             else:
                 held += part.size
     return held, whole

@@ -76,10 +76,10 @@ def served(comm: Communicator, model: Path) -> Iterator[tuple[Hub | None, str]]:
     """The hub, which rank 0 has, and its address."""
     if comm.rank == 0:
         with Hub({NAME: model}) as hub:
-            comm.bcast(hub.url)
+            comm.bcast_object(hub.url)
             yield hub, hub.url
     else:
-        yield None, comm.bcast(None)
+        yield None, comm.bcast_object(None)
 
 
 Served = tuple[Hub | None, str]
@@ -97,7 +97,7 @@ def test_each_byte_is_fetched_once(
     split, _ = mlxtp.load(NAME, comm)
     assert greedy(split) == expected
     whole = (model / "model.safetensors").stat().st_size
-    assert 0.9 * whole < sum(comm.allgather_objects(asked[0])) < 1.1 * whole
+    assert 0.9 * whole < sum(comm.allgather_object(asked[0])) < 1.1 * whole
     assert asked[0] <= 1.3 * whole / comm.size
     assert not server or server.sent < 1.1 * whole
     kept = list(tmp_path.glob("assets/**/rank-*/*.safetensors"))
@@ -265,14 +265,14 @@ def test_a_damaged_file_is_fetched_again(
     assert asked[0] == 0
 
 
-def test_other_weights_come_from_the_other_ranks(
+def test_other_shares_come_from_the_other_ranks(
     comm: Communicator, model: Path, served: Served, client: Client, tmp_path: Path
 ) -> None:
     client.use(served[1], tmp_path)
     expected = on_rank_0(comm, lambda: greedy(mlx_lm.load(str(model))[0]))
     load_model(NAME, comm)
     asked = client.count()
-    split, _ = mlxtp.load(NAME, comm, weights=[2] + [1] * (comm.size - 1))
+    split, _ = mlxtp.load(NAME, comm, shares=[2] + [1] * (comm.size - 1))
     assert greedy(split) == expected
     assert asked[0] == 0
 
@@ -287,7 +287,7 @@ def test_a_new_commit_is_fetched_anew(
     server = Hub({NAME: mine})
     if comm.rank == 0:
         server.__enter__()
-    client.use(comm.bcast(server.url if comm.rank == 0 else None), tmp_path)
+    client.use(comm.bcast_object(server.url if comm.rank == 0 else None), tmp_path)
     load_model(NAME, comm)
 
     def change(request: Request) -> None:

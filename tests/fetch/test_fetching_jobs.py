@@ -45,7 +45,7 @@ hub.fetch = counted
 rounds.ROUND_BYTES = int(sys.argv[2])
 model, _ = load_model(sys.argv[3], comm)
 tokens = greedy(model)
-figures = comm.allgather_objects(fetched[0])
+figures = comm.allgather_object(fetched[0])
 if comm.rank == 0:
     print(json.dumps({"tokens": tokens, "fetched": figures}))
 """

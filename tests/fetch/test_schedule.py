@@ -8,7 +8,8 @@ from hypothesis import strategies as st
 
 from mlxtp.fetch import schedule
 from mlxtp.fetch.schedule import Demand, Move, plan
-from mlxtp.partition.spans import Spans, cover, length, spans, without
+from mlxtp.partition.shares import cut_axis
+from mlxtp.partition.spans import Spans
 
 pytestmark = pytest.mark.once
 
@@ -34,10 +35,10 @@ def demands(draw: st.DrawFn) -> Demand:
     def part() -> Spans:
         cuts = sorted(draw(edges))
         found = zip(cuts[::2], cuts[1::2], strict=False)
-        return cover([(a, b) for a, b in found if a < b], 1)
+        return Spans((a, b) for a, b in found if a < b).merged()
 
     has = tuple(part() if draw(st.booleans()) else () for _ in range(ranks))
-    lacks = tuple(without(part(), it) for it in has)
+    lacks = tuple(part().difference(it) for it in has)
     return Demand("x", 1, rows, items, draw(st.sampled_from([1, 64])), lacks, has)
 
 
@@ -59,7 +60,7 @@ def test_all_comes_once(given: list[Demand], only_root: bool) -> None:
         assert come.keys() == wanted and set(come.values()) <= {1}
     for move in found:
         if not move.from_hub:
-            assert not without([move.span], demand.has[move.source])
+            assert not Spans([move.span]).difference(demand.has[move.source])
         elif only_root:
             assert move.source == 0
         else:
@@ -75,12 +76,12 @@ def llama(ranks: int, has: list[list[Spans]] | None = None) -> list[Demand]:
          (1, 16384, 1, 8192), (0, 53248, 8192, 1), (0, 16384, 2, 1)]
     ):  # fmt: skip
         shared = number == 5
-        mine = spans(items, [1] * ranks, 64)
-        wanted = [cover([(0, items) if shared else span], 1) for span in mine]
+        mine = cut_axis(items, [1] * ranks, 64)
+        wanted = [Spans([(0, items) if shared else span]) for span in mine]
         here = has[number] if has else [() for _ in range(ranks)]
         here += [()] * (ranks - len(here))
         lacks = tuple(
-            without(want, held) for want, held in zip(wanted, here, strict=False)
+            want.difference(held) for want, held in zip(wanted, here, strict=False)
         )
         made.append(
             Demand(
@@ -96,7 +97,7 @@ def from_hub(demands: list[Demand], found: list[Move]) -> Counter[int]:
     fetched: Counter[int] = Counter()
     for move in found:
         it = by_name[move.name]
-        between = (move.rows[1] - move.rows[0] - 1) * it.items + length([move.span])
+        between = (move.rows.length - 1) * it.items + move.span.length
         fetched[move.source] += between * it.item_bytes * move.from_hub
     return fetched
 
@@ -119,20 +120,20 @@ def test_another_world_moves_what_is_missing_and_no_more(ranks: int) -> None:
     before = [list(it.lacks) for it in llama(5)]
     wanted = llama(ranks, [list(it) for it in before])
     found = plan(wanted)
-    lacked = sum(it.rows * length(p) * it.item_bytes for it in wanted for p in it.lacks)
+    lacked = sum(it.rows * p.length * it.item_bytes for it in wanted for p in it.lacks)
     moved = sum(
-        (m.rows[1] - m.rows[0]) * length(p) * wanted[int(m.name)].item_bytes
+        m.rows.length * p.length * wanted[int(m.name)].item_bytes
         for m in found
         for _, p in m.targets
     )
     assert moved == lacked
     # From the hub comes what no machine has; columns with what lies between them.
     gone = {
-        it.name: without([(0, it.items)], [s for part in it.has for s in part])
+        it.name: Spans.whole(it.items).difference(s for part in it.has for s in part)
         for it in wanted
     }
     least = sum(
-        it.rows * (it.items if it.rows > 1 else length(gone[it.name])) * it.item_bytes
+        it.rows * (it.items if it.rows > 1 else gone[it.name].length) * it.item_bytes
         for it in wanted
         if gone[it.name]
     )

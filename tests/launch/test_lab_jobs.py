@@ -26,7 +26,7 @@ import mlxtp
 from mlxtp import loading
 from mlxtp.stories import PATH
 comm = mlxtp.Communicator.world(sys.argv[1], timeout_seconds=float(sys.argv[3]))
-pids = comm.allgather_objects(os.getpid())
+pids = comm.allgather_object(os.getpid())
 read_slices = loading.read_slices
 def slowly(*args, **kwargs):
     time.sleep(60 if sys.argv[2] == "loading" else 0)

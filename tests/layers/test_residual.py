@@ -68,7 +68,7 @@ def recorded(layer: type, record) -> Iterator[None]:
 def check(name: str, comm: Communicator, folder: Path) -> None:
     """Compare the hashes of all ranks, which make `folder` if it is not there."""
     model, _ = mlxtp.load(made_by_rank_0(MODELS[name], folder / name, comm), comm)
-    everyones = comm.allgather_objects(residual_hashes(model))
+    everyones = comm.allgather_object(residual_hashes(model))
     for rank, hashes in enumerate(everyones):
         assert len(hashes) == len(set(hashes)) == len(INPUTS) * (LAYERS + 2)
         differing = [i for i, mine in enumerate(everyones[0]) if hashes[i] != mine]

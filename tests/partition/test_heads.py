@@ -31,17 +31,17 @@ def assert_exact(
 
 @given(st.integers(1, 16), st.integers(1, 16), WEIGHTS)
 def test_every_query_head_has_one_rank_and_its_kv_head(
-    num_kv_heads: int, group: int, weights: list[int]
+    num_kv_heads: int, group: int, shares: list[int]
 ) -> None:
     num_heads = num_kv_heads * group
-    if len(weights) > num_heads:
+    if len(shares) > num_heads:
         with pytest.raises(ValueError, match=f"start at most {num_heads} ranks"):
-            head_shards(num_heads, num_kv_heads, tuple(weights))
+            head_shards(num_heads, num_kv_heads, tuple(shares))
         return
     assert_exact(
         num_heads,
         num_kv_heads,
-        head_shards(num_heads, num_kv_heads, tuple(weights)),
+        head_shards(num_heads, num_kv_heads, tuple(shares)),
     )
 
 
@@ -66,7 +66,7 @@ def test_known_models_on_five() -> None:
     assert [shard.local_kv_heads for shard in qwen3_235b] == [1, 1, 1, 1, 4]
 
 
-def test_heads_follow_the_weights() -> None:
+def test_heads_follow_the_shares() -> None:
     shards = head_shards(64, 4, (2, 1, 1, 1, 1))
     assert_exact(64, 4, shards)
     assert shards[0].local_heads >= 1.6 * max(s.local_heads for s in shards[1:])

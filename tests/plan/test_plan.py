@@ -179,7 +179,7 @@ def test_the_slowest_rank_decides() -> None:
         (["--ranks", "2", "--chip", "Z80"], "known are M1 Max"),
         (["--ranks", "2", "--chips", "M2 Max"], "gives 1 for 2 ranks"),
         (["--ranks", "2", "--memory", "64,64,64"], "gives 3 for 2 ranks"),
-        (["--ranks", "2", "--weights", "1,2,3"], "3 shares to 2 ranks"),
+        (["--ranks", "2", "--shares", "1,2,3"], "3 shares to 2 ranks"),
         (["--ranks", "2", "--hop-us", "9"], "go together"),
         (["--ranks", "2", "--measured", "nowhere"], "not what mlxtp.doctor"),
         (["--ranks", "2", "--context", "0"], "--context is below 1"),
@@ -209,11 +209,11 @@ def test_the_command_line(tmp_path: Path) -> None:
     picture = tmp_path / "plan.png"
     given = ["--model", "mlxtp/stories/model", "--hostfile", "hostfiles/studio5"]
     shown = command(*given, "--context", "256", "--plot", picture)
-    assert shown.returncode == 0 and "It fits (--weights 1,1,1,1,1)" in shown.stdout
+    assert shown.returncode == 0 and "It fits (--shares 1,1,1,1,1)" in shown.stdout
     assert "studio5" in shown.stdout and "Modelled speed" in shown.stdout
     assert picture.read_bytes()[1:4] == b"PNG"
     found = json.loads(command(*given, "--context", "256", "--json").stdout)
-    assert found["fits"] and found["weights"] == [1] * 5
+    assert found["fits"] and found["shares"] == [1] * 5
     assert [rank["words"] for rank in found["ranks"]] == [205, 205, 205, 205, 204]
     assert found["modelled"]["this plan"]["decode_tokens_per_second"] > 0
 

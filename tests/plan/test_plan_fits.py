@@ -147,7 +147,7 @@ def test_only_a_gpu_has_a_limit_to_raise(llama: Opened) -> None:
 
 
 def fits(model: Opened, as_in: Plan, **changes: int) -> bool | None:
-    return plan(model, replace(as_in.setting, **changes), as_in.weights).fits
+    return plan(model, replace(as_in.setting, **changes), as_in.shares).fits
 
 
 def test_auto_gives_more_to_who_reads_faster(llama: Opened) -> None:
@@ -156,7 +156,7 @@ def test_auto_gives_more_to_who_reads_faster(llama: Opened) -> None:
     found = auto(llama, setting)
     even = plan(llama, setting, [1, 1, 1])
     assert found.fits and found.decode.seconds < 0.85 * even.decode.seconds
-    assert found.weights[0] >= 1.5 * found.weights[2]
+    assert found.shares[0] >= 1.5 * found.shares[2]
 
 
 def test_auto_gives_less_to_who_has_less_memory(llama: Opened) -> None:
@@ -169,4 +169,4 @@ def test_auto_gives_less_to_who_has_less_memory(llama: Opened) -> None:
 
 
 def test_auto_leaves_alone_what_is_alike(llama: Opened) -> None:
-    assert auto(llama, on([64.0] * 3)).weights == (1, 1, 1)
+    assert auto(llama, on([64.0] * 3)).shares == (1, 1, 1)

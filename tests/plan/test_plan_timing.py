@@ -130,7 +130,7 @@ def test_the_command_line_reads_what_doctor_wrote(
     file = tmp_path / "measured.json"
     MEASURED.write(file)
     words = ["mlxtp.plan", "--model", str(STORIES), "--measured", str(file), "--json"]
-    monkeypatch.setattr("sys.argv", [*words, "--context", "256", "--weights", "auto"])
+    monkeypatch.setattr("sys.argv", [*words, "--context", "256", "--shares", "auto"])
     main()
     found = json.loads(capsys.readouterr().out)
     assert [rank["host"] for rank in found["ranks"]] == [
@@ -140,7 +140,7 @@ def test_the_command_line_reads_what_doctor_wrote(
     ]
     assert [rank["limit_bytes"] for rank in found["ranks"]] == [8 * 10**9] * 3
     # The slow one gets less.
-    assert found["weights"][2] < found["weights"][0]
+    assert found["shares"][2] < found["shares"][0]
 
 
 def test_a_token_reads_the_experts_that_it_chooses() -> None:

@@ -12,7 +12,7 @@ from tiny import Tiny, made_by_rank_0
 import mlxtp
 from mlxtp import Communicator
 from mlxtp.model.skeleton import build
-from mlxtp.partition import spans as partition
+from mlxtp.partition.shares import Share
 from mlxtp.sharding.decide import slice_table
 
 
@@ -47,7 +47,7 @@ def test_slices_of_all_ranks_make_the_whole() -> None:
             if parts[0].axis is None:
                 assert {part.shape for part in parts} == {shape}
                 continue
-            indices = [i for p in parts for a, b in p.spans for i in range(a, b)]
+            indices = [i for p in parts for i in p.spans.indices]
             if "k_proj" in name or "v_proj" in name:  # ranks may share KV heads
                 assert set(indices) == set(range(shape[parts[0].axis]))
             else:
@@ -59,11 +59,25 @@ def _unsaved(tiny: Tiny) -> nn.Module:
     return model_class(args_class.from_dict(tiny.full_config()))
 
 
-def test_every_cut_follows_the_weights() -> None:
-    weights = [4, 2, 1, 1]
+def test_every_cut_follows_the_shares() -> None:
+    shares = [4, 2, 1, 1]
     model = _unsaved(Tiny({"num_attention_heads": 64, "intermediate_size": 800}))
-    for path, matrix in slice_table(model, weights).matrices.items():
+    for path, matrix in slice_table(model, shares).matrices.items():
         if matrix.cut.layout == "kv":  # two, which four ranks share
             continue
-        held = [partition.length(spans) / matrix.features for spans in matrix.spans]
-        assert held == pytest.approx([w / 8 for w in weights], abs=0.06), path
+        held = [spans.length / matrix.features for spans in matrix.spans]
+        assert held == pytest.approx([w / 8 for w in shares], abs=0.06), path
+
+
+def test_the_parts_of_a_share_count_each_for_its_layers() -> None:
+    shares = [Share(2, 1, 1), Share(1, 2, 1), Share(1, 1, 2)]
+    model = _unsaved(
+        Tiny({"num_attention_heads": 8, "num_key_value_heads": 8, "vocab_size": 128})
+    )
+    table = slice_table(model, shares)
+    held = {
+        path.rpartition(".")[2]: [spans.length for spans in matrix.spans]
+        for path, matrix in table.matrices.items()
+    }
+    most = {name: lengths.index(max(lengths)) for name, lengths in held.items()}
+    assert most["o_proj"] == 0 and most["down_proj"] == 1 and most["lm_head"] == 2

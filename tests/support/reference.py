@@ -129,7 +129,7 @@ def on_rank_0(comm: Communicator, compute: Callable[[], Any]) -> Any:
             said = compute() if comm.rank == 0 else None
         except Exception as error:
             raise ValueError(f"the reference failed: {error!r}") from error
-    return comm.bcast(said)
+    return comm.bcast_object(said)
 
 
 def as_numpy(x: mx.array) -> np.ndarray:

@@ -42,7 +42,7 @@ def start(backend: str, control: Transport | None) -> mx.distributed.Group | Non
     _agree_on_missing(backend, control)
     if control.size == 1:
         return None
-    hosts = control.allgather_objects(socket.gethostname())
+    hosts = control.allgather_object(socket.gethostname())
     os.environ["MLX_RANK"] = str(control.rank)
     starts = {"ring": _start_ring, "jaccl": _start_jaccl, "nccl": _start_nccl}
     return starts[backend](control, hosts)
@@ -72,7 +72,7 @@ def missing(backend: str) -> str | None:
 
 def _agree_on_missing(backend: str, control: Transport) -> None:
     mine = (missing(backend), socket.gethostname())
-    reports = control.allgather_objects(mine)
+    reports = control.allgather_object(mine)
     for rank, (report, host) in enumerate(reports):
         if report is not None:
             alike = all(other == report for other, _ in reports)
@@ -122,7 +122,7 @@ def end_mpi(group: mx.distributed.Group) -> None:
 def _start_ring(control: Transport, hosts: list[str]) -> mx.distributed.Group:
     address = own_address(hosts)
     with _held_port(address) as port:
-        nodes = control.allgather_objects([f"{address}:{port}"])
+        nodes = control.allgather_object([f"{address}:{port}"])
         with _json_file(nodes) as path:
             os.environ["MLX_HOSTFILE"] = path
             control.barrier()
@@ -143,7 +143,7 @@ def _start_jaccl(control: Transport, hosts: list[str]) -> mx.distributed.Group:
             os.environ["MLX_JACCL_RING"] = "1"
 
     def side_channel(rank: int, size: int) -> Callable[[bytes, int], bytes]:
-        return lambda mine, _: b"".join(control.allgather_objects(bytes(mine)))
+        return lambda mine, _: b"".join(control.allgather_object(bytes(mine)))
 
     devices = [[names or None for names in row] for row in table]
     with _json_file(devices) as path:

@@ -45,9 +45,9 @@ class MLXTransport:
         parts = mx.distributed.all_gather(sent, group=self._group, stream=self._stream)
         return parts if x.dtype in FLOATS else parts.view(x.dtype)
 
-    def allgather_objects(self, value: Any) -> list[Any]:
+    def allgather_object(self, value: Any) -> list[Any]:
         if self._control is not None:
-            return self._control.allgather_objects(value)
+            return self._control.allgather_object(value)
         mine = np.frombuffer(pickle.dumps(value), np.uint8)
         sizes = np.array(self.allgather(mx.array(mine.size)))
         padded = np.zeros(sizes.max(), np.uint8)
@@ -60,7 +60,7 @@ class MLXTransport:
     def bcast_object(self, value: Any, root: int) -> Any:
         if self._control is not None:
             return self._control.bcast_object(value, root)
-        return self.allgather_objects(value if self.rank == root else None)[root]
+        return self.allgather_object(value if self.rank == root else None)[root]
 
     def barrier(self) -> None:
         if self._control is not None:

@@ -82,7 +82,7 @@ class MPITransport:
     def bcast_object(self, value: Any, root: int) -> Any:
         return self._comm.bcast(value, root)
 
-    def allgather_objects(self, value: Any) -> list[Any]:
+    def allgather_object(self, value: Any) -> list[Any]:
         return self._comm.allgather(value)
 
     def barrier(self) -> None:

@@ -116,7 +116,7 @@ def is_mesh(table: Devices) -> bool:
 
 def own_devices(control: Transport, hosts: Sequence[str]) -> Devices:
     """The devices between the ranks on `hosts`, as their hosts see them."""
-    return devices(hosts, control.allgather_objects(own_ports()))
+    return devices(hosts, control.allgather_object(own_ports()))
 
 
 def _cables(

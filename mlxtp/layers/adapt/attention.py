@@ -148,7 +148,7 @@ def mask_of_own_heads(
     attention: nn.Module, shards: BlockShards, comm: Communicator
 ) -> None:
     """Take the rank's heads of a mask that is another one for every head."""
-    own = [h for a, b in shards.parts[comm.rank].spans["q"] for h in range(a, b)]
+    own = shards.parts[comm.rank].spans["q"].indices
     make = type(attention)._block_sparse_mask
     whole = SimpleNamespace(
         **{name: value for name, value in vars(attention).items() if "block" in name},

@@ -29,9 +29,9 @@ def gather_before_gain(
     model: nn.Module, shards: BlockShards, comm: Communicator
 ) -> None:
     """Gather the logits of a head that is a bare matrix, before they are scaled."""
-    sizes = comm.allgather_objects(model.lm_head.shape[0])
+    sizes = comm.allgather_object(model.lm_head.shape[0])
     model.lm_head_gain = _GatheredGain(
-        model.lm_head_gain, comm, [(0, size) for size in sizes]
+        model.lm_head_gain, comm, [Span(0, size) for size in sizes]
     )
     model.lm_head_gain.path = "lm_head"
 
