@@ -68,7 +68,7 @@ def test_without_a_measurement_the_size_decides() -> None:
 
 
 def test_in_words() -> None:
-    assert str(Tuning((), {"direct-one-shot": ()})) == "allreduce: mpi-one-shot"
+    assert str(Tuning((), {"direct-one-shot": ()})) == "allreduce: direct-one-shot"
     lines = str(MEASURED).splitlines()
     assert len(lines) == 1 + len(MEASURED.seconds) + 1
     assert lines[-1] == "taken: ring-one-shot, direct-two-shot from 8 KiB"
