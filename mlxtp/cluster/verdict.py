@@ -3,6 +3,9 @@
 The rank that ends a job prints `Verdict.sentence()` on standard error. Where the
 environment variable `VERDICT_VARIABLE` is "1" it writes one line more: `VERDICT_MARK`
 and the verdict as JSON. What started the job sets the variable and reads the line.
+
+There may be several lines: where a rank is lost, others may fail because of it. So a
+verdict whose `why` is not "failed" counts before one whose `why` is.
 """
 
 import json

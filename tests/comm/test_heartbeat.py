@@ -77,10 +77,15 @@ class Job:
         return self._process.returncode, time.monotonic() - begin
 
     def verdict(self) -> Verdict:
-        """What the rank that ended the job told as data: exactly one line."""
+        """What the rank that ended the job told as data.
+
+        MLX's ring raises where a rank is lost, so others may have failed as well.
+        """
         lines = self.output.splitlines()
-        [line] = [line for line in lines if line.startswith(VERDICT_MARK)]
-        return Verdict.from_json(line.removeprefix(VERDICT_MARK))
+        told = [line for line in lines if line.startswith(VERDICT_MARK)]
+        verdicts = [Verdict.from_json(line.removeprefix(VERDICT_MARK)) for line in told]
+        [verdict] = [v for v in verdicts if v.why != "failed"] or verdicts
+        return verdict
 
     def still_running(self, patience_seconds: float = 5) -> list[int]:
         """Which ranks have not ended by then."""
@@ -128,8 +133,9 @@ def test_a_rank_is_killed(transport: str) -> None:
     assert job.output.count(f"mlxtp: rank 1 on {HOST} died") == 1, job.output
     verdict = job.verdict()
     assert (verdict.why, of(verdict)) == ("died", [1])
-    assert verdict.sentence() in job.output and verdict.reporter.rank == 0
+    assert verdict.sentence() in job.output
     if transport == "mpi":
+        assert verdict.reporter.rank == 0
         assert verdict.collective is not None and verdict.collective.number
         assert verdict.collective.layer.startswith("model.layers.")
         assert re.search(
