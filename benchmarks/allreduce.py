@@ -1,6 +1,7 @@
-"""An allreduce, every way of it side by side, from an MLX array to an MLX array.
+"""An allreduce, all algorithms side by side, from an MLX array to an MLX array.
 
-Beside ours: MPI_Allreduce as Open MPI chooses it, each of Open MPI's algorithms, and
+Beside ours: the same over MPI's own allgather (`mpi-one-shot` and `mpi-two-shot`),
+MPI_Allreduce as Open MPI chooses it, each of Open MPI's algorithms, and
 the sums of MLX's backends. Where the links' delay is known (in the lab) times are
 also given as multiples of the floor, which is the hops between the farthest ranks.
 Parts are bfloat16, for MPI_Allreduce float32 of as many bytes.
@@ -17,10 +18,12 @@ import mlx.core as mx
 import numpy as np
 from ranks import HOSTFILE, measured
 
-from mlxtp.comm.allreduce import ways
+from mlxtp.comm.allreduce import ALGORITHMS, OneShot, TwoShot, algorithms
 from mlxtp.comm.eager import EagerCollectives
+from mlxtp.comm.gathers import Gather
 from mlxtp.comm.graph import GraphCollectives
-from mlxtp.comm.heartbeat import Watch
+from mlxtp.comm.heartbeat import Heartbeat
+from mlxtp.comm.progress import Progress
 from mlxtp.comm.traffic import Traffic
 from mlxtp.comm.transports import add_backend, connect
 
@@ -44,6 +47,23 @@ WARM_UP = 2
 
 # Name of what is timed -> median seconds by bytes.
 Times = dict[str, dict[str, float]]
+
+
+class MPIGather(Gather):
+    """MPI's own allgather, by whichever of its algorithms Open MPI chooses."""
+
+    def start(self, mine: np.ndarray) -> None:
+        from mpi4py import MPI
+
+        aliased = np.may_share_memory(mine, self.joined)
+        part = MPI.IN_PLACE if aliased else (mine, MPI.BYTE)
+        if len(set(self.counts)) == 1:  # MPI has faster algorithms for equal parts
+            MPI.COMM_WORLD.Allgather(part, (self.joined, MPI.BYTE))
+        else:
+            MPI.COMM_WORLD.Allgatherv(part, (self.joined, self.counts, MPI.BYTE))
+
+    def finish(self) -> None:
+        """Nothing is under way any more."""
 
 
 def main() -> None:
@@ -94,38 +114,39 @@ def forwarded(args: argparse.Namespace, job: str) -> list[object]:
 
 
 def measure(args: argparse.Namespace) -> Times:
-    """One job, on every rank: the median seconds of each way, on the slowest rank."""
+    """One job, on every rank: each algorithm's median seconds, on the slowest rank."""
     name = args.job.removeprefix("MLX over ")
     backend = name if name in MLX else "mpi"
     control = connect(backend)
-    watch = Watch(control, timeout_seconds=600)
+    progress = Progress()
+    heartbeat = Heartbeat(control, progress, timeout_seconds=600)
     transport: Any = add_backend(backend, control)
     if name in MLX:
-        sums = sums_in_graph(transport, watch, name)
+        sums = sums_in_graph(transport, progress, name)
     elif name == "mlxtp":
-        sums = our_sums(transport, watch)
+        sums = our_sums(transport, progress)
     else:
         sums = {name: sum_of_mpi}
-    result: Times = {way: {} for way in sums}
+    result: Times = {algorithm: {} for algorithm in sums}
     for size in args.sizes:
         calls = args.calls if size <= 2**20 else 1
         x = mx.zeros(size // 2, mx.bfloat16)
         mx.eval(x)
         rounds = range(WARM_UP + args.rounds)
-        turns = [[timed(sums[way], x, calls) for way in sums] for _ in rounds]
+        turns = [[timed(sums[name], x, calls) for name in sums] for _ in rounds]
         medians = np.median(turns[WARM_UP:], axis=0)
         slowest = np.max(transport.allgather_object(medians), axis=0)
-        for way, seconds in zip(sums, slowest.tolist(), strict=True):
-            result[way][str(size)] = seconds
-    watch.leave()
+        for algorithm, seconds in zip(sums, slowest.tolist(), strict=True):
+            result[algorithm][str(size)] = seconds
+    heartbeat.leave()
     return result
 
 
 def timed(allreduce: Callable[[mx.array], mx.array], x: mx.array, calls: int) -> float:
     """Seconds a call, each of which takes the result of the last.
 
-    One before them is not timed: whatever another way left between the ranks, they
-    are then no farther apart than the hops between them.
+    One before them is not timed: whatever another algorithm left between the ranks,
+    they are then no farther apart than the hops between them.
     """
     allreduce(x)
     begin = time.perf_counter()
@@ -134,12 +155,18 @@ def timed(allreduce: Callable[[mx.array], mx.array], x: mx.array, calls: int) ->
     return (time.perf_counter() - begin) / calls
 
 
-def our_sums(transport: Any, watch: Watch) -> dict[str, Any]:
+def our_sums(transport: Any, progress: Progress) -> dict[str, Any]:
     def sum_by(name: str) -> Callable[[mx.array], mx.array]:
-        arrays = EagerCollectives(transport, watch, Traffic(), name, "plain")
+        arrays = EagerCollectives(transport, progress, Traffic(), allreduce=name)
         return lambda x: arrays.allreduce(x, "")
 
-    return {name: sum_by(name) for name in ["auto", *ways(transport.size)]}
+    sums = {name: sum_by(name) for name in ["auto", *algorithms(transport.size)]}
+    of_mpi = {
+        "mpi-one-shot": (OneShot, MPIGather),
+        "mpi-two-shot": (TwoShot, MPIGather),
+    }
+    ALGORITHMS.update(of_mpi)
+    return sums | {name: sum_by(name) for name in of_mpi}
 
 
 def sum_of_mpi(x: mx.array) -> mx.array:
@@ -151,8 +178,8 @@ def sum_of_mpi(x: mx.array) -> mx.array:
     return mx.array(total).view(mx.bfloat16)
 
 
-def sums_in_graph(transport: Any, watch: Watch, name: str) -> dict[str, Any]:
-    ours = GraphCollectives(transport, watch, Traffic())
+def sums_in_graph(transport: Any, progress: Progress, name: str) -> dict[str, Any]:
+    ours = GraphCollectives(transport, progress, Traffic())
 
     def evaluated(total: mx.array) -> mx.array:
         mx.eval(total)

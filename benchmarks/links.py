@@ -14,12 +14,12 @@ from typing import Any
 
 import mlx.core as mx
 import numpy as np
+from allreduce import MPIGather
 from models import LLAMA_3_2_1B, make
 from ranks import HOSTFILE, measured
 
 import mlxtp
-from mlxtp.comm.allreduce import WAYS
-from mlxtp.comm.gathers import MPIGather
+from mlxtp.comm.allreduce import ALGORITHMS
 from mlxtp.stories import PATH as STORIES
 
 # 8,192 elements of float32, which MPI can add, are 32 KiB.
@@ -37,19 +37,22 @@ SIDES = {"mlxtp": "auto", "MPI_Allreduce": "MPI_Allreduce"}
 
 
 class MPIAllreduce:
-    """MPI's own sum, in an order and a way of its own; it has no 16-bit floats."""
+    """MPI's own sum, in an order of its own; it has no 16-bit floats."""
 
     def __init__(
-        self, transport: Any, gather: Any, wire: Any, size: int, dtype: np.dtype
+        self, transport: Any, gather: Any, codec: Any, size: int, dtype: np.dtype
     ) -> None:
         from mpi4py import MPI
 
         self._comm = MPI.COMM_WORLD
         self._result = np.empty(size, np.float32)
 
-    def __call__(self, x: np.ndarray) -> np.ndarray:
+    def start(self, x: np.ndarray) -> None:
+        self._dtype = x.dtype
         self._comm.Allreduce(x.astype(np.float32, copy=False), self._result)
-        return self._result.astype(x.dtype, copy=False)
+
+    def finish(self) -> np.ndarray:
+        return self._result.astype(self._dtype, copy=False)
 
     def requests(self) -> list[Any]:
         return []
@@ -90,7 +93,7 @@ def turn(args: argparse.Namespace, side: str, model: Path) -> dict[str, float]:
 def measure(args: argparse.Namespace) -> dict[str, float]:
     """One turn of one side, run by every rank."""
     if args.side == "MPI_Allreduce":
-        WAYS["MPI_Allreduce"] = (MPIAllreduce, MPIGather)
+        ALGORITHMS["MPI_Allreduce"] = (MPIAllreduce, MPIGather)
     comm = mlxtp.Communicator.world(allreduce=SIDES[args.side])
     model, tokenizer = mlxtp.load(args.model, comm)
     prompt = list(range(2, 10))

@@ -1,4 +1,4 @@
-"""What `--wire int8` loses and saves, on the model that ships.
+"""What `--wire int8`, an experiment, loses and saves on the model that ships.
 
 The loss is that of the held-out stories of its training, in nats a token, with parts
 as they are and with 8 bits on the wire. Greedy texts are compared up to the first
@@ -20,7 +20,7 @@ from ranks import measured
 from tokenizers import Tokenizer
 
 import mlxtp
-from mlxtp.comm.codec import Int8Wire
+from mlxtp.comm.codec import Int8Codec
 from mlxtp.stories import PATH as STORIES
 from mlxtp.stories.train import CONFIG, LONG_LENGTH, batch, row
 
@@ -97,7 +97,7 @@ def report(
     for names, counts in alike.items():
         print(f"{names:16}{''.join(f'{count:5}' for count in counts)}")
     hidden = CONFIG["hidden_size"]
-    saved = Int8Wire().nbytes(hidden) / (2 * hidden)
+    saved = Int8Codec().nbytes(hidden) / (2 * hidden)
     print(f"bytes of a part, int8 / bfloat16: {saved:.3f}", flush=True)
     return {
         "one rank": mean(alone["losses"]),

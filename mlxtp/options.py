@@ -10,7 +10,7 @@ from typing import Any
 from mlx_lm.generate import setup_arg_parser
 
 from mlxtp.comm import launcher
-from mlxtp.comm.allreduce import WAYS
+from mlxtp.comm.allreduce import ALGORITHMS
 from mlxtp.comm.communicator import TIMEOUT_SECONDS
 from mlxtp.comm.transports import TRANSPORTS
 
@@ -55,10 +55,10 @@ def _world_parser() -> argparse.ArgumentParser:
     )
     ours.add_argument(
         "--allreduce",
-        choices=["auto", "ring", "direct", "mpi", *WAYS],
+        choices=["auto", "ring", "direct", *ALGORITHMS],
         default="auto",
         metavar="NAME",
-        help="Over --transport mpi, the way of an allreduce: ring, direct or mpi, or "
+        help="Over --transport mpi, the algorithm of an allreduce: ring or direct, or "
         "one of them with -one-shot or -two-shot behind. Default: auto, whichever a "
         "short measurement finds the fastest for each size.",
     )
@@ -66,8 +66,8 @@ def _world_parser() -> argparse.ArgumentParser:
         "--wire",
         choices=["plain", "int8"],
         default="plain",
-        help="Over --transport mpi, int8 sends activations with 8 bits: for slow "
-        "links, and not exact. Default: plain.",
+        help="Over --transport mpi, int8 sends activations with 8 bits: an experiment "
+        "for slow links, and not exact. Default: plain.",
     )
     ours.add_argument(
         "--timeout",

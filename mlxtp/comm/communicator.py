@@ -17,7 +17,9 @@ from mlxtp.comm import launcher
 from mlxtp.comm.eager import EagerCollectives
 from mlxtp.comm.errors import UsageError
 from mlxtp.comm.graph import GraphCollectives
-from mlxtp.comm.heartbeat import Watch
+from mlxtp.comm.heartbeat import Heartbeat
+from mlxtp.comm.progress import Progress
+from mlxtp.comm.request import Request
 from mlxtp.comm.traffic import Traffic
 from mlxtp.comm.transports import (
     GraphTransport,
@@ -35,9 +37,13 @@ EXCHANGE_TAG = 32767
 class Communicator:
     """The ranks of one job, each a process, numbered from 0 to `size` - 1.
 
-    Every rank makes the same collective calls in the same order. Over mpi4py,
-    collectives on arrays evaluate their input; over MLX's backends they are part of
-    the graph. With one rank they return it as it is.
+    Every rank makes the same collective calls in the same order. The names say what
+    is sent: a plain name (`allreduce`) takes MLX arrays, one that ends in `_object`
+    any object that pickle can write, and one that begins with `i` is nonblocking and
+    returns a `Request`. `exchange` alone takes bytes, as numpy arrays.
+
+    Over mpi4py, collectives on arrays evaluate their input; over MLX's backends they
+    are part of the graph. With one rank they return it as it is.
     """
 
     def __init__(
@@ -48,10 +54,12 @@ class Communicator:
         allreduce: str = "auto",
         wire: str = "plain",
         timeout_seconds: float = TIMEOUT_SECONDS,
+        measure: bool = True,
+        heartbeat: bool = True,
     ) -> None:
-        """The ranks that `control` connects; without it, a world of size 1.
+        """Join the ranks that `control` connects; without it, a world of size 1.
 
-        Arguments and errors are those of `world`.
+        Arguments, effects and errors are those of `world`.
         """
         self.rank = control.rank if control else 0
         self.size = control.size if control else 1
@@ -61,8 +69,11 @@ class Communicator:
         self._control = control
         if control is None:
             return
-        self._watch = Watch(control, timeout_seconds)
-        sys.excepthook = self._end_all_ranks
+        self._progress = Progress()
+        self._heartbeat: Heartbeat | None = None
+        if heartbeat:
+            self._heartbeat = Heartbeat(control, self._progress, timeout_seconds)
+            sys.excepthook = self._end_all_ranks
         try:
             connected = add_backend(transport, control)
         except ValueError as error:
@@ -72,10 +83,15 @@ class Communicator:
         self._arrays: EagerCollectives | GraphCollectives
         if isinstance(connected, MessageTransport):
             self._arrays = EagerCollectives(
-                connected, self._watch, self.traffic, allreduce, wire
+                connected,
+                self._progress,
+                self.traffic,
+                allreduce=allreduce,
+                wire=wire,
+                measure=measure,
             )
         else:
-            self._arrays = GraphCollectives(connected, self._watch, self.traffic)
+            self._arrays = GraphCollectives(connected, self._progress, self.traffic)
             self.is_eager = False
 
     @classmethod
@@ -86,20 +102,35 @@ class Communicator:
         allreduce: str = "auto",
         wire: str = "plain",
         timeout_seconds: float = TIMEOUT_SECONDS,
+        measure: bool = True,
+        heartbeat: bool = True,
     ) -> "Communicator":
-        """All ranks that mpirun started; without mpirun a world of size 1.
+        """Join all ranks that mpirun started; without mpirun, a world of size 1.
 
-        From then on an exception that nothing catches ends all ranks, and is printed
-        once, with rank and host; and so does a rank that is missing.
+        With several ranks this changes the process:
+
+        - It starts MPI, which is ended when Python exits.
+        - It starts the thread of the heartbeat, and installs `sys.excepthook` and,
+          where nothing handles SIGTERM yet, a handler of it. From then on an
+          exception that nothing catches ends all ranks and is printed once, with rank
+          and host; and a rank that is lost ends all others.
+        - Over mpi4py it measures the algorithms of an allreduce, for about a second.
 
         Args:
-            transport: "mpi", or one of MLX's backends: "ring", "mlx-mpi", "jaccl",
-                "nccl".
-            allreduce: the way of an allreduce, as in `collectives.WAYS`, or the
-                beginning of its name; "auto" measures which is the fastest.
-            wire: "plain", or "int8" to send activations with 8 bits, inexactly.
+            transport: "mpi", or one of MLX's backends: "ring", "mlx-mpi", "jaccl".
+            allreduce: the algorithm of an allreduce, as in `allreduce.ALGORITHMS`, or
+                "ring" or "direct" for both of its kind; of several the fastest is
+                taken for each size.
+            wire: "plain", or "int8" to send activations with 8 bits, inexactly: an
+                experiment.
             timeout_seconds: the longest that a rank may be silent, wait in one
                 collective, or wait for MPI to start on all.
+            measure: False measures nothing. Of the algorithms that `allreduce` admits
+                parts below 256 KiB then take a one-shot one and larger parts a
+                two-shot one, direct before ring.
+            heartbeat: False starts no thread and installs no hooks. Then nothing
+                notices that a rank is lost, or ends the others where one fails; the
+                limit for MPI to start remains.
 
         Raises:
             UsageError: if the transport is not available.
@@ -127,26 +158,46 @@ class Communicator:
             allreduce=allreduce,
             wire=wire,
             timeout_seconds=timeout_seconds,
+            measure=measure,
+            heartbeat=heartbeat,
         )
 
     def allreduce(self, x: mx.array, at: str = "") -> mx.array:
         """Sum `x` over ranks: in rank order, the same bits on every rank.
 
-        `at` is the layer that messages name if a rank is missing.
+        `at` is the path of the layer, which messages name if a rank is lost.
 
         Shapes: x (...) partial -> (...) replicated, of the same dtype.
+        Communicates: one allreduce of x.size elements.
         """
         return x if self._control is None else self._arrays.allreduce(x, at)
+
+    def iallreduce(self, x: mx.array, at: str = "") -> Request:
+        """Start to sum `x` over ranks; the request's `wait` returns the sum.
+
+        The sum has the same bits as that of `allreduce`. Other collectives may be
+        started or made meanwhile, of the same size too. All ranks start and wait for
+        the same requests in the same order. Over mpi4py a rank that does not wait
+        does not pass on either, so others may be held up until it does.
+
+        Shapes: x (...) partial -> (...) replicated, of the same dtype.
+        Communicates: one allreduce of x.size elements.
+        """
+        if self._control is None:
+            alone = mx.reshape(x, x.shape)  # what changes x in place leaves it as it is
+            return Request(lambda: alone)
+        return self._arrays.iallreduce(x, at)
 
     def allgather(self, x: mx.array, sizes: Sequence[int], at: str = "") -> mx.array:
         """Join the ranks' arrays along the last axis, in rank order.
 
         Shapes: x (..., sizes[rank]) sharded -> (..., sum(sizes)) replicated.
+        Communicates: one allgather of x.size elements a rank.
         """
         return x if self._control is None else self._arrays.allgather(x, sizes, at)
 
     def describe(self) -> str:
-        """How arrays travel: the transport, and the measured ways of an allreduce."""
+        """Tell how arrays are sent: the transport, and the measured algorithms."""
         if self._control is None:
             return "one rank: nothing travels"
         return f"{self.size} ranks over {self._transport}\n{self._arrays}"
@@ -155,21 +206,22 @@ class Communicator:
         """Give every rank the array of `root`.
 
         Shapes: x (...) of `root` -> (...) replicated, of the same dtype.
+        Communicates: one broadcast of x, pickled.
         """
         return self.bcast_object(x, root)
 
     def bcast_object(self, value: Any, root: int = 0) -> Any:
-        """Give every rank the plain object of `root`."""
+        """Give every rank the object of `root`."""
         if self._control is None:
             return value
-        with self._watch.collective("bcast"):
+        with self._progress.collective("bcast"):
             return self._control.bcast_object(value, root)
 
     def allgather_object(self, value: Any) -> list[Any]:
-        """Give every rank the plain object of every rank, in rank order."""
+        """Give every rank the object of every rank, in rank order."""
         if self._control is None:
             return [value]
-        with self._watch.collective("allgather"):
+        with self._progress.collective("allgather"):
             return self._control.allgather_object(value)
 
     def exchange(self, to: Sequence[np.ndarray], sizes: Sequence[int]) -> list[Any]:
@@ -177,12 +229,13 @@ class Communicator:
 
         Shapes: messages (n,) uint8; empty ones are not sent. Its own message comes
         back to a rank as it is.
+        Communicates: one message to each other rank.
         """
         received = [np.empty(size, np.uint8) for size in sizes]
         received[self.rank] = to[self.rank]
         if self._control is None:
             return received
-        with self._watch.collective("exchange"):
+        with self._progress.collective("exchange"):
             if not isinstance(self._control, MessageTransport):
                 everything = self._control.allgather_object(to)
                 return [messages[self.rank] for messages in everything]
@@ -205,15 +258,15 @@ class Communicator:
     def barrier(self) -> None:
         """Wait until every rank has come here."""
         if self._control is not None:
-            with self._watch.collective("barrier"):
+            with self._progress.collective("barrier"):
                 self._control.barrier()
 
     def unlimited(self) -> AbstractContextManager[None]:
-        """Within it the others may take as long as they need, to load, say.
+        """Let the others take as long as they need in the block, to load, say.
 
         Ranks that die, stop or are cut off are noticed all the same.
         """
-        return nullcontext() if self._control is None else self._watch.unlimited()
+        return nullcontext() if self._control is None else self._progress.unlimited()
 
     @contextmanager
     def agreement(self) -> Iterator[None]:
@@ -222,26 +275,27 @@ class Communicator:
         For a block without collectives that checks what people gave us: what one
         rank alone sees (a file missing on its host) ends it on every rank.
 
+        Communicates: one allgather of objects, at the end of the block.
         Raises: UsageError for a ValueError or OSError on any rank, with rank and
-            host where not all ranks found the same.
+            host where not all ranks have the same.
         """
-        found = None
+        mistake = None
         try:
             yield
         except (ValueError, OSError) as error:
-            found = error
-        mine = found and (str(found) or repr(found), self.host)
+            mistake = error
+        mine = mistake and (str(mistake) or repr(mistake), self.host)
         reports = self.allgather_object(mine)
-        if all(report is None for report in reports):
+        reporting = [rank for rank, report in enumerate(reports) if report is not None]
+        if not reporting:
             return
-        rank, report = next((r, it) for r, it in enumerate(reports) if it is not None)
-        message, host = report
+        message, host = reports[reporting[0]]
         if any(other is None or other[0] != message for other in reports):
-            message = f"rank {rank} on {host}: {message}"
-        raise UsageError(message) from found
+            message = f"rank {reporting[0]} on {host}: {message}"
+        raise UsageError(message) from mistake
 
     def _close(self, *transports: Transport) -> None:
-        with self._watch.finish():
+        with self._heartbeat.finish() if self._heartbeat else nullcontext():
             for transport in transports:
                 transport.close()
 
@@ -251,10 +305,8 @@ class Communicator:
         error: BaseException,
         trace: TracebackType | None,
     ) -> None:
-        """Print an exception and end every rank: what `world` puts in excepthook."""
+        """Print an exception and end every rank: the `sys.excepthook` of `world`."""
+        assert self._heartbeat is not None
         # The others may have failed alike: the first to print ends them all.
-        time.sleep(launcher.later_seconds())
-        text = "".join(traceback.format_exception(kind, error, trace))
-        self._watch.end_job(
-            f"{text}mlxtp: rank {self.rank} on {self.host} failed: all ranks end"
-        )
+        time.sleep(launcher.report_delay_seconds())
+        self._heartbeat.fail("".join(traceback.format_exception(kind, error, trace)))

@@ -10,57 +10,93 @@ import ml_dtypes
 import mlx.core as mx
 import numpy as np
 
-from mlxtp.comm.allreduce import Collectives, ways
-from mlxtp.comm.heartbeat import Watch
+from mlxtp.comm.allreduce import Collectives, StartedSum, algorithms
+from mlxtp.comm.progress import Progress
+from mlxtp.comm.request import Request
 from mlxtp.comm.traffic import Traffic
 from mlxtp.comm.transports import MessageTransport
-from mlxtp.comm.tuning import choose
+from mlxtp.comm.tuning import tune, untimed
 
 
 class EagerCollectives:
-    """Sends the memory of evaluated arrays as it lies, and makes arrays of results.
+    """Send the memory of evaluated arrays as it lies, and make arrays of results.
 
-    `choice` is the way of an allreduce by size.
+    `tuning` says which algorithm an allreduce takes for which size. Unless `measure`
+    is False it is measured here, which takes about a second.
     """
 
     def __init__(
         self,
         transport: MessageTransport,
-        watch: Watch,
+        progress: Progress,
         traffic: Traffic,
-        allreduce: str,
-        wire: str,
+        *,
+        allreduce: str = "auto",
+        wire: str = "plain",
+        measure: bool = True,
     ) -> None:
-        self._watch = watch
+        self._progress = progress
         self._traffic = traffic
         self._collectives = Collectives(transport, wire)
-        with (
-            watch.unlimited(),
-            watch.collective("measurement of allreduces"),
-        ):
-            names = ways(transport.size, allreduce)
-            self.choice = choose(self._collectives, transport, names)
-        self._collectives.forget()
-        self._way = cache(self.choice.way)
-        self._gather = cache(self.choice.gather)
+        names = algorithms(transport.size, allreduce)
+        self.tuning = untimed(names)
+        if measure:
+            with (
+                progress.unlimited(),
+                progress.collective("measurement of allreduces"),
+            ):
+                self.tuning = tune(self._collectives, transport, names)
+            self._collectives.forget()
+        self._algorithm = cache(self.tuning.algorithm)
+        self._gather = cache(self.tuning.gather)
 
     def __str__(self) -> str:
-        return str(self.choice)
+        """Tell which algorithm is taken from which size on."""
+        return str(self.tuning)
 
     def allreduce(self, x: mx.array, at: str) -> mx.array:
-        """Sum x (...) over ranks."""
+        """Sum x over ranks.
+
+        Shapes: x (...) partial -> (...) replicated.
+        """
         with self._counted(x, "allreduce", at) as part:
-            way = self._way(part.nbytes)
-            total = self._collectives.allreduce(part, way)
+            algorithm = self._algorithm(part.nbytes)
+            total = self._collectives.allreduce(part, algorithm)
             return mx.array(total.reshape(x.shape))
 
+    def iallreduce(self, x: mx.array, at: str) -> Request:
+        """Start to sum x over ranks.
+
+        Shapes: x (...) partial -> (...) replicated.
+        """
+        # An array of its own: what changes x in place meanwhile leaves it as it is.
+        flat = mx.reshape(x, (-1,))
+        with self._counted(flat, "iallreduce", at) as part:
+            algorithm = self._algorithm(part.nbytes)
+            started = self._collectives.start_allreduce(part, algorithm)
+        return Request(lambda: self._finish(started, flat, x.shape, at))
+
+    def _finish(
+        self, started: StartedSum, sent: mx.array, shape: tuple[int, ...], at: str
+    ) -> mx.array:
+        """Return the sum; `sent` is kept until then, as it is being sent."""
+        begin = time.perf_counter()
+        with self._progress.collective("iallreduce", at):
+            total = self._collectives.finish_allreduce(started)
+            result = mx.array(total.reshape(shape))
+        self._traffic.seconds += time.perf_counter() - begin
+        return result
+
     def allgather(self, x: mx.array, sizes: Sequence[int], at: str) -> mx.array:
-        """Join the ranks' x (..., sizes[rank]) along the last axis."""
+        """Join the ranks' arrays along the last axis, in rank order.
+
+        Shapes: x (..., sizes[rank]) sharded -> (..., sum(sizes)) replicated.
+        """
         rows = math.prod(x.shape[:-1])
         counts = [rows * size for size in sizes]
         with self._counted(x, "allgather", at) as part:
-            way = self._gather(max(counts) * part.itemsize)
-            joined = self._collectives.allgather(part, counts, way)
+            algorithm = self._gather(max(counts) * part.itemsize)
+            joined = self._collectives.allgather(part, counts, algorithm)
             if rows > 1:
                 pieces = np.split(joined, np.cumsum(counts)[:-1])
                 joined = np.concatenate(
@@ -69,17 +105,17 @@ class EagerCollectives:
             return mx.array(joined.reshape(*x.shape[:-1], sum(sizes)))
 
     @contextmanager
-    def _counted(self, x: mx.array, what: str, at: str) -> Iterator[np.ndarray]:
+    def _counted(self, x: mx.array, name: str, at: str) -> Iterator[np.ndarray]:
         """Evaluate `x` and give its memory (n,); count what is done as traffic."""
         mx.eval(x)
         begin = time.perf_counter()
-        with self._watch.collective(what, at):
+        with self._progress.collective(name, at):
             yield memory(x)
         self._traffic.count(x.nbytes, time.perf_counter() - begin)
 
 
 def memory(x: mx.array) -> np.ndarray:
-    """The memory of an array (n,) as it lies; of one with gaps a copy without them."""
+    """Return the memory of an array (n,) as it lies; a copy of one with gaps."""
     view = memoryview(x)  # type: ignore[arg-type]  # mlx tells no types of buffers
     if not view.c_contiguous:
         view = memoryview(mx.contiguous(x))  # type: ignore[arg-type]

@@ -4,25 +4,31 @@ ring     to both neighbours, which pass on: floor(N/2) hops, and every cable
          carries each part once in each direction at most
 direct   to everyone at once: one hop on a mesh or a switch; on a ring the
          hosts between forward, so the far parts cross several cables
-mpi      as MPI sees fit
+
+Several gathers may be under way at once. Every message is sent, and its receive
+posted, in the same `start` or `finish`, and all ranks call these in the same order.
+So messages with the same tag between two ranks never get mixed up.
 """
 
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from itertools import accumulate, pairwise
 
 import numpy as np
 
-from mlxtp.comm.transports import MessageTransport, Request
+from mlxtp.comm.transports import MessageRequest, MessageTransport
 
 # Longer parts go as several messages; a transport sends one of this size at once.
 PIECE_BYTES = 512 * 1024
 
 
-class Gather:
+class Gather(ABC):
     """Everyone's part to everyone, of fixed sizes: counts[rank] bytes each.
 
-    `parts` are views of one buffer, `joined`, in rank order. A call fills all but
+    `parts` are views of one buffer, `joined`, in rank order. A gather fills all but
     the rank's own.
+
+    Shapes: parts[rank] (counts[rank],) uint8; joined (sum(counts),) uint8.
     """
 
     def __init__(self, transport: MessageTransport, counts: Sequence[int]) -> None:
@@ -33,28 +39,27 @@ class Gather:
         self.parts = [self.joined[start:stop] for start, stop in edges]
         self.prepare()
 
-    def prepare(self) -> None:
-        """Make the requests that every call starts."""
+    def prepare(self) -> None:  # noqa: B027 - a gather may need none
+        """Make the persistent requests that every gather starts."""
 
-    def __call__(self, mine: np.ndarray) -> None:
-        raise NotImplementedError
+    @abstractmethod
+    def start(self, mine: np.ndarray) -> None:
+        """Begin to send this rank's part; it stays as it is until `finish`."""
 
-    def requests(self) -> list[Request]:
-        """What has to be freed in the end."""
+    @abstractmethod
+    def finish(self) -> None:
+        """Wait until all parts are here and `mine` may change."""
+
+    def requests(self) -> list[MessageRequest]:
+        """Return the persistent requests, which have to be freed in the end."""
         return []
-
-
-class MPIGather(Gather):
-    """Gather as MPI sees fit."""
-
-    def __call__(self, mine: np.ndarray) -> None:
-        self.transport.allgatherv(mine, self.joined, self.counts)
 
 
 class DirectGather(Gather):
     """Send to everyone and receive from everyone, all at once."""
 
     def prepare(self) -> None:
+        """Make a receive for each piece of each peer's part."""
         rank, size = self.transport.rank, self.transport.size
         # Beginning with the next rank, so that not all send to rank 0 first.
         self._peers = [(rank + 1 + i) % size for i in range(size - 1)]
@@ -64,17 +69,23 @@ class DirectGather(Gather):
             for piece in in_pieces(self.parts[peer])
         ]
 
-    def __call__(self, mine: np.ndarray) -> None:
+    def start(self, mine: np.ndarray) -> None:
+        """Post the receives and send this rank's part."""
         transport = self.transport
         transport.start(self._receives)
-        sends = [
+        self._sends = [
             transport.send(piece, peer, tag=transport.rank)
             for piece in in_pieces(mine)
             for peer in self._peers
         ]
-        transport.wait([*self._receives, *sends])
 
-    def requests(self) -> list[Request]:
+    def finish(self) -> None:
+        """Wait for all messages."""
+        self.transport.wait([*self._receives, *self._sends])
+        self._sends = []
+
+    def requests(self) -> list[MessageRequest]:
+        """Return the receives."""
         return self._receives
 
 
@@ -86,15 +97,15 @@ class RingGather(Gather):
     """
 
     def prepare(self) -> None:
+        """Make the receives, by hops, and the send that each is passed on as."""
         transport, size = self.transport, self.transport.size
         rank, hops = transport.rank, size // 2
         neighbours = (rank - 1) % size, (rank + 1) % size
         self._neighbours = neighbours
-        self._receives: list[Request] = []
-        # What each receive is passed on as.
-        self._forwards: list[Request | None] = []
-        for side, step in enumerate((-1, 1)):
-            for hop in range(1, hops + 1):
+        self._receives: list[MessageRequest] = []
+        self._forwards: list[MessageRequest | None] = []
+        for hop in range(1, hops + 1):
+            for side, step in enumerate((-1, 1)):
                 origin = (rank + step * hop) % size
                 further = self._pieces(origin, hop + 1, side) if hop < hops else {}
                 for tag, piece in self._pieces(origin, hop, side).items():
@@ -106,6 +117,8 @@ class RingGather(Gather):
                         if tag in further
                         else None
                     )
+            if hop == 1:
+                self._first_hop = len(self._receives)
 
     def _pieces(self, origin: int, hop: int, side: int) -> dict[int, np.ndarray]:
         """What travels of a part on its `hop`th hop, coming from `side`, by tags."""
@@ -119,10 +132,14 @@ class RingGather(Gather):
             if max(start, low) < min(stop, high)
         }
 
-    def __call__(self, mine: np.ndarray) -> None:
+    def start(self, mine: np.ndarray) -> None:
+        """Post the receives of the first hop and send this rank's part.
+
+        What neighbours pass on they send in `finish`, so it is received there.
+        """
         transport = self.transport
-        transport.start(self._receives)
-        under_way = [
+        transport.start(self._receives[: self._first_hop])
+        self._sends = [
             transport.send(
                 piece,
                 self._neighbours[1 - side],
@@ -131,21 +148,31 @@ class RingGather(Gather):
             for number, piece in enumerate(in_pieces(mine))
             for side in (0, 1)
         ]
+
+    def finish(self) -> None:
+        """Pass on what comes until all parts are here."""
+        transport = self.transport
+        transport.start(self._receives[self._first_hop :])
         missing = len(self._receives)
         while missing:
             done = transport.wait_some(self._receives)
             missing -= len(done)
             forwards = [f for place in done if (f := self._forwards[place]) is not None]
             transport.start(forwards)
-            under_way += forwards
-        transport.wait(under_way)
+            self._sends += forwards
+        transport.wait(self._sends)
+        self._sends = []
 
-    def requests(self) -> list[Request]:
+    def requests(self) -> list[MessageRequest]:
+        """Return the receives and the sends that pass on."""
         return [*self._receives, *filter(None, self._forwards)]
 
 
 def in_pieces(part: np.ndarray) -> list[np.ndarray]:
-    """The part as messages that are short enough to go out without being asked for."""
+    """Cut a part into messages that are short enough to be sent at once.
+
+    Shapes: part (n,) -> views (at most `PIECE_BYTES`,).
+    """
     return [part[start:stop] for start, stop in _cuts(part.size)]
 
 

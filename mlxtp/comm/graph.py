@@ -4,32 +4,37 @@ from collections.abc import Sequence
 
 import mlx.core as mx
 
-from mlxtp.comm.heartbeat import Watch
+from mlxtp.comm.progress import Progress
+from mlxtp.comm.request import Request
 from mlxtp.comm.traffic import Traffic
 from mlxtp.comm.transports import GraphTransport
 
 
 class GraphCollectives:
-    """Gathers by one of MLX's backends, and sums in rank order.
+    """Gather by one of MLX's backends, and sum in rank order.
 
     The backends' own sums are made in an order of theirs, in 16 bits for 16-bit
     types. Ours cost more bytes where arrays are large: every rank gets all parts.
     """
 
     def __init__(
-        self, transport: GraphTransport, watch: Watch, traffic: Traffic
+        self, transport: GraphTransport, progress: Progress, traffic: Traffic
     ) -> None:
         self._transport = transport
-        self._watch = watch
+        self._progress = progress
         self._traffic = traffic
 
     def __str__(self) -> str:
+        """Tell how an allreduce is made."""
         return "allreduce: gathers in the graph, sums in rank order"
 
     def allreduce(self, x: mx.array, at: str) -> mx.array:
-        """Sum x (...) over ranks, in float32 for 16-bit floats."""
+        """Sum x over ranks, in float32 for 16-bit floats.
+
+        Shapes: x (...) partial -> (...) replicated, unevaluated.
+        """
         self._traffic.count(x.nbytes, 0.0)
-        self._watch.put_in_graph("an allreduce", at)
+        self._progress.put_in_graph("allreduce", at)
         parts = self._transport.allgather(x)
         if x.dtype in (mx.float16, mx.bfloat16):
             parts = parts.astype(mx.float32)
@@ -38,10 +43,22 @@ class GraphCollectives:
             total = total + parts[rank]
         return total.astype(x.dtype)
 
+    def iallreduce(self, x: mx.array, at: str) -> Request:
+        """Put the sum of x over ranks into the graph: MLX waits when it evaluates.
+
+        Shapes: x (...) partial -> (...) replicated, unevaluated.
+        """
+        total = self.allreduce(x, at)
+        return Request(lambda: total)
+
     def allgather(self, x: mx.array, sizes: Sequence[int], at: str) -> mx.array:
-        """Join the ranks' x (..., sizes[rank]) along the last axis."""
+        """Join the ranks' arrays along the last axis, in rank order.
+
+        Shapes: x (..., sizes[rank]) sharded -> (..., sum(sizes)) replicated,
+        unevaluated.
+        """
         self._traffic.count(x.nbytes, 0.0)
-        self._watch.put_in_graph("an allgather", at)
+        self._progress.put_in_graph("allgather", at)
         missing = max(sizes) - x.shape[-1]
         padded = mx.pad(x, [*[(0, 0)] * (x.ndim - 1), (0, missing)])
         parts = self._transport.allgather(padded)

@@ -12,6 +12,8 @@ import time
 from collections.abc import Iterator, Sequence
 from typing import NoReturn
 
+from mlxtp.cluster.verdict import RankOnHost, Verdict
+from mlxtp.comm.ending import text_of
 from mlxtp.comm.transports.openmpi import finish, is_started
 
 # Where launchers tell a rank its number, and how many there are.
@@ -35,17 +37,17 @@ if not select.select([0], [], [], float(seconds))[0]:
 
 
 def size() -> int:
-    """The number of ranks that mpirun started this one among; 0 without mpirun."""
+    """Return how many ranks mpirun has started; 0 without mpirun."""
     return _largest(SIZES)
 
 
 def rank() -> int:
-    """This rank's number, as mpirun tells it; 0 without mpirun."""
+    """Return this rank's number, as mpirun tells it; 0 without mpirun."""
     return _largest(RANKS)
 
 
-def later_seconds() -> float:
-    """How long this rank leaves it to lower ones to say what all ranks see."""
+def report_delay_seconds() -> float:
+    """Delay so that the lowest rank reports a shared error first, and ends the job."""
     return 0.5 * min(rank(), 2)
 
 
@@ -58,18 +60,17 @@ def limited_start(seconds: float) -> Iterator[None]:
     """End all ranks, with a message, if MPI does not start in this block.
 
     `seconds` is the limit, which is never below `LEAST_START_SECONDS`. MPI starts when
-    all ranks have come, and mpi4py lets no thread of Python run until then.
+    all ranks have come, and mpi4py lets no thread of Python run until then; so a
+    process of its own keeps the limit.
     """
     if is_started():
         yield
         return
     seconds = max(seconds, LEAST_START_SECONDS)
-    words = (
-        f"mlxtp: MPI did not start on {socket.gethostname()} within {seconds:g} s: "
-        "a rank has not come, or its host is not reached\n"
-    )
+    reporter = RankOnHost(rank(), socket.gethostname())
+    words = text_of(Verdict("not started", (), reporter, None, seconds)) + "\n"
     command = [sys.executable, "-I", "-S", "-c", GUARD]
-    command += [str(seconds + later_seconds()), str(os.getpid()), words]
+    command += [str(seconds + report_delay_seconds()), str(os.getpid()), words]
     # Leaving the block closes its input, and waits for it.
     with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.DEVNULL):
         yield
@@ -80,7 +81,7 @@ def parse(
 ) -> argparse.Namespace:
     """Parse the command line, the same on all ranks; rank 0 alone prints.
 
-    For --help and for mistakes the program ends, as argparse has it.
+    Raises: SystemExit for --help and for mistakes, as argparse does.
     """
     nowhere = io.StringIO()
     with contextlib.ExitStack() as stack:
@@ -95,10 +96,10 @@ def parse(
 
 
 def leave(status: int) -> NoReturn:
-    """End all ranks, which all call it, with a status that is rank 0's alone, last.
+    """End this rank, as all ranks do at once; rank 0 ends last, with `status`.
 
-    mpirun 5.0.11 over several hosts crashes or hangs in four of ten jobs whose ranks
-    all end with another status than 0 at once.
+    The others end with 0: mpirun 5.0.11 over several hosts crashes or hangs in four of
+    ten jobs whose ranks all end with another status than 0 at once.
     """
     if size():
         finish()

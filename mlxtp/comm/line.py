@@ -48,7 +48,14 @@ class Line:
         lookup: Lookup | None = None,
         timeout_seconds: float = 0.0,
     ) -> None:
-        """`addresses` are this rank's, of all interfaces. One rank needs nothing."""
+        """Connect to rank 0, which publishes its addresses for all ranks.
+
+        `addresses` are this rank's, of all interfaces. `publish` leaves a text where
+        all ranks find it, and `lookup` waits for it, so many seconds. One rank needs
+        none of them.
+
+        Raises: LostError if a rank does not come within `timeout_seconds`.
+        """
         self.rank, self.size = rank, size
         self._timeout = timeout_seconds
         self._lines: dict[int, socket.socket] = {}
@@ -92,8 +99,8 @@ class Line:
         for rank, line in self._lines.items():
             self._names[rank] = self._receive(rank, line)
 
-    def _call(self, found: tuple[list[str], int, str]) -> None:
-        addresses, port, key = found[0], found[1], bytes.fromhex(found[2])
+    def _call(self, published: tuple[list[str], int, str]) -> None:
+        addresses, port, key = published[0], published[1], bytes.fromhex(published[2])
         for address in addresses:
             try:
                 line = socket.create_connection((address, port), CALL_SECONDS)
@@ -116,8 +123,8 @@ class Line:
         """Give every rank the object of every rank, in rank order."""
         if self.rank > 0:
             self._send(0, self._lines[0], value)
-            found: list[Any] = self._receive(0, self._lines[0])
-            return found
+            everyones: list[Any] = self._receive(0, self._lines[0])
+            return everyones
         values = [value]
         for rank in range(1, self.size):
             values.append(self._receive(rank, self._lines[rank]))
@@ -126,10 +133,11 @@ class Line:
         return values
 
     def barrier(self) -> None:
+        """Wait until every rank has come here."""
         self.gather(None)
 
     def clocks(self) -> list[float]:
-        """Seconds by which each rank's clock is ahead of rank 0's."""
+        """Return by how many seconds each rank's clock is ahead of rank 0's."""
         ahead = [0.0]
         for rank in range(1, self.size):
             best = (float("inf"), 0.0)
@@ -144,10 +152,11 @@ class Line:
                     self._receive(0, self._lines[0])
                     self._send(0, self._lines[0], time.time())
             ahead.append(best[1])
-        found: list[float] = self.gather(ahead)[0]
-        return found
+        of_rank_0: list[float] = self.gather(ahead)[0]
+        return of_rank_0
 
     def close(self) -> None:
+        """Close the connections of this rank."""
         for line in self._lines.values():
             line.close()
 

@@ -1,4 +1,4 @@
-"""Which way of an allreduce is taken for which size: measured when ranks start."""
+"""Which algorithm of an allreduce is taken for which size: measured at the start."""
 
 import time
 from collections.abc import Sequence
@@ -7,6 +7,7 @@ from itertools import groupby
 
 import numpy as np
 
+from mlxtp.cluster.curve import interpolate
 from mlxtp.comm.allreduce import Collectives
 from mlxtp.comm.transports import Transport
 
@@ -16,47 +17,51 @@ SIZES = (32 * 1024, 1024 * 1024, 256 * 1024, 4 * 1024)
 # When so much time is spent, no other size is begun.
 BUDGET_SECONDS = 1.2
 
-# Ways that come within this factor of the fastest are timed again, for so long.
+# Algorithms that come within this factor of the fastest are timed again, for so long.
 CLOSE = 1.5
 AGAIN_SECONDS = 0.15
 AGAIN_CALLS = (2, 20)
 
+# Without a measurement, parts of so many bytes and more are added two-shot.
+TWO_SHOT_BYTES = 256 * 1024
+
 
 @dataclass(frozen=True)
-class Choice:
-    """The seconds that each way took for parts of `sizes` bytes, on the slowest rank.
+class Tuning:
+    """The seconds of each algorithm for parts of `sizes` bytes, on the slowest rank.
 
-    The sizes ascend. All ranks hold the same numbers, so they choose alike. A way
-    without any other beside it is not timed.
+    The sizes ascend. All ranks hold the same numbers, so they choose alike. Without
+    sizes nothing was timed: parts below `TWO_SHOT_BYTES` go one-shot and others
+    two-shot, direct before ring, as far as there is a choice.
     """
 
     sizes: tuple[int, ...]
     seconds: dict[str, tuple[float, ...]]
 
-    def way(self, nbytes: int) -> str:
-        """The fastest way of an allreduce of parts of `nbytes`."""
+    def algorithm(self, nbytes: int) -> str:
+        """Return the fastest algorithm of an allreduce of parts of `nbytes`."""
         return self._fastest(nbytes, list(self.seconds))
 
     def gather(self, nbytes: int) -> str:
-        """The way whose gather is the fastest for parts of `nbytes`."""
+        """Return the algorithm whose gather is the fastest for parts of `nbytes`."""
         one_shot = [name for name in self.seconds if name.endswith("one-shot")]
         return self._fastest(nbytes, one_shot or list(self.seconds))
 
     def _fastest(self, nbytes: int, names: Sequence[str]) -> str:
-        return min(names, key=lambda name: self._expected(name, nbytes))
-
-    def _expected(self, name: str, nbytes: int) -> float:
-        """On the lines between the sizes, the last of which goes on."""
         if not self.sizes:
-            return 0.0
-        sizes, seconds = self.sizes, self.seconds[name]
-        rate = max(0.0, (seconds[-1] - seconds[-2]) / (sizes[-1] - sizes[-2]))
-        above = rate * max(0, nbytes - sizes[-1])
-        return float(np.interp(nbytes, sizes, seconds)) + above
+            kind = "one-shot" if nbytes < TWO_SHOT_BYTES else "two-shot"
+            return min(names, key=lambda name: (kind not in name, "direct" not in name))
+        return min(
+            names, key=lambda name: interpolate(nbytes, self.sizes, self.seconds[name])
+        )
 
     def __str__(self) -> str:
+        """Tell what was timed, and which algorithm is taken from which size on."""
+        ranges = groupby((2**power for power in range(8, 25)), self.algorithm)
+        taken = [f"{name} from {_in_words(next(sizes))}" for name, sizes in ranges]
+        taken[0] = taken[0].rpartition(" from")[0]
         if not self.sizes:
-            return f"allreduce: {', '.join(self.seconds)}"
+            return f"allreduce: {', '.join(taken)}"
         lines = ["".join(f"{_in_words(size):>10}" for size in self.sizes)]
         lines += [
             "".join(f"{1000 * seconds:10.3f}" for seconds in row)
@@ -64,18 +69,23 @@ class Choice:
         ]
         names = ["allreduce, ms", *self.seconds]
         table = [f"{name:16}{line}" for name, line in zip(names, lines, strict=True)]
-        ranges = groupby((2**power for power in range(8, 25)), self.way)
-        taken = [f"{way} from {_in_words(next(sizes))}" for way, sizes in ranges]
-        taken[0] = taken[0].rpartition(" from")[0]
         return "\n".join([*table, "taken: " + ", ".join(taken)])
 
 
-def choose(
+def untimed(names: Sequence[str]) -> Tuning:
+    """Return the tuning that takes one of `names` by size alone."""
+    return Tuning((), dict.fromkeys(names, ()))
+
+
+def tune(
     collectives: Collectives, transport: Transport, names: Sequence[str]
-) -> Choice:
-    """Time the ways of `names` against each other, on all ranks together."""
+) -> Tuning:
+    """Time the algorithms of `names` against each other; one alone is not timed.
+
+    Communicates: allreduces of 4 KiB to 1 MiB, for about `BUDGET_SECONDS`.
+    """
     if len(names) == 1:
-        return Choice((), {names[0]: ()})
+        return untimed(names)
     timer = _Timer(collectives, transport)
     by_size: dict[int, list[float]] = {}
     begin = time.perf_counter()
@@ -86,18 +96,18 @@ def choose(
         by_size[size] = timer.seconds(np.zeros(size, np.uint8).view(np.float32), names)
     sizes = sorted(by_size)
     columns = zip(*(by_size[size] for size in sizes), strict=True)
-    return Choice(tuple(sizes), dict(zip(names, columns, strict=True)))
+    return Tuning(tuple(sizes), dict(zip(names, columns, strict=True)))
 
 
 class _Timer:
-    """Times calls on all ranks, which see the same numbers."""
+    """Time calls on all ranks, which see the same numbers."""
 
     def __init__(self, collectives: Collectives, transport: Transport) -> None:
         self._collectives = collectives
         self._transport = transport
 
     def seconds(self, part: np.ndarray, names: Sequence[str]) -> list[float]:
-        """What each way takes; those that are close are looked at longer."""
+        """Time each algorithm; those that are close to the fastest for longer."""
         for name in names:  # makes buffers and connections
             self._collectives.allreduce(part, name)
         [row] = self._timed(part, names, 1)

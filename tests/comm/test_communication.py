@@ -15,15 +15,12 @@ from tiny import VOCABULARY, Tiny, made_by_rank_0
 
 import mlxtp
 from mlxtp import Communicator
-from mlxtp.comm.allreduce import Collectives, ways
+from mlxtp.comm.allreduce import ALGORITHMS, Collectives, algorithms
 from mlxtp.comm.codec import GROUP_SIZE
 from mlxtp.comm.eager import EagerCollectives
 from mlxtp.comm.traffic import Traffic
 from mlxtp.partition.shares import cut_axis
 from mlxtp.stories import PATH as STORIES
-
-# Whose messages can be counted; what MPI sends in its own gather is its own affair.
-WAYS = [way for way in ways(8) if not way.startswith("mpi")]
 
 # A rank, whom it sends to, and how many bytes.
 Message = tuple[int, int, int]
@@ -74,12 +71,12 @@ class Nobody:
         return list(range(len(requests)))
 
 
-def messages(way: str, ranks: int, size: int) -> list[Message]:
+def messages(algorithm: str, ranks: int, size: int) -> list[Message]:
     """What all ranks send in an allreduce of `size` bytes."""
     sent = []
     for rank in range(ranks):
         transport: Any = Counting(Nobody(rank, ranks))
-        Collectives(transport).allreduce(np.zeros(size // 4, np.int32), way)
+        Collectives(transport).allreduce(np.zeros(size // 4, np.int32), algorithm)
         sent += transport.sent
     return sent
 
@@ -98,37 +95,37 @@ def cables(message: Message, ranks: int) -> Iterator[tuple[int, int]]:
         rank = (rank + step) % ranks
 
 
-def busiest(sent: list[Message], way_of: Callable[[Message], Any]) -> int:
+def busiest(sent: list[Message], cables_of: Callable[[Message], Any]) -> int:
     """Bytes on the cable and in the direction that carries most."""
     carried: Counter[tuple[int, int]] = Counter()
     for message in sent:
-        for cable in way_of(message):
+        for cable in cables_of(message):
             carried[cable] += message[2]
     return max(carried.values())
 
 
-def on_a_ring(way: str, ranks: int) -> Fraction:
+def on_a_ring(algorithm: str, ranks: int) -> Fraction:
     """Parts that the busiest cable carries in a direction."""
     near = sum(range((ranks - 1) // 2 + 1))
     directly = Fraction(near + (ranks // 2 if ranks % 2 == 0 else 0))
-    gather = directly if way.startswith("direct") else Fraction(ranks - 1, 2)
-    return gather if way.endswith("one-shot") else (directly + gather) / ranks
+    gather = directly if algorithm.startswith("direct") else Fraction(ranks - 1, 2)
+    return gather if algorithm.endswith("one-shot") else (directly + gather) / ranks
 
 
-def on_a_mesh(way: str, ranks: int) -> Fraction:
-    gather = Fraction(1) if way.startswith("direct") else Fraction(ranks - 1, 2)
-    return gather if way.endswith("one-shot") else (1 + gather) / ranks
+def on_a_mesh(algorithm: str, ranks: int) -> Fraction:
+    gather = Fraction(1) if algorithm.startswith("direct") else Fraction(ranks - 1, 2)
+    return gather if algorithm.endswith("one-shot") else (1 + gather) / ranks
 
 
-@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("algorithm", ALGORITHMS)
 @pytest.mark.parametrize("ranks", range(2, 9))
-def test_an_allreduce(ranks: int, way: str) -> None:
-    if way not in ways(ranks):
+def test_an_allreduce(ranks: int, algorithm: str) -> None:
+    if algorithm not in algorithms(ranks):
         pytest.skip(f"on {ranks} ranks all are neighbours")
     part = a_part(ranks)
-    sent = messages(way, ranks, part)
+    sent = messages(algorithm, ranks, part)
 
-    is_ring, is_two_shot = way.startswith("ring"), way.endswith("two-shot")
+    is_ring, is_two_shot = algorithm.startswith("ring"), algorithm.endswith("two-shot")
     gather = ranks if is_ring and ranks % 2 == 0 else ranks - 1
     number = gather + (ranks - 1 if is_two_shot else 0)
     volume = (ranks - 1) * part * (Fraction(2, ranks) if is_two_shot else 1)
@@ -136,13 +133,15 @@ def test_an_allreduce(ranks: int, way: str) -> None:
         own = [nbytes for sender, _, nbytes in sent if sender == rank]
         assert (len(own), sum(own)) == (number, volume)
 
-    assert busiest(sent, lambda m: cables(m, ranks)) == on_a_ring(way, ranks) * part
-    assert busiest(sent, lambda m: [m[:2]]) == on_a_mesh(way, ranks) * part
+    assert (
+        busiest(sent, lambda m: cables(m, ranks)) == on_a_ring(algorithm, ranks) * part
+    )
+    assert busiest(sent, lambda m: [m[:2]]) == on_a_mesh(algorithm, ranks) * part
 
 
-@pytest.mark.parametrize("way", WAYS)
-def test_what_a_rank_really_sends(way: str, comm: Communicator) -> None:
-    if way not in ways(comm.size) or comm.size == 1:
+@pytest.mark.parametrize("algorithm", ALGORITHMS)
+def test_what_a_rank_really_sends(algorithm: str, comm: Communicator) -> None:
+    if algorithm not in algorithms(comm.size) or comm.size == 1:
         pytest.skip(f"not on {comm.size} ranks")
     counting = counted(comm)
     sums = Collectives(counting)
@@ -150,8 +149,10 @@ def test_what_a_rank_really_sends(way: str, comm: Communicator) -> None:
         x = np.ones(size // 4, np.int32)
         for _ in range(2):  # the second time with what was kept
             counting.sent.clear()
-            assert (sums.allreduce(x, way) == comm.size).all()
-            expected = [m for m in messages(way, comm.size, size) if m[0] == comm.rank]
+            assert (sums.allreduce(x, algorithm) == comm.size).all()
+            expected = [
+                m for m in messages(algorithm, comm.size, size) if m[0] == comm.rank
+            ]
             assert sorted(counting.sent) == sorted(expected)
 
 
@@ -163,20 +164,20 @@ def counted(comm: Communicator) -> Any:
     return Counting(MPITransport())
 
 
-def words(vocabulary: int, comm: Communicator) -> int:
+def rows(vocabulary: int, comm: Communicator) -> int:
     start, stop = cut_axis(vocabulary, [1] * comm.size)[comm.rank]
     return stop - start
 
 
-@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("algorithm", ALGORITHMS)
 def test_a_token_of_the_shipped_model(
-    way: str, comm: Communicator, monkeypatch: pytest.MonkeyPatch
+    algorithm: str, comm: Communicator, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The table of docs/communication.md."""
-    if way not in ways(comm.size):
+    if algorithm not in algorithms(comm.size):
         pytest.skip(f"on {comm.size} ranks all are neighbours")
     counting, traffic = counted(comm), Traffic()
-    arrays = EagerCollectives(counting, comm._watch, traffic, way, "plain")
+    arrays = EagerCollectives(counting, comm._progress, traffic, allreduce=algorithm)
     monkeypatch.setattr(comm, "_arrays", arrays)
     model, _ = mlxtp.load(STORIES, comm)
     layers, hidden, vocabulary, width, ranks = 4, 192, 1024, 2, comm.size
@@ -189,8 +190,8 @@ def test_a_token_of_the_shipped_model(
         mx.eval(model(mx.array([[token]]), cache=cache))
         sums = (2 * layers + 1) * hidden
         assert traffic.calls == 2 * layers + 2
-        assert traffic.bytes == (sums + words(vocabulary, comm)) * width
-        times = 2 if way.endswith("two-shot") else ranks
+        assert traffic.bytes == (sums + rows(vocabulary, comm)) * width
+        times = 2 if algorithm.endswith("two-shot") else ranks
         sent = sum(nbytes for _, _, nbytes in counting.sent)
         everyones = sum(comm.allgather_object(sent))
         assert everyones == (ranks - 1) * (times * sums + vocabulary) * width
@@ -227,7 +228,7 @@ def test_prefill_and_decoding(comm: Communicator, shared_path: Path) -> None:
     # Behind the last keys and values nobody listens: no sums of the last layer.
     sums = 2 * layers - 1
     assert rest[:3] == [(sums, sums * n * hidden * width) for n in chunks]
-    token = ((2 * layers + 1) * hidden + words(VOCABULARY, comm)) * width
+    token = ((2 * layers + 1) * hidden + rows(VOCABULARY, comm)) * width
     # mlx-lm begins a token before it gives out the one before.
     twice, nothing, *decoding = rest[3:-1]
     assert twice == (2 * (2 * layers + 2), 2 * token)

@@ -11,6 +11,7 @@ import pytest
 from ranks import mpirun
 
 from mlxtp import Communicator
+from mlxtp.cluster.verdict import VERDICT_MARK
 from mlxtp.comm.errors import UsageError
 
 
@@ -54,8 +55,55 @@ comm.barrier()
     done = mpirun("-n", 3, sys.executable, "-c", program, timeout_seconds=90)
     assert done.returncode != 0
     assert done.stderr.count("RuntimeError: no more") == 1
+    assert VERDICT_MARK not in done.stderr  # nobody has asked for it
     assert f"mlxtp: rank {min(eval(failing))} on {os.uname().nodename}" in done.stderr
     assert time.monotonic() - begin < 30
+
+
+# What `world` does to a process, besides starting MPI.
+INSTALLED = """
+import signal, sys, threading
+import mlx.core as mx
+import mlxtp
+hooks = sys.excepthook, signal.getsignal(signal.SIGTERM)
+comm = mlxtp.Communicator.world({arguments})
+threads = [thread.name for thread in threading.enumerate()]
+is_beating = "heartbeat" in threads
+now = sys.excepthook, signal.getsignal(signal.SIGTERM)
+assert (now[0] != hooks[0], now[1] != hooks[1]) == (is_beating, is_beating)
+request = comm.iallreduce(mx.ones(100_000))
+assert comm.allreduce(mx.ones(3)).tolist() == [comm.size] * 3
+assert comm.allgather(mx.ones(1), [1] * comm.size).size == comm.size
+assert request.wait().tolist() == [comm.size] * 100_000
+with comm.unlimited():
+    comm.barrier()
+if comm.rank == 0:
+    print(is_beating, comm.describe(), sep="\\n", flush=True)
+"""
+
+
+@pytest.mark.once
+@pytest.mark.parametrize(
+    ("arguments", "is_beating", "described"),
+    [
+        ("", True, "allreduce, ms "),
+        ("heartbeat=False", False, "allreduce, ms "),
+        (
+            "measure=False",
+            True,
+            UNTIMED := "allreduce: direct-one-shot, direct-two-shot",
+        ),
+        ("measure=False, heartbeat=False", False, UNTIMED),
+        ("'ring', heartbeat=False", False, "allreduce: gathers in the graph"),
+        ("'mlx-mpi', heartbeat=False", False, "allreduce: gathers in the graph"),
+    ],
+)
+def test_what_world_installs(arguments: str, is_beating: bool, described: str) -> None:
+    program = INSTALLED.format(arguments=arguments)
+    done = mpirun("-n", 2, sys.executable, "-c", program, timeout_seconds=60)
+    assert done.returncode == 0, done.stdout + done.stderr
+    first, _, tuning, *_ = done.stdout.splitlines()
+    assert first == str(is_beating) and tuning.startswith(described)
 
 
 @pytest.mark.once

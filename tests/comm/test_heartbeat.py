@@ -1,4 +1,4 @@
-"""A rank that dies, stops or leaves ends the job, soon and with a message."""
+"""A rank that dies, stops or leaves ends the job, soon, with a message and as data."""
 
 import os
 import re
@@ -14,6 +14,7 @@ import pytest
 from processes import is_running
 from ranks import HOSTFILE, environment
 
+from mlxtp.cluster.verdict import VERDICT_MARK, VERDICT_VARIABLE, Verdict
 from mlxtp.comm.launcher import LEAST_START_SECONDS
 
 HOST = os.uname().nodename
@@ -36,6 +37,12 @@ for number in range(100_000):
 """
 
 
+# A sum of that program, and one that is started and waited for.
+SUM = 'comm.allreduce(mx.ones(100), at=f"model.layers.{number % 3}")'
+STARTED = SUM.replace("allreduce", "iallreduce") + ".wait()"
+assert SUM in PROGRAM
+
+
 class Job:
     """A running mpirun whose rank 0 prints the ranks' process numbers first."""
 
@@ -47,7 +54,7 @@ class Job:
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,
-            env=environment(),
+            env=environment(**{VERDICT_VARIABLE: "1"}),
         )
         self.output = line = ""
         while not line.startswith("pids"):
@@ -69,6 +76,17 @@ class Job:
         self.output += output
         return self._process.returncode, time.monotonic() - begin
 
+    def verdict(self) -> Verdict:
+        """What the rank that ended the job told as data.
+
+        MLX's ring raises where a rank is lost, so others may have failed as well.
+        """
+        lines = self.output.splitlines()
+        told = [line for line in lines if line.startswith(VERDICT_MARK)]
+        verdicts = [Verdict.from_json(line.removeprefix(VERDICT_MARK)) for line in told]
+        [verdict] = [v for v in verdicts if v.why != "failed"] or verdicts
+        return verdict
+
     def still_running(self, patience_seconds: float = 5) -> list[int]:
         """Which ranks have not ended by then."""
         deadline = time.monotonic() + patience_seconds
@@ -86,6 +104,12 @@ pytestmark = [
     pytest.mark.once,
     pytest.mark.skipif(sys.platform != "linux", reason="looks into /proc"),
 ]
+
+
+def of(verdict: Verdict) -> list[int]:
+    """The ranks that are lost, all of which are on this host."""
+    assert {place.host for place in verdict.lost} <= {HOST}
+    return [place.rank for place in verdict.lost]
 
 
 def broken(
@@ -107,7 +131,13 @@ def test_a_rank_is_killed(transport: str) -> None:
     )
     assert status != 0 and seconds < TIMEOUT_SECONDS + 5
     assert job.output.count(f"mlxtp: rank 1 on {HOST} died") == 1, job.output
+    verdict = job.verdict()
+    assert (verdict.why, of(verdict)) == ("died", [1])
+    assert verdict.sentence() in job.output
     if transport == "mpi":
+        assert verdict.reporter.rank == 0
+        assert verdict.collective is not None and verdict.collective.number
+        assert verdict.collective.layer.startswith("model.layers.")
         assert re.search(
             rf"; rank 0 on {HOST} (is|was last) in allreduce \d+ of "
             r"model\.layers\.\d: all ranks end",
@@ -124,6 +154,9 @@ def test_a_rank_stops_answering(transport: str) -> None:
     assert status != 0 and TIMEOUT_SECONDS - 1 < seconds < TIMEOUT_SECONDS + 5
     missing = f"mlxtp: rank 1 on {HOST} did not answer for {TIMEOUT_SECONDS} s"
     assert job.output.count(missing) == 1, job.output
+    verdict = job.verdict()
+    assert (verdict.why, of(verdict)) == ("silent", [1])
+    assert verdict.limit_seconds == TIMEOUT_SECONDS
 
 
 def test_rank_0_is_killed() -> None:
@@ -146,18 +179,36 @@ ctypes.PyDLL(None).sleep(60)
 
 
 @pytest.mark.parametrize(
-    ("deed", "message"),
+    ("deed", "message", "why"),
     [
-        ("sys.exit(0)", "left while others waited; rank [02] on"),
-        ("time.sleep(1000)", f"did not come within {TIMEOUT_SECONDS} s; rank [02] on"),
-        ("1 / 0", "failed: all ranks end"),
+        ("sys.exit(0)", "left while others waited; rank [02] on", "left"),
+        (
+            "time.sleep(1000)",
+            f"did not come within {TIMEOUT_SECONDS} s; rank [02] on",
+            "late",
+        ),
+        ("1 / 0", "failed: all ranks end", "failed"),
     ],
 )
-def test_a_rank_does_something_else(deed: str, message: str) -> None:
+def test_a_rank_does_something_else(deed: str, message: str, why: str) -> None:
     job, status, seconds = broken("mpi", lambda job: None, deed)
     assert status != 0 and seconds < TIMEOUT_SECONDS + 6
     told = re.findall(f"mlxtp: rank 1 on {HOST} {message}", job.output)
     assert len(told) == 1, job.output
+    verdict = job.verdict()
+    assert (verdict.why, of(verdict)) == (why, [1])
+
+
+def test_a_rank_does_not_come_to_a_sum_that_was_started() -> None:
+    """What is waited for is named, as of any collective."""
+    deed = "time.sleep(1000)"
+    job = Job("-c", PROGRAM.replace(SUM, STARTED), "mpi", deed, TIMEOUT_SECONDS)
+    assert job.end(TIMEOUT_SECONDS + 25)[0] != 0 and job.still_running() == []
+    verdict = job.verdict()
+    assert verdict.why == "late" and of(verdict) == [1]
+    assert verdict.collective is not None and verdict.collective.waiting
+    assert verdict.collective.name == "iallreduce"
+    assert verdict.collective.layer.startswith("model.layers.")
 
 
 def test_a_rank_does_not_come() -> None:
@@ -176,6 +227,9 @@ mlxtp.Communicator.world(timeout_seconds=float(sys.argv[1]))
     assert job.still_running() == []
     message = f"mlxtp: MPI did not start on {HOST} within {LEAST_START_SECONDS:g} s"
     assert job.output.count(message) == 1, job.output
+    verdict = job.verdict()
+    assert (verdict.why, verdict.lost) == ("not started", ())
+    assert verdict.reporter.host == HOST
 
 
 def test_mpirun_is_ended() -> None:
@@ -183,13 +237,13 @@ def test_mpirun_is_ended() -> None:
         "mpi", lambda job: os.kill(job.mpirun, signal.SIGTERM)
     )
     assert status != 0 and seconds < 10
-    assert "mlxtp:" not in job.output
+    assert "mlxtp:" not in job.output and VERDICT_MARK not in job.output
 
 
 def test_mpirun_is_killed() -> None:
     """Nobody is left to end the ranks: they end themselves."""
     job, _, _ = broken("mpi", lambda job: os.kill(job.mpirun, signal.SIGKILL))
-    assert "mlxtp:" not in job.output
+    assert "mlxtp:" not in job.output and VERDICT_MARK not in job.output
 
 
 def test_waits_without_a_limit() -> None:

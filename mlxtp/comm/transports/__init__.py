@@ -17,7 +17,6 @@ TRANSPORTS: dict[str, str | None] = {
     "ring": "ring",
     "mlx-mpi": "mpi",
     "jaccl": "jaccl",
-    "nccl": "nccl",
 }
 
 
@@ -30,11 +29,17 @@ class Transport(Protocol):
     rank: int
     size: int
 
-    def bcast_object(self, value: Any, root: int) -> Any: ...
+    def bcast_object(self, value: Any, root: int) -> Any:
+        """Give every rank the object of `root`."""
+        ...
 
-    def allgather_object(self, value: Any) -> list[Any]: ...
+    def allgather_object(self, value: Any) -> list[Any]:
+        """Give every rank the object of every rank, in rank order."""
+        ...
 
-    def barrier(self) -> None: ...
+    def barrier(self) -> None:
+        """Wait until every rank has come here."""
+        ...
 
     def close(self) -> None:
         """Part from the other ranks, when all of them do."""
@@ -42,7 +47,7 @@ class Transport(Protocol):
 
 
 # A send or a receive that is under way, or can be started again.
-Request = Any
+MessageRequest = Any
 
 
 @runtime_checkable
@@ -52,38 +57,34 @@ class MessageTransport(Transport, Protocol):
     Messages between two ranks with the same tag arrive in the order they were sent.
     """
 
-    def send(self, buffer: np.ndarray, to: int, tag: int) -> Request:
+    def send(self, buffer: np.ndarray, to: int, tag: int) -> MessageRequest:
         """Begin to send; the buffer stays as it is until the request is done."""
         ...
 
-    def prepare_send(self, buffer: np.ndarray, to: int, tag: int) -> Request:
-        """A send of what is in `buffer` whenever `start` is called."""
+    def prepare_send(self, buffer: np.ndarray, to: int, tag: int) -> MessageRequest:
+        """Make a send of what is in `buffer` whenever `start` is called."""
         ...
 
-    def prepare_receive(self, buffer: np.ndarray, source: int, tag: int) -> Request:
-        """A receive into `buffer` whenever `start` is called."""
+    def prepare_receive(
+        self, buffer: np.ndarray, source: int, tag: int
+    ) -> MessageRequest:
+        """Make a receive into `buffer` whenever `start` is called."""
         ...
 
-    def start(self, requests: Sequence[Request]) -> None:
+    def start(self, requests: Sequence[MessageRequest]) -> None:
         """Begin prepared requests."""
         ...
 
-    def wait(self, requests: Sequence[Request]) -> None:
+    def wait(self, requests: Sequence[MessageRequest]) -> None:
         """Wait until all are done."""
         ...
 
-    def wait_some(self, requests: Sequence[Request]) -> list[int]:
-        """Wait until at least one is done; the places of those that now are."""
+    def wait_some(self, requests: Sequence[MessageRequest]) -> list[int]:
+        """Wait until at least one is done; return the places of those that now are."""
         ...
 
-    def free(self, requests: Sequence[Request]) -> None:
+    def free(self, requests: Sequence[MessageRequest]) -> None:
         """Give up prepared requests."""
-        ...
-
-    def allgatherv(
-        self, send: np.ndarray, receive: np.ndarray, counts: Sequence[int]
-    ) -> None:
-        """Put every rank's `send` (counts[rank],) after another in `receive`."""
         ...
 
 
@@ -91,12 +92,15 @@ class GraphTransport(Transport, Protocol):
     """Has collectives that are part of MLX's graph."""
 
     def allgather(self, x: mx.array) -> mx.array:
-        """Every rank's x (...), alike in shape, as (size, ...), unevaluated."""
+        """Put the ranks' arrays, alike in shape, on a new first axis, unevaluated.
+
+        Shapes: x (...) -> (size, ...) replicated.
+        """
         ...
 
 
 def connect(name: str) -> MessageTransport | GraphTransport:
-    """Start MPI between the ranks that mpirun has started: mpi4py's, or MLX's.
+    """Start MPI between the ranks that mpirun has started, through mpi4py or MLX.
 
     Raises: ValueError that says what is missing.
     """
@@ -125,7 +129,7 @@ def add_backend(
 
 
 def lacking() -> dict[str, str | None]:
-    """For every transport what this host lacks for it; None if nothing."""
+    """Return what this host lacks for each transport; None if nothing."""
     from mlxtp.comm.transports import backends
 
     return {

@@ -44,12 +44,12 @@ def start(backend: str, control: Transport | None) -> mx.distributed.Group | Non
         return None
     hosts = control.allgather_object(socket.gethostname())
     os.environ["MLX_RANK"] = str(control.rank)
-    starts = {"ring": _start_ring, "jaccl": _start_jaccl, "nccl": _start_nccl}
+    starts = {"ring": _start_ring, "jaccl": _start_jaccl}
     return starts[backend](control, hosts)
 
 
 def missing(backend: str) -> str | None:
-    """What this host lacks for a backend; None if nothing that can be seen here."""
+    """Return what this host lacks for a backend; None if it seems to lack nothing."""
     if backend == "mpi":
         _name_library()
     available = mx.distributed.is_available(backend)
@@ -65,8 +65,6 @@ def missing(backend: str) -> str | None:
             "needs RDMA enabled in Recovery (rdma_ctl enable): ibv_devices lists no "
             "device"
         )
-    if backend == "nccl" and not available:
-        return 'this build of MLX has no CUDA backend: pip install "mlx[cuda]"'
     return None if available else f"this build of MLX has no backend {backend}"
 
 
@@ -156,20 +154,9 @@ def _start_jaccl(control: Transport, hosts: list[str]) -> mx.distributed.Group:
             raise RuntimeError(str(error)) from error
 
 
-def _start_nccl(control: Transport, hosts: list[str]) -> mx.distributed.Group:
-    address = own_address(hosts)
-    with _held_port(address) as port:
-        root = control.bcast_object((address, port), 0)
-    os.environ["NCCL_HOST_IP"], os.environ["NCCL_PORT"] = root[0], str(root[1])
-    os.environ["MLX_WORLD_SIZE"] = str(control.size)
-    local_rank = os.environ.get("OMPI_COMM_WORLD_LOCAL_RANK", "0")
-    os.environ.setdefault("CUDA_VISIBLE_DEVICES", local_rank)
-    return mx.distributed.init(strict=True, backend="nccl")
-
-
 @contextmanager
 def _held_port(address: str) -> Iterator[int]:
-    """A free port that no other job gets, while MLX, of the same user, may bind it."""
+    """Hold a free port that no other job gets, and MLX of the same user may bind."""
     with socket.socket(socket.AF_INET, socket.SOCK_STREAM) as holder:
         holder.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
         holder.bind((address, 0))

@@ -29,15 +29,17 @@ class MLXTransport:
         self._group = backends.start(backend, control)
         self.rank: int = self._group.rank() if self._group else 0
         self.size: int = self._group.size() if self._group else 1
-        # NCCL's collectives are the GPU's own, the others are work of the CPU.
-        on_cpu = backend != "nccl"
-        self._stream = mx.new_thread_local_stream(mx.cpu) if on_cpu else None
+        self._stream = mx.new_thread_local_stream(mx.cpu)
 
     def __str__(self) -> str:
+        """Name the transport, for `Communicator.describe`."""
         return f"MLX's {self._backend}"
 
     def allgather(self, x: mx.array) -> mx.array:
-        """Every rank's x (...), alike in shape, as (size, ...), unevaluated."""
+        """Put the ranks' arrays, alike in shape, on a new first axis, unevaluated.
+
+        Shapes: x (...) -> (size, ...) replicated.
+        """
         x = x[None]
         if self._group is None:
             return x
@@ -46,6 +48,7 @@ class MLXTransport:
         return parts if x.dtype in FLOATS else parts.view(x.dtype)
 
     def allgather_object(self, value: Any) -> list[Any]:
+        """Give every rank the object of every rank, in rank order."""
         if self._control is not None:
             return self._control.allgather_object(value)
         mine = np.frombuffer(pickle.dumps(value), np.uint8)
@@ -58,11 +61,13 @@ class MLXTransport:
         ]
 
     def bcast_object(self, value: Any, root: int) -> Any:
+        """Give every rank the object of `root`."""
         if self._control is not None:
             return self._control.bcast_object(value, root)
         return self.allgather_object(value if self.rank == root else None)[root]
 
     def barrier(self) -> None:
+        """Wait until every rank has come here."""
         if self._control is not None:
             self._control.barrier()
         else:
@@ -70,7 +75,6 @@ class MLXTransport:
 
     def close(self) -> None:
         """Leave no collective that others are still in."""
-        if self._stream is not None:
-            mx.synchronize(self._stream)
+        mx.synchronize(self._stream)
         if self._group is not None and self._backend == "mpi":
             backends.end_mpi(self._group)

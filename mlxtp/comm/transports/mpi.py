@@ -29,23 +29,29 @@ class MPITransport:
         self._crowded = os.environ.get(YIELDS) == "1"
 
     def __str__(self) -> str:
+        """Name the transport, for `Communicator.describe`."""
         return "mpi4py"
 
     def send(self, buffer: np.ndarray, to: int, tag: int) -> MPI.Request:
+        """Begin to send; the buffer stays as it is until the request is done."""
         return self._comm.Isend((buffer, MPI.BYTE), to, tag)
 
     def prepare_send(self, buffer: np.ndarray, to: int, tag: int) -> MPI.Prequest:
+        """Make a persistent send."""
         return self._comm.Send_init((buffer, MPI.BYTE), to, tag)
 
     def prepare_receive(
         self, buffer: np.ndarray, source: int, tag: int
     ) -> MPI.Prequest:
+        """Make a persistent receive."""
         return self._comm.Recv_init((buffer, MPI.BYTE), source, tag)
 
     def start(self, requests: Sequence[MPI.Prequest]) -> None:
+        """Begin prepared requests."""
         MPI.Prequest.Startall(list(requests))
 
     def wait(self, requests: Sequence[MPI.Request]) -> None:
+        """Wait until all are done; make room for others where cores are shared."""
         requests = list(requests)
         if not self._crowded:
             MPI.Request.Waitall(requests)
@@ -56,6 +62,7 @@ class MPITransport:
             _make_room(polls)
 
     def wait_some(self, requests: Sequence[MPI.Request]) -> list[int]:
+        """Wait until at least one is done; return the places of those that now are."""
         requests = list(requests)
         if not self._crowded:
             return MPI.Request.Waitsome(requests) or []
@@ -66,29 +73,24 @@ class MPITransport:
         return done
 
     def free(self, requests: Sequence[MPI.Prequest]) -> None:
+        """Give up prepared requests."""
         for request in requests:
             request.Free()
 
-    def allgatherv(
-        self, send: np.ndarray, receive: np.ndarray, counts: Sequence[int]
-    ) -> None:
-        aliased = np.may_share_memory(send, receive)
-        part = MPI.IN_PLACE if aliased else (send, MPI.BYTE)
-        if len(set(counts)) == 1:  # MPI has faster ways for equal parts
-            self._comm.Allgather(part, (receive, MPI.BYTE))
-        else:
-            self._comm.Allgatherv(part, (receive, counts, MPI.BYTE))
-
     def bcast_object(self, value: Any, root: int) -> Any:
+        """Give every rank the object of `root`."""
         return self._comm.bcast(value, root)
 
     def allgather_object(self, value: Any) -> list[Any]:
+        """Give every rank the object of every rank, in rank order."""
         return self._comm.allgather(value)
 
     def barrier(self) -> None:
+        """Wait until every rank has come here."""
         self._comm.Barrier()
 
     def close(self) -> None:
+        """End MPI, with all ranks."""
         finish()
 
 

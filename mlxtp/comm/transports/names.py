@@ -1,4 +1,4 @@
-"""Words that ranks leave for each other with mpirun, over its own channel.
+"""Texts that ranks leave for each other with mpirun, over its own channel.
 
 It reached every host to start the ranks there, so it works where MPI's data, which
 take other ways, may not. Importing this starts MPI and sends nothing over it.
@@ -17,15 +17,15 @@ POLL_SECONDS = 0.05
 
 
 def size() -> int:
-    """How many ranks MPI knows of."""
+    """Return how many ranks MPI knows of."""
     return int(MPI.COMM_WORLD.size)
 
 
 def library_version() -> str:
-    """Of MPI's library."""
+    """Return the version of MPI's library."""
     words = MPI.Get_library_version()
-    found = re.search(r"v?(\d+(\.\d+)+)", words)
-    return found[1] if found else words.split(",")[0]
+    number = re.search(r"v?(\d+(\.\d+)+)", words)
+    return number[1] if number else words.split(",")[0]
 
 
 def publish(name: str, words: str) -> None:
@@ -34,7 +34,7 @@ def publish(name: str, words: str) -> None:
 
 
 def lookup(name: str, seconds: float) -> str:
-    """What was left under `name`, waiting for it.
+    """Wait for what is left under `name`, and return it.
 
     Raises: TimeoutError if nothing is left within `seconds`.
     """

@@ -1,4 +1,4 @@
-"""What Open MPI is told before it starts, whatever starts it here, and its end."""
+"""The settings of Open MPI, made before it starts, and its end."""
 
 import os
 import sys
@@ -6,7 +6,7 @@ import sys
 from mlxtp.cluster.addresses import RING_NETWORK, ring_address
 
 # A message up to here goes out at once; a larger one asks the receiver first, which
-# costs a way there and back. `gathers.PIECE_BYTES` stays below.
+# costs a round trip. `gathers.PIECE_BYTES` stays below.
 EAGER_BYTES = 1024 * 1024
 
 # Where it is 1, ranks that wait make room for others on the same cores.

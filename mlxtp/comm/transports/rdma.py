@@ -1,7 +1,9 @@
 """Which RDMA device of this host leads to which rank.
 
 Not tried on hardware: it reads what macOS prints as MLX's own set-up tool reads it
-(`mlx.distributed_config`), and only its output as text has been tested.
+(`mlx.distributed_config`), and only its output as text has been tested. That tool's
+code is not used: it asks all hosts over ssh, ends the process where a cable is
+missing, and takes the order of the hosts in a ring from the cables, not from the ranks.
 """
 
 import json
@@ -31,28 +33,28 @@ class Port:
 
 
 def device_names(ibv_devices: str) -> set[str]:
-    """The RDMA devices over Thunderbolt that `ibv_devices` lists."""
+    """Return the RDMA devices over Thunderbolt that `ibv_devices` lists."""
     words = (line.split() for line in ibv_devices.splitlines())
     return {word[0] for word in words if word and word[0].startswith("rdma_")}
 
 
 def interfaces(hardware_ports: str) -> dict[str, str]:
-    """Network interface of each port by name, from `networksetup`."""
-    found = {}
+    """Return the network interface of each port, from what `networksetup` prints."""
+    interface_of = {}
     name = ""
     for line in hardware_ports.splitlines():
         key, _, value = line.partition(": ")
         if key == "Hardware Port":
             name = value.strip()
         elif key == "Device":
-            found[name] = value.strip()
-    return found
+            interface_of[name] = value.strip()
+    return interface_of
 
 
 def ports(profile: str, hardware_ports: str, ibv_devices: str) -> list[Port]:
-    """The ports that have an RDMA device, from what the three commands print."""
+    """Return the ports with an RDMA device, from what the three commands print."""
     devices, named = device_names(ibv_devices), interfaces(hardware_ports)
-    found = []
+    with_rdma = []
     for bus in json.loads(profile or "{}").get("SPThunderboltDataType", []):
         number = bus.get("receptacle_1_tag", {}).get("receptacle_id_key")
         device = f"rdma_{named.get(f'Thunderbolt {number}')}"
@@ -61,17 +63,17 @@ def ports(profile: str, hardware_ports: str, ibv_devices: str) -> list[Port]:
         # Displays and disks have no domain of their own.
         peers = [item.get("domain_uuid_key") for item in bus.get("_items", [])]
         peer = next(filter(None, peers), None)
-        found.append(Port(device, bus["domain_uuid_key"], peer))
-    return sorted(found, key=lambda port: port.device)
+        with_rdma.append(Port(device, bus["domain_uuid_key"], peer))
+    return sorted(with_rdma, key=lambda port: port.device)
 
 
 def own_device_names() -> set[str]:
-    """The RDMA devices of this host."""
+    """Return the RDMA devices of this host."""
     return device_names(_output("ibv_devices"))
 
 
 def own_ports() -> list[Port]:
-    """The ports of this host that have an RDMA device."""
+    """Return the ports of this host that have an RDMA device."""
     return ports(
         _output("system_profiler", "SPThunderboltDataType", "-json"),
         _output("networksetup", "-listallhardwareports"),
@@ -80,7 +82,7 @@ def own_ports() -> list[Port]:
 
 
 def devices(hosts: Sequence[str], ports: Sequence[Sequence[Port]]) -> Devices:
-    """The devices between ranks that are a mesh, or a ring in rank order.
+    """Return the devices between ranks that are a mesh, or a ring in rank order.
 
     Raises: ValueError that names the neighbours without a cable.
     """
@@ -115,14 +117,18 @@ def is_mesh(table: Devices) -> bool:
 
 
 def own_devices(control: Transport, hosts: Sequence[str]) -> Devices:
-    """The devices between the ranks on `hosts`, as their hosts see them."""
+    """Return the devices between the ranks on `hosts`, as their hosts see them.
+
+    Communicates: one allgather of each host's ports.
+    Raises: ValueError as `devices`.
+    """
     return devices(hosts, control.allgather_object(own_ports()))
 
 
 def _cables(
     ports: Sequence[Sequence[Port]],
 ) -> dict[tuple[int, int], list[tuple[str, str]]]:
-    """For each pair of ranks the devices at both ends of each cable."""
+    """Return, for each pair of ranks, the devices at both ends of each cable."""
     owners = {
         port.domain: (rank, port) for rank, own in enumerate(ports) for port in own
     }
@@ -142,7 +148,7 @@ def _pair(a: int, b: int) -> tuple[int, int]:
 
 
 def _output(*command: str) -> str:
-    """What a command prints; nothing where it is not there."""
+    """Return what a command prints; nothing where the command is not there."""
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=30)
     except (OSError, subprocess.TimeoutExpired):

@@ -1,0 +1,97 @@
+"""The end of this process: what it prints, and its last look when mpirun ends it."""
+
+import os
+import signal
+import socket
+import sys
+import threading
+import time
+from typing import NoReturn, Protocol
+
+from mlxtp.cluster.verdict import VERDICT_VARIABLE, Verdict
+from mlxtp.comm.verdict import Peer
+
+# Whoever reads the output may have stopped: a flush is not waited for any longer.
+FLUSH_SECONDS = 0.5
+
+# How long a rank that mpirun ends looks for the one that died, also once it has found
+# one and waits for others to answer, and then stays for those who look. mpirun asks,
+# and kills a second later, or a quarter of a second where one has gone.
+LAST_LOOK_SECONDS = 0.4
+FOUND_SECONDS = 0.1
+STAY_SECONDS = 0.4
+ANSWER_SECONDS = 0.05
+
+
+class Listener(Protocol):
+    """What the last look needs of a heartbeat."""
+
+    peers: list[Peer]
+
+    def ask(self, peer: Peer) -> None:
+        """Ask a peer to answer at once."""
+        ...
+
+    def listen(self, seconds: float) -> None:
+        """Take in what peers send, for so long at most."""
+        ...
+
+    def judge_termination(self, asked: float) -> Verdict | None:
+        """Return which ranks have died, if it is this rank that says so."""
+        ...
+
+    def end_job(self, verdict: Verdict) -> NoReturn:
+        """Say good-bye to the peers and end this process with `verdict`."""
+        ...
+
+
+def text_of(verdict: Verdict) -> str:
+    """Return what is printed: the sentence, and the data where they are asked for."""
+    if os.environ.get(VERDICT_VARIABLE) == "1":
+        return f"{verdict.sentence()}\n{verdict.line()}"
+    return verdict.sentence()
+
+
+def end_process(verdict: Verdict, trace: str = "") -> NoReturn:
+    """Print `trace` and the verdict, and end this process; mpirun ends the others."""
+    flush = threading.Thread(target=sys.stdout.flush, daemon=True)
+    flush.start()
+    flush.join(FLUSH_SECONDS)
+    os.write(2, f"{trace}{text_of(verdict)}\n".encode())
+    os._exit(1)
+
+
+def wake_on_sigterm() -> socket.socket:
+    """Return a socket that becomes readable when mpirun ends this process.
+
+    So a thread can answer for a main thread that is deep in MLX or MPI. A handler of
+    SIGTERM that stands already is left alone; then nothing comes.
+    """
+    awake, wake = socket.socketpair()
+    in_main_thread = threading.current_thread() is threading.main_thread()
+    if in_main_thread and signal.getsignal(signal.SIGTERM) is signal.SIG_DFL:
+        wake.setblocking(False)
+        signal.set_wakeup_fd(wake.fileno(), warn_on_full_buffer=False)
+        number = bytes([signal.SIGTERM])
+        signal.signal(signal.SIGTERM, lambda *_: wake.send(number) and None)
+    return awake
+
+
+def last_look(listener: Listener) -> NoReturn:
+    """Say whether another rank has died, and end: mpirun has sent SIGTERM."""
+    asked = time.monotonic()
+    silent, seconds = listener.peers, LAST_LOOK_SECONDS
+    while silent and time.monotonic() - asked < seconds:
+        for peer in silent:
+            listener.ask(peer)
+        listener.listen(ANSWER_SECONDS)
+        silent = [p for p in listener.peers if p.heard < asked and not p.gone]
+        if any(peer.gone for peer in listener.peers):
+            seconds = FOUND_SECONDS
+    verdict = listener.judge_termination(asked)
+    if verdict is not None:
+        listener.end_job(verdict)
+    leave_at = time.monotonic() + STAY_SECONDS
+    while (rest := leave_at - time.monotonic()) > 0:
+        listener.listen(rest)
+    os._exit(128 + signal.SIGTERM)

@@ -1,0 +1,154 @@
+"""Whether the job has to end: pure functions of what is known of the other ranks.
+
+Nothing here sends, waits or reads a clock. Times are seconds of the monotonic clock.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+from mlxtp.cluster.verdict import CollectiveCall, RankOnHost, Verdict, Why
+
+# A rank that has not been heard for so many beats is not heard at the moment.
+UNHEARD_BEATS = 3
+
+
+@dataclass
+class Peer:
+    """What is known of another rank.
+
+    `heard` is when it was heard last, 0 before the first time. `gone`: its host says
+    that nobody listens there any more. `left`: it said good-bye. `number` counts the
+    collectives that it has begun.
+    """
+
+    rank: int
+    host: str
+    heard: float = 0.0
+    gone: bool = False
+    left: bool = False
+    number: int = 0
+
+
+@dataclass(frozen=True)
+class ThisRank:
+    """What this rank does.
+
+    `number` counts the collectives that it has begun, `last_call` is the last of
+    them. `waiting_since` is when its wait there began, None if it is in none.
+    `limited` says whether the wait has a limit.
+    """
+
+    rank: int
+    host: str
+    number: int = 0
+    last_call: CollectiveCall | None = None
+    waiting_since: float | None = None
+    limited: bool = True
+
+
+@dataclass(frozen=True)
+class Limits:
+    """How long a rank may be silent or wait, and how often each says that it lives."""
+
+    timeout_seconds: float
+    beat_seconds: float
+
+
+def judge(
+    peers: Sequence[Peer], now: float, limits: Limits, this: ThisRank
+) -> Verdict | None:
+    """Return why the job has to end, as this rank sees it; None if it goes on.
+
+    It ends if a peer has been silent, or this rank has waited in a collective, for
+    longer than the limit. A peer is missed only after it was heard once.
+    """
+    silent = [
+        peer
+        for peer in peers
+        if peer.heard and not peer.left and now - peer.heard > limits.timeout_seconds
+    ]
+    if silent:
+        return _verdict("silent", silent, limits, this)
+    since = this.waiting_since
+    if since is None or not this.limited or now - since <= limits.timeout_seconds:
+        return None
+    if not peers:
+        return _verdict("unconnected", [], limits, this)
+    if left := [peer for peer in peers if peer.left]:
+        return _verdict("left", left, limits, this)
+    if late := [peer for peer in peers if peer.number < this.number]:
+        return _verdict("late", late, limits, this)
+    return _verdict("undelivered", [], limits, this)
+
+
+def reconsider(
+    report: Verdict,
+    peers: Sequence[Peer],
+    now: float,
+    limits: Limits,
+    this: ThisRank,
+) -> Verdict:
+    """Correct what a higher rank reports by what this rank knows better.
+
+    The higher rank may miss others because of a cable between them alone.
+    """
+    missed = tuple(lost for lost in report.lost if lost.rank != this.rank)
+    if report.why != "silent" or not missed:
+        return report
+    if silent := unheard(peers, now, limits):
+        return replace(report, lost=_places(silent))
+    return replace(report, why="unreachable", lost=missed)
+
+
+def judge_termination(
+    peers: Sequence[Peer], asked: float, limits: Limits, this: ThisRank
+) -> Verdict | None:
+    """Return which ranks have died, after mpirun began to end this one.
+
+    All peers were asked to answer at the time `asked`. The lowest rank that is alive
+    says it, and None is for all others, and where nobody has died.
+    """
+    silent = [peer for peer in peers if peer.heard < asked and not peer.left]
+    # A busy rank may be too slow to answer, but its host does not say it is gone.
+    dead = [peer for peer in silent if peer.gone] or silent
+    alive = [peer.rank for peer in peers if peer.heard >= asked]
+    if not dead or this.rank > min(alive, default=this.rank):
+        return None
+    return _verdict("died", dead, limits, this)
+
+
+def is_heard(peer: Peer, now: float, limits: Limits) -> bool:
+    """Whether a peer has been heard lately."""
+    return peer.heard > now - UNHEARD_BEATS * limits.beat_seconds
+
+
+def unheard(peers: Sequence[Peer], now: float, limits: Limits) -> list[Peer]:
+    """Return the peers that were there once and have not been heard lately."""
+    known = [peer for peer in peers if peer.heard and not peer.left]
+    return [peer for peer in known if not is_heard(peer, now, limits)]
+
+
+def is_cut_off(peers: Sequence[Peer], now: float, limits: Limits) -> bool:
+    """Whether it is rather this rank that is cut off than its peers."""
+    return len(unheard(peers, now, limits)) > max(1, len(peers) / 2)
+
+
+def failed(limits: Limits, this: ThisRank) -> Verdict:
+    """Return the verdict of a rank that an exception ends."""
+    return _verdict("failed", [this], limits, this)
+
+
+def not_ended(limits: Limits, this: ThisRank) -> Verdict:
+    """Return the verdict of a rank whose peers do not let it end."""
+    return _verdict("not ended", [], limits, this)
+
+
+def _verdict(
+    why: Why, lost: Sequence[Peer | ThisRank], limits: Limits, this: ThisRank
+) -> Verdict:
+    reporter = RankOnHost(this.rank, this.host)
+    return Verdict(why, _places(lost), reporter, this.last_call, limits.timeout_seconds)
+
+
+def _places(ranks: Sequence[Peer | ThisRank]) -> tuple[RankOnHost, ...]:
+    return tuple(RankOnHost(rank.rank, rank.host) for rank in ranks)

@@ -1,0 +1,275 @@
+"""Which verdict follows from what is known of the other ranks: a table of cases."""
+
+from dataclasses import replace
+
+import pytest
+
+from mlxtp import RankLostError
+from mlxtp.cluster.verdict import (
+    VERDICT_MARK,
+    VERDICT_VARIABLE,
+    CollectiveCall,
+    RankOnHost,
+    Verdict,
+)
+from mlxtp.comm.ending import text_of
+from mlxtp.comm.verdict import (
+    Limits,
+    Peer,
+    ThisRank,
+    is_cut_off,
+    judge,
+    judge_termination,
+    reconsider,
+    unheard,
+)
+
+NOW = 1000.0
+LIMITS = Limits(timeout_seconds=10, beat_seconds=1)
+CALL = CollectiveCall("allreduce", 7, "model.layers.3", waiting=True)
+WAITING = ThisRank(1, "studio2", 7, CALL, waiting_since=NOW - 10.1)
+WHERE = "; rank 1 on studio2 is in allreduce 7 of model.layers.3: all ranks end"
+
+
+def peers(**changes: dict[str, object]) -> list[Peer]:
+    """Ranks 0, 2 and 3, heard just now, in the same collective, but for `changes`."""
+    return [
+        replace(
+            Peer(rank, f"studio{rank + 1}", heard=NOW - 0.5, number=7),
+            **changes.get(f"rank_{rank}", {}),
+        )
+        for rank in (0, 2, 3)
+    ]
+
+
+SILENT = {"heard": NOW - 10.1}
+
+
+@pytest.mark.parametrize(
+    ("known", "this", "why", "lost", "says"),
+    [
+        # Nobody is missing.
+        ({}, replace(WAITING, waiting_since=NOW - 9.9), None, [], ""),
+        ({}, replace(WAITING, waiting_since=None), None, [], ""),
+        ({}, replace(WAITING, limited=False), None, [], ""),
+        (
+            {"rank_2": {"heard": NOW - 9.9}},
+            replace(WAITING, limited=False),
+            None,
+            [],
+            "",
+        ),
+        # Silence counts while this rank computes, and in waits without a limit.
+        (
+            {"rank_2": SILENT},
+            replace(WAITING, waiting_since=None),
+            "silent",
+            [2],
+            "mlxtp: rank 2 on studio3 did not answer for 10 s (stopped or cut off)",
+        ),
+        ({"rank_2": SILENT}, replace(WAITING, limited=False), "silent", [2], ""),
+        (
+            {"rank_0": SILENT, "rank_3": SILENT},
+            WAITING,
+            "silent",
+            [0, 3],
+            "mlxtp: rank 0 on studio1, rank 3 on studio4 did not answer for 10 s",
+        ),
+        # Who was never heard or has said good-bye is not silent.
+        (
+            {"rank_2": {"heard": 0.0}},
+            replace(WAITING, waiting_since=None),
+            None,
+            [],
+            "",
+        ),
+        (
+            {"rank_2": {**SILENT, "left": True}},
+            replace(WAITING, waiting_since=None),
+            None,
+            [],
+            "",
+        ),
+        # This rank has waited too long.
+        (
+            {"rank_2": {"left": True}, "rank_3": {"number": 6}},
+            WAITING,
+            "left",
+            [2],
+            "mlxtp: rank 2 on studio3 left while others waited",
+        ),
+        (
+            {"rank_3": {"number": 6}},
+            WAITING,
+            "late",
+            [3],
+            "mlxtp: rank 3 on studio4 did not come within 10 s",
+        ),
+        (
+            {},
+            WAITING,
+            "undelivered",
+            [],
+            "mlxtp: messages did not arrive within 10 s, though all ranks answer",
+        ),
+    ],
+)
+def test_judge(
+    known: dict[str, dict[str, object]],
+    this: ThisRank,
+    why: str | None,
+    lost: list[int],
+    says: str,
+) -> None:
+    verdict = judge(peers(**known), NOW, LIMITS, this)
+    if why is None:
+        assert verdict is None
+        return
+    assert verdict is not None
+    assert verdict.why == why and verdict.reporter == RankOnHost(1, "studio2")
+    assert [place.rank for place in verdict.lost] == lost
+    assert all(place.host == f"studio{place.rank + 1}" for place in verdict.lost)
+    assert verdict.sentence().startswith(says)
+    if this.waiting_since is not None:
+        assert verdict.sentence().endswith(WHERE)
+
+
+def test_ranks_that_never_found_each_other() -> None:
+    verdict = judge([], NOW, LIMITS, WAITING)
+    assert verdict is not None and verdict.why == "unconnected"
+    assert "the ranks did not all find each other within 10 s" in verdict.sentence()
+
+
+REPORT = Verdict(
+    "silent",
+    (RankOnHost(2, "studio3"),),
+    RankOnHost(3, "studio4"),
+    replace(CALL, waiting=False),
+    10,
+)
+FIRST = ThisRank(0, "studio1")
+
+
+@pytest.mark.parametrize(
+    ("report", "known", "why", "lost"),
+    [
+        # The lowest rank misses the same one, or another as well.
+        (REPORT, {"rank_2": {"heard": NOW - 3.1}}, "silent", [2]),
+        (REPORT, dict.fromkeys(("rank_2", "rank_3"), SILENT), "silent", [2, 3]),
+        # It hears whom the other misses.
+        (REPORT, {}, "unreachable", [2]),
+        # It is missed itself, or no rank is: the report stands.
+        (replace(REPORT, lost=(RankOnHost(0, "studio1"),)), {}, "silent", [0]),
+        (replace(REPORT, why="late"), {"rank_3": SILENT}, "late", [2]),
+        (replace(REPORT, why="undelivered", lost=()), {}, "undelivered", []),
+    ],
+)
+def test_reconsider(
+    report: Verdict, known: dict[str, dict[str, object]], why: str, lost: list[int]
+) -> None:
+    verdict = reconsider(report, peers(**known), NOW, LIMITS, FIRST)
+    assert verdict.why == why and [place.rank for place in verdict.lost] == lost
+    assert verdict.reporter == report.reporter
+    where = (
+        "; rank 3 on studio4 was last in allreduce 7 of model.layers.3: all ranks end"
+    )
+    assert verdict.sentence().endswith(where)
+    if why == "unreachable":
+        both = "mlxtp: rank 3 on studio4 and rank 2 on studio3 do not hear each other"
+        assert verdict.sentence().startswith(both)
+
+
+ASKED = NOW - 0.6
+
+
+@pytest.mark.parametrize(
+    ("known", "rank", "lost"),
+    [
+        ({}, 1, None),  # nobody has died
+        ({"rank_2": {"heard": 900.0, "left": True}}, 1, None),
+        # The lowest rank that is alive says it.
+        ({"rank_2": {"heard": 900.0, "gone": True}}, 1, None),
+        ({"rank_0": {"heard": 900.0, "gone": True}}, 1, [0]),
+        # A host that says that nobody listens knows it; a busy rank is only slow.
+        (
+            {"rank_0": {"heard": 900.0}, "rank_2": {"heard": 900.0, "gone": True}},
+            1,
+            [2],
+        ),
+        ({"rank_0": {"heard": 900.0}, "rank_2": {"heard": 900.0}}, 1, [0, 2]),
+        (
+            {f"rank_{rank}": {"heard": 900.0, "gone": True} for rank in (0, 2, 3)},
+            1,
+            [0, 2, 3],
+        ),
+    ],
+)
+def test_judge_termination(
+    known: dict[str, dict[str, object]], rank: int, lost: list[int] | None
+) -> None:
+    this = replace(WAITING, rank=rank)
+    verdict = judge_termination(peers(**known), ASKED, LIMITS, this)
+    if lost is None:
+        assert verdict is None
+        return
+    assert verdict is not None and verdict.why == "died"
+    assert [place.rank for place in verdict.lost] == lost
+    assert " died; rank 1 on studio2 is in " in verdict.sentence()
+
+
+@pytest.mark.parametrize(
+    ("silent", "cut_off"),
+    [([], False), ([0], False), ([0, 2], True), ([0, 2, 3], True)],
+)
+def test_who_is_cut_off(silent: list[int], cut_off: bool) -> None:
+    known = peers(**{f"rank_{rank}": {"heard": NOW - 3.1} for rank in silent})
+    assert [peer.rank for peer in unheard(known, NOW, LIMITS)] == silent
+    assert is_cut_off(known, NOW, LIMITS) == cut_off
+
+
+@pytest.mark.parametrize(
+    ("call", "says"),
+    [
+        (CALL, "allreduce 7 of model.layers.3"),
+        (CollectiveCall("barrier", 4, "", waiting=False), "barrier 4"),
+        (
+            CollectiveCall("allgather", None, "lm_head", waiting=False),
+            "the graph with an allgather of lm_head",
+        ),
+    ],
+)
+def test_collectives_in_words(call: CollectiveCall, says: str) -> None:
+    assert str(call) == says
+
+
+@pytest.mark.parametrize(
+    "verdict",
+    [REPORT, replace(REPORT, why="failed"), replace(REPORT, lost=(), collective=None)],
+)
+def test_as_data(verdict: Verdict) -> None:
+    assert Verdict.from_json(verdict.to_json()) == verdict
+    assert verdict.line().startswith(VERDICT_MARK) and "\n" not in verdict.line()
+    assert "\n" not in verdict.sentence()
+
+
+@pytest.mark.parametrize(
+    "text", ["", "{}", "[]", "3", REPORT.to_json()[:-9], '{"why": "bored"}']
+)
+def test_what_is_no_verdict(text: str) -> None:
+    with pytest.raises(ValueError):
+        Verdict.from_json(text)
+    bored = REPORT.to_json().replace('"silent"', '"bored"')
+    with pytest.raises(ValueError, match="not a verdict"):
+        Verdict.from_json(bored)
+
+
+def test_data_is_printed_for_who_asks(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv(VERDICT_VARIABLE, raising=False)
+    assert text_of(REPORT) == REPORT.sentence()
+    monkeypatch.setenv(VERDICT_VARIABLE, "1")
+    assert text_of(REPORT) == f"{REPORT.sentence()}\n{REPORT.line()}"
+
+
+def test_an_error_with_its_verdict() -> None:
+    error = RankLostError(REPORT)
+    assert error.verdict == REPORT and str(error) == REPORT.sentence()
