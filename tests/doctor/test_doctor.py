@@ -320,7 +320,7 @@ def alone() -> Findings:
     )
 
 
-RING_2 = "sudo ./launch/ring 2 5 --left en2 --right en3 --apply"
+RING_2 = "sudo ./launch/cables 2 5 --left en2 --right en3 --apply"
 
 
 @pytest.mark.parametrize(

@@ -137,7 +137,7 @@ def test_a_ring_is_undone_and_made_over_a_hostfile(ssh, environment):
     done = launch(ssh, "ring", HOSTFILE, "--apply", *ports)
     assert done.returncode == 0, done.stdout + done.stderr
     assert lines(done) == {host: f"has 10.89.0.{host[-1]}" for host in HOSTS}
-    assert "launch/ring" in done.stdout and "--undo --apply" in done.stdout
+    assert "launch/cables" in done.stdout and "--undo --apply" in done.stdout
     assert {host: routes(host) for host in HOSTS} == before
     done = launch(ssh, "ring", HOSTFILE, "--apply", "--left", "tb9", "--right", "tb1")
     assert done.returncode == 1 and "no interface tb9 here" in lines(done)["studio4"]

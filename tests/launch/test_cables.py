@@ -1,4 +1,4 @@
-"""launch/ring: every pair of hosts meets, the short way, and undoing undoes all."""
+"""launch/cables: every pair of hosts meets, the short way, and undoing undoes all."""
 
 import os
 import subprocess

@@ -1,4 +1,4 @@
-"""The script launch/ring."""
+"""The script launch/cables."""
 
 from launch_scripts import module
 
