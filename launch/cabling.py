@@ -8,6 +8,8 @@ import shlex
 from ipaddress import IPv4Address
 from typing import NamedTuple
 
+import over_ssh  # noqa: F401 (puts the checkout on Python's path)
+
 from mlxtp.cluster.addresses import RING_ADDRESSES
 
 CABLE_NETWORK = "10.88.0.0/16"
