@@ -2,4 +2,4 @@
 
 from launch_scripts import module
 
-ring = module("ring")
+cables = module("cables")
