@@ -1,4 +1,4 @@
-"""The main job: `mpirun -hostfile HOSTFILE python -m mlxtp.generate`.
+"""The main job: `python -m mlxtp.generate`, under `mpirun` or with `--ranks N`.
 
 The whole program of a rank, from top to bottom. Every rank runs every line; only
 what people see is rank 0's.
@@ -23,6 +23,7 @@ from mlx_lm.tokenizer_utils import TokenizerWrapper
 
 import mlxtp
 from mlxtp import options
+from mlxtp.cluster import job as cluster_job
 from mlxtp.comm import launcher
 from mlxtp.comm.communicator import Communicator
 from mlxtp.comm.errors import UsageError
@@ -33,14 +34,22 @@ from mlxtp.stories import PATH as STORIES
 
 def main() -> None:
     try:
+        cluster_job.start_if_asked(
+            sys.argv[1:],
+            "mlxtp.generate",
+            started=launcher.size(),
+            mark_input=options.reads_input(sys.argv[1:]),
+        )
         comm = Communicator.world(**options.of_world(sys.argv[1:]))
         check_same_start(comm)
         args = options.parse(sys.argv[1:])
+        if not (launcher.size() or args.quiet or args.json):
+            print(f"mlxtp.generate: {cluster_job.ALONE}", file=sys.stderr)
         screen = only_ours(comm)
         if args.verbose and comm.rank == 0:
             print(comm.describe(), file=screen)
         job = prepare(args, comm)
-    except UsageError as error:
+    except (UsageError, cluster_job.JobError) as error:
         if launcher.rank() == 0:
             print(f"mlxtp.generate: error: {error}", file=sys.stderr)
         launcher.leave(2)

@@ -9,6 +9,7 @@ from typing import Any
 
 from mlx_lm.generate import setup_arg_parser
 
+from mlxtp.cluster import job
 from mlxtp.comm import launcher
 from mlxtp.comm.allreduce import ALGORITHMS
 from mlxtp.comm.communicator import TIMEOUT_SECONDS
@@ -100,11 +101,21 @@ def of_world(arguments: list[str]) -> dict[str, Any]:
     }
 
 
+def reads_input(arguments: list[str]) -> bool:
+    """Return whether the prompt comes from standard input."""
+    parser = argparse.ArgumentParser(add_help=False, exit_on_error=False)
+    parser.add_argument("--prompt", "-p")
+    try:
+        return parser.parse_known_args(arguments)[0].prompt == "-"
+    except argparse.ArgumentError:
+        return False  # `parse` says what is wrong, when there are ranks to say it once
+
+
 def _parser() -> argparse.ArgumentParser:
     result = argparse.ArgumentParser(
         prog="mlxtp.generate",
-        usage="mpirun -hostfile HOSTFILE python -m mlxtp.generate [OPTION ...]",
-        description="Generate text from one language model on all ranks of mpirun.",
+        usage="python -m mlxtp.generate [--ranks N] [--hostfile HOSTFILE] [OPTION ...]",
+        description="Generate text from one language model on all ranks.",
         parents=[setup_arg_parser(), _world_parser()],
         conflict_handler="resolve",
     )
@@ -120,6 +131,7 @@ def _parser() -> argparse.ArgumentParser:
         default={},
         help="Arguments for the chat template, as a JSON object",
     )
+    job.add_options(result)
     ours = result.add_argument_group("mlxtp")
     ours.add_argument(
         "--shares",

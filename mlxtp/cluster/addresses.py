@@ -1,22 +1,25 @@
-"""Under which address the other hosts reach this one."""
+"""Addresses of hosts: those on the cables, and which of them are this machine's."""
 
 import socket
 from collections.abc import Iterable
+from functools import cache
+from typing import Any
 
-# The addresses of the hosts in a ring of cables, as `launch/ring` gives them.
+# `launch/cables` gives each host one address here that all others reach.
 RING_NETWORK = "10.89.0.0/24"
 RING_ADDRESSES = [f"10.89.0.{host}" for host in range(1, 255)]
 
 
 def ring_address() -> str | None:
-    """This host's address in the ring of cables; None if it has none."""
+    """Return this host's address in the ring of cables; None if it has none."""
     return next((address for address in RING_ADDRESSES if _is_local(address)), None)
 
 
 def own_address(hosts: Iterable[str]) -> str:
-    """The address under which ranks on `hosts` reach this host.
+    """Return the address under which ranks on `hosts` reach this host.
 
-    That in the ring of cables before any other. On one host alone, loopback.
+    Its address in the ring of cables comes before any other. With no other host it
+    is loopback.
     """
     others = {host for host in hosts if host != socket.gethostname()}
     if not others:
@@ -26,17 +29,36 @@ def own_address(hosts: Iterable[str]) -> str:
     return ring_address() or next(filter(None, towards), "127.0.0.1")
 
 
+@cache
+def is_here(host: str) -> bool:
+    """Return whether `host`, a name or an address, is this machine."""
+    own = socket.gethostname().removesuffix(".local")
+    # In Bonjour no two machines have one name.
+    if host == "localhost" or host.removesuffix(".local") == own:
+        return True
+    try:
+        resolved = socket.getaddrinfo(host, 0, type=socket.SOCK_DGRAM)
+    except OSError:
+        return False
+    return any(_can_bind(family, address) for family, *_, address in resolved)
+
+
 def _is_local(address: str) -> bool:
-    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
-        try:
-            probe.bind((address, 0))
-        except OSError:
-            return False
+    return _can_bind(socket.AF_INET, (address, 0))
+
+
+def _can_bind(family: int, address: tuple[Any, ...]) -> bool:
+    """Return whether a socket can take `address`: only this machine's own can."""
+    try:
+        with socket.socket(family, socket.SOCK_DGRAM) as probe:
+            probe.bind(address)
+    except OSError:
+        return False
     return True
 
 
 def _source_towards(host: str) -> str | None:
-    """The address that packets to `host` leave from; nothing is sent."""
+    """Return the address that packets to `host` leave from; nothing is sent."""
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
         try:
             probe.connect((host, 9))

@@ -1,4 +1,4 @@
-"""The check of a cluster: `mpirun -hostfile HOSTFILE python -m mlxtp.doctor`.
+"""The check of a cluster: `python -m mlxtp.doctor --hostfile HOSTFILE`.
 
 The whole program of a rank, from top to bottom. The ranks talk over a line of their
 own (`line.py`) until it is known that MPI's data pass; only then are collectives
@@ -18,6 +18,7 @@ from typing import NoReturn
 
 from huggingface_hub.constants import HF_HUB_CACHE
 
+from mlxtp.cluster import job
 from mlxtp.cluster.addresses import own_address
 from mlxtp.cluster.measured import Collective, Host, Measured, Pair
 from mlxtp.comm import launcher
@@ -44,8 +45,12 @@ SECOND_LOOKS = 3
 
 def main() -> None:
     try:
-        status = examine(options.parse(sys.argv[1:]))
-    except UsageError as error:
+        job.start_if_asked(sys.argv[1:], "mlxtp.doctor", started=launcher.size())
+        args = options.parse(sys.argv[1:])
+        if not (launcher.size() or args.json):
+            print(f"mlxtp.doctor: {job.ALONE}", file=sys.stderr)
+        status = examine(args)
+    except (UsageError, job.JobError) as error:
         if launcher.rank() == 0:
             print(f"mlxtp.doctor: error: {error}", file=sys.stderr)
         status = 2

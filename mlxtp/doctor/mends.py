@@ -18,7 +18,7 @@ def ring_command(found: Findings, machine: Machine) -> str:
         for port in machine.facts.interfaces
         if address in port.addresses
     )
-    return f"{sudo(machine)}./launch/ring {number} {len(hosts)}{ports} --apply"
+    return f"{sudo(machine)}./launch/cables {number} {len(hosts)}{ports} --apply"
 
 
 def mtu_command(machine: Machine, interface: str, mtu: int) -> str:

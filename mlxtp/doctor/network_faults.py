@@ -29,7 +29,9 @@ def addresses(found: Findings) -> Iterator[Fault]:
         elif it.address in owners:
             what = f"the address {it.address} is also that of {owners[it.address]}"
             undo = ring_command(found, it).replace("--apply", "--undo --apply")
-            yield Fault(it.host, what, f"{undo}, then launch/ring with its own number")
+            yield Fault(
+                it.host, what, f"{undo}, then launch/cables with its own number"
+            )
         owners.setdefault(it.address, it.host)
 
 

@@ -3,6 +3,7 @@
 import argparse
 from pathlib import Path
 
+from mlxtp.cluster import job
 from mlxtp.comm import launcher
 from mlxtp.comm.communicator import TIMEOUT_SECONDS
 from mlxtp.comm.transports import TRANSPORTS
@@ -20,11 +21,12 @@ def parse(arguments: list[str]) -> argparse.Namespace:
 def _parser() -> argparse.ArgumentParser:
     result = argparse.ArgumentParser(
         prog="mlxtp.doctor",
-        usage="mpirun -hostfile HOSTFILE python -m mlxtp.doctor [OPTION ...]",
+        usage="python -m mlxtp.doctor [--ranks N] [--hostfile HOSTFILE] [OPTION ...]",
         description="Examine the machines of a cluster and what joins them: say what "
         "is wrong and what mends it. Exit status 0 only where all is well, 1 where "
         "something is wrong, 2 for mistakes on the command line.",
     )
+    job.add_options(result)
     result.add_argument(
         "--transport",
         choices=MEASURED,

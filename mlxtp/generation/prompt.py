@@ -7,14 +7,12 @@ import sys
 
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 
+from mlxtp.cluster.job import END_OF_INPUT
 from mlxtp.comm import launcher
 from mlxtp.comm.communicator import Communicator
 
-# mpirun of Open MPI 5.0.11 hands standard input to rank 0 and keeps its end to itself
-# (https://github.com/openpmix/openpmix/pull/4024). A byte that ends it nevertheless:
-# ASCII's end of transmission, which launch/generate sends behind what it passes on.
-END = b"\x04"
-# Without it: seconds to wait for the first bytes, and for more behind the last.
+# Under mpirun, where `END_OF_INPUT` does not come: seconds to wait for the first bytes,
+# and for more behind the last.
 FIRST_SECONDS = 10.0
 MORE_SECONDS = 2.0
 
@@ -36,14 +34,14 @@ def read(given: str, comm: Communicator) -> str:
 def _read_under_mpirun() -> str:
     """Standard input to its end, or until nothing more has come for a while."""
     descriptor, data = sys.stdin.fileno(), b""
-    while not data.endswith(END):
+    while not data.endswith(END_OF_INPUT):
         patience = MORE_SECONDS if data else FIRST_SECONDS
         if not select.select([descriptor], [], [], patience)[0]:
             break
         if not (block := os.read(descriptor, 1 << 16)):
             break
         data += block
-    return data.removesuffix(END).decode()
+    return data.removesuffix(END_OF_INPUT).decode()
 
 
 def encode(

@@ -12,6 +12,7 @@ from pathlib import Path
 from rich.console import Console
 
 from mlxtp import options
+from mlxtp.cluster import hostfile
 from mlxtp.cluster.measured import Measured
 from mlxtp.plan import hardware
 from mlxtp.plan.auto import auto
@@ -78,7 +79,7 @@ def setting_of(args: argparse.Namespace) -> Setting:
 def _hosts(args: argparse.Namespace, measured: Measured | None) -> list[str]:
     """A name for each rank."""
     if args.hostfile:
-        named = _of_hostfile(args.hostfile)
+        named = hostfile.by_rank(hostfile.read(args.hostfile))
     elif measured:
         named = [host.host for host in measured.hosts]
     else:
@@ -96,22 +97,6 @@ def _hosts(args: argparse.Namespace, measured: Measured | None) -> list[str]:
     if named and ranks > len(named):
         raise ValueError(f"--ranks is {ranks}, and {len(named)} hosts are named")
     return named[:ranks] or [f"host {number}" for number in range(1, ranks + 1)]
-
-
-def _of_hostfile(file: Path) -> list[str]:
-    """The hosts of an Open MPI hostfile, each as often as it has slots."""
-    names: list[str] = []
-    for line in file.read_text().splitlines():
-        words = line.partition("#")[0].split()
-        if not words:
-            continue
-        slots = [w.partition("=")[2] for w in words[1:] if w.startswith("slots=")]
-        if slots and not slots[0].isdigit():
-            raise ValueError(f"{file}: {line.strip()!r}: slots is no number")
-        names += [words[0]] * int(slots[0] if slots else 1)
-    if not names:
-        raise ValueError(f"{file} names no host")
-    return names
 
 
 def _machines(

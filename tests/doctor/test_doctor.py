@@ -13,8 +13,8 @@ from pathlib import Path
 
 import mlx.core as mx
 import pytest
+from cables_script import cables
 from recorded import HARDWARE_PORTS
-from ring_script import ring
 
 from mlxtp.comm.communicator import Communicator
 from mlxtp.comm.line import Line, LostError
@@ -207,7 +207,7 @@ def macs(size: int = 5) -> Findings:
     """A ring of Macs in which all is well."""
     machines, routes = [], []
     for rank in range(size):
-        host = ring.Host(rank + 1, size, "en2", "en3")
+        host = cables.Host(rank + 1, size, "en2", "en3")
         ports = tuple(
             Interface(
                 name,
@@ -320,7 +320,7 @@ def alone() -> Findings:
     )
 
 
-RING_2 = "sudo ./launch/ring 2 5 --left en2 --right en3 --apply"
+RING_2 = "sudo ./launch/cables 2 5 --left en2 --right en3 --apply"
 
 
 @pytest.mark.parametrize(

@@ -151,7 +151,7 @@ def test_forwarding_off(misled: Faults) -> None:
 def test_a_missing_route(misled: Faults) -> None:
     what, mend = misled["studio2"]
     assert what == "no route to 10.89.0.4 (studio4)"
-    assert mend == "./launch/ring 2 5 --left tb0 --right tb1 --apply"
+    assert mend == "./launch/cables 2 5 --left tb0 --right tb1 --apply"
 
 
 @pytest.fixture(scope="module")
@@ -171,7 +171,7 @@ def slowed(misled: Faults) -> Faults:
 def test_a_way_past_the_cables(slowed: Faults) -> None:
     what, mend = slowed["studio2"]
     assert what == "data to studio4 go by eth0 (Ethernet), not by a cable"
-    assert mend == "./launch/ring 2 5 --left tb0 --right tb1 --apply"
+    assert mend == "./launch/cables 2 5 --left tb0 --right tb1 --apply"
 
 
 def test_a_slow_link(slowed: Faults) -> None:

@@ -85,11 +85,11 @@ def test_a_command_runs_on_its_host(ring):
 def test_names_resolve_to_the_ethernet(ring):
     for number, host in enumerate(HOSTS, 1):
         for source in "studio1", "studio3":
-            found = good("run", "--on", source, "getent", "hosts", host)
-            assert found.split() == [f"10.90.0.{number}", host]
+            entry = good("run", "--on", source, "getent", "hosts", host)
+            assert entry.split() == [f"10.90.0.{number}", host]
 
 
-def test_hops_take_the_delay_and_the_short_way(ring, echo):
+def test_hops_take_the_delay_and_the_shorter_route(ring, echo):
     for number, hops in (2, 1), (3, 2), (4, 2), (5, 1):
         milliseconds = statistics.median(round_trips(f"10.89.0.{number}")) * 1e3
         # Never less than the links take. Not much more: 0.1 ms when nothing else
@@ -165,7 +165,8 @@ for away in range(1, comm.size):
 """
 
     def carried():
-        return [way["bytes"] for way in json.loads(good("status", "--json"))["links"]]
+        links = json.loads(good("status", "--json"))["links"]
+        return [direction["bytes"] for direction in links]
 
     before = carried()
     good(
@@ -285,11 +286,11 @@ def good_ip(*words):
 
 
 def forwarders():
-    found = []
+    pids = []
     for path in Path("/proc").glob("[0-9]*/cmdline"):
         try:
             if "launch/links\0/run/mlxtp-lab" in path.read_text():
-                found.append(int(path.parent.name))
+                pids.append(int(path.parent.name))
         except OSError:
             pass
-    return found
+    return pids

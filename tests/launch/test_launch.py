@@ -1,5 +1,6 @@
 """launch/hosts, install and run: what they decide before any host is asked."""
 
+import os
 import shlex
 import subprocess
 from pathlib import Path
@@ -9,6 +10,8 @@ import pytest
 from five_hosts import ROOT
 from launch_scripts import module, script
 from zeroconf import ServiceInfo, Zeroconf
+
+from mlxtp.cluster import hostfile, job
 
 hosts = module("hosts")
 install = module("install")
@@ -47,7 +50,7 @@ def test_this_machine_comes_first_then_numbers_count(monkeypatch):
 def test_what_is_written_is_a_hostfile():
     names = ["studio2.local", "studio1.local"]
     text = hosts.hostfile(names)
-    assert over_ssh.hosts_in(text) == names
+    assert hostfile.parse(text, "it") == dict.fromkeys(names, 1)
     assert "studio2.local slots=1\nstudio1.local slots=1\n" in text
     assert text.startswith("# ") and max(map(len, text.splitlines())) <= 88
 
@@ -81,7 +84,7 @@ def test_a_hostfile_that_is_there_stays(tmp_path):
     assert target.read_text() == "mine"
     done = script("hosts", "localhost", "--write", target, "--force")
     assert done.returncode == 0 and done.stdout.startswith("localhost  this machine: ")
-    assert over_ssh.hosts_in(target.read_text()) == ["localhost"]
+    assert hostfile.read(target) == {"localhost": 1}
 
 
 def test_without_zeroconf_the_names_are_to_be_given(monkeypatch, capsys):
@@ -100,12 +103,12 @@ def test_what_is_no_name():
 
 def words(monkeypatch, *arguments, names=("localhost",), cables=False, **env):
     """What launch/run would type, as root does not."""
-    monkeypatch.setattr(run.os, "environ", env)
-    monkeypatch.setattr(run.os, "geteuid", lambda: 501)
-    monkeypatch.setattr(run, "has_cables", lambda: cables)
+    monkeypatch.setattr(os, "environ", env)
+    monkeypatch.setattr(os, "geteuid", lambda: 501)
+    monkeypatch.setattr(job, "ring_address", lambda: "10.89.0.1" if cables else None)
     typed = []
-    monkeypatch.setattr(run.os, "execv", lambda _, words: typed.extend(words))
-    monkeypatch.setattr(over_ssh, "hosts_in", lambda _: list(names))
+    monkeypatch.setattr(os, "execv", lambda _, words: typed.extend(words))
+    monkeypatch.setattr(hostfile, "read", lambda _: dict.fromkeys(names, 1))
     run.main([*arguments[:-1], "hostfiles/localhost", *arguments[-1].split()])
     return shlex.join(typed).replace(str(ROOT), "ROOT")
 
@@ -150,7 +153,10 @@ def test_what_concerns_a_rank_goes_along_and_no_value_is_shown(monkeypatch):
     [
         (["hostfiles/localhost"], "run what?"),
         (["hostfiles/localhost", "--"], "run what?"),
-        (["-n", "0", "hostfiles/localhost", "true"], "-n is 1 or more, not 0"),
+        (
+            ["-n", "0", "hostfiles/localhost", "true"],
+            "the number of ranks is 0: wanted 1 or more",
+        ),
     ],
 )
 def test_wrong_input_gets_one_line(arguments, says):

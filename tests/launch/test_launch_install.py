@@ -55,11 +55,23 @@ esac
 """
 OURS = "mlx==0.32.4\nnumpy==2.3.1\n"
 
+# What launch/install is made of.
+NEEDED = [
+    "launch/install",
+    "launch/over_ssh.py",
+    "mlxtp/__init__.py",
+    "mlxtp/cluster/__init__.py",
+    "mlxtp/cluster/addresses.py",
+    "mlxtp/cluster/hostfile.py",
+    "mlxtp/cluster/job.py",
+    "mlxtp/cluster/verdict.py",
+]
+
 
 @pytest.fixture(scope="module")
 def ssh(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Servers]:
-    with servers(tmp_path_factory.mktemp("ssh")) as found:
-        yield found
+    with servers(tmp_path_factory.mktemp("ssh")) as running:
+        yield running
 
 
 class Cluster:
@@ -68,10 +80,10 @@ class Cluster:
     def __init__(self, folder: Path, ssh: Servers) -> None:
         self.top, self.ssh = folder / "top", ssh
         self.root = self.top / "mlxtp"
-        for name in "launch", "library":
+        for name in "launch", "library", "mlxtp/cluster":
             (self.root / name).mkdir(parents=True)
-        for name in "install", "over_ssh.py":
-            shutil.copy(ROOT / "launch" / name, self.root / "launch")
+        for name in NEEDED:
+            shutil.copy(ROOT / name, self.root / name)
         (self.root / "launch" / "environment").write_text(ENVIRONMENT)
         (self.root / "pyproject.toml").write_text("[project]\n")
         (self.root / "library" / "a file.py").write_text("a = 1\n")
@@ -103,8 +115,8 @@ class Cluster:
 
     def contents(self, host: str) -> dict[str, str]:
         top = self.of(host)
-        found = [path for path in top.rglob("*") if path.is_file()]
-        return {str(path.relative_to(top)): path.read_text() for path in found}
+        files = [path for path in top.rglob("*") if path.is_file()]
+        return {str(path.relative_to(top)): path.read_text() for path in files}
 
 
 @pytest.fixture
@@ -119,7 +131,8 @@ def cluster(unpacked: Cluster) -> Cluster:
     return unpacked
 
 
-NEW = "copy 6 files, make the environment"
+# With the environment, pyproject.toml, the library's file and python.
+NEW = f"copy {len(NEEDED) + 4} files, make the environment"
 
 
 def test_it_is_shown_then_done_then_nothing_is_left_to_do(cluster: Cluster) -> None:
@@ -196,11 +209,11 @@ def test_only_what_differs_is_brought_over(cluster: Cluster) -> None:
     assert lines(cluster.install())["studio2"] == f"to do: {todo}"
     done = cluster.install("--apply")
     assert lines(done)["studio2"] == f"done: {todo}", done.stdout
-    found = cluster.contents("studio2")
-    assert found["library/a file.py"] == "a = 2\n"
-    assert found["notes"] == "of studio2 alone"
+    left = cluster.contents("studio2")
+    assert left["library/a file.py"] == "a = 2\n"
+    assert left["notes"] == "of studio2 alone"
     assert same[1].stat().st_mtime_ns == same[0]
-    versions = set(found[".venv/versions"].split())
+    versions = set(left[".venv/versions"].split())
     assert versions == {"mlx==0.32.4", "numpy==2.3.1", "own==1"}
 
 

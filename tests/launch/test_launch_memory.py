@@ -47,10 +47,10 @@ def test_what_is_shown(printed, says):
 
 
 def test_the_command_counts_in_macos_megabytes():
-    found = memory.parse(AS_BOUGHT)
+    known = memory.parse(AS_BOUGHT)
     # 58e9 / 2**20 = 55313.1: not more than was asked for.
-    assert memory.command(found, 58) == "sysctl iogpu.wired_limit_mb=55313"
-    assert memory.command(found, 0) == "sysctl iogpu.wired_limit_mb=0"
+    assert memory.command(known, 58) == "sysctl iogpu.wired_limit_mb=55313"
+    assert memory.command(known, 0) == "sysctl iogpu.wired_limit_mb=0"
 
 
 @pytest.mark.parametrize(

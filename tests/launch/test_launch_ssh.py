@@ -1,4 +1,4 @@
-"""launch/hosts, memory, ring and run with true ssh, on the hosts of the lab."""
+"""launch/hosts, memory, cables and run with true ssh, on the hosts of the lab."""
 
 import json
 import os
@@ -8,11 +8,12 @@ import sys
 import time
 from pathlib import Path
 
-import over_ssh
 import pytest
 from five_hosts import HOSTFILE, HOSTS, LAB, ROOT, good, in_namespaces, lab
 from five_hosts import the_lab_can_be_built as the_lab_can_be_built
 from ssh_hosts import Servers, lines, servers
+
+from mlxtp.cluster import hostfile
 
 pytestmark = [pytest.mark.lab, pytest.mark.once]
 
@@ -32,12 +33,17 @@ time.sleep(100)
 """
 
 
+@pytest.fixture(scope="module", autouse=True)
+def ring(the_lab_can_be_built):
+    good("up", "--delay-ms", "1")
+
+
 @pytest.fixture(scope="module")
-def ssh(tmp_path_factory):
-    with servers(tmp_path_factory.mktemp("ssh")) as found:
+def ssh(ring, tmp_path_factory):
+    with servers(tmp_path_factory.mktemp("ssh")) as running:
         for host in HOSTS[1:]:
-            found.start(host)
-        yield found
+            running.start(host)
+        yield running
 
 
 def launch(ssh: Servers, name: str, *arguments: object, **env: str):
@@ -49,10 +55,10 @@ def test_who_lets_us_in(ssh):
     done = launch(ssh, "hosts", *HOSTS)
     assert done.returncode == 0, done.stdout + done.stderr
     user = subprocess.run(["id", "-un"], capture_output=True, text=True).stdout.strip()
-    found = lines(done)
-    assert list(found) == HOSTS
-    assert found["studio1"].startswith("this machine: Linux")
-    assert all(found[host].startswith(f"lets {user} in: Linux") for host in HOSTS[1:])
+    says = lines(done)
+    assert list(says) == HOSTS
+    assert says["studio1"].startswith("this machine: Linux")
+    assert all(says[host].startswith(f"lets {user} in: Linux") for host in HOSTS[1:])
 
 
 def test_who_does_not(ssh, tmp_path):
@@ -73,7 +79,7 @@ def test_who_does_not(ssh, tmp_path):
     assert "Permission denied" in lines(done)["studio2"]
     assert "    ssh-copy-id studio2 " in done.stdout
     assert "Could not resolve hostname studio9" in lines(done)["studio9"]
-    assert over_ssh.hosts_in(target.read_text()) == ["studio2", "studio9"]
+    assert list(hostfile.read(target)) == ["studio2", "studio9"]
 
 
 def test_found_by_bonjour_and_written(ssh, tmp_path):
@@ -99,7 +105,7 @@ def test_found_by_bonjour_and_written(ssh, tmp_path):
     assert done.returncode == 0, done.stdout + done.stderr
     names = ["studio1.local", "studio2.local", "studio3.local"]
     assert list(lines(done)) == names
-    assert over_ssh.hosts_in(target.read_text()) == names
+    assert list(hostfile.read(target)) == names
 
 
 def test_memory_of_hosts_that_are_no_macs(ssh):
@@ -114,32 +120,33 @@ def test_memory_of_hosts_that_are_no_macs(ssh):
 @pytest.fixture
 def environment():
     if not (OWN / "mpirun").exists():
-        pytest.skip("it needs .venv: source launch/environment test")
+        pytest.skip("RUN NOT TESTED: it needs .venv: source launch/environment test")
 
 
 def routes(host):
     words = ["ip", "-n", host, "-json", "route"]
     done = subprocess.run(words, capture_output=True, text=True, check=True)
-    return [it for it in json.loads(done.stdout) if it["dst"].startswith("10.89")]
+    known = json.loads(done.stdout)
+    return [route for route in known if route["dst"].startswith("10.89")]
 
 
 def test_a_ring_is_undone_and_made_over_a_hostfile(ssh, environment):
     before = {host: routes(host) for host in HOSTS}
-    assert all(len(found) == 4 for found in before.values())
+    assert all(len(known) == 4 for known in before.values())
     ports = ["--left", "tb0", "--right", "tb1"]
-    shown = launch(ssh, "ring", HOSTFILE, "--undo", *ports)
+    shown = launch(ssh, "cables", HOSTFILE, "--undo", *ports)
     assert shown.returncode == 0 and "# on studio5\n" in shown.stdout
     assert {host: routes(host) for host in HOSTS} == before
-    done = launch(ssh, "ring", HOSTFILE, "--undo", "--apply", *ports)
+    done = launch(ssh, "cables", HOSTFILE, "--undo", "--apply", *ports)
     assert done.returncode == 0, done.stdout + done.stderr
     assert set(lines(done).values()) == {"undone"}
     assert [routes(host) for host in HOSTS] == [[]] * 5
-    done = launch(ssh, "ring", HOSTFILE, "--apply", *ports)
+    done = launch(ssh, "cables", HOSTFILE, "--apply", *ports)
     assert done.returncode == 0, done.stdout + done.stderr
     assert lines(done) == {host: f"has 10.89.0.{host[-1]}" for host in HOSTS}
-    assert "launch/ring" in done.stdout and "--undo --apply" in done.stdout
+    assert "launch/cables" in done.stdout and "--undo --apply" in done.stdout
     assert {host: routes(host) for host in HOSTS} == before
-    done = launch(ssh, "ring", HOSTFILE, "--apply", "--left", "tb9", "--right", "tb1")
+    done = launch(ssh, "cables", HOSTFILE, "--apply", "--left", "tb9", "--right", "tb1")
     assert done.returncode == 1 and "no interface tb9 here" in lines(done)["studio4"]
 
 
@@ -153,7 +160,7 @@ def test_a_command_runs_on_every_host(ssh, environment):
     assert sorted(done.stdout.splitlines()) == [
         f"{host} {ROOT} /a b 10.89.0.0/24" for host in HOSTS
     ]
-    (line,) = (it for it in done.stderr.splitlines() if "bin/mpirun" in it)
+    (line,) = (said for said in done.stderr.splitlines() if "bin/mpirun" in said)
     typed = shlex.split(line)
     assert typed[0] == f"{OWN}/mpirun" and typed[-3:] == ["sh", "-c", SAYS]
     assert f"{ssh.ssh} -o BatchMode=yes -o ConnectTimeout=5" in typed
@@ -174,12 +181,12 @@ def test_the_main_job_over_ssh(ssh, environment):
 
 def test_ending_it_ends_the_ranks(ssh, environment):
     def ranks():
-        found = []
+        pids = []
         for pid in in_namespaces():
             path = Path(f"/proc/{pid}/cmdline")
             if path.exists() and "sleep\x001234" in path.read_text():
-                found.append(pid)
-        return found
+                pids.append(pid)
+        return pids
 
     words = [sys.executable, LAB, "run", ROOT / "launch" / "run", "--ssh", ssh.ssh]
     path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"

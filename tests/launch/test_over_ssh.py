@@ -1,4 +1,4 @@
-"""launch/over_ssh.py: hostfiles, what is here, many hosts at once, and root."""
+"""launch/over_ssh.py: wrong hostfiles, what is here, many hosts at once, and root."""
 
 import os
 import socket
@@ -6,13 +6,10 @@ import subprocess
 import sys
 import time
 
-import over_ssh
 import pytest
 from five_hosts import ROOT
 from launch_scripts import script
-from over_ssh import HostError, hosts_in, is_here, on_each, run_as_root, run_on
-
-from mlxtp.cluster import addresses as network
+from over_ssh import HostError, is_here, on_each, run_as_root, run_on
 
 pytestmark = pytest.mark.once
 
@@ -20,40 +17,7 @@ pytestmark = pytest.mark.once
 ELSEWHERE = "198.51.100.1"
 
 
-def test_the_names_of_a_hostfile_in_order_each_once():
-    text = """
-# a comment
-  studio2.local slots=1   # the caller
-studio10\tslots = 2 max_slots=4
-
-mac-mini max-slots=3 slots=1
-studio10 slots=1
-"""
-    assert hosts_in(text) == ["studio2.local", "studio10", "mac-mini"]
-
-
-@pytest.mark.parametrize(
-    "text, says",
-    [
-        ("# nobody\n", "it names no host"),
-        ("a slots=1\n-oProxyCommand=x", "line 2 is to be a host's name and slots=N"),
-        ("a b", "line 1 is to be a host's name and slots=N, not 'a b'"),
-        ("a slots=many", "line 1 is to be"),
-        ("a; reboot", "line 1 is to be"),
-    ],
-)
-def test_what_is_no_hostfile(text, says):
-    with pytest.raises(ValueError, match=says):
-        hosts_in(text)
-
-
-def test_the_hostfiles_that_are_here():
-    found = {path.name: hosts_in(path.read_text()) for path in ROOT.glob("hostfiles/*")}
-    assert found["localhost"] == ["localhost"]
-    assert found["studio5"] == [f"studio{k}" for k in range(1, 6)]
-
-
-@pytest.mark.parametrize("name", ["install", "memory", "run", "ring"])
+@pytest.mark.parametrize("name", ["install", "memory", "run", "cables"])
 def test_a_wrong_hostfile_is_one_line_and_status_2(name, tmp_path):
     bad = tmp_path / "bad"
     bad.write_text("one two three\n")
@@ -76,8 +40,11 @@ def test_what_is_here(monkeypatch):
     assert not is_here("known-to-ssh-alone")
 
 
-def test_the_network_of_the_cables_is_the_one_that_mlxtp_looks_for():
-    assert over_ssh.HOST_NETWORK == network.RING_NETWORK
+@pytest.mark.parametrize("name", ["cables", "hosts", "install", "lab", "memory", "run"])
+def test_nothing_has_to_be_installed(name):
+    words = [sys.executable, "-E", "-S", ROOT / "launch" / name, "--help"]
+    done = subprocess.run(words, capture_output=True, text=True)
+    assert done.returncode == 0 and done.stdout.startswith("usage: launch/"), done
 
 
 def test_an_older_python_is_told_which():

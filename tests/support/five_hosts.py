@@ -15,6 +15,7 @@ HOSTS = [f"studio{k}" for k in range(1, 6)]
 
 
 def why_not():
+    """Return why this machine cannot have the lab; None if it can."""
     if sys.platform != "linux":
         return "it needs Linux"
     if os.geteuid() != 0:
@@ -43,12 +44,14 @@ def lab(*arguments, timeout=60, **env):
 
 
 def good(*arguments, **options):
+    """Run launch/lab, which has to succeed; return what it prints."""
     done = lab(*arguments, **options)
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout
 
 
 def in_namespaces():
+    """Return the processes that run on the lab's hosts."""
     return [
         pid
         for host in HOSTS
@@ -60,6 +63,10 @@ def in_namespaces():
 
 @pytest.fixture(scope="module", autouse=True)
 def the_lab_can_be_built():
+    """Skip where there can be no lab, and take it down at the end of a file.
+
+    It brings none up: every test, or a fixture that it takes, does so itself.
+    """
     reason = why_not()
     if reason is not None:
         pytest.skip(f"LAB NOT TESTED: {reason}")

@@ -41,6 +41,7 @@ Host {names}
 
 
 def why_not() -> str | None:
+    """Return what is missing for ssh on the lab's hosts."""
     if SSHD is None or shutil.which("ssh") is None:
         return "it needs OpenSSH's server and client (package openssh-server)"
     return None
@@ -88,16 +89,18 @@ class Servers:
             time.sleep(0.05)
 
     def own(self, host: str) -> Path:
-        """The folder that only this host has, as this machine sees it."""
+        """Return the folder that only this host has, as this machine sees it."""
         return self.folder / host
 
     def answers(self, host: str) -> bool:
+        """Return whether the host's server takes connections."""
         probe = f"import socket; socket.create_connection(('{host}', 2222), 1)"
         words = [sys.executable, LAB, "run", sys.executable, "-c", probe]
         done = subprocess.run(list(map(str, words)), capture_output=True)
         return done.returncode == 0
 
     def stop(self) -> None:
+        """End all servers."""
         for server in self.running:
             server.terminate()
         for server in self.running:
@@ -107,24 +110,27 @@ class Servers:
 
 @contextmanager
 def servers(folder: Path) -> Iterator[Servers]:
-    """A lab of five hosts that may serve ssh; skips where it cannot be had."""
+    """Yield servers for the lab's hosts, of which none runs yet; skip without OpenSSH.
+
+    The lab is brought up, as a ring at 1 ms a hop.
+    """
     reason = why_not()
     if reason is not None:
         pytest.skip(f"SSH NOT TESTED: {reason}")
     made = not SEPARATION.exists()
     SEPARATION.mkdir(mode=0o755, exist_ok=True)
     good("up", "--delay-ms", "1")
-    found = Servers(folder)
+    running = Servers(folder)
     try:
-        yield found
+        yield running
     finally:
-        found.stop()
+        running.stop()
         if made:
             SEPARATION.rmdir()
 
 
 def lines(done: subprocess.CompletedProcess[str]) -> dict[str, str]:
-    """What was printed of each of the lab's hosts, in order."""
+    """Return what was printed of each of the lab's hosts, in order."""
     pairs = (line.partition("  ") for line in done.stdout.splitlines())
     return {
         name: says.strip() for name, _, says in pairs if says and name[:6] == "studio"

