@@ -6,9 +6,10 @@ from typing import Any
 from models import LLAMA_3_2_1B
 from wide_models import WIDE
 
+from mlxtp.cluster.units import GIB
 from mlxtp.plan import hardware
 from mlxtp.plan.hardware import LINKS, Network, published
-from mlxtp.plan.opening import of_config
+from mlxtp.plan.model import model_of_config
 from mlxtp.plan.planning import Plan, Setting, plan
 from mlxtp.plan.remedies import remedies
 from mlxtp.plan.report import PARTS, rate
@@ -76,12 +77,12 @@ def _head() -> str:
         wait=1e6 * hardware.EVALUATION_SECONDS,
         tcp=1e6 * LINKS["thunderbolt4"].hop_seconds,
         rdma=1e6 * LINKS["rdma"].hop_seconds,
-        limit=hardware.WIRED_SHARE * MEMORY_GB * hardware.GIB / 1e9,
+        limit=hardware.WIRED_SHARE * MEMORY_GB * GIB / 1e9,
     )
 
 
 def _of(name: str, config: dict[str, Any], bits: int) -> str:
-    with of_config(name, config, bits) as model:
+    with model_of_config(name, config, bits) as model:
         first = plan(model, _setting("M2 Ultra", "thunderbolt4"), [1] * RANKS)
         lines = [f"## {name}, {bits} bits\n", *_memory(first)]
         lines += ["", *_speeds(first), "", *_where(first)]
@@ -97,19 +98,25 @@ def _setting(chip: str, link: str) -> Setting:
 
 def _memory(found: Plan) -> list[str]:
     lines = [
-        "| rank | query heads | KV heads | MLP columns | words | weights, GB "
+        "| rank | query heads | KV heads | MLP columns | vocabulary rows | weights, GB "
         "| KV cache, GB | working, GB | left of the limit, GB |",
         "|" + "---|" * 9,
     ]
     for need, left in zip(found.needs, found.left_bytes, strict=True):
         owned = need.owned
         assert left is not None
-        lines.append(
-            f"| {need.rank} | {owned.query_heads[1]} | {owned.kv_heads[1]} | "
-            f"{owned.columns[1]} | {owned.words} | {need.weights_bytes / 1e9:.2f} | "
-            f"{need.cache_bytes / 1e9:.3f} | {need.working_bytes / 1e9:.2f} | "
-            f"{left / 1e9:.2f} |"
-        )
+        cells = [
+            need.rank,
+            owned.query_heads[1],
+            owned.kv_heads[1],
+            owned.columns[1],
+            owned.vocabulary_rows,
+            f"{need.weights_bytes / 1e9:.2f}",
+            f"{need.cache_bytes / 1e9:.3f}",
+            f"{need.working_bytes / 1e9:.2f}",
+            f"{left / 1e9:.2f}",
+        ]
+        lines.append(f"| {' | '.join(map(str, cells))} |")
     return [*lines, "", _verdict(found)]
 
 
@@ -160,10 +167,10 @@ def _where(first: Plan) -> list[str]:
         f"| | {' | '.join(sides)} |",
         "|" + "---|" * (1 + len(sides)),
     ]
-    for part, words in PARTS.items():
+    for part, label in PARTS.items():
         times = [1e3 * getattr(time, part) for time in sides.values()]
         if any(times):
-            lines.append(f"| {words} | {' | '.join(f'{t:.2f}' for t in times)} |")
+            lines.append(f"| {label} | {' | '.join(f'{t:.2f}' for t in times)} |")
     totals = " | ".join(f"{1e3 * time.seconds:.2f}" for time in sides.values())
     return [*lines, f"| together | {totals} |"]
 
