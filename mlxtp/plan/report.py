@@ -23,6 +23,11 @@ PARTS = {
     "gathers": "gathers",
     "messages": "messages",
 }
+# What each rank owns, and what it needs, in GB.
+COLUMNS = (
+    *("rank", "host", "query heads", "KV heads", "MLP columns", "experts"),
+    *("vocabulary rows", "weights", "KV cache", "working", "limit", "left"),
+)
 
 
 def show(plan: Plan, remedies: Sequence[Remedy], console: Console) -> None:
@@ -44,17 +49,9 @@ def show(plan: Plan, remedies: Sequence[Remedy], console: Console) -> None:
 
 def _memory(plan: Plan) -> Table:
     table = Table(title="What each rank needs, GB")
-    for name in ("rank", "host", "query heads", "KV heads", "MLP columns", "experts"):
-        table.add_column(name, justify="right" if name != "host" else "left")
-    for name in (
-        "vocabulary rows",
-        "weights",
-        "KV cache",
-        "working",
-        "GPU limit",
-        "left",
-    ):
-        table.add_column(name, justify="right")
+    for name in COLUMNS:
+        left = name == "host"
+        table.add_column(name.replace(" ", "\n"), justify="left" if left else "right")
     rows = zip(plan.needs, plan.setting.machines, plan.left_bytes, strict=True)
     for need, machine, left in rows:
         owned = need.owned

@@ -40,6 +40,7 @@ class Time:
         return sum(getattr(self, part.name) for part in fields(self))
 
     def __add__(self, other: "Time") -> "Time":
+        """Add part by part."""
         return Time(
             *(getattr(self, f.name) + getattr(other, f.name) for f in fields(self))
         )

@@ -16,6 +16,7 @@ import pytest
 from recorded import HARDWARE_PORTS
 from ring_script import ring
 
+from mlxtp.cluster.memory import HostMemory
 from mlxtp.comm.communicator import Communicator
 from mlxtp.comm.line import Line, LostError
 from mlxtp.doctor import linux, macos
@@ -31,23 +32,9 @@ from mlxtp.doctor.speed import DTYPES, Speed, measure
 pytestmark = pytest.mark.once
 
 SYSCTL = """\
-hw.memsize: 68719476736
 machdep.cpu.brand_string: Apple M2 Ultra
 iogpu.wired_limit_mb: 57344
 net.inet.ip.forwarding: 1
-"""
-VM_STAT = """\
-Mach Virtual Memory Statistics: (page size of 16384 bytes)
-Pages free:                             1000000.
-Pages active:                           1200000.
-Pages inactive:                          900000.
-Pages speculative:                       100000.
-Pages throttled:                              0.
-Pages wired down:                        500000.
-Pages purgeable:                          20000.
-"Translation faults":                 123456789.
-Pages copy-on-write:                    1234567.
-File-backed pages:                       800000.
 """
 IFCONFIG = """\
 lo0: flags=8049<UP,LOOPBACK,RUNNING,MULTICAST> mtu 16384
@@ -111,14 +98,15 @@ destination: 10.89.0.3
 def test_a_mac(monkeypatch: pytest.MonkeyPatch) -> None:
     printed = {
         "sysctl": SYSCTL,
-        "vm_stat": VM_STAT,
         "ifconfig": IFCONFIG,
         "networksetup": HARDWARE_PORTS,
         "system_profiler": THUNDERBOLT,
         "route": ROUTE,
     }
-    monkeypatch.setattr(macos, "output", lambda command: printed[command[0]])
-    ports = {it.name: it for it in macos.facts().interfaces}
+    monkeypatch.setattr(macos, "output", lambda *command: printed[command[0]])
+    memory = HostMemory(64 * 2**30, 2_000_000 * 16384)
+    monkeypatch.setattr(macos, "host_memory", lambda: memory)
+    ports = {port.name: port for port in macos.facts().interfaces}
     assert macos.facts() == Facts(
         system="macOS",
         chip="Apple M2 Ultra",
@@ -139,7 +127,7 @@ def test_a_mac(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_tools_that_are_not_there(monkeypatch: pytest.MonkeyPatch) -> None:
     for system in macos, linux:
-        monkeypatch.setattr(system, "output", lambda command: "")
+        monkeypatch.setattr(system, "output", lambda *command: "")
         assert system.facts().interfaces == ()
         assert system.route("10.89.0.3") is None
 
@@ -200,7 +188,6 @@ def test_a_linux_machine(tmp_path: Path) -> None:
     via = '[{"dst":"10.89.0.5","gateway":"10.88.3.2","dev":"tb1","flags":[]}]'
     assert linux.parse_route(via) == Route("tb1", "10.88.3.2")
     assert linux.parse_route('[{"dst":"10.0.0.2","dev":"eth0"}]') == Route("eth0", None)
-    assert linux.meminfo("MemTotal:  8 kB\nHugePages_Total: 0\n") == {"MemTotal": 8192}
 
 
 def macs(size: int = 5) -> Findings:
@@ -445,7 +432,7 @@ def test_a_fault(change: Change, where: str, what: str, mend: str) -> None:
     found = faults(change(macs()))
     assert where in [fault.where for fault in found]
     fault = next(fault for fault in found if fault.where == where)
-    assert what in fault.what and mend in fault.mend
+    assert what in fault.what and mend in fault.fix
 
 
 def test_one_fault_is_said_once() -> None:
@@ -476,7 +463,7 @@ def test_ranks_in_another_order_than_cables() -> None:
     )
     [fault] = faults(replace(swapped, links=found.links))
     assert fault.where == "hostfile" and "studio1 and studio3" in fault.what
-    assert "studio1, studio2, studio3, studio4, studio5" in fault.mend
+    assert "studio1, studio2, studio3, studio4, studio5" in fault.fix
 
 
 def test_ways_are_followed() -> None:

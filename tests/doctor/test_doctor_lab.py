@@ -24,6 +24,18 @@ shift 2
 exec "$@"
 """
 
+# What psutil reads of /proc/meminfo.
+MEMINFO = """\
+MemTotal: 64000000 kB
+MemFree: 7000000 kB
+MemAvailable: 8000000 kB
+Buffers: 0 kB
+Cached: 0 kB
+Shmem: 0 kB
+Active: 0 kB
+Inactive: 0 kB
+"""
+
 Faults = dict[str, tuple[str, str]]
 
 
@@ -95,7 +107,7 @@ def broken(healthy: None, tmp_path_factory: pytest.TempPathFactory) -> Faults:
     metadata.parent.mkdir()
     metadata.write_text("Metadata-Version: 2.1\nName: mlx-lm\nVersion: 0.1\n")
     meminfo = folder / "meminfo"
-    meminfo.write_text("MemTotal: 64000000 kB\nMemAvailable: 8000000 kB\n")
+    meminfo.write_text(MEMINFO)
     good("cut", "studio2", "studio3")
     try:
         others = ("sh", "-c", OTHERS, "sh", folder, meminfo)
