@@ -49,8 +49,8 @@ The page is made by `python benchmarks/studio5_page.py > docs/studio5.md`. One f
     python -m mlxtp.plan --model config.json --bits 4 --ranks 5 \\
         --chip "M2 Ultra" --memory 64 --context {context} --link thunderbolt4
 
-with the model's published config, another chip, another link. Quantized is affine, in
-groups of 64; caches have 16 bits; prefill is a prompt of {context} tokens.
+with the model's published config, another chip, another link. Quantization is affine,
+in groups of 64; caches have 16 bits; prefill is a prompt of {context} tokens.
 
 Assumed for all: MLX reads weights at {bandwidth:.0f} % of the memory's bandwidth,
 and multiplies at {flops:.0f} % of the GPU's arithmetic; before each collective the CPU
@@ -59,9 +59,9 @@ switch, Thunderbolt in a ring) and {rdma:.0f} µs over RDMA (in a ring). RDMA ne
 Thunderbolt 5: of these chips the M4 Max and the M3 Ultra. The M3 Ultra is not sold with
 64 GB, it begins at 96; it stands here as if it were.
 
-In *pipeline* each host has a fifth of the layers, and one computes after the other.
-*One host* reads all by itself, if it fits. The GPU may wire three quarters of the
-memory: {limit:.2f} GB of the 64 GB, which are 64 GiB.
+In a *pipeline* each host has a fifth of the layers, and they compute one after the
+other. *One host* holds the whole model, if it fits. The GPU may wire three quarters of
+the memory: {limit:.2f} GB of the 64 GB, which are 64 GiB.
 """
 
 
@@ -96,13 +96,13 @@ def _setting(chip: str, link: str) -> Setting:
     return Setting(machines, network, CONTEXT, 1)
 
 
-def _memory(found: Plan) -> list[str]:
+def _memory(result: Plan) -> list[str]:
     lines = [
         "| rank | query heads | KV heads | MLP columns | vocabulary rows | weights, GB "
         "| KV cache, GB | working, GB | left of the limit, GB |",
         "|" + "---|" * 9,
     ]
-    for need, left in zip(found.needs, found.left_bytes, strict=True):
+    for need, left in zip(result.needs, result.left_bytes, strict=True):
         owned = need.owned
         assert left is not None
         cells = [
@@ -117,14 +117,14 @@ def _memory(found: Plan) -> list[str]:
             f"{left / 1e9:.2f}",
         ]
         lines.append(f"| {' | '.join(map(str, cells))} |")
-    return [*lines, "", _verdict(found)]
+    return [*lines, "", _verdict(result)]
 
 
-def _verdict(found: Plan) -> str:
-    one = "It fits on one host too." if found.one_fits else "It does not fit on one."
-    if found.fits:
+def _verdict(result: Plan) -> str:
+    one = "It fits on one host too." if result.one_fits else "It does not fit on one."
+    if result.fits:
         return f"It fits on five. {one}"
-    offered = "; ".join(f"{it.what} ({it.how})" for it in remedies(found))
+    offered = "; ".join(f"{each.what} ({each.how})" for each in remedies(result))
     return f"It does not fit on five. What would do: {offered}. {one}"
 
 
@@ -138,13 +138,13 @@ def _speeds(first: Plan) -> list[str]:
         cells = []
         for link in LINKS_OF:
             has_link = link != "rdma" or chip in WITH_RDMA
-            found = replace(first, setting=_setting(chip, link))
-            times = found.decode, found.prefill
+            result = replace(first, setting=_setting(chip, link))
+            times = result.decode, result.prefill
             cells.append(_both(*times) if has_link else "-")
-        found = replace(first, setting=_setting(chip, "thunderbolt4"))
-        cells.append(_both(*found.pipeline))
-        one = _both(found.decode_on_one, found.prefill_on_one)
-        cells.append(one if found.one_fits else "does not fit")
+        result = replace(first, setting=_setting(chip, "thunderbolt4"))
+        cells.append(_both(*result.pipeline))
+        one = _both(result.decode_on_one, result.prefill_on_one)
+        cells.append(one if result.one_fits else "does not fit")
         lines.append(f"| {chip} | {' | '.join(cells)} |")
     return lines
 

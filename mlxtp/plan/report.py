@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import asdict
-from typing import Any
+from typing import Any, Literal
 
 from rich.console import Console
 from rich.table import Table
@@ -50,8 +50,8 @@ def show(plan: Plan, remedies: Sequence[Remedy], console: Console) -> None:
 def _memory(plan: Plan) -> Table:
     table = Table(title="What each rank needs, GB")
     for name in COLUMNS:
-        left = name == "host"
-        table.add_column(name.replace(" ", "\n"), justify="left" if left else "right")
+        justify: Literal["left", "right"] = "left" if name == "host" else "right"
+        table.add_column(name.replace(" ", "\n"), justify=justify)
     rows = zip(plan.needs, plan.setting.machines, plan.left_bytes, strict=True)
     for need, machine, left in rows:
         owned = need.owned

@@ -1,0 +1,37 @@
+"""Bytes as people read them, and times between measured sizes."""
+
+import pytest
+
+from mlxtp.cluster.curve import Curve
+from mlxtp.cluster.units import binary_size, gigabytes
+
+pytestmark = pytest.mark.once
+
+
+@pytest.mark.parametrize(
+    "nbytes, decimals, text",
+    [
+        (48e9, 1, "48.0"),
+        (51.54e9, 2, "51.54"),
+        (-2.111e9, 2, "-2.11"),
+        (549_000_000, 2, "0.549"),
+        (0, 1, "0"),
+    ],
+)
+def test_gigabytes(nbytes: float, decimals: int, text: str) -> None:
+    assert gigabytes(nbytes, decimals) == text
+
+
+def test_binary_sizes() -> None:
+    sizes = [256, 1024, 1536, 1 << 20, 3 << 19]
+    assert [binary_size(size) for size in sizes] == [
+        *("256 B", "1 KiB", "1.5 KiB", "1 MiB", "1.5 MiB")
+    ]
+
+
+def test_a_curve() -> None:
+    curve = Curve((1000, 2000), (2.0, 3.0))
+    assert [curve.at(n) for n in (10, 1500, 2000, 4000)] == [2.0, 2.5, 3.0, 5.0]
+    # Noise may make a longer message quicker: the line does not fall above it.
+    assert Curve((1000, 2000), (3.0, 2.0)).at(9000) == 2.0
+    assert Curve((1000,), (3.0,)).at(9000) == 3.0
