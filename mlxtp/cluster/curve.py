@@ -1,26 +1,25 @@
-"""What a collective takes for sizes between those that were measured."""
+"""Times between measured points: of an allreduce by the bytes of its parts, say."""
 
-from dataclasses import dataclass
+from bisect import bisect_right
+from collections.abc import Sequence
 
-import numpy as np
 
+def interpolate(size: float, sizes: Sequence[float], seconds: Sequence[float]) -> float:
+    """Return the time for `size` on the lines between measured points.
 
-@dataclass(frozen=True)
-class Curve:
-    """The seconds that were measured for parts of `sizes` bytes, which ascend."""
+    `sizes` ascend, with a time for each. Below the first its time holds. Above the
+    last its line goes on, but never falls: nothing gets faster with size.
 
-    sizes: tuple[int, ...]
-    seconds: tuple[float, ...]
-
-    def at(self, nbytes: int) -> float:
-        """Return the seconds for a part of `nbytes`.
-
-        Between two sizes they lie on a line. Above the last size the line through the
-        last two goes on, but never falls; below the first size it is flat.
-        """
-        sizes, seconds = self.sizes, self.seconds
-        above = 0.0
-        if len(sizes) > 1:
-            rate = (seconds[-1] - seconds[-2]) / (sizes[-1] - sizes[-2])
-            above = max(0.0, rate) * max(0, nbytes - sizes[-1])
-        return float(np.interp(nbytes, sizes, seconds)) + above
+    >>> interpolate(15, [10, 20], [1.0, 2.0])
+    1.5
+    >>> interpolate(30, [10, 20], [1.0, 2.0]), interpolate(30, [10, 20], [2.0, 1.0])
+    (3.0, 1.0)
+    """
+    if size <= sizes[0] or len(sizes) == 1:
+        return seconds[0]
+    right = min(bisect_right(sizes, size), len(sizes) - 1)
+    left = right - 1
+    rate = (seconds[right] - seconds[left]) / (sizes[right] - sizes[left])
+    if size > sizes[-1]:
+        return seconds[-1] + max(0.0, rate) * (size - sizes[-1])
+    return seconds[left] + rate * (size - sizes[left])

@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from mlxtp.cluster.curve import Curve
+from mlxtp.cluster.curve import interpolate
 from mlxtp.cluster.measured import Measured
 from mlxtp.cluster.units import GIB
 
@@ -173,15 +173,18 @@ class Network:
 
 @dataclass(frozen=True)
 class MeasuredNetwork(Network):
-    """A network whose collectives doctor has timed: `curves` by their kind."""
+    """A network whose collectives doctor has timed.
 
-    curves: dict[str, Curve]
+    `curves` are, by the kind of collective, bytes of a part and the seconds for each.
+    """
+
+    curves: dict[str, tuple[tuple[int, ...], tuple[float, ...]]]
 
     def seconds(self, kind: str, part_bytes: int, item_bytes: int) -> float:
         """Return the measured seconds; arguments as in `Network`."""
         if kind not in self.curves:
             return super().seconds(kind, part_bytes, item_bytes)
-        return self.curves[kind].at(part_bytes)
+        return interpolate(part_bytes, *self.curves[kind])
 
 
 def network_of(measured: Measured, ranks: int, topology: str) -> Network:
@@ -205,7 +208,7 @@ def network_of(measured: Measured, ranks: int, topology: str) -> Network:
             for collective in measured.collectives
             if collective.name == kind
         )
-        curves[kind] = Curve(tuple(p for p, _ in points), tuple(s for _, s in points))
+        curves[kind] = (tuple(p for p, _ in points), tuple(s for _, s in points))
     return MeasuredNetwork(ranks, link, topology, curves)
 
 

@@ -2,7 +2,7 @@
 
 import pytest
 
-from mlxtp.cluster.curve import Curve
+from mlxtp.cluster.curve import interpolate
 from mlxtp.cluster.units import binary_size, gigabytes
 
 pytestmark = pytest.mark.once
@@ -29,9 +29,10 @@ def test_binary_sizes() -> None:
     ]
 
 
-def test_a_curve() -> None:
-    curve = Curve((1000, 2000), (2.0, 3.0))
-    assert [curve.at(n) for n in (10, 1500, 2000, 4000)] == [2.0, 2.5, 3.0, 5.0]
-    # Noise may make a longer message quicker: the line does not fall above it.
-    assert Curve((1000, 2000), (3.0, 2.0)).at(9000) == 2.0
-    assert Curve((1000,), (3.0,)).at(9000) == 3.0
+def test_times_between_measured_sizes() -> None:
+    sizes, seconds = (1000, 2000), (2.0, 3.0)
+    times = [interpolate(n, sizes, seconds) for n in (10, 1500, 2000, 4000)]
+    assert times == [2.0, 2.5, 3.0, 5.0]
+    # Noise may make a longer message quicker: above it the line does not fall.
+    assert interpolate(9000, sizes, (3.0, 2.0)) == 2.0
+    assert interpolate(9000, (1000,), (3.0,)) == 3.0
