@@ -104,7 +104,9 @@ def on_cluster(
                 "modelled_ms": 1e3 * sum(modelled.values()),
                 "measured_ms": median(1e3 / speed for speed in speeds),
                 "in_collectives": median(run["collectives_share"] for run in runs),
-                "parts_ms": {part: 1e3 * it for part, it in modelled.items() if it},
+                "parts_ms": {
+                    part: 1e3 * time for part, time in modelled.items() if time
+                },
             }
             row["ratio"] = row["modelled_ms"] / row["measured_ms"]
             print(
@@ -120,7 +122,7 @@ def on_cluster(
 
 
 def again(job: Callable[[], T]) -> T:
-    """Do a job of mpirun once more where it fails: now and then one does."""
+    """Do a job of mpirun once more if it fails, as one does now and then."""
     try:
         return job()
     except (RuntimeError, subprocess.TimeoutExpired) as error:
@@ -129,7 +131,7 @@ def again(job: Callable[[], T]) -> T:
 
 
 def examine(start: list[Any], measured: Path) -> None:
-    """Let doctor write `measured`; faults that it finds, it says, and goes on."""
+    """Let doctor write `measured`, whether it finds faults or not."""
     measured.unlink(missing_ok=True)
     doctor = [*start, "mlxtp.doctor", "--dtype", "bfloat16", "--json", measured]
     said = run(*doctor, timeout=DOCTOR_SECONDS)
@@ -144,10 +146,10 @@ def model_of(model: Path, measured: Path, topology: str) -> dict[str, float]:
     said = subprocess.run(
         [str(word) for word in words], cwd=ROOT, check=True, stdout=subprocess.PIPE
     )
-    found: dict[str, float] = json.loads(said.stdout)["modelled"]["this plan"][
+    seconds: dict[str, float] = json.loads(said.stdout)["modelled"]["this plan"][
         "seconds_a_token"
     ]
-    return found
+    return seconds
 
 
 def generated(start: list[Any], model: Path, max_tokens: int) -> dict[str, Any]:

@@ -6,9 +6,10 @@ from typing import Any
 from models import LLAMA_3_2_1B
 from wide_models import WIDE
 
+from mlxtp.cluster.units import GIB
 from mlxtp.plan import hardware
 from mlxtp.plan.hardware import LINKS, Network, published
-from mlxtp.plan.opening import of_config
+from mlxtp.plan.model import model_of_config
 from mlxtp.plan.planning import Plan, Setting, plan
 from mlxtp.plan.remedies import remedies
 from mlxtp.plan.report import PARTS, rate
@@ -48,8 +49,8 @@ The page is made by `python benchmarks/studio5_page.py > docs/studio5.md`. One f
     python -m mlxtp.plan --model config.json --bits 4 --ranks 5 \\
         --chip "M2 Ultra" --memory 64 --context {context} --link thunderbolt4
 
-with the model's published config, another chip, another link. Quantized is affine, in
-groups of 64; caches have 16 bits; prefill is a prompt of {context} tokens.
+with the model's published config, another chip, another link. Quantization is affine,
+in groups of 64; caches have 16 bits; prefill is a prompt of {context} tokens.
 
 Assumed for all: MLX reads weights at {bandwidth:.0f} % of the memory's bandwidth,
 and multiplies at {flops:.0f} % of the GPU's arithmetic; before each collective the CPU
@@ -58,9 +59,9 @@ switch, Thunderbolt in a ring) and {rdma:.0f} µs over RDMA (in a ring). RDMA ne
 Thunderbolt 5: of these chips the M4 Max and the M3 Ultra. The M3 Ultra is not sold with
 64 GB, it begins at 96; it stands here as if it were.
 
-In *pipeline* each host has a fifth of the layers, and one computes after the other.
-*One host* reads all by itself, if it fits. The GPU may wire three quarters of the
-memory: {limit:.2f} GB of the 64 GB, which are 64 GiB.
+In a *pipeline* each host has a fifth of the layers, and they compute one after the
+other. *One host* holds the whole model, if it fits. The GPU may wire three quarters of
+the memory: {limit:.2f} GB of the 64 GB, which are 64 GiB.
 """
 
 
@@ -76,12 +77,12 @@ def _head() -> str:
         wait=1e6 * hardware.EVALUATION_SECONDS,
         tcp=1e6 * LINKS["thunderbolt4"].hop_seconds,
         rdma=1e6 * LINKS["rdma"].hop_seconds,
-        limit=hardware.WIRED_SHARE * MEMORY_GB * hardware.GIB / 1e9,
+        limit=hardware.WIRED_SHARE * MEMORY_GB * GIB / 1e9,
     )
 
 
 def _of(name: str, config: dict[str, Any], bits: int) -> str:
-    with of_config(name, config, bits) as model:
+    with model_of_config(name, config, bits) as model:
         first = plan(model, _setting("M2 Ultra", "thunderbolt4"), [1] * RANKS)
         lines = [f"## {name}, {bits} bits\n", *_memory(first)]
         lines += ["", *_speeds(first), "", *_where(first)]
@@ -95,29 +96,35 @@ def _setting(chip: str, link: str) -> Setting:
     return Setting(machines, network, CONTEXT, 1)
 
 
-def _memory(found: Plan) -> list[str]:
+def _memory(result: Plan) -> list[str]:
     lines = [
-        "| rank | query heads | KV heads | MLP columns | words | weights, GB "
+        "| rank | query heads | KV heads | MLP columns | vocabulary rows | weights, GB "
         "| KV cache, GB | working, GB | left of the limit, GB |",
         "|" + "---|" * 9,
     ]
-    for need, left in zip(found.needs, found.left_bytes, strict=True):
+    for need, left in zip(result.needs, result.left_bytes, strict=True):
         owned = need.owned
         assert left is not None
-        lines.append(
-            f"| {need.rank} | {owned.query_heads[1]} | {owned.kv_heads[1]} | "
-            f"{owned.columns[1]} | {owned.words} | {need.weights_bytes / 1e9:.2f} | "
-            f"{need.cache_bytes / 1e9:.3f} | {need.working_bytes / 1e9:.2f} | "
-            f"{left / 1e9:.2f} |"
-        )
-    return [*lines, "", _verdict(found)]
+        cells = [
+            need.rank,
+            owned.query_heads[1],
+            owned.kv_heads[1],
+            owned.columns[1],
+            owned.vocabulary_rows,
+            f"{need.weights_bytes / 1e9:.2f}",
+            f"{need.cache_bytes / 1e9:.3f}",
+            f"{need.working_bytes / 1e9:.2f}",
+            f"{left / 1e9:.2f}",
+        ]
+        lines.append(f"| {' | '.join(map(str, cells))} |")
+    return [*lines, "", _verdict(result)]
 
 
-def _verdict(found: Plan) -> str:
-    one = "It fits on one host too." if found.one_fits else "It does not fit on one."
-    if found.fits:
+def _verdict(result: Plan) -> str:
+    one = "It fits on one host too." if result.one_fits else "It does not fit on one."
+    if result.fits:
         return f"It fits on five. {one}"
-    offered = "; ".join(f"{it.what} ({it.how})" for it in remedies(found))
+    offered = "; ".join(f"{each.what} ({each.how})" for each in remedies(result))
     return f"It does not fit on five. What would do: {offered}. {one}"
 
 
@@ -131,13 +138,13 @@ def _speeds(first: Plan) -> list[str]:
         cells = []
         for link in LINKS_OF:
             has_link = link != "rdma" or chip in WITH_RDMA
-            found = replace(first, setting=_setting(chip, link))
-            times = found.decode, found.prefill
+            result = replace(first, setting=_setting(chip, link))
+            times = result.decode, result.prefill
             cells.append(_both(*times) if has_link else "-")
-        found = replace(first, setting=_setting(chip, "thunderbolt4"))
-        cells.append(_both(*found.pipeline))
-        one = _both(found.decode_on_one, found.prefill_on_one)
-        cells.append(one if found.one_fits else "does not fit")
+        result = replace(first, setting=_setting(chip, "thunderbolt4"))
+        cells.append(_both(*result.pipeline))
+        one = _both(result.decode_on_one, result.prefill_on_one)
+        cells.append(one if result.one_fits else "does not fit")
         lines.append(f"| {chip} | {' | '.join(cells)} |")
     return lines
 
@@ -160,10 +167,10 @@ def _where(first: Plan) -> list[str]:
         f"| | {' | '.join(sides)} |",
         "|" + "---|" * (1 + len(sides)),
     ]
-    for part, words in PARTS.items():
+    for part, label in PARTS.items():
         times = [1e3 * getattr(time, part) for time in sides.values()]
         if any(times):
-            lines.append(f"| {words} | {' | '.join(f'{t:.2f}' for t in times)} |")
+            lines.append(f"| {label} | {' | '.join(f'{t:.2f}' for t in times)} |")
     totals = " | ".join(f"{1e3 * time.seconds:.2f}" for time in sides.values())
     return [*lines, f"| together | {totals} |"]
 

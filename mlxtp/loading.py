@@ -13,10 +13,12 @@ from mlx_lm.tokenizer_utils import TokenizerWrapper
 from mlx_lm.utils import load_tokenizer
 from tqdm import tqdm
 
-from mlxtp.checkpoint import cut, memory
+from mlxtp.checkpoint import cut
 from mlxtp.checkpoint.cut import Origin, Shard, bytes_of, lacking
+from mlxtp.checkpoint.memory import gpu_limit_bytes
 from mlxtp.checkpoint.readahead import ReadAhead
 from mlxtp.checkpoint.tensors import Tensor
+from mlxtp.cluster import memory
 from mlxtp.comm.communicator import Communicator
 from mlxtp.comm.errors import UsageError
 from mlxtp.fetch import hub
@@ -225,14 +227,13 @@ def check_memory(comm: Communicator, bytes_of_rank: int, folder: Path) -> None:
     hosts: dict[str, int] = {}
     available: dict[str, int] = {}
     for host, wanted, free in comm.allgather_object(
-        (comm.host, bytes_of_rank, memory.available_bytes())
+        (comm.host, bytes_of_rank, memory.available_bytes(gpu_limit_bytes()))
     ):
         hosts[host] = hosts.get(host, 0) + wanted
-        if free is not None:
-            available[host] = free
+        available[host] = free
     lacking = {host: hosts[host] - free for host, free in available.items()}
-    host = max(lacking, key=lambda name: lacking[name], default=None)
-    if host is not None and lacking[host] > 0:
+    host = max(lacking, key=lambda name: lacking[name])
+    if lacking[host] > 0:
         raise UsageError(
             f"the slices of {folder} for {host} take {hosts[host] / 1e9:.1f} GB, and "
             f"it has {available[host] / 1e9:.1f} GB free: use more hosts, give it a "

@@ -18,7 +18,8 @@ from tiny import Tiny, edit_config, made_by_rank_0
 
 import mlxtp
 from mlxtp import Communicator
-from mlxtp.checkpoint import memory
+from mlxtp.checkpoint.memory import gpu_limit_bytes
+from mlxtp.cluster import memory
 from mlxtp.model.skeleton import build
 from mlxtp.sharding.decide import slice_table
 
@@ -178,15 +179,17 @@ def test_too_little_memory_is_said_before_reading(
     comm: Communicator, shared_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     folder = made_by_rank_0(Tiny(), shared_path / "memory", comm)
-    monkeypatch.setattr(memory, "available_bytes", lambda: 200_000)
+    monkeypatch.setattr(memory, "available_bytes", lambda gpu_limit: 200_000)
     monkeypatch.setattr("mlxtp.checkpoint.tensors.read", None)
     with pytest.raises(ValueError, match=r"take 0\.\d GB, and it has 0\.0 GB free"):
         mlxtp.load(folder, comm)
 
 
 def test_available_memory_is_plausible() -> None:
-    available = memory.available_bytes()
-    assert available is None or 10**8 < available < 10**14
+    host = memory.host_memory()
+    assert 10**8 < host.available_bytes <= host.total_bytes < 10**14
+    assert memory.available_bytes(5) == 5  # where a GPU's limit decides
+    assert 10**8 < memory.available_bytes(gpu_limit_bytes()) < 10**14
 
 
 @pytest.mark.parametrize("base", ["llama-8-2-biases", "affine-4-64", "affine-tied"])

@@ -8,12 +8,13 @@ from typing import Any
 
 @dataclass(frozen=True)
 class Host:
-    """A rank's machine, measured while all ranks are at work.
+    """A rank's host, measured while all ranks are at work.
 
     `limit_bytes` is what a model may take: on a Mac what the GPU may wire, on Linux
     what is available. `bytes_per_second` is the rate at which matrix-vector products
-    read weights, `flops` that of matrix products, `token_seconds` what a token of the
-    whole model that ships takes beside collectives, which the rank waits for.
+    read weights, `flops` the floating-point operations of matrix products a second.
+    `token_seconds` is the time of a token of the model that ships, computed whole,
+    without its collectives.
     """
 
     rank: int
@@ -28,7 +29,7 @@ class Host:
 
 @dataclass(frozen=True)
 class Pair:
-    """The link between two ranks: one way, and the rate of long messages."""
+    """The link between two ranks: latency one way, and the rate of long messages."""
 
     ranks: tuple[int, int]
     latency_seconds: float
@@ -37,9 +38,9 @@ class Pair:
 
 @dataclass(frozen=True)
 class Collective:
-    """An allreduce or allgather of all ranks, array to array: the median.
+    """The median time of an allreduce or allgather of all ranks, array to array.
 
-    `part_bytes` is what a rank brings.
+    `part_bytes` is what each rank brings.
     """
 
     name: str
@@ -56,20 +57,24 @@ class Measured:
     collectives: tuple[Collective, ...]
 
     def write(self, file: Path) -> None:
+        """Write it as JSON, in bytes and seconds."""
         file.write_text(json.dumps(asdict(self), indent=1) + "\n")
 
     @classmethod
     def read(cls, file: Path) -> "Measured":
-        """Raises: ValueError, with the file, if it holds nothing of the kind."""
+        """Read what `write` has written.
+
+        Raises: ValueError, with the file, if it holds nothing of the kind.
+        """
         try:
             content: dict[str, Any] = json.loads(file.read_text())
             return cls(
-                tuple(Host(**it) for it in content["hosts"]),
+                tuple(Host(**host) for host in content["hosts"]),
                 tuple(
-                    Pair(**{**it, "ranks": tuple(it["ranks"])})
-                    for it in content["pairs"]
+                    Pair(**{**pair, "ranks": tuple(pair["ranks"])})
+                    for pair in content["pairs"]
                 ),
-                tuple(Collective(**it) for it in content["collectives"]),
+                tuple(Collective(**one) for one in content["collectives"]),
             )
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise ValueError(

@@ -1,8 +1,8 @@
 """The check of a cluster: `python -m mlxtp.doctor --hostfile HOSTFILE`.
 
-The whole program of a rank, from top to bottom. The ranks talk over a line of their
-own (`line.py`) until it is known that MPI's data pass; only then are collectives
-measured as generation makes them.
+The whole program of a rank, from top to bottom. The ranks talk over connections of
+their own (`comm/line.py`) until it is known that MPI's messages pass. Only then are
+collectives measured, as generation calls them.
 """
 
 import argparse
@@ -32,18 +32,18 @@ from mlxtp.doctor.faults import faults
 from mlxtp.doctor.findings import Fault, Findings
 from mlxtp.doctor.host_faults import slow_ranks
 from mlxtp.doctor.links import Sockets
-from mlxtp.doctor.machine import facts, look, route
+from mlxtp.doctor.machine import describe, facts, route
 from mlxtp.doctor.network_faults import slow_pairs
 from mlxtp.doctor.report import Report
-from mlxtp.doctor.speed import Speed
 
 SERVICE = "mlxtp-doctor"
 
-# What seems slow is measured so often again: what else runs there may pass.
+# What seems slow is measured up to so many times more: another program may have run.
 SECOND_LOOKS = 3
 
 
 def main() -> None:
+    """Run the program; the exit status is 0 only where all is well."""
     try:
         job.start_if_asked(sys.argv[1:], "mlxtp.doctor", started=launcher.size())
         args = options.parse(sys.argv[1:])
@@ -60,7 +60,7 @@ def main() -> None:
 
 
 def examine(args: argparse.Namespace) -> int:
-    """Examine all machines; the exit status, the same on every rank."""
+    """Examine all machines; return the exit status, the same on every rank."""
     screen = sys.stdout if launcher.rank() == 0 else open(os.devnull, "w")  # noqa: SIM115
     report = Report(screen)
     here = facts()
@@ -68,40 +68,40 @@ def examine(args: argparse.Namespace) -> int:
     check_file(line, args.json)
 
     address = own_address(line.gather(socket.gethostname()))
-    me = look(line.rank, address, here, mpi_version, Path(HF_HUB_CACHE))
+    me = describe(line.rank, address, here, mpi_version, Path(HF_HUB_CACHE))
     machines = line.gather(me)
-    others = {it.address for it in machines if it.host != me.host}
+    others = {machine.address for machine in machines if machine.host != me.host}
     routes = line.gather({address: route(address) for address in others})
     clocks = line.clocks()
     need_bytes = args.need_gb and args.need_gb * 1e9
-    found = Findings(machines, routes, clocks, {}, [], args.transport, need_bytes)
+    findings = Findings(machines, routes, clocks, {}, [], args.transport, need_bytes)
     sockets = Sockets(line, address)
-    found = measure_links(sockets, found)
+    findings = measure_links(sockets, findings)
     ring = sockets.ring()
     sockets.close()
-    found = measure_speeds(line, args.dtype, found)
+    findings = measure_speeds(line, args.dtype, findings)
 
-    wrong = faults(found)
-    report.machines(found)
-    report.links(found, ring)
+    wrong = faults(findings)
+    report.machines(findings)
+    report.links(findings, ring)
     report.faults(wrong)
     collectives: list[Collective] = []
     tokens: list[float] = []
-    if can_measure(found):
+    if can_measure(findings):
         try:
             comm = Communicator.world(args.transport, timeout_seconds=args.timeout)
             collectives = curves.measure(comm) if comm.size > 1 else []
             tokens = token_seconds(comm)
-            report.collectives(collectives, comm.describe())
+            report.collectives(collectives, comm.describe().splitlines()[0])
             report.tokens(tokens)
         except UsageError as error:
-            lacking = Fault(f"--transport {args.transport}", str(error), "mend that")
-            wrong.append(lacking)
+            where = f"--transport {args.transport}"
+            wrong.append(Fault(where, str(error), "follow that"))
             report.faults(wrong)
     report.end(wrong)
     if args.json and line.rank == 0:
         if tokens:
-            measured(found, collectives, tokens).write(args.json)
+            measured(findings, collectives, tokens).write(args.json)
         else:
             report.note(f"{args.json} is not written: collectives were not measured.")
     line.close()
@@ -109,7 +109,7 @@ def examine(args: argparse.Namespace) -> int:
 
 
 def meet(here: Facts, timeout_seconds: float) -> tuple[Line, str]:
-    """A line between the ranks, and the version of the MPI that they run under.
+    """Connect the ranks; return the line, and the version of MPI that they run under.
 
     Raises: LostError if ranks do not find each other.
     """
@@ -136,7 +136,7 @@ def meet(here: Facts, timeout_seconds: float) -> tuple[Line, str]:
 
 
 def check_file(line: Line, file: Path | None) -> None:
-    """See that rank 0 can write what --json names.
+    """Check that rank 0 can write the file of --json.
 
     Raises: UsageError, on all ranks, if it cannot.
     """
@@ -148,74 +148,75 @@ def check_file(line: Line, file: Path | None) -> None:
         raise UsageError(mistake)
 
 
-def measure_links(sockets: Sockets, found: Findings) -> Findings:
-    """With the links of all pairs. Those that seem slow are looked at again."""
-    found = replace(found, links=sockets.measure(found.pairs))
+def measure_links(sockets: Sockets, findings: Findings) -> Findings:
+    """Measure the links of all pairs; measure those that seem slow again."""
+    findings = replace(findings, links=sockets.measure(findings.pairs))
     for _ in range(SECOND_LOOKS):
-        again = sockets.measure(slow_pairs(found))
-        better = {pair: found.links[pair].better(link) for pair, link in again.items()}
-        found = replace(found, links={**found.links, **better})
-    return found
+        again = sockets.measure(slow_pairs(findings))
+        better = {
+            pair: findings.links[pair].better(link) for pair, link in again.items()
+        }
+        findings = replace(findings, links={**findings.links, **better})
+    return findings
 
 
-def measure_speeds(line: Line, dtype: str, found: Findings) -> Findings:
-    """With the speeds of all ranks. Where one seems slow, all compute again."""
+def measure_speeds(line: Line, dtype: str, findings: Findings) -> Findings:
+    """Measure the speeds of all ranks; if one seems slow, all compute again."""
     speeds = line.gather(speed.measure(dtype, line.barrier))
-    found = replace(found, speeds=speeds)
+    findings = replace(findings, speeds=speeds)
     for _ in range(SECOND_LOOKS):
-        if not slow_ranks(found):
+        if not slow_ranks(findings):
             break
         again = line.gather(speed.measure(dtype, line.barrier))
-        pairs = zip(found.speeds, again, strict=True)
-        found = replace(found, speeds=[max(pair, key=by_rate) for pair in pairs])
-    return found
+        pairs = zip(findings.speeds, again, strict=True)
+        best = [max(pair, key=lambda one: one.bytes_per_second) for pair in pairs]
+        findings = replace(findings, speeds=best)
+    return findings
 
 
-def by_rate(speed: Speed) -> float:
-    return speed.bytes_per_second
-
-
-def can_measure(found: Findings) -> bool:
-    """Whether collectives will come to an end: data pass, among ranks alike."""
-    alike = all(
-        len({it.versions[name] for it in found.hosts}) == 1
+def can_measure(findings: Findings) -> bool:
+    """Whether collectives will end: data pass, and the ranks run the same versions."""
+    same_versions = all(
+        len({machine.versions[name] for machine in findings.hosts}) == 1
         for name in ("mlxtp", "Open MPI")
     )
-    lacking = any(it.lacks[found.transport] is not None for it in found.hosts)
-    return found.all_reached and alike and not lacking
+    has_transport = all(
+        machine.lacks[findings.transport] is None for machine in findings.hosts
+    )
+    return findings.all_reached and same_versions and has_transport
 
 
 def measured(
-    found: Findings, collectives: list[Collective], tokens: list[float]
+    findings: Findings, collectives: list[Collective], tokens: list[float]
 ) -> Measured:
-    """What `mlxtp.plan` reads."""
+    """Put together what `mlxtp.plan` reads; `tokens` are seconds, by rank."""
     hosts = [
         Host(
-            rank=it.rank,
-            host=it.host,
-            chip=it.facts.chip,
-            memory_bytes=it.facts.memory_bytes,
-            limit_bytes=it.limit_bytes,
+            rank=machine.rank,
+            host=machine.host,
+            chip=machine.facts.chip,
+            memory_bytes=machine.facts.memory_bytes,
+            limit_bytes=machine.limit_bytes,
             bytes_per_second=speed.bytes_per_second,
             flops=speed.flops,
             token_seconds=token_seconds,
         )
-        for it, speed, token_seconds in zip(
-            found.machines, found.speeds, tokens, strict=True
+        for machine, speed, token_seconds in zip(
+            findings.machines, findings.speeds, tokens, strict=True
         )
     ]
     pairs = [
         Pair(pair, link.latency_seconds, link.bytes_per_second or 0.0)
-        for pair, link in found.links.items()
+        for pair, link in findings.links.items()
     ]
     return Measured(tuple(hosts), tuple(pairs), tuple(collectives))
 
 
 def give_up(error: LostError) -> NoReturn:
-    """End this rank, and so the job, without the one that is missing."""
+    """End this rank, and with it the job, which lacks a rank."""
     sys.stdout.flush()
     if launcher.rank() > 0:
-        time.sleep(2 * launcher.LAST_SECONDS)  # rank 0 knows best, if it is there
+        time.sleep(2 * launcher.LAST_SECONDS)  # rank 0 reports first, if it is there
     os.write(2, f"mlxtp.doctor: error: {error}\n".encode())
     os._exit(1)
 

@@ -1,4 +1,4 @@
-"""What a rank computes between collectives, while all ranks do as in generation."""
+"""What a token takes a rank beside collectives, while all ranks compute one."""
 
 import time
 from collections.abc import Sequence
@@ -10,14 +10,15 @@ from mlxtp.comm.communicator import Communicator
 from mlxtp.loading import load
 from mlxtp.stories import PATH as STORIES
 
+# So many tokens are timed.
 TOKENS = 24
 
 
-class Accompanied(Communicator):
-    """A world of one rank that waits for the others at each collective.
+class PacedCommunicator(Communicator):
+    """A world of one rank that makes a true collective with others for each of its own.
 
-    It sends them what it has, and keeps that. So each rank computes a whole model, at
-    the pace of all.
+    The result is thrown away. So each rank computes a whole model, at the pace of all.
+    `waited_seconds` is the time in collectives.
     """
 
     def __init__(self, others: Communicator) -> None:
@@ -26,6 +27,7 @@ class Accompanied(Communicator):
         self.waited_seconds = 0.0
 
     def allreduce(self, x: mx.array, at: str = "") -> mx.array:
+        """Return `x`, after an allreduce of it with the others."""
         mx.eval(x)
         begin = time.perf_counter()
         mx.eval(self._others.allreduce(x, at))
@@ -33,17 +35,21 @@ class Accompanied(Communicator):
         return x
 
     def allgather(self, x: mx.array, sizes: Sequence[int], at: str = "") -> mx.array:
+        """Return `x`, after an allreduce of it with the others."""
         return self.allreduce(x, at)
 
 
 def token_seconds(comm: Communicator) -> list[float]:
-    """What a token of the model that ships takes each rank, without collectives.
+    """Return the seconds of a token of the model that ships, for each rank.
 
-    Its weights are little, so this is what mlx-lm's operations take, with Python, and
-    an evaluation before each collective. Ranks that share cores get in each other's
-    way as they will then: few short calls are interrupted, so the mean counts.
+    Collectives are not counted. Reading the model's weights takes little, so this is
+    the time of mlx-lm's operations, of Python, and of an evaluation before each
+    collective. The mean counts: where ranks share cores, some calls are interrupted,
+    and in generation they are too.
+
+    Communicates: an allreduce for each collective of the model.
     """
-    me = Accompanied(comm)
+    me = PacedCommunicator(comm)
     with comm.unlimited():
         model, tokenizer = load(STORIES, me)
         comm.barrier()

@@ -1,4 +1,4 @@
-"""What an allreduce and an allgather take, as generation makes them."""
+"""How long an allreduce and an allgather take when called as generation does."""
 
 import time
 from collections.abc import Callable
@@ -10,20 +10,24 @@ import numpy as np
 from mlxtp.cluster.measured import Collective
 from mlxtp.comm.communicator import Communicator
 
-# Bytes of a part: a hidden vector of one token is 1 to 32 KiB, of a prompt more.
+# Bytes of a part: the hidden vector of a token has 1 to 32 KiB, a prompt's more.
 SIZES = [2**power for power in (8, 10, 12, 14, 16, 18, 20)]
 
+# So many calls are timed, at least and at most, as fit in so many seconds.
 BUDGET_SECONDS = 0.15
 CALLS = (4, 30)
 
-# Between two collectives a layer computes: ranks that share cores, or wake from a
-# wait, come to the next one as they do then.
+# Between two collectives so many operations on so many elements are computed, as a
+# layer does: ranks that share cores, or wake from a wait, are then as late as there.
 OPERATIONS = 16
 SMALL = 1024
 
 
 def measure(comm: Communicator) -> list[Collective]:
-    """Time both collectives for every size, on all ranks together."""
+    """Time both collectives for every size, on all ranks together.
+
+    Communicates: both collectives, for every size, up to 31 times.
+    """
     small = mx.ones(SMALL)
     mx.eval(small)
 
@@ -33,36 +37,38 @@ def measure(comm: Communicator) -> list[Collective]:
             y = y * small
         mx.eval(y)
 
-    found = []
+    curves = []
     for size in SIZES:
         part = mx.ones(size // 2, mx.bfloat16)
         mx.eval(part)
         sizes = [part.size] * comm.size
-        ways: dict[str, Callable[[], mx.array]] = {
+        collectives: dict[str, Callable[[], mx.array]] = {
             "allreduce": partial(comm.allreduce, part),
             "allgather": partial(comm.allgather, part, sizes),
         }
-        for name, way in ways.items():
-            found.append(Collective(name, size, _seconds(comm, way, compute)))
-    return sorted(found, key=lambda it: (it.name != "allreduce", it.part_bytes))
+        for name, call in collectives.items():
+            curves.append(Collective(name, size, _seconds(comm, call, compute)))
+    return sorted(curves, key=lambda one: (one.name != "allreduce", one.part_bytes))
 
 
 def _seconds(
-    comm: Communicator, way: Callable[[], mx.array], compute: Callable[[], None]
+    comm: Communicator, collective: Callable[[], mx.array], compute: Callable[[], None]
 ) -> float:
-    """The median call, each as the mean over ranks: a rank that comes late waits less
-    for the others, and they for it; with what ranks compute the mean adds up to what
-    a layer takes."""
+    """The median over calls of the mean over ranks.
 
-    def call() -> float:
+    A late rank waits less, and the others wait for it. In the mean over ranks the
+    times of computing and of collectives add up to those of a layer.
+    """
+
+    def timed() -> float:
         compute()
         begin = time.perf_counter()
-        mx.eval(way())
+        mx.eval(collective())
         return time.perf_counter() - begin
 
-    call()  # makes buffers and connections
-    once = max(comm.allgather_object(call()))
+    timed()  # makes buffers and connections
+    once = max(comm.allgather_object(timed()))
     least, most = CALLS
     calls = min(max(int(BUDGET_SECONDS / once), least), most)
-    times = comm.allgather_object([call() for _ in range(calls)])
+    times = comm.allgather_object([timed() for _ in range(calls)])
     return float(np.median(np.mean(times, axis=0)))

@@ -1,50 +1,53 @@
-"""What the tools of a system say of a machine, as data: the same of both systems."""
+"""What a system says of its machine, as data: the same for macOS and Linux."""
 
-import subprocess
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 
 @dataclass(frozen=True)
 class Interface:
-    """A network interface; its rate as the hardware has negotiated it."""
+    """A network interface.
+
+    `kind` is "Thunderbolt 1", "Wi-Fi", "Ethernet" or the like. `up` says that it is in
+    use and, as far as that can be known, that a cable is in. `mtu` are bytes.
+    `bits_per_second` is the rate that the hardware has negotiated.
+    """
 
     name: str
-    kind: str  # "Thunderbolt 1", "Wi-Fi", "Ethernet", …
-    up: bool  # and something is plugged in, as far as that can be told
+    kind: str
+    up: bool
     mtu: int
     addresses: tuple[str, ...]
     bits_per_second: float | None = None
 
     def __str__(self) -> str:
+        """Write the name, and the kind where it is known."""
         return f"{self.name} ({self.kind})" if self.kind else self.name
 
 
 @dataclass(frozen=True)
 class Route:
-    """The way that packets to an address leave by."""
+    """How packets to an address leave a machine.
+
+    Without a gateway the address is at the other end of the link.
+    """
 
     interface: str
-    gateway: str | None  # None: the address is at the other end
+    gateway: str | None
 
 
 @dataclass(frozen=True)
 class Facts:
-    """What the tools of a system say of a machine."""
+    """What a system says of its machine.
 
-    system: str  # "macOS" or "Linux", as commands differ
+    `system` is "macOS" or "Linux". `limit_set_mb` is what iogpu.wired_limit_mb was set
+    to, in MiB; 0 where it was not set, None on Linux. `forwards` says whether packets
+    between other hosts are passed on; None where it is not known.
+    """
+
+    system: str
     chip: str
     memory_bytes: int
-    available_bytes: int | None
-    limit_set_mb: int | None  # what `iogpu.wired_limit_mb` was set to; 0: nothing
-    forwards: bool | None  # packets between other hosts
+    available_bytes: int
+    limit_set_mb: int | None
+    forwards: bool | None
     interfaces: tuple[Interface, ...]
-
-
-def output(command: Sequence[str]) -> str:
-    """What a command prints; nothing where it is not there or fails."""
-    try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=30)
-    except (OSError, subprocess.TimeoutExpired):
-        return ""
-    return done.stdout

@@ -1,14 +1,14 @@
-"""What is wrong with a cluster, most serious first, each with what mends it.
+"""What is wrong with a cluster, most serious first, each with what fixes it.
 
-First what keeps a job from running at all, then what slows it, then what may.
+First what keeps a job from running, then what makes it slow, then what may do so.
 """
 
 from mlxtp.doctor import host_faults, network_faults
 from mlxtp.doctor.findings import Fault, Findings
 
 
-def faults(found: Findings) -> list[Fault]:
-    """All faults; none where all is well."""
+def faults(findings: Findings) -> list[Fault]:
+    """Return all faults; an empty list where all is well."""
     checks = (
         network_faults.addresses,
         network_faults.forwarding,
@@ -26,4 +26,4 @@ def faults(found: Findings) -> list[Fault]:
         host_faults.clocks,
         host_faults.disks,
     )
-    return [fault for check in checks for fault in check(found)]
+    return [fault for check in checks for fault in check(findings)]

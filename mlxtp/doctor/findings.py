@@ -1,4 +1,4 @@
-"""All that is known of a cluster when it is judged, and what a judgement is."""
+"""All that is known of a cluster before faults are looked for, and what a fault is."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -9,7 +9,7 @@ from mlxtp.cluster.addresses import RING_ADDRESSES
 from mlxtp.doctor.facts import Interface
 from mlxtp.doctor.links import Link
 from mlxtp.doctor.machine import Machine
-from mlxtp.doctor.paths import Path, Routes, follow
+from mlxtp.doctor.paths import PacketPath, Routes, follow
 from mlxtp.doctor.speed import Speed
 
 Pair = tuple[int, int]
@@ -17,9 +17,11 @@ Pair = tuple[int, int]
 
 @dataclass(frozen=True)
 class Findings:
-    """What ranks have reported and measured; pairs are (lower rank, higher rank).
+    """What ranks have reported and measured.
 
-    `clocks` are seconds ahead of rank 0, `need_bytes` what a rank has to hold.
+    Pairs are (lower rank, higher rank); `links` has those that reach each other.
+    `clocks` are seconds ahead of rank 0's. `transport` is what collectives are to be
+    measured over, `need_bytes` what a rank has to hold, if that was given.
     """
 
     machines: Sequence[Machine]
@@ -32,46 +34,49 @@ class Findings:
 
     @cached_property
     def hosts(self) -> list[Machine]:
-        """One rank's machine for each host."""
-        return list({it.host: it for it in reversed(self.machines)}.values())[::-1]
+        """The machine of the lowest rank on each host."""
+        lowest = {machine.host: machine for machine in reversed(self.machines)}
+        return list(lowest.values())[::-1]
 
     @cached_property
     def pairs(self) -> list[Pair]:
+        """All pairs of ranks."""
         return list(combinations(range(len(self.machines)), 2))
 
     @cached_property
-    def paths(self) -> dict[Pair, Path]:
-        """From every rank to every other, in both directions."""
-        found = {}
+    def paths(self) -> dict[Pair, PacketPath]:
+        """The paths from every rank to every other, in both directions."""
+        paths = {}
         for a, b in self.pairs:
-            found[a, b] = follow(self.machines, self.routes, a, b)
-            found[b, a] = follow(self.machines, self.routes, b, a)
-        return found
+            paths[a, b] = follow(self.machines, self.routes, a, b)
+            paths[b, a] = follow(self.machines, self.routes, b, a)
+        return paths
 
     @property
     def all_reached(self) -> bool:
+        """Whether every rank reaches every other."""
         return all(pair in self.links for pair in self.pairs)
 
     @property
     def is_ring(self) -> bool:
         """Whether some host has an address in a ring of cables."""
-        return any(it.address in RING_ADDRESSES for it in self.machines)
+        return any(machine.address in RING_ADDRESSES for machine in self.machines)
 
     def port(self, a: int, b: int) -> Interface | None:
-        """The interface by which rank `a` reaches rank `b`."""
+        """Return the interface by which rank `a` reaches rank `b`; None without one."""
         route = self.routes[a].get(self.machines[b].address)
         return self.machines[a].interface(route.interface) if route else None
 
     def at(self, a: int, b: int) -> str:
-        """Rank `a`'s host with the port towards `b`, in words."""
+        """Name rank `a`'s host and its port towards rank `b`."""
         port = self.port(a, b)
         return self.machines[a].host + (f" {port}" if port else "")
 
 
 @dataclass(frozen=True)
 class Fault:
-    """Something wrong at a host; `mend` is a command where there is one."""
+    """What is wrong, where, and what fixes it: a command where there is one."""
 
     where: str
     what: str
-    mend: str
+    fix: str

@@ -1,132 +1,134 @@
-"""What is wrong with hosts, whatever joins them."""
+"""What is wrong with hosts, whatever links join them."""
 
 from collections import Counter
 from collections.abc import Iterator
-from statistics import median
+from statistics import median, mode
 
+from mlxtp.cluster.units import gigabytes
 from mlxtp.doctor.findings import Fault, Findings
-from mlxtp.doctor.mends import more_memory, sudo
+from mlxtp.doctor.fixes import more_memory, sudo
 
-# Ranks that read weights so much slower than those with the same chip.
+# A rank is slow if it reads weights at less than this part of the median rate of ranks
+# with the same chip.
 SLOW_HOST = 0.5
-
+# Less of a host's memory free, or less for a model than this part of the median.
 FREE_SHARE = 0.5
+# Clocks may differ by so much.
 CLOCK_SECONDS = 2.0
+# Less free disk is reported.
 DISK_BYTES = 5e9
 
 
-def versions(found: Findings) -> Iterator[Fault]:
-    """All hosts have the same software."""
-    names = list(found.hosts[0].versions)
+def versions(findings: Findings) -> Iterator[Fault]:
+    """Yield the hosts whose software differs from that of most."""
+    names = list(findings.hosts[0].versions)
     usual = {
-        name: Counter(it.versions[name] for it in found.hosts).most_common(1)[0][0]
+        name: mode(machine.versions[name] for machine in findings.hosts)
         for name in names
     }
-    for it in found.hosts:
-        other = [name for name in names if it.versions[name] != usual[name]]
+    for machine in findings.hosts:
+        other = [name for name in names if machine.versions[name] != usual[name]]
         if not other:
             continue
         what = ", ".join(
-            f"{name} {it.versions[name]} (elsewhere {usual[name]})" for name in other
+            f"{name} {machine.versions[name]} (elsewhere {usual[name]})"
+            for name in other
         )
         packages = [
             f"{name.lower().replace(' ', '')}=={usual[name]}"
             for name in other
             if name not in ("mlxtp", "Python")
         ]
-        mends = []
+        fixes = []
         if "Python" in other:
-            mends.append(f"install Python {usual['Python']}, rm -r .venv")
+            fixes.append(f"install Python {usual['Python']}, rm -r .venv")
         if "mlxtp" in other:
-            mends.append("git pull")
+            fixes.append("git pull")
         if packages and "Python" not in other:
-            mends.append(f"{it.python} -m pip install {' '.join(packages)}")
+            fixes.append(f"{machine.python} -m pip install {' '.join(packages)}")
         else:
-            mends.append("source launch/environment")
-        yield Fault(it.host, what, " && ".join(mends))
+            fixes.append("source launch/environment")
+        yield Fault(machine.host, what, " && ".join(fixes))
 
 
-def transports(found: Findings) -> Iterator[Fault]:
-    """The transport that was asked for is there."""
-    for it in found.hosts:
-        lack = it.lacks.get(found.transport)
+def transports(findings: Findings) -> Iterator[Fault]:
+    """Yield the hosts that lack the transport that was asked for."""
+    for machine in findings.hosts:
+        lack = machine.lacks.get(findings.transport)
         if lack is not None:
-            what = f"--transport {found.transport}: {lack}"
-            yield Fault(it.host, what, "follow that, or take --transport mpi")
+            what = f"--transport {findings.transport}: {lack}"
+            yield Fault(machine.host, what, "follow that, or take --transport mpi")
 
 
-def memory(found: Findings) -> Iterator[Fault]:
-    """Every host has room for its share."""
-    ranks = Counter(it.host for it in found.machines)
-    limits = [it.limit_bytes or 0 for it in found.hosts]
-    usual = median(limits)
-    for it, limit in zip(found.hosts, limits, strict=True):
-        need = (found.need_bytes or 0) * ranks[it.host]
-        free = it.facts.available_bytes
-        if limit and limit < need:
-            what = f"{_gb(limit)} GB for a model, {_gb(need)} GB needed"
-            yield Fault(it.host, what, more_memory(it, need))
-        elif free is not None and free < FREE_SHARE * it.facts.memory_bytes:
-            what = f"{_gb(free)} of {_gb(it.facts.memory_bytes)} GB of memory are free"
-            top = "top -o mem" if it.facts.system == "macOS" else "top -o %MEM"
-            yield Fault(it.host, what, f"close what takes it: {top}")
-        elif limit and limit < FREE_SHARE * usual:
-            what = f"{_gb(limit)} GB for a model, elsewhere {_gb(usual)} GB"
-            least = min(filter(None, limits))
-            shares = (round((m.limit_bytes or least) / least) for m in found.machines)
+def memory(findings: Findings) -> Iterator[Fault]:
+    """Yield the hosts that have less memory than they need, or than most."""
+    ranks = Counter(machine.host for machine in findings.machines)
+    usual = median(machine.limit_bytes for machine in findings.hosts)
+    least = min(machine.limit_bytes for machine in findings.hosts)
+    for machine in findings.hosts:
+        limit, free = machine.limit_bytes, machine.facts.available_bytes
+        need = (findings.need_bytes or 0) * ranks[machine.host]
+        if limit < need:
+            what = f"{gigabytes(limit)} GB for a model, {gigabytes(need)} GB needed"
+            yield Fault(machine.host, what, more_memory(machine, need))
+        elif free < FREE_SHARE * machine.facts.memory_bytes:
+            total = gigabytes(machine.facts.memory_bytes)
+            what = f"{gigabytes(free)} of {total} GB of memory are free"
+            top = "top -o mem" if machine.facts.system == "macOS" else "top -o %MEM"
+            yield Fault(machine.host, what, f"close what takes it: {top}")
+        elif limit < FREE_SHARE * usual:
+            what = f"{gigabytes(limit)} GB for a model, elsewhere {gigabytes(usual)} GB"
+            shares = (round(m.limit_bytes / least) for m in findings.machines)
             given = ",".join(map(str, shares))
-            yield Fault(it.host, what, f"give it a smaller share: --shares {given}")
+            fix = f"give it a smaller share: --shares {given}"
+            yield Fault(machine.host, what, fix)
 
 
-def slow_hosts(found: Findings) -> Iterator[Fault]:
-    """Hosts with the same chip compute alike."""
-    for rank, usual in slow_ranks(found).items():
-        rate = found.speeds[rank].bytes_per_second / 1e9
+def slow_hosts(findings: Findings) -> Iterator[Fault]:
+    """Yield the hosts that compute slower than others with the same chip."""
+    for rank, usual in slow_ranks(findings).items():
+        rate = findings.speeds[rank].bytes_per_second / 1e9
         what = (
             f"reads weights at {rate:.1f} GB/s, others with its chip at "
             f"{usual / 1e9:.1f} GB/s"
         )
-        yield Fault(found.machines[rank].host, what, "see what else runs there: top")
+        yield Fault(findings.machines[rank].host, what, "see what else runs there: top")
 
 
-def slow_ranks(found: Findings) -> dict[int, float]:
-    """Ranks that read weights slowly, and at which rate those like them do."""
+def slow_ranks(findings: Findings) -> dict[int, float]:
+    """Return the slow ranks, with the bytes a second of others with their chip."""
     slow = {}
-    for it, speed in zip(found.machines, found.speeds, strict=True):
+    for machine, speed in zip(findings.machines, findings.speeds, strict=True):
         usual = median(
             other.bytes_per_second
-            for machine, other in zip(found.machines, found.speeds, strict=True)
-            if machine.facts.chip == it.facts.chip
+            for peer, other in zip(findings.machines, findings.speeds, strict=True)
+            if peer.facts.chip == machine.facts.chip
         )
         if speed.bytes_per_second < SLOW_HOST * usual:
-            slow[it.rank] = usual
+            slow[machine.rank] = usual
     return slow
 
 
-def clocks(found: Findings) -> Iterator[Fault]:
-    """Clocks agree, so that logs and certificates do."""
-    usual = median(found.clocks)
-    for it in found.hosts:
-        ahead = found.clocks[it.rank] - usual
+def clocks(findings: Findings) -> Iterator[Fault]:
+    """Yield the hosts whose clocks differ from the others'."""
+    usual = median(findings.clocks)
+    for machine in findings.hosts:
+        ahead = findings.clocks[machine.rank] - usual
         if abs(ahead) > CLOCK_SECONDS:
             where = "ahead of" if ahead > 0 else "behind"
             command = (
                 "sntp -sS time.apple.com"
-                if it.facts.system == "macOS"
+                if machine.facts.system == "macOS"
                 else "timedatectl set-ntp true"
             )
             what = f"its clock is {abs(ahead):.0f} s {where} the others'"
-            yield Fault(it.host, what, f"{sudo(it)}{command}")
+            yield Fault(machine.host, what, f"{sudo(machine)}{command}")
 
 
-def disks(found: Findings) -> Iterator[Fault]:
-    """There is room on the disk to keep what is fetched."""
-    for it in found.hosts:
-        wanted = max(DISK_BYTES, found.need_bytes or 0)
-        if it.disk_free_bytes < wanted:
-            what = f"{_gb(it.disk_free_bytes)} GB of disk are free"
-            yield Fault(it.host, what, "make room: du -xhd 1 ~/.cache ~ | sort -h")
-
-
-def _gb(nbytes: float) -> str:
-    return f"{nbytes / 1e9:.1f}"
+def disks(findings: Findings) -> Iterator[Fault]:
+    """Yield the hosts without room on the disk to keep what is fetched."""
+    for machine in findings.hosts:
+        needed = max(DISK_BYTES, findings.need_bytes or 0)
+        if machine.disk_free_bytes < needed:
+            what = f"{gigabytes(machine.disk_free_bytes)} GB of disk are free"
+            yield Fault(machine.host, what, "make room: du -xhd 1 ~/.cache ~ | sort -h")

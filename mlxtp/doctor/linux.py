@@ -1,44 +1,39 @@
-"""A Linux machine: what /proc, /sys and the command ip say."""
+"""A Linux machine: what /proc, /sys and the command `ip` say."""
 
 import json
 import platform
 from pathlib import Path
 
-from mlxtp.doctor.facts import Facts, Interface, Route, output
+from mlxtp.cluster.commands import output
+from mlxtp.cluster.memory import host_memory
+from mlxtp.doctor.facts import Facts, Interface, Route
 
 NETWORK = Path("/sys/class/net")
 FORWARDING = Path("/proc/sys/net/ipv4/ip_forward")
 
 
 def facts() -> Facts:
-    memory = meminfo(_text(Path("/proc/meminfo")))
+    """Ask the system for all facts of this machine."""
+    memory = host_memory()
     forwards = _text(FORWARDING)
     return Facts(
         system="Linux",
         chip=chip(_text(Path("/proc/cpuinfo"))),
-        memory_bytes=memory.get("MemTotal", 0),
-        available_bytes=memory.get("MemAvailable"),
+        memory_bytes=memory.total_bytes,
+        available_bytes=memory.available_bytes,
         limit_set_mb=None,
         forwards=forwards.strip() == "1" if forwards else None,
-        interfaces=interfaces(output(["ip", "-j", "address"]), NETWORK),
+        interfaces=interfaces(output("ip", "-j", "address"), NETWORK),
     )
 
 
 def route(address: str) -> Route | None:
-    return parse_route(output(["ip", "-j", "route", "get", address]))
-
-
-def meminfo(text: str) -> dict[str, int]:
-    """Bytes by name, of /proc/meminfo."""
-    found = {}
-    for line in text.splitlines():
-        name, _, value = line.partition(":")
-        if value.endswith(" kB"):
-            found[name] = int(value.split()[0]) * 1024
-    return found
+    """Return how packets to `address` leave this machine; None without a route."""
+    return parse_route(output("ip", "-j", "route", "get", address))
 
 
 def chip(cpuinfo: str) -> str:
+    """Read the processor's name from /proc/cpuinfo."""
     for line in cpuinfo.splitlines():
         name, _, value = line.partition(":")
         if name.strip() == "model name":
@@ -47,32 +42,37 @@ def chip(cpuinfo: str) -> str:
 
 
 def interfaces(addresses: str, network: Path) -> tuple[Interface, ...]:
-    """From `ip -j address` and /sys/class/net."""
-    found = []
-    for it in json.loads(addresses or "[]"):
-        if not it or "LOOPBACK" in it["flags"]:
+    """Read the interfaces, without loopback.
+
+    Args:
+        addresses: what `ip -j address` prints.
+        network: /sys/class/net.
+    """
+    result = []
+    for entry in json.loads(addresses or "[]"):
+        if not entry or "LOOPBACK" in entry["flags"]:
             continue
-        found.append(
+        result.append(
             Interface(
-                name=it["ifname"],
-                kind=kind(network / it["ifname"]),
-                up="UP" in it["flags"]
-                and "LOWER_UP" in it["flags"]
-                and it["operstate"] != "DOWN",
-                mtu=it["mtu"],
+                name=entry["ifname"],
+                kind=kind(network / entry["ifname"]),
+                up="UP" in entry["flags"]
+                and "LOWER_UP" in entry["flags"]
+                and entry["operstate"] != "DOWN",
+                mtu=entry["mtu"],
                 addresses=tuple(
                     address["local"]
-                    for address in it["addr_info"]
+                    for address in entry["addr_info"]
                     if address["family"] == "inet"
                 ),
-                bits_per_second=speed(network / it["ifname"]),
+                bits_per_second=speed(network / entry["ifname"]),
             )
         )
-    return tuple(found)
+    return tuple(result)
 
 
 def kind(folder: Path) -> str:
-    """Of the interface that a folder in /sys/class/net is about."""
+    """Return the kind of the interface that a folder in /sys/class/net describes."""
     if (folder / "wireless").exists() or (folder / "phy80211").exists():
         return "Wi-Fi"
     driver = (folder / "device" / "driver").resolve().name
@@ -86,19 +86,19 @@ def kind(folder: Path) -> str:
 
 
 def speed(folder: Path) -> float | None:
-    """Bits a second; None where nothing was negotiated."""
+    """Return its bits a second; None where nothing was negotiated."""
     if not (folder / "device").exists():
-        return None  # software, which calls itself as fast as it likes
+        return None  # software, which reports any rate
     text = _text(folder / "speed").strip()
     return int(text) * 1e6 if text.isdigit() else None
 
 
 def parse_route(text: str) -> Route | None:
-    """From `ip -j route get`."""
-    ways = json.loads(text or "[]")
-    if not ways or "dev" not in ways[0]:
+    """Read what `ip -j route get` prints; None if it names no interface."""
+    routes = json.loads(text or "[]")
+    if not routes or "dev" not in routes[0]:
         return None
-    return Route(ways[0]["dev"], ways[0].get("gateway"))
+    return Route(routes[0]["dev"], routes[0].get("gateway"))
 
 
 def _text(file: Path) -> str:

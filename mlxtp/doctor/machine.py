@@ -1,4 +1,4 @@
-"""What a rank says of its own machine."""
+"""What a rank reports of its own machine."""
 
 import os
 import platform
@@ -10,49 +10,57 @@ from importlib.metadata import version
 from pathlib import Path
 
 import mlxtp
-from mlxtp.checkpoint import memory
+from mlxtp.checkpoint.memory import gpu_limit_bytes
+from mlxtp.cluster.memory import available_bytes
 from mlxtp.comm.transports import lacking
 from mlxtp.doctor import linux, macos
 from mlxtp.doctor.facts import Facts, Interface, Route
 
-HERE = macos if sys.platform == "darwin" else linux
+SYSTEM = macos if sys.platform == "darwin" else linux
 
 
 @dataclass(frozen=True)
 class Machine:
-    """A rank's machine.
+    """The machine that a rank runs on.
 
-    `limit_bytes` is what a model may take, as `mlxtp.load` sees it.
+    `address` is where the other ranks reach it. `limit_bytes` is what a model may take
+    of its memory, as `mlxtp.load` checks it. `lacks` says for each transport what it
+    lacks on this machine; None where it lacks nothing.
     """
 
     rank: int
     host: str
-    address: str  # under which the other ranks reach it
+    address: str
     python: str
     is_root: bool
     versions: dict[str, str]
-    limit_bytes: int | None
+    limit_bytes: int
     disk_free_bytes: int
-    lacks: dict[str, str | None]  # transport -> what it lacks here
+    lacks: dict[str, str | None]
     facts: Facts
 
     def interface(self, name: str) -> Interface | None:
-        return next((it for it in self.facts.interfaces if it.name == name), None)
+        """Return the interface of that name; None if there is none."""
+        return next((i for i in self.facts.interfaces if i.name == name), None)
 
     @property
     def addresses(self) -> set[str]:
-        return {a for it in self.facts.interfaces for a in it.addresses}
+        """The addresses of all interfaces."""
+        return {a for interface in self.facts.interfaces for a in interface.addresses}
 
 
 def facts() -> Facts:
-    """What this machine's tools say of it."""
-    return HERE.facts()
+    """Ask this machine's system for what it says of the machine."""
+    return SYSTEM.facts()
 
 
-def look(
+def describe(
     rank: int, address: str, facts: Facts, mpi_version: str, cache: Path
 ) -> Machine:
-    """All of this machine; `cache` is where models are kept."""
+    """Put together all that a rank reports of its machine.
+
+    `cache` is the folder where models are kept, which need not exist yet.
+    """
     existing = next(folder for folder in (cache, *cache.parents) if folder.exists())
     return Machine(
         rank=rank,
@@ -68,7 +76,7 @@ def look(
             "Open MPI": mpi_version,
             "Python": platform.python_version(),
         },
-        limit_bytes=memory.available_bytes(),
+        limit_bytes=available_bytes(gpu_limit_bytes()),
         disk_free_bytes=shutil.disk_usage(existing).free,
         lacks=lacking(),
         facts=facts,
@@ -76,5 +84,5 @@ def look(
 
 
 def route(address: str) -> Route | None:
-    """The way that packets to `address` leave this machine by; None without one."""
-    return HERE.route(address)
+    """Return how packets to `address` leave this machine; None without a route."""
+    return SYSTEM.route(address)

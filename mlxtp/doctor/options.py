@@ -9,12 +9,12 @@ from mlxtp.comm.communicator import TIMEOUT_SECONDS
 from mlxtp.comm.transports import TRANSPORTS
 from mlxtp.doctor.speed import DTYPES
 
-# mpi4py lets the ranks find each other, and MLX's MPI shares no process with it.
+# The ranks find each other over mpi4py, and MLX's MPI cannot share a process with it.
 MEASURED = [name for name in TRANSPORTS if name != "mlx-mpi"]
 
 
 def parse(arguments: list[str]) -> argparse.Namespace:
-    """Parse the command line, as `launcher.parse` does."""
+    """Parse the command line, the same on all ranks, as `launcher.parse` does."""
     return launcher.parse(_parser(), arguments)
 
 
@@ -22,30 +22,30 @@ def _parser() -> argparse.ArgumentParser:
     result = argparse.ArgumentParser(
         prog="mlxtp.doctor",
         usage="python -m mlxtp.doctor [--ranks N] [--hostfile HOSTFILE] [OPTION ...]",
-        description="Examine the machines of a cluster and what joins them: say what "
-        "is wrong and what mends it. Exit status 0 only where all is well, 1 where "
-        "something is wrong, 2 for mistakes on the command line.",
+        description="Examine the machines of a cluster and the links between them: say "
+        "what is wrong and what fixes it. The exit status is 0 where all is well, 1 "
+        "where something is wrong, 2 for a mistake on the command line.",
     )
     job.add_options(result)
     result.add_argument(
         "--transport",
         choices=MEASURED,
         default="mpi",
-        help="What collectives are measured over: mpi4py (mpi), or one of MLX's "
-        "backends. Default: mpi",
+        help="The transport that collectives are measured over: mpi4py (mpi), or one "
+        "of MLX's backends. Default: mpi",
     )
     result.add_argument(
         "--dtype",
         choices=DTYPES,
         default="bfloat16",
-        help="What weights are kept as in the model to run: matrix products are "
+        help="The type of the weights of the model to run: matrix products are "
         "measured with it. Default: bfloat16",
     )
     result.add_argument(
         "--need-gb",
         type=_positive,
         metavar="GB",
-        help="What a rank has to hold, as mlxtp.plan says: hosts with less are named",
+        help="Memory that a rank needs, as mlxtp.plan says: hosts with less are named",
     )
     result.add_argument(
         "--timeout",

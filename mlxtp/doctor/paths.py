@@ -1,4 +1,4 @@
-"""The ways between ranks, followed from route to route as packets are."""
+"""The paths of packets between ranks, followed from route to route."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -7,16 +7,16 @@ from mlxtp.cluster.addresses import RING_ADDRESSES
 from mlxtp.doctor.facts import Route
 from mlxtp.doctor.machine import Machine
 
-# Of each rank, by address of another: None where there is no way.
+# For each rank: its routes by the address of another rank; None where it has none.
 Routes = Sequence[Mapping[str, Route | None]]
 
 
 @dataclass(frozen=True)
-class Path:
-    """The ranks that packets pass, the ends included, as far as routes lead.
+class PacketPath:
+    """The ranks that packets pass, with both ends, as far as routes lead.
 
-    `stopped` is why they lead no farther: "no route", "astray" for a way that leaves
-    the cables or goes in circles; empty where they arrive.
+    `stopped` says why they end before the target: "no route", or "astray" where they
+    leave the cables or go in circles; it is empty where packets arrive.
     """
 
     ranks: tuple[int, ...]
@@ -24,36 +24,40 @@ class Path:
 
     @property
     def hops(self) -> int:
+        """How many links packets take."""
         return len(self.ranks) - 1
 
     @property
     def cables(self) -> list[tuple[int, int]]:
+        """The links that packets take, as (lower rank, higher rank)."""
         return [
             (min(a, b), max(a, b))
             for a, b in zip(self.ranks, self.ranks[1:], strict=False)
         ]
 
 
-def follow(machines: Sequence[Machine], routes: Routes, a: int, b: int) -> Path:
-    """The way of packets from rank `a` to rank `b`."""
+def follow(machines: Sequence[Machine], routes: Routes, a: int, b: int) -> PacketPath:
+    """Follow packets from rank `a` to rank `b`."""
     target = machines[b].address
     passed = [a]
     if machines[a].host == machines[b].host:
-        return Path((a, b))
+        return PacketPath((a, b))
     while passed[-1] != b:
         here = machines[passed[-1]]
         route = routes[here.rank].get(target)
         if route is None:
-            return Path(tuple(passed), "no route")
+            return PacketPath(tuple(passed), "no route")
         if target not in RING_ADDRESSES:
-            return Path((a, b))  # how others' networks lead there is not ours
+            return PacketPath(
+                (a, b)
+            )  # how a network without our cables routes is not known
         if here.address in RING_ADDRESSES and not _has(here, route.interface):
-            return Path(tuple(passed), "astray")
+            return PacketPath(tuple(passed), "astray")
         after = b if route.gateway is None else _owner(machines, route.gateway)
         if after is None or after in passed:
-            return Path(tuple(passed), "astray")
+            return PacketPath(tuple(passed), "astray")
         passed.append(after)
-    return Path(tuple(passed))
+    return PacketPath(tuple(passed))
 
 
 def _has(machine: Machine, name: str) -> bool:
@@ -63,4 +67,4 @@ def _has(machine: Machine, name: str) -> bool:
 
 
 def _owner(machines: Sequence[Machine], address: str) -> int | None:
-    return next((it.rank for it in machines if address in it.addresses), None)
+    return next((m.rank for m in machines if address in m.addresses), None)

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import mlx.core as mx
 
-# What weights are kept as: MLX's type, or bits of a quantized matrix.
+# The types of weights: MLX's type, or the bits of a quantized matrix.
 DTYPES: dict[str, mx.Dtype | int] = {
     "bfloat16": mx.bfloat16,
     "float16": mx.float16,
@@ -16,27 +16,36 @@ DTYPES: dict[str, mx.Dtype | int] = {
 }
 GROUP_SIZE = 64
 
-# A matrix of 4096 x 4096 is larger than caches, and four of them make the start of
-# an evaluation small beside them.
+# A matrix of 4096 x 4096 is larger than the processor's caches. Beside four of them the
+# start of an evaluation takes little.
 WIDTH = 4096
 MATRICES = 4
 SECONDS = 0.5
 
-# Square matrices of these widths, up to the first whose product takes so long.
+# Square matrices of these widths are tried, up to the first whose product is as long.
 PRODUCT_WIDTHS = (512, 1024, 2048, 4096)
 PRODUCT_SECONDS = 0.02
 
 
 @dataclass(frozen=True)
 class Speed:
-    """Of matrix-vector products and of matrix products."""
+    """The rates of a rank.
+
+    `bytes_per_second` is the rate at which matrix-vector products read weights, `flops`
+    the floating-point operations of matrix products a second.
+    """
 
     bytes_per_second: float
     flops: float
 
 
 def measure(dtype: str, barrier: Callable[[], None]) -> Speed:
-    """Measure this rank, with weights of one of `DTYPES`; every rank calls it alike."""
+    """Measure this rank, while all others do the same.
+
+    Args:
+        dtype: of the weights, one of `DTYPES`.
+        barrier: waits for all ranks.
+    """
     kind = DTYPES[dtype]
     kept = kind if isinstance(kind, mx.Dtype) else mx.bfloat16
     x = mx.ones((1, WIDTH), kept)
@@ -61,7 +70,7 @@ def measure(dtype: str, barrier: Callable[[], None]) -> Speed:
 
 
 def _seconds(work: Callable[[], None]) -> float:
-    """The mean over what fits in a fixed time, so that the ranks work at once."""
+    """The mean over a fixed time, so that all ranks work at the same time."""
     begin = time.perf_counter()
     count, seconds = 0, 0.0
     while not count or seconds < SECONDS:
@@ -72,7 +81,7 @@ def _seconds(work: Callable[[], None]) -> float:
 
 
 def _product(kind: mx.Dtype | int) -> tuple[Callable[[mx.array], mx.array], int]:
-    """A product with a matrix of its own, and the bytes that it reads."""
+    """A product with a new matrix, and the bytes that it reads."""
     if isinstance(kind, mx.Dtype):
         weight = mx.ones((WIDTH, WIDTH), kind)
         mx.eval(weight)

@@ -1,4 +1,4 @@
-"""What a call of a layer takes: bytes read, products, and what it gives out."""
+"""What the call of a layer takes: bytes read, arithmetic, and bytes of its output."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -11,32 +11,36 @@ from mlxtp.families.blocks import base
 
 @dataclass(frozen=True)
 class Call:
-    """A layer that is called: where the model has it, and what that takes."""
+    """A call of the layer at `path`.
+
+    It reads `read_bytes` bytes of weights, makes `flops` floating-point operations and
+    returns `output_bytes` bytes.
+    """
 
     path: str
     read_bytes: float
     flops: float
-    made_bytes: int
+    output_bytes: int
 
 
-def watch(model: nn.Module, calls: list[Call]) -> None:
-    """Let the layers that have weights write into `calls` what each call takes."""
+def record_calls(model: nn.Module, calls: list[Call]) -> None:
+    """Let every layer with weights append to `calls` what each of its calls takes."""
     for path, module in model.named_modules():
         own = [a for name, a in module.items() if _is_parameter(name, a)]
         if own:
-            module.__class__ = _watched(type(module), path, own, calls)
+            module.__class__ = _recorded(type(module), path, own, calls)
 
 
 def _is_parameter(name: str, value: Any) -> bool:
     return isinstance(value, mx.array) and not name.startswith("_")
 
 
-def _watched(kind: type, path: str, own: list[mx.array], calls: list[Call]) -> type:
-    class Watched(kind):
+def _recorded(kind: type, path: str, own: list[mx.array], calls: list[Call]) -> type:
+    class Recorded(kind):
         def __call__(self, *args: Any, **options: Any) -> Any:
             y = super().__call__(*args, **options)
-            x, *rest = (*args, *options.values())
-            calls.append(_called(self, path, own, x, rest, y))
+            x, *others = (*args, *options.values())
+            calls.append(_call(self, path, own, x, others, y))
             return y
 
         def as_linear(self, x: mx.array) -> mx.array:
@@ -46,48 +50,49 @@ def _watched(kind: type, path: str, own: list[mx.array], calls: list[Call]) -> t
             calls.append(Call(path, size, flops, y.nbytes))
             return y
 
-    Watched.__name__ = kind.__name__
-    return Watched
+    Recorded.__name__ = kind.__name__
+    return Recorded
 
 
-def _called(
-    layer: nn.Module, path: str, own: list[mx.array], x: Any, rest: Any, y: Any
+def _call(
+    layer: nn.Module, path: str, own: list[mx.array], x: Any, others: Any, y: Any
 ) -> Call:
     size = sum(array.nbytes for array in own)
-    made = y.nbytes if isinstance(y, mx.array) else 0
+    output = y.nbytes if isinstance(y, mx.array) else 0
     if not isinstance(x, mx.array) or not x.ndim:
-        return Call(path, size, 0.0, made)
+        return Call(path, size, 0.0, output)
     if isinstance(layer, nn.Embedding | nn.QuantizedEmbedding):
-        return Call(path, size / own[0].shape[0] * x.size, 0.0, made)
+        return Call(path, size / own[0].shape[0] * x.size, 0.0, output)
     if "weight" not in layer or layer.weight.ndim < 2:
-        return Call(path, size, 0.0, made)
+        return Call(path, size, 0.0, output)
     tokens = x.size / x.shape[-1]
     elements = _elements(layer)
-    which = next((a for a in rest if _is_choice(a)), None)
-    if which is not None and layer.weight.ndim == 3:
+    chosen = next((a for a in others if _is_choice(a)), None)
+    if chosen is not None and layer.weight.ndim == 3:
         experts = layer.weight.shape[0]
         return Call(
             path,
-            size * _different(experts, which) / experts,
-            2.0 * elements / experts * which.size,
-            made,
+            size * _distinct(experts, chosen) / experts,
+            2.0 * elements / experts * chosen.size,
+            output,
         )
-    return Call(path, size, 2.0 * elements * tokens, made)
+    return Call(path, size, 2.0 * elements * tokens, output)
 
 
 def _is_choice(value: Any) -> bool:
+    """Whether an argument says which experts each token chooses."""
     return isinstance(value, mx.array) and mx.issubdtype(value.dtype, mx.integer)
 
 
-def _different(experts: int, which: mx.array) -> float:
-    """How many experts are chosen, if every token chooses evenly."""
-    chosen = which.shape[-1] if which.ndim > 1 else 1
-    tokens = which.size / chosen
-    return experts * (1 - (1 - chosen / experts) ** tokens)
+def _distinct(experts: int, chosen: mx.array) -> float:
+    """The expected number of experts that are chosen, if tokens choose evenly."""
+    per_token = chosen.shape[-1] if chosen.ndim > 1 else 1
+    tokens = chosen.size / per_token
+    return experts * (1 - (1 - per_token / experts) ** tokens)
 
 
 def _elements(layer: nn.Module) -> int:
-    """Of the weight, unpacked."""
+    """The number of elements of the unpacked weight."""
     if "scales" in layer:
         return int(layer.scales.size * base(layer).group_size)
     return int(layer.weight.size)

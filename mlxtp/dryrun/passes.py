@@ -1,7 +1,7 @@
 """A rank's forward passes, put into MLX's graph and never evaluated.
 
-So whatever mlx-lm's model does, its arrays tell their sizes: weights that are read,
-caches, and what is sent.
+Whatever mlx-lm's model does, its arrays have shapes. They tell which weights are read,
+how long caches are, and what is sent.
 """
 
 import io
@@ -16,15 +16,16 @@ from mlx.utils import tree_flatten, tree_unflatten
 from mlx_lm.models.cache import make_prompt_cache
 
 from mlxtp.comm.communicator import Communicator
-from mlxtp.dryrun.calls import Call, watch
+from mlxtp.dryrun.calls import Call, record_calls
 from mlxtp.generation.stream import behind_the_caches
 from mlxtp.layers.parallelize import parallelize
 from mlxtp.model.skeleton import EmptyModel
 from mlxtp.sharding.table import SliceTable
 
-# mlx-lm reads a prompt in pieces of so many tokens.
-PIECE = 2048
-# Nodes of MLX's graph that start nothing. Weights are spread out zeros here.
+# mlx-lm reads a prompt in chunks of so many tokens.
+CHUNK_TOKENS = 2048
+# Nodes of MLX's graph that start no kernel. "Full" is among them because the weights
+# of a dry run are zeros.
 VIEWS = {
     *("Full", "Broadcast", "Reshape", "Transpose", "ExpandDims", "Squeeze"),
     *("Flatten", "Unflatten", "Slice", "Split", "AsStrided", "Copy", "View"),
@@ -35,8 +36,10 @@ VIEWS = {
 class Step:
     """What a rank computes up to a collective, and the collective.
 
-    `calls` are the layers with weights, `operations` what MLX starts, `made_bytes`
-    what these layers give out. The last step of a pass may end in no collective.
+    `kind` is "allreduce" or "allgather"; it is empty in the last step of a pass that
+    ends without a collective. `path` is the layer that communicates. The rank brings
+    `part_bytes` bytes, in elements of `item_bytes`. `calls` are the calls of layers
+    with weights, `operations` the operations that MLX starts.
     """
 
     path: str = ""
@@ -48,95 +51,109 @@ class Step:
 
     @property
     def read_bytes(self) -> float:
+        """Bytes of weights that are read."""
         return sum(call.read_bytes for call in self.calls)
 
     @property
     def flops(self) -> float:
+        """Floating-point operations of the matrix products."""
         return sum(call.flops for call in self.calls)
 
     @property
-    def made_bytes(self) -> int:
-        return sum(call.made_bytes for call in self.calls)
+    def output_bytes(self) -> int:
+        """Bytes of the outputs of all layers with weights."""
+        return sum(call.output_bytes for call in self.calls)
 
 
 @dataclass(frozen=True)
-class Rehearsed:
-    """A rank's model: what it holds, and the steps of its passes.
+class CacheSize:
+    """A layer's cache: its bytes, the tokens that it has room for, and its width.
 
-    `caches` are each layer's with all the context in them; `piece` is the last piece
-    of the prompt, `token` what is computed for the token behind it.
+    `width` is the number of elements that a token and KV head take, keys and values
+    together; 0 for a state that has no place for each token.
     """
-
-    held_bytes: int
-    caches: tuple["Cached", ...]
-    piece: tuple[Step, ...]
-    token: tuple[Step, ...]
-
-    @property
-    def item_bytes(self) -> int:
-        """Of an activation."""
-        return self.token[0].item_bytes
-
-    @property
-    def cached_bytes(self) -> int:
-        return sum(cache.nbytes for cache in self.caches)
-
-
-@dataclass(frozen=True)
-class Cached:
-    """A layer's cache: bytes; the tokens it keeps; elements of a token and head."""
 
     nbytes: int
     tokens: int
     width: int
 
 
+@dataclass(frozen=True)
+class DryRun:
+    """What a rank's model holds, and the steps of its passes.
+
+    `held_bytes` are the bytes of its parameters. `caches` are the layers' caches with
+    the whole context in them. `chunk` are the steps of the last chunk of the prompt,
+    `token` those of the token after it.
+    """
+
+    held_bytes: int
+    caches: tuple[CacheSize, ...]
+    chunk: tuple[Step, ...]
+    token: tuple[Step, ...]
+
+    @property
+    def item_bytes(self) -> int:
+        """Bytes of an element of an activation."""
+        return self.token[0].item_bytes
+
+    @property
+    def cache_bytes(self) -> int:
+        """Bytes of all caches."""
+        return sum(cache.nbytes for cache in self.caches)
+
+
 @dataclass
 class _Script:
-    """What has happened since the last collective."""
+    """The steps so far, and the calls since the last collective."""
 
     steps: list[Step] = field(default_factory=list)
     calls: list[Call] = field(default_factory=list)
 
-    def end(self, step: Step) -> None:
+    def end_step(self, step: Step) -> None:
         self.steps.append(replace(step, calls=tuple(self.calls)))
         self.calls.clear()
 
-    def taken(self) -> tuple[Step, ...]:
-        """The steps so far, which are forgotten."""
+    def take(self) -> tuple[Step, ...]:
+        """Return the steps so far and forget them."""
         steps = tuple(self.steps)
         self.steps.clear()
         self.calls.clear()
         return steps
 
 
-class RehearsingCommunicator(Communicator):
-    """A rank of a world that is not there: it writes down what would be sent."""
+class DryRunCommunicator(Communicator):
+    """A rank of a world that does not exist: it records what would be sent.
+
+    Its collectives return zeros of the right shape.
+    """
 
     def __init__(self, rank: int, size: int) -> None:
         super().__init__()
         self.rank, self.size = rank, size
         self.script = _Script()
         self.counts_operations = False
-        # While they are here no other node of the graph has their numbers.
+        # Nodes are told apart by addresses, so what was counted has to stay alive.
         self._counted: list[mx.array] = []
         self._seen: set[str] = set()
 
     def allreduce(self, x: mx.array, at: str = "") -> mx.array:
-        self._write_down("allreduce", x, at)
+        """Record an allreduce of `x` and return zeros of its shape."""
+        self._record("allreduce", x, at)
         return mx.zeros(x.shape, x.dtype)
 
     def allgather(self, x: mx.array, sizes: Sequence[int], at: str = "") -> mx.array:
-        self._write_down("allgather", x, at)
+        """Record an allgather of `x` and return zeros of the joined shape."""
+        self._record("allgather", x, at)
         return mx.zeros((*x.shape[:-1], sum(sizes)), x.dtype)
 
-    def _write_down(self, kind: str, x: mx.array, at: str) -> None:
-        operations = self.operations(x) if self.counts_operations else 0
+    def _record(self, kind: str, x: mx.array, at: str) -> None:
+        operations = self.count_operations(x) if self.counts_operations else 0
         size = x.dtype.size
-        self.script.end(Step(at, kind, x.nbytes, size, operations=operations))
+        self.script.end_step(Step(at, kind, x.nbytes, size, operations=operations))
 
-    def operations(self, x: mx.array) -> int:
-        """What MLX starts to compute `x`, beside what it has started before."""
+    def count_operations(self, x: mx.array) -> int:
+        """Count what MLX starts to compute `x`, without what was counted before."""
         drawn = io.StringIO()
         mx.export_to_dot(drawn, x)
         nodes = dict(re.findall(r'{ (\d+) \[label ="(\w+)"', drawn.getvalue()))
@@ -146,70 +163,77 @@ class RehearsingCommunicator(Communicator):
         return sum(nodes[node] not in VIEWS for node in new)
 
 
-def rehearse(
-    empty: EmptyModel, table: SliceTable, rank: int, batch: int, context: int
-) -> Rehearsed:
-    """Let `empty` become the rank's model and compute, without evaluating.
+def become_rank(empty: EmptyModel, table: SliceTable, rank: int) -> DryRunCommunicator:
+    """Turn `empty` into the model of one rank, with zeros that are never evaluated.
 
-    A prompt of `context` - 1 tokens is read as mlx-lm reads it, then a token follows.
+    Afterwards `empty.sources` is empty: the model is the rank's and is not to be read.
     """
     ranks = len(next(iter(table.matrices.values())).spans)
-    comm = RehearsingCommunicator(rank, ranks)
-    model = empty.model
+    comm = DryRunCommunicator(rank, ranks)
     for name, part in table.slices(rank).items():
         array = mx.zeros(part.shape, empty.sources[name].dtype)
-        model.update(tree_unflatten([(name, array)]))
+        empty.model.update(tree_unflatten([(name, array)]))
     empty.sources.clear()
-    parallelize(model, table, comm)
+    parallelize(empty.model, table, comm)
+    return comm
+
+
+def dry_run(
+    empty: EmptyModel, table: SliceTable, rank: int, *, batch: int, context: int
+) -> DryRun:
+    """Let `empty` become the model of one rank, and read a prompt and a token.
+
+    The prompt has `context` - 1 tokens and is read as mlx-lm reads it, then a token
+    follows. Nothing is evaluated.
+    """
+    comm = become_rank(empty, table, rank)
+    model = empty.model
     held = sum(array.nbytes for _, array in tree_flatten(model.parameters()))
-    watch(model, comm.script.calls)
+    record_calls(model, comm.script.calls)
     caches = make_prompt_cache(model)
     silent = behind_the_caches(model)
-    *read, last = _pieces(context - 1)
+    *before, last = _chunks(context - 1)
     for layer in silent:
         layer.unread = True
-    piece: tuple[Step, ...] = ()
-    for tokens in [sum(read), last]:
+    chunk: tuple[Step, ...] = ()
+    for tokens in [sum(before), last]:
         if tokens:
-            comm.script.taken()
+            comm.script.take()
             model(mx.zeros((batch, tokens), mx.int32), cache=caches)
-            piece = comm.script.taken()
+            chunk = comm.script.take()
     for layer in silent:
         layer.unread = False
-    _call(model, comm, batch, caches)
-    token = comm.script.taken()
+    token = _token(model, comm, batch, caches)
     comm.counts_operations = True
-    _call(model, comm, batch, make_prompt_cache(model))
-    counted = comm.script.taken()
+    counted = _token(model, comm, batch, make_prompt_cache(model))
     token = tuple(
         replace(step, operations=other.operations)
         for step, other in zip(token, counted, strict=True)
     )
-    kept = tuple(Cached(*_sizes(cache)) for cache in caches)
-    return Rehearsed(held, kept, piece, token)
+    return DryRun(held, tuple(map(_size, caches)), chunk, token)
 
 
-def _call(
-    model: nn.Module, comm: RehearsingCommunicator, batch: int, caches: Any
-) -> None:
+def _token(
+    model: nn.Module, comm: DryRunCommunicator, batch: int, caches: Any
+) -> tuple[Step, ...]:
     logits = model(mx.zeros((batch, 1), mx.int32), cache=caches)
-    operations = comm.operations(logits) if comm.counts_operations else 0
-    comm.script.end(Step(operations=operations))
+    operations = comm.count_operations(logits) if comm.counts_operations else 0
+    comm.script.end_step(Step(operations=operations))
+    return comm.script.take()
 
 
-def _pieces(tokens: int) -> list[int]:
-    whole, rest = divmod(tokens, PIECE)
-    return [PIECE] * whole + ([rest] if rest or not whole else [])
+def _chunks(tokens: int) -> list[int]:
+    whole, rest = divmod(tokens, CHUNK_TOKENS)
+    return [CHUNK_TOKENS] * whole + ([rest] if rest or not whole else [])
 
 
-def _sizes(cache: Any) -> tuple[int, int, int]:
-    """Bytes of a cache; of what has a place for each token: places, elements."""
+def _size(cache: Any) -> CacheSize:
     arrays = [x for _, x in tree_flatten(_arrays(cache)) if isinstance(x, mx.array)]
-    placed = [x for x in arrays if x.ndim == 4]
-    return (
+    with_tokens = [x for x in arrays if x.ndim == 4]
+    return CacheSize(
         sum(x.nbytes for x in arrays),
-        max((x.shape[2] for x in placed), default=0),
-        sum(x.shape[3] for x in placed),
+        max((x.shape[2] for x in with_tokens), default=0),
+        sum(x.shape[3] for x in with_tokens),
     )
 
 

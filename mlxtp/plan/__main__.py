@@ -1,5 +1,7 @@
 """What a model needs on some machines, whether it fits, and how fast it would be.
 
+The whole program, from top to bottom.
+
 python -m mlxtp.plan --model MODEL --ranks 5 --chip "M2 Ultra" --memory 64
 python -m mlxtp.plan --model MODEL --measured FILE
 """
@@ -16,9 +18,9 @@ from mlxtp.cluster import hostfile
 from mlxtp.cluster.measured import Measured
 from mlxtp.plan import hardware
 from mlxtp.plan.auto import auto
-from mlxtp.plan.calibration import of_measured
+from mlxtp.plan.calibration import measured_machines
 from mlxtp.plan.hardware import LINKS, TOPOLOGIES, Link, Machine, Network
-from mlxtp.plan.opening import GROUP_SIZE, opened
+from mlxtp.plan.model import GROUP_SIZE, open_model
 from mlxtp.plan.planning import Setting, plan
 from mlxtp.plan.plot import plot
 from mlxtp.plan.remedies import remedies
@@ -30,6 +32,7 @@ DEFAULT_LINK = "thunderbolt4"
 
 
 def main() -> None:
+    """Run the program; exit with status 2 for a mistake on the command line."""
     args = _parser().parse_args()
     try:
         run(args)
@@ -39,28 +42,31 @@ def main() -> None:
 
 
 def run(args: argparse.Namespace) -> None:
-    """From the command line to a plan, shown.
+    """Make the plan that the command line asks for, and print it.
 
-    Raises: ValueError with what was given wrong.
+    Raises: ValueError that says what was given wrong.
     """
     setting = setting_of(args)
-    with opened(args.model, args.bits, args.group_size) as model:
+    with open_model(args.model, args.bits, args.group_size) as model:
         if args.shares == "auto":
-            found = auto(model, setting)
+            result = auto(model, setting)
         else:
             even = [1] * len(setting.machines)
-            found = plan(model, setting, args.shares or even)
-        would_do = list(remedies(found))
+            result = plan(model, setting, args.shares or even)
+        offered = list(remedies(result))
         if args.plot:
-            plot(found, args.plot)
+            plot(result, args.plot)
         if args.json:
-            print(json.dumps(as_json(found, would_do)))
+            print(json.dumps(as_json(result, offered)))
         else:
-            show(found, would_do, Console(width=None if sys.stdout.isatty() else 120))
+            show(result, offered, Console(width=None if sys.stdout.isatty() else 120))
 
 
 def setting_of(args: argparse.Namespace) -> Setting:
-    """The machines and their links, as they are given or were measured."""
+    """Read machines and links from the command line, or from what doctor measured.
+
+    Raises: ValueError for options that contradict each other.
+    """
     for name in ("context", "batch", "group_size"):
         if getattr(args, name) < 1:
             raise ValueError(f"--{name.replace('_', '-')} is below 1")
@@ -110,7 +116,7 @@ def _machines(
                 f"{args.measured} measures {len(measured.hosts)} ranks, wanted are "
                 f"{len(hosts)}"
             )
-        return of_measured(measured.hosts[: len(hosts)])
+        return measured_machines(measured.hosts[: len(hosts)])
     chips = args.chips or [args.chip or DEFAULT_CHIP] * len(hosts)
     sizes = args.memory or [DEFAULT_MEMORY_GB]
     sizes = sizes * len(hosts) if len(sizes) == 1 else sizes
@@ -146,12 +152,12 @@ def _shares(text: str) -> str | list[int]:
 
 def _sizes(text: str) -> list[float]:
     try:
-        found = [float(part) for part in text.split(",")]
+        sizes = [float(part) for part in text.split(",")]
     except ValueError:
-        found = [0.0]
-    if not all(0 < size < 1e6 for size in found):
+        sizes = [0.0]
+    if not all(0 < size < 1e6 for size in sizes):
         raise argparse.ArgumentTypeError(f"{text!r}: wanted GB, such as 64 or 64,128")
-    return found
+    return sizes
 
 
 def _names(text: str) -> list[str]:
@@ -162,7 +168,8 @@ def _parser() -> argparse.ArgumentParser:
     result = argparse.ArgumentParser(
         prog="mlxtp.plan",
         description="Say what each rank needs to run a model, whether it fits, and "
-        "how fast it would be: modelled, without weights, MPI or the machines.",
+        "how fast it would be. All of it is calculated: no weights, no MPI and none of "
+        "the machines are needed.",
     )
     result.add_argument(
         "--model",
@@ -170,42 +177,52 @@ def _parser() -> argparse.ArgumentParser:
         help="a folder, a Hugging Face repo, or with --bits a config.json alone",
     )
     result.add_argument("--bits", type=int, choices=[2, 3, 4, 5, 6, 8, 16],
-        help="quantize the config's model with so many bits")  # fmt: skip
+        help="plan the config's model quantized with so many bits")  # fmt: skip
     result.add_argument("--group-size", type=int, default=GROUP_SIZE,
-        help=f"of --bits. Default: {GROUP_SIZE}")  # fmt: skip
+        help=f"group size of --bits. Default: {GROUP_SIZE}")  # fmt: skip
     hosts = result.add_argument_group("machines")
-    hosts.add_argument("--ranks", type=int, help="how many")
-    hosts.add_argument("--hostfile", type=Path, help="Open MPI's: as many as its slots")
-    hosts.add_argument("--chip", help=f"of all. Default: {DEFAULT_CHIP}")
-    hosts.add_argument("--chips", type=_names, metavar="A,B,…", help="of each")
+    hosts.add_argument("--ranks", type=int, help="number of ranks")
+    hosts.add_argument(
+        "--hostfile", type=Path, help="Open MPI's hostfile: one rank for each slot"
+    )
+    hosts.add_argument("--chip", help=f"the chip of all. Default: {DEFAULT_CHIP}")
+    hosts.add_argument(
+        "--chips", type=_names, metavar="A,B,…", help="the chip of each rank's host"
+    )
     hosts.add_argument(
         "--memory",
         type=_sizes,
         metavar="GB[,GB…]",
-        help=f"of all or each, in Apple's GB. Default: {DEFAULT_MEMORY_GB:g}",
+        help="memory of all hosts, or of each rank's host, in Apple's GB. "
+        f"Default: {DEFAULT_MEMORY_GB:g}",
     )
     hosts.add_argument(
         "--measured",
         type=Path,
         metavar="FILE",
-        help="machines and links as python -m mlxtp.doctor --json FILE found them",
+        help="machines and links as python -m mlxtp.doctor --json FILE measured them",
     )
     links = result.add_argument_group("links")
-    links.add_argument("--link", choices=LINKS, help=f"Default: {DEFAULT_LINK}")
-    links.add_argument("--hop-us", type=float, metavar="US", help="a hop, one way")
-    links.add_argument("--gbps", type=float, metavar="GBPS", help="a link, one way")
+    links.add_argument(
+        "--link", choices=LINKS, help=f"kind of link. Default: {DEFAULT_LINK}"
+    )
+    links.add_argument("--hop-us", type=float, metavar="US",
+        help="time of a hop, one way, in µs")  # fmt: skip
+    links.add_argument("--gbps", type=float, metavar="GBPS",
+        help="rate of a link, one way, in Gb/s")  # fmt: skip
     links.add_argument("--topology", choices=TOPOLOGIES,
-        help="Default: switch for 10gbe, ring for others")  # fmt: skip
+        help="of the links. Default: switch for 10gbe, ring for others")  # fmt: skip
     use = result.add_argument_group("use")
     use.add_argument("--context", type=int, default=8192,
         help="tokens in the caches. Default: 8192")  # fmt: skip
-    use.add_argument("--batch", type=int, default=1, help="sequences. Default: 1")
+    use.add_argument("--batch", type=int, default=1,
+        help="sequences at once. Default: 1")  # fmt: skip
     use.add_argument("--shares", type=_shares,
-        help="shares of the ranks, such as 2,1,1,1,1, or auto: the fastest that fit. "
-        "Default: equal")  # fmt: skip
+        help="shares of the ranks, such as 2,1,1,1,1, or auto: of those that fit, the "
+        "fastest. Default: equal")  # fmt: skip
     result.add_argument("--json", action="store_true", help="print one JSON object")
     result.add_argument("--plot", type=Path, metavar="FILE.png",
-        help="draw memory of each rank and the time of a token")  # fmt: skip
+        help="draw each rank's memory and the time of a token")  # fmt: skip
     return result
 
 

@@ -1,35 +1,36 @@
-"""The machines that doctor has measured, as plan wants them."""
+"""The hosts that doctor has measured, as the machines that plan calculates with."""
 
 from collections.abc import Sequence
 
 from mlxtp.cluster.measured import Host
+from mlxtp.dryrun.requirements import needs
 from mlxtp.plan.hardware import OPERATION_SECONDS, Machine
-from mlxtp.plan.opening import opened
-from mlxtp.plan.requirements import needs
+from mlxtp.plan.model import open_model
 from mlxtp.plan.timing import kernels
 from mlxtp.stories import PATH as STORIES
 
 CONTEXT = 64
 
 
-def of_measured(hosts: Sequence[Host]) -> list[Machine]:
-    """What doctor saw.
+def measured_machines(hosts: Sequence[Host]) -> list[Machine]:
+    """Turn what doctor measured into machines.
 
-    Of the token that it timed the weights are taken off. What is left is operations on
-    a CPU; on a GPU it is the waits for it, beside the starts of kernels.
+    From the token that doctor timed the reading of weights is subtracted. What is left
+    is, on a CPU, the time of MLX's operations; on a GPU, the waits for it after each
+    evaluation, beside the starts of kernels.
     """
-    with opened(str(STORIES)) as model:
-        [need] = needs(model, [1], CONTEXT)
-    token = need.rehearsed.token
+    with open_model(str(STORIES)) as model:
+        [need] = needs(model.build, [1], CONTEXT)
+    token = need.dry_run.token
     read_bytes = sum(step.read_bytes for step in token)
     operations = sum(step.operations for step in token)
     started = OPERATION_SECONDS * sum(kernels(step) for step in token)
     evaluations = sum(bool(step.kind) for step in token)
-    found = []
+    machines = []
     for host in hosts:
         has_gpu = host.chip.startswith("Apple")
-        beside = host.token_seconds - read_bytes / host.bytes_per_second
-        found.append(
+        rest = host.token_seconds - read_bytes / host.bytes_per_second
+        machines.append(
             Machine(
                 host.host,
                 host.chip,
@@ -37,9 +38,9 @@ def of_measured(hosts: Sequence[Host]) -> list[Machine]:
                 host.limit_bytes,
                 host.bytes_per_second,
                 host.flops,
-                OPERATION_SECONDS if has_gpu else max(0.0, beside) / operations,
-                max(0.0, beside - started) / evaluations if has_gpu else 0.0,
+                OPERATION_SECONDS if has_gpu else max(0.0, rest) / operations,
+                max(0.0, rest - started) / evaluations if has_gpu else 0.0,
                 has_gpu,
             )
         )
-    return found
+    return machines

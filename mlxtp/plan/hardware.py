@@ -3,11 +3,9 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-import numpy as np
-
+from mlxtp.cluster.curve import interpolate
 from mlxtp.cluster.measured import Measured
-
-GIB = 1 << 30
+from mlxtp.cluster.units import GIB
 
 # Apple's figures of memory bandwidth, GB/s, and the cores of the GPU with their clock,
 # MHz, as hmc-tech.com lists them (M5: taken to be the M4's). A core has 128 lanes, each
@@ -27,33 +25,35 @@ _CHIPS: dict[str, tuple[int, int, int]] = {
 }
 CHIPS = tuple(_CHIPS)
 
-# What of a chip's figures MLX gets: of bandwidth in matrix-vector products, of
-# arithmetic in matrix products. Assumed.
+# The share of a chip's figures that MLX reaches: of its bandwidth in matrix-vector
+# products, of its arithmetic in matrix products. Assumed.
 BANDWIDTH_SHARE = 0.75
 FLOPS_SHARE = 0.6
-# Of the memory of a Mac of 64 GB the GPU may wire so much, unless
-# iogpu.wired_limit_mb says otherwise (51.5 GB; up to 55.7 have been reported).
+# The share of a Mac's memory that the GPU may wire, unless iogpu.wired_limit_mb says
+# otherwise: 51.5 GB of 64 GiB (up to 55.7 have been reported).
 WIRED_SHARE = 0.75
-# What the CPU waits for a GPU that has computed: 150 to 200 µs without
+# How long the CPU waits to learn that the GPU has finished: 150 to 200 µs without
 # MLX_METAL_FAST_SYNCH (mlx pull request 1773, issue 4438).
 EVALUATION_SECONDS = 180e-6
-# To start a kernel, beside other kernels. Assumed.
+# To start a kernel, as one of many. Assumed.
 OPERATION_SECONDS = 3e-6
 # To add an element of a part: five parts of 4 Mi bfloat16 elements take 9 ms
 # (docs/log.md, on Linux).
 ADD_SECONDS = 0.45e-9
 
-# Between machines that are alike measured rates differ by so much.
+# Measured rates of machines that are alike differ by up to this factor.
 VARIES = 1.1
 
 
 @dataclass(frozen=True)
 class Machine:
-    """A rank's machine. The rates are those that MLX gets.
+    """The machine that a rank runs on. Its rates are those that MLX reaches.
 
-    `evaluation_seconds` is spent before each collective, once. On a GPU norms,
-    rotations and attention are one operation each. Of a machine without a known
-    `limit_bytes` nothing can be said to fit.
+    `limit_bytes` is what a model may take; where it is None, nobody can say whether a
+    model fits. `bytes_per_second` is the rate of reading weights, `flops` the rate of
+    arithmetic. `operation_seconds` is the time to start one of MLX's operations: on a
+    GPU a norm, a rotation or attention is one. `evaluation_seconds` is spent once
+    before each collective.
     """
 
     host: str
@@ -69,17 +69,20 @@ class Machine:
 
 @dataclass(frozen=True)
 class Link:
-    """One hop: a cable, or the way through a switch. `topology` is the usual one."""
+    """One hop: a cable, or the path through a switch.
+
+    `topology` is what such links usually build: "ring", "mesh" or "switch".
+    """
 
     hop_seconds: float
     bytes_per_second: float
     topology: str
 
 
-# Hops: TCP over Thunderbolt has round trips of 300 µs to 1 ms, of which the best is
-# taken, for 10 Gb Ethernet too, as TCP decides; RDMA over Thunderbolt 5 has less than
-# 50 µs (Apple, TN3205; single-digit figures have been reported). Rates: what the
-# standards say, of which TCP gets less.
+# Hops: TCP over Thunderbolt has round trips of 300 µs to 1 ms. The best is taken here,
+# and for 10 Gb Ethernet too, where TCP takes the time as well. RDMA over Thunderbolt 5
+# has less than 50 µs (Apple, TN3205; single-digit figures have been reported). Rates
+# are those of the standards; TCP reaches less.
 LINKS = {
     "thunderbolt4": Link(150e-6, 40e9 / 8, "ring"),
     "thunderbolt5": Link(150e-6, 80e9 / 8, "ring"),
@@ -90,7 +93,7 @@ TOPOLOGIES = ("ring", "mesh", "switch")
 
 
 def published(host: str, chip: str, memory_gb: float) -> Machine:
-    """A Mac, from Apple's figures; its memory in Apple's GB, which are GiB.
+    """Describe a Mac by Apple's figures; Apple's GB of memory are GiB.
 
     Raises: ValueError if the chip is not known.
     """
@@ -115,29 +118,35 @@ def published(host: str, chip: str, memory_gb: float) -> Machine:
 
 @dataclass(frozen=True)
 class Network:
-    """What a collective of all ranks takes, from one link alone."""
+    """The network of all ranks, calculated from one link."""
 
     ranks: int
     link: Link
     topology: str
 
     def seconds(self, kind: str, part_bytes: int, item_bytes: int) -> float:
-        """An allreduce or an allgather of parts of `part_bytes`."""
+        """Return the seconds of an allreduce or allgather of all ranks.
+
+        Args:
+            kind: "allreduce" or "allgather".
+            part_bytes: bytes that each rank brings.
+            item_bytes: bytes of an element.
+        """
         if self.ranks == 1:
             return 0.0
-        ways = self._ways()
+        algorithms = self._algorithms()
         if kind != "allreduce":
-            ways = ways[:1]
+            algorithms = algorithms[:1]
         adds = ADD_SECONDS * part_bytes / item_bytes if kind == "allreduce" else 0.0
         return min(
             hops * self.link.hop_seconds
             + parts * part_bytes / self.link.bytes_per_second
             + adds * added
-            for hops, parts, added in ways
+            for hops, parts, added in algorithms
         )
 
-    def _ways(self) -> list[tuple[int, float, float]]:
-        """One-shot and two-shot: hops, parts over the busiest cable, parts added.
+    def _algorithms(self) -> list[tuple[int, float, float]]:
+        """One-shot, then two-shot: hops, parts over the busiest cable, parts added.
 
         Derived in docs/communication.md.
         """
@@ -158,32 +167,31 @@ class Network:
         return [(1, direct, n), (2, 2 * direct / n, 1)]
 
     def message_seconds(self, message_bytes: int) -> float:
-        """To a neighbour."""
+        """Return the seconds of a message to a neighbour."""
         return self.link.hop_seconds + message_bytes / self.link.bytes_per_second
 
 
 @dataclass(frozen=True)
 class MeasuredNetwork(Network):
-    """What a collective took when doctor tried it."""
+    """A network whose collectives doctor has timed.
+
+    `curves` are, by the kind of collective, bytes of a part and the seconds for each.
+    """
 
     curves: dict[str, tuple[tuple[int, ...], tuple[float, ...]]]
 
     def seconds(self, kind: str, part_bytes: int, item_bytes: int) -> float:
-        """On the lines between what was measured, the last of which goes on."""
+        """Return the measured seconds; arguments as in `Network`."""
         if kind not in self.curves:
             return super().seconds(kind, part_bytes, item_bytes)
-        sizes, seconds = self.curves[kind]
-        above = 0.0
-        if len(sizes) > 1:
-            rate = (seconds[-1] - seconds[-2]) / (sizes[-1] - sizes[-2])
-            above = max(0.0, rate) * max(0, part_bytes - sizes[-1])
-        return float(np.interp(part_bytes, sizes, seconds)) + above
+        return interpolate(part_bytes, *self.curves[kind])
 
 
 def network_of(measured: Measured, ranks: int, topology: str) -> Network:
-    """The network of the first `ranks` hosts that doctor measured.
+    """Describe the network of the first `ranks` ranks that doctor measured.
 
-    Its collectives hold for all of its ranks; for fewer they follow from the links.
+    The times of collectives hold for all measured ranks together. For fewer ranks
+    they are calculated from the links.
     """
     pairs = [p for p in measured.pairs if max(p.ranks) < ranks]
     link = Link(
@@ -194,18 +202,18 @@ def network_of(measured: Measured, ranks: int, topology: str) -> Network:
     if ranks != len(measured.hosts):
         return Network(ranks, link, topology)
     curves = {}
-    for kind in {it.name for it in measured.collectives}:
+    for kind in {collective.name for collective in measured.collectives}:
         points = sorted(
-            (it.part_bytes, it.seconds)
-            for it in measured.collectives
-            if it.name == kind
+            (collective.part_bytes, collective.seconds)
+            for collective in measured.collectives
+            if collective.name == kind
         )
         curves[kind] = (tuple(p for p, _ in points), tuple(s for _, s in points))
     return MeasuredNetwork(ranks, link, topology, curves)
 
 
 def alike(machines: Sequence[Machine]) -> bool:
-    """Whether they have as much memory, and read as fast but for what varies."""
+    """Whether they have equal limits of memory, and read about equally fast."""
     rates = [machine.bytes_per_second for machine in machines]
     limits = {machine.limit_bytes for machine in machines}
     return len(limits) == 1 and max(rates) <= VARIES * min(rates)

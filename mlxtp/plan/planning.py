@@ -1,19 +1,24 @@
-"""A plan: a model on some machines, whether it fits, and what it would take."""
+"""A plan: a model on some machines, whether it fits, and how fast it would be."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 
+from mlxtp.dryrun.requirements import Need, needs
+from mlxtp.partition.shares import Share, Shares, as_shares
 from mlxtp.plan import timing
 from mlxtp.plan.hardware import Machine, Network
-from mlxtp.plan.opening import Opened
-from mlxtp.plan.requirements import Need, needs
+from mlxtp.plan.model import PlannedModel
 from mlxtp.plan.timing import Time
 
 
 @dataclass(frozen=True)
 class Setting:
-    """On what, and for what, a model is planned."""
+    """On what, and for what, a model is planned.
+
+    One machine for each rank, in rank order; ranks may share a host. `context` are the
+    tokens in the caches, `batch` the sequences at once.
+    """
 
     machines: tuple[Machine, ...]
     network: Network
@@ -21,51 +26,65 @@ class Setting:
     batch: int
 
     def with_machines(self, machines: Sequence[Machine]) -> "Setting":
-        """Others, or more, on links like these."""
+        """Return the same setting with other machines, on links like these."""
         link, topology = self.network.link, self.network.topology
         network = Network(len(machines), link, topology)
         return replace(self, machines=tuple(machines), network=network)
 
-    def needs(self, opened: Opened, shares: Sequence[int]) -> list[Need]:
-        """What ranks need that share a model in proportion to `shares`.
+    def needs(self, model: PlannedModel, shares: Sequence[int | Share]) -> list[Need]:
+        """Say what the ranks need that share `model` in proportion to `shares`.
 
         Raises: ValueError if it cannot be split so.
         """
         is_fused = all(machine.has_gpu for machine in self.machines)
-        return needs(opened, shares, self.context, self.batch, is_fused=is_fused)
+        return needs(model.build, shares, self.context, self.batch, is_fused=is_fused)
 
     def left_bytes(self, needs: Sequence[Need]) -> list[int | None]:
-        """What is left of the limit of each rank's host, which several may share."""
-        wanted: dict[str, int] = {}
+        """Return, for each rank, the bytes that are left of its host's limit.
+
+        Ranks on one host share its limit. None where the limit is not known.
+        """
+        needed: dict[str, int] = {}
         for need, machine in zip(needs, self.machines, strict=True):
-            wanted[machine.host] = wanted.get(machine.host, 0) + need.bytes
+            needed[machine.host] = needed.get(machine.host, 0) + need.bytes
         return [
-            None if it.limit_bytes is None else it.limit_bytes - wanted[it.host]
-            for it in self.machines
+            None
+            if machine.limit_bytes is None
+            else machine.limit_bytes - needed[machine.host]
+            for machine in self.machines
         ]
 
     def fits(self, needs: Sequence[Need]) -> bool | None:
         """Whether every host has room; None where a limit is not known."""
         left = self.left_bytes(needs)
-        if any(it is not None and it < 0 for it in left):
+        if any(rest is not None and rest < 0 for rest in left):
             return False
         return None if None in left else True
 
 
 @dataclass(frozen=True)
 class Plan:
-    """A model shared out in proportion to `shares`; `one` is it on one host."""
+    """A model split over ranks in proportion to `shares`.
 
-    opened: Opened
+    `needs` are those of the ranks; `one` is what the whole model needs on one host.
+    All times are modelled.
+    """
+
+    model: PlannedModel
     setting: Setting
-    shares: tuple[int, ...]
+    shares: Shares
     needs: tuple[Need, ...]
     one: Need
 
     @property
     def left_bytes(self) -> list[int | None]:
-        """What of the limit of each rank's host is left."""
+        """For each rank, the bytes that are left of its host's limit."""
         return self.setting.left_bytes(self.needs)
+
+    @property
+    def lacking_bytes(self) -> int:
+        """Bytes that the fullest host lacks; 0 where every known limit is kept."""
+        return max([0, *(-left for left in self.left_bytes if left is not None)])
 
     @property
     def fits(self) -> bool | None:
@@ -74,13 +93,13 @@ class Plan:
 
     @property
     def one_fits(self) -> bool | None:
-        """Whether it fits on one host, the first; None where its limit is not known."""
+        """Whether it fits on the first host alone; None where no limit is known."""
         limit = self.setting.machines[0].limit_bytes
         return None if limit is None else self.one.bytes <= limit
 
     @cached_property
     def decode(self) -> Time:
-        """Modelled, of a token."""
+        """The time of a token of each sequence."""
         setting = self.setting
         if len(self.needs) == 1:
             return self.decode_on_one
@@ -88,7 +107,7 @@ class Plan:
 
     @cached_property
     def prefill(self) -> Time:
-        """Modelled, of a prompt as long as the context."""
+        """The time of a prompt as long as the context."""
         setting = self.setting
         if len(self.needs) == 1:
             return self.prefill_on_one
@@ -98,32 +117,34 @@ class Plan:
 
     @cached_property
     def decode_on_one(self) -> Time:
+        """The time of a token on the first host alone."""
         machine = self.setting.machines[0]
         caches = self.one.cache_bytes / machine.bytes_per_second
-        token = timing.on_one(self.one.rehearsed.token, machine)
+        token = timing.on_one(self.one.dry_run.token, machine)
         return token + Time(caches=caches)
 
     @cached_property
     def prefill_on_one(self) -> Time:
+        """The time of a prompt as long as the context on the first host alone."""
         machine, tokens = self.setting.machines[0], self.setting.context
         return timing.prefill_on_one(self.one, machine, tokens)
 
     @cached_property
     def pipeline(self) -> tuple[Time, Time]:
-        """Modelled, of a token and of a prompt."""
+        """The times of a token and of a prompt, with some layers on each host."""
         setting = self.setting
         return timing.pipeline(
             self.one, setting.machines, setting.network, setting.context
         )
 
 
-def plan(opened: Opened, setting: Setting, shares: Sequence[int]) -> Plan:
-    """Say what each rank of `setting` needs.
+def plan(model: PlannedModel, setting: Setting, shares: Sequence[int | Share]) -> Plan:
+    """Say what each rank of `setting` needs, and how fast all of them would be.
 
     Raises: ValueError if the model cannot be split so.
     """
-    found = tuple(setting.needs(opened, shares))
-    one = found[0]
-    if len(found) > 1:
-        [one] = setting.needs(opened, [1])
-    return Plan(opened, setting, tuple(shares), found, one)
+    of_ranks = tuple(setting.needs(model, shares))
+    one = of_ranks[0]
+    if len(of_ranks) > 1:
+        [one] = setting.needs(model, [1])
+    return Plan(model, setting, as_shares(shares), of_ranks, one)

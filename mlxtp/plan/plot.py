@@ -7,7 +7,7 @@ from mlxtp.plan.report import PARTS
 
 
 def plot(plan: Plan, file: Path) -> None:
-    """Draw `plan` into `file`; its ending says in which format.
+    """Draw `plan` into `file`, in the format that its ending names.
 
     Raises: ValueError without matplotlib, or if it does not know the format.
     """
@@ -23,20 +23,20 @@ def plot(plan: Plan, file: Path) -> None:
         gb = [getattr(need, f"{name}_bytes") / 1e9 for need in plan.needs]
         memory.bar(ranks, gb, bottom=bottom, label=name)
         bottom = [below + more for below, more in zip(bottom, gb, strict=True)]
-    for place, machine in enumerate(plan.setting.machines):
+    for position, machine in enumerate(plan.setting.machines):
         if machine.limit_bytes is not None:
             gb_limit = machine.limit_bytes / 1e9
-            memory.hlines(gb_limit, place - 0.45, place + 0.45, colors="black")
+            memory.hlines(gb_limit, position - 0.45, position + 0.45, colors="black")
     memory.set(xlabel="rank", ylabel="GB (line: the GPU's limit)", title="memory")
     memory.legend()
     times = {"this plan": plan.decode}
     if len(ranks) > 1:
         times["pipeline"] = plan.pipeline[0]
     left = [0.0] * len(times)
-    for part, words in PARTS.items():
-        ms = [1e3 * getattr(it, part) for it in times.values()]
+    for part, label in PARTS.items():
+        ms = [1e3 * getattr(each, part) for each in times.values()]
         if any(ms):
-            time.barh(list(times), ms, left=left, label=words)
+            time.barh(list(times), ms, left=left, label=label)
             left = [before + more for before, more in zip(left, ms, strict=True)]
     time.set(xlabel="ms a token, modelled", title="time of a token, modelled")
     time.legend()

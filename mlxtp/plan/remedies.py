@@ -1,31 +1,31 @@
-"""What would make a plan fit that does not: each is tried, none is guessed."""
+"""What would make a plan fit that does not: each remedy has been calculated."""
 
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
-from mlxtp.plan.hardware import GIB
-from mlxtp.plan.opening import GROUP_SIZE, of_config
+from mlxtp.cluster.units import GIB
+from mlxtp.plan.model import GROUP_SIZE, model_of_config
 from mlxtp.plan.planning import Plan, Setting
 
-# Memory that macOS and what runs beside a model keep.
+# Memory that macOS and other programs keep.
 SYSTEM_BYTES = 6 * GIB
 FEWER_BITS = (8, 6, 5, 4, 3, 2)
 MOST_HOSTS = 32
-# Caches grow by so many tokens.
+# Caches grow in steps of so many tokens.
 CONTEXT_STEP = 256
 
 
 @dataclass(frozen=True)
 class Remedy:
-    """Something that makes it fit, and how to do it."""
+    """A change that makes a plan fit: what it is, and the option or command for it."""
 
     what: str
     how: str
 
 
 def remedies(plan: Plan) -> Iterator[Remedy]:
-    """What would make `plan` fit, the simplest first; nothing where it fits."""
+    """Yield what would make `plan` fit, the simplest first; nothing where it fits."""
     if plan.fits is not False:
         return
     yield from _higher_limit(plan)
@@ -35,28 +35,27 @@ def remedies(plan: Plan) -> Iterator[Remedy]:
 
 
 def _higher_limit(plan: Plan) -> Iterator[Remedy]:
-    wanted: dict[str, int] = {}
+    needed: dict[str, int] = {}
     rows = zip(plan.setting.machines, plan.left_bytes, strict=True)
     for machine, left in rows:
         if left is None or left >= 0:
             continue
         assert machine.limit_bytes is not None
-        wanted[machine.host] = machine.limit_bytes - left
+        needed[machine.host] = machine.limit_bytes - left
         most = machine.memory_bytes - SYSTEM_BYTES
-        if not machine.has_gpu or wanted[machine.host] > most:
+        if not machine.has_gpu or needed[machine.host] > most:
             return
-    megabytes = math.ceil(max(wanted.values()) / GIB) * 1024
+    megabytes = math.ceil(max(needed.values()) / GIB) * 1024
     yield Remedy(
-        f"a raised limit of the GPU on {', '.join(wanted)}",
+        f"a raised limit of the GPU on {', '.join(needed)}",
         f"sudo sysctl iogpu.wired_limit_mb={megabytes} (until the next start)",
     )
 
 
 def _less_context(plan: Plan) -> Iterator[Remedy]:
-    least, most = 0, plan.setting.context // CONTEXT_STEP
+    least, most = 1, plan.setting.context // CONTEXT_STEP
     if most < 1 or not _fits(plan, replace(plan.setting, context=CONTEXT_STEP)):
         return
-    least = 1
     while most - least > 1:
         middle = (least + most) // 2
         if _fits(plan, replace(plan.setting, context=middle * CONTEXT_STEP)):
@@ -68,16 +67,16 @@ def _less_context(plan: Plan) -> Iterator[Remedy]:
 
 
 def _fewer_bits(plan: Plan) -> Iterator[Remedy]:
-    now = plan.opened.bits() or 16
+    now = plan.model.bits() or 16
     for bits in FEWER_BITS:
         if bits >= now:
             continue
         try:
-            with of_config(plan.opened.name, plan.opened.config, bits) as fewer:
-                found = plan.setting.needs(fewer, plan.shares)
+            with model_of_config(plan.model.name, plan.model.config, bits) as fewer:
+                needs = plan.setting.needs(fewer, plan.shares)
         except ValueError:  # a width that no group divides
             continue
-        if plan.setting.fits(found):
+        if plan.setting.fits(needs):
             how = f"a checkpoint quantized so; here --bits {bits} shows it"
             yield Remedy(f"{bits} bits in groups of {GROUP_SIZE}", how)
             return
@@ -92,10 +91,10 @@ def _more_hosts(plan: Plan) -> Iterator[Remedy]:
         shares.append(shares[-1])
         setting = plan.setting.with_machines(machines)
         try:
-            found = setting.needs(plan.opened, shares)
+            needs = setting.needs(plan.model, shares)
         except ValueError:  # fewer heads than ranks
             return
-        if setting.fits(found):
+        if setting.fits(needs):
             added = len(machines) - len(plan.shares)
             hosts = "one more host" if added == 1 else f"{added} more hosts"
             yield Remedy(f"{hosts} like the last", f"--ranks {len(machines)}")
@@ -103,4 +102,4 @@ def _more_hosts(plan: Plan) -> Iterator[Remedy]:
 
 
 def _fits(plan: Plan, setting: Setting) -> bool:
-    return setting.fits(setting.needs(plan.opened, plan.shares)) is not False
+    return setting.fits(setting.needs(plan.model, plan.shares)) is not False

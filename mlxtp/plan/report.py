@@ -2,15 +2,17 @@
 
 from collections.abc import Sequence
 from dataclasses import asdict
-from typing import Any
+from typing import Any, Literal
 
 from rich.console import Console
 from rich.table import Table
 
+from mlxtp.cluster.units import gigabytes
 from mlxtp.plan.planning import Plan
 from mlxtp.plan.remedies import Remedy
 from mlxtp.plan.timing import Time
 
+# What a part of a modelled `Time` is called in tables.
 PARTS = {
     "weights": "reading weights",
     "caches": "reading caches",
@@ -21,19 +23,24 @@ PARTS = {
     "gathers": "gathers",
     "messages": "messages",
 }
+# What each rank owns, and what it needs, in GB.
+COLUMNS = (
+    *("rank", "host", "query heads", "KV heads", "MLP columns", "experts"),
+    *("vocabulary rows", "weights", "KV cache", "working", "limit", "left"),
+)
 
 
-def show(plan: Plan, found: Sequence[Remedy], console: Console) -> None:
+def show(plan: Plan, remedies: Sequence[Remedy], console: Console) -> None:
     """Print what each rank needs, whether that fits, and how fast it would be."""
     setting = plan.setting
     console.print(
-        f"{plan.opened.name}, {len(plan.needs)} ranks, {setting.context} tokens of "
+        f"{plan.model.name}, {len(plan.needs)} ranks, {setting.context} tokens of "
         f"context, batch {setting.batch}; GB are 10⁹ bytes",
         highlight=False,
     )
     console.print(_memory(plan))
     console.print(_verdict(plan), highlight=False, soft_wrap=True)
-    for remedy in found:
+    for remedy in remedies:
         line = f"  {remedy.what} would do: {remedy.how}"
         console.print(line, highlight=False, soft_wrap=True)
     console.print()
@@ -42,10 +49,9 @@ def show(plan: Plan, found: Sequence[Remedy], console: Console) -> None:
 
 def _memory(plan: Plan) -> Table:
     table = Table(title="What each rank needs, GB")
-    for name in ("rank", "host", "query heads", "KV heads", "MLP columns", "experts"):
-        table.add_column(name, justify="right" if name != "host" else "left")
-    for name in ("words", "weights", "KV cache", "working", "GPU limit", "left"):
-        table.add_column(name, justify="right")
+    for name in COLUMNS:
+        justify: Literal["left", "right"] = "left" if name == "host" else "right"
+        table.add_column(name.replace(" ", "\n"), justify=justify)
     rows = zip(plan.needs, plan.setting.machines, plan.left_bytes, strict=True)
     for need, machine, left in rows:
         owned = need.owned
@@ -58,12 +64,12 @@ def _memory(plan: Plan) -> Table:
             _span(owned.kv_heads),
             _span(owned.columns),
             experts if owned.experts else "-",
-            str(owned.words),
-            _gb(need.weights_bytes),
-            _gb(need.cache_bytes),
-            _gb(need.working_bytes),
-            "not known" if limit is None else _gb(limit),
-            "-" if left is None else _gb(left),
+            str(owned.vocabulary_rows),
+            gigabytes(need.weights_bytes, 2),
+            gigabytes(need.cache_bytes, 2),
+            gigabytes(need.working_bytes, 2),
+            "not known" if limit is None else gigabytes(limit, 2),
+            "-" if left is None else gigabytes(left, 2),
             style="red" if left is not None and left < 0 else None,
         )
     return table
@@ -72,11 +78,11 @@ def _memory(plan: Plan) -> Table:
 def _verdict(plan: Plan) -> str:
     shares = f"--shares {','.join(map(str, plan.shares))}"
     if plan.fits is None:
-        return f"No limit is known on some hosts, so nothing is said of it ({shares})."
+        return f"Some hosts' limits are not known, nor whether it fits ({shares})."
     if plan.fits:
         return f"It fits ({shares})."
-    lacking = min(it for it in plan.left_bytes if it is not None)
-    return f"It does not fit ({shares}): the fullest rank lacks {_gb(-lacking)} GB."
+    lacking = gigabytes(plan.lacking_bytes, 2)
+    return f"It does not fit ({shares}): the fullest host lacks {lacking} GB."
 
 
 def _speed(plan: Plan) -> Table:
@@ -85,29 +91,28 @@ def _speed(plan: Plan) -> Table:
     table.add_column("modelled")
     for name in sides:
         table.add_column(name, justify="right")
-    table.add_row(
-        "decoding, tokens/s", *(_rate(it, plan, 1) for it, _ in sides.values())
-    )
-    tokens = plan.setting.context
-    prompts = (_rate(it, plan, tokens) for _, it in sides.values())
-    table.add_row(f"prefill of {tokens}, tokens/s", *prompts, end_section=True)
-    _parts(table, "ms a token", 1e3, [token for token, _ in sides.values()])
+    tokens, prompts = zip(*sides.values(), strict=True)
+    table.add_row("decoding, tokens/s", *(_rate(token, plan, 1) for token in tokens))
+    length = plan.setting.context
+    rates = (_rate(prompt, plan, length) for prompt in prompts)
+    table.add_row(f"prefill of {length}, tokens/s", *rates, end_section=True)
+    _parts(table, "ms a token", 1e3, tokens)
     table.add_section()
-    _parts(table, "seconds a prompt", 1, [prompt for _, prompt in sides.values()])
+    _parts(table, "seconds a prompt", 1, prompts)
     return table
 
 
-def _parts(table: Table, name: str, unit: float, times: list[Time]) -> None:
-    """A row of the whole, and one for each part that takes time."""
+def _parts(table: Table, name: str, unit: float, times: Sequence[Time]) -> None:
+    """Add a row for the whole, and one for each part that takes time."""
     table.add_row(name, *(f"{unit * time.seconds:.2f}" for time in times))
-    for part, words in PARTS.items():
-        found = [getattr(time, part) for time in times]
-        if any(found):
-            table.add_row(f"  {words}", *(f"{unit * it:.2f}" for it in found))
+    for part, label in PARTS.items():
+        seconds = [getattr(time, part) for time in times]
+        if any(seconds):
+            table.add_row(f"  {label}", *(f"{unit * each:.2f}" for each in seconds))
 
 
 def _sides(plan: Plan) -> dict[str, tuple[Time, Time]]:
-    """Of a token, and of a prompt as long as the context."""
+    """By name: the times of a token, and of a prompt as long as the context."""
     if len(plan.needs) == 1:
         return {"one host": (plan.decode, plan.prefill_on_one)}
     one = "one host (does not fit)" if plan.one_fits is False else "one host"
@@ -123,13 +128,8 @@ def _rate(time: Time, plan: Plan, tokens: int) -> str:
 
 
 def rate(per_second: float) -> str:
-    """With three digits at least, and never a power of ten."""
+    """Write a rate with three digits or more, and never as a power of ten."""
     return f"{per_second:,.0f}" if per_second >= 100 else f"{per_second:.3g}"
-
-
-def _gb(nbytes: float) -> str:
-    gb = nbytes / 1e9
-    return f"{gb:.2f}" if abs(gb) >= 1 else f"{gb:.3g}"
 
 
 def _span(counts: tuple[int, int]) -> str:
@@ -137,15 +137,15 @@ def _span(counts: tuple[int, int]) -> str:
     return str(most) if least == most else f"{least}-{most}"
 
 
-def as_json(plan: Plan, found: Sequence[Remedy]) -> dict[str, Any]:
-    """All of it, in bytes and seconds; what is modelled says so."""
+def as_json(plan: Plan, remedies: Sequence[Remedy]) -> dict[str, Any]:
+    """Return all of it, in bytes and seconds; what is modelled is named so."""
     setting = plan.setting
     rows = zip(plan.needs, setting.machines, plan.left_bytes, strict=True)
     return {
-        "model": plan.opened.name,
+        "model": plan.model.name,
         "context": setting.context,
         "batch": setting.batch,
-        "shares": list(plan.shares),
+        "shares": [asdict(share) for share in plan.shares],
         "fits": plan.fits,
         "ranks": [
             {
@@ -161,7 +161,7 @@ def as_json(plan: Plan, found: Sequence[Remedy]) -> dict[str, Any]:
             }
             for need, machine, left in rows
         ],
-        "remedies": [asdict(remedy) for remedy in found],
+        "remedies": [asdict(remedy) for remedy in remedies],
         "one_host_fits": plan.one_fits,
         "modelled": {
             name.partition(" (")[0]: {

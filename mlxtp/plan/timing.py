@@ -1,24 +1,29 @@
 """Modelled times: arithmetic on what ranks read, compute and send. Nothing is run.
 
-Each half of a layer ends in a collective, for which every rank waits for the slowest:
-a token takes the sum over the steps of the slowest rank's time, and the collectives.
+Each half of a layer ends in a collective, in which every rank waits for the slowest. So
+a token takes, summed over its steps, the time of the slowest rank and the collective's.
 """
 
 from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
 
-from mlxtp.dryrun.passes import PIECE, Step
+from mlxtp.dryrun.passes import CHUNK_TOKENS, Step
+from mlxtp.dryrun.requirements import Need
 from mlxtp.plan.hardware import Machine, Network
-from mlxtp.plan.requirements import Need
 
-# Kernels for each layer with weights on a GPU, where norms, rotations and attention
-# are one each: 9 such layers and about 18 kernels in a layer of Llama.
+# GPU kernels for each call of a layer with weights. A layer of Llama has 9 such calls
+# and about 18 kernels, as a norm, a rotation or attention is one each.
 KERNELS_A_CALL = 2
 
 
 @dataclass(frozen=True)
 class Time:
-    """Modelled seconds of a pass, and where they go."""
+    """Modelled seconds of a forward pass, by what they are spent on.
+
+    `weights` and `caches` is reading them, `arithmetic` matrix products that take
+    longer than reading, `operations` starting them, `evaluations` waiting for the GPU,
+    `messages` what a pipeline passes on.
+    """
 
     weights: float = 0.0
     caches: float = 0.0
@@ -31,22 +36,25 @@ class Time:
 
     @property
     def seconds(self) -> float:
+        """The sum of all parts."""
         return sum(getattr(self, part.name) for part in fields(self))
 
     def __add__(self, other: "Time") -> "Time":
+        """Add part by part."""
         return Time(
             *(getattr(self, f.name) + getattr(other, f.name) for f in fields(self))
         )
 
     def scaled(self, factor: float) -> "Time":
+        """Return every part times `factor`."""
         return Time(*(getattr(self, part.name) * factor for part in fields(self)))
 
 
 def decode(
     needs: Sequence[Need], machines: Sequence[Machine], network: Network
 ) -> Time:
-    """A token of each sequence of the batch, with full caches."""
-    steps = [need.rehearsed.token for need in needs]
+    """Return the time of a token of each sequence, with full caches."""
+    steps = [need.dry_run.token for need in needs]
     return _passes(steps, machines, network) + Time(
         caches=max(
             need.cache_bytes / machine.bytes_per_second
@@ -58,22 +66,23 @@ def decode(
 def prefill(
     needs: Sequence[Need], machines: Sequence[Machine], network: Network, tokens: int
 ) -> Time:
-    """A prompt of so many tokens, from the time of its last piece, without attention.
+    """Return the time of a prompt of `tokens` tokens.
 
-    Attention over what came before is added: for each query head, two products with
-    all keys and values, of which half are seen on average.
+    All chunks take as long as the last one. Attention is added: for each query head
+    two products, with the keys and with the values, of which it sees half on average.
     """
-    steps = [need.rehearsed.piece for need in needs]
-    one = _passes(steps, machines, network).scaled(_pieces(tokens))
+    steps = [need.dry_run.chunk for need in needs]
+    chunks = _passes(steps, machines, network).scaled(_chunks(tokens))
     attention = max(
         _attention(need, tokens) / machine.flops
         for need, machine in zip(needs, machines, strict=True)
     )
-    return one + Time(arithmetic=attention)
+    return chunks + Time(arithmetic=attention)
 
 
 def _attention(need: Need, tokens: int) -> float:
-    caches = [cache for cache in need.rehearsed.caches if cache.width]
+    """Floating-point operations of attention over a whole prompt."""
+    caches = [cache for cache in need.dry_run.caches if cache.width]
     if not caches:
         return 0.0
     heads = need.query_heads / len(caches)
@@ -86,7 +95,7 @@ def _attention(need: Need, tokens: int) -> float:
 def _passes(
     steps: Sequence[tuple[Step, ...]], machines: Sequence[Machine], network: Network
 ) -> Time:
-    """A forward pass of all ranks together."""
+    """The time of a forward pass of all ranks together."""
     total = Time()
     for of_ranks in zip(*steps, strict=True):
         slowest = max(
@@ -101,7 +110,10 @@ def _passes(
 
 
 def compute(step: Step, machine: Machine) -> Time:
-    """A step on a machine: what is longer, to read the weights or to multiply."""
+    """Return the time of a step without its collective.
+
+    Reading weights and multiplying overlap: what takes longer counts.
+    """
     reading = step.read_bytes / machine.bytes_per_second
     multiplying = step.flops / machine.flops
     return Time(
@@ -114,12 +126,13 @@ def compute(step: Step, machine: Machine) -> Time:
 
 
 def kernels(step: Step) -> int:
-    """What a GPU starts."""
+    """Return how many kernels a GPU starts in a step."""
     return KERNELS_A_CALL * len(step.calls)
 
 
 def collective(of_ranks: Sequence[Step], network: Network) -> Time:
-    step = max(of_ranks, key=lambda one: one.part_bytes)
+    """Return the time of the collective that ends a step; the largest part decides."""
+    step = max(of_ranks, key=lambda step: step.part_bytes)
     if not step.kind:
         return Time()
     seconds = network.seconds(step.kind, step.part_bytes, step.item_bytes)
@@ -129,47 +142,47 @@ def collective(of_ranks: Sequence[Step], network: Network) -> Time:
 
 
 def on_one(steps: Sequence[Step], machine: Machine) -> Time:
-    """A pass on one host: nothing is sent, and little evaluated on the way."""
+    """Return the time of a pass on one host, which is evaluated once, at its end."""
     total = Time()
     for step in steps:
-        time = compute(step, machine)
-        total += replace(time, evaluations=0.0)
+        total += replace(compute(step, machine), evaluations=0.0)
     return total + Time(evaluations=machine.evaluation_seconds)
 
 
 def prefill_on_one(one: Need, machine: Machine, tokens: int) -> Time:
-    """A prompt of so many tokens on one host, from the time of its last piece."""
-    time = on_one(one.rehearsed.piece, machine).scaled(_pieces(tokens))
+    """Return the time of a prompt of `tokens` tokens on one host, as in `prefill`."""
+    time = on_one(one.dry_run.chunk, machine).scaled(_chunks(tokens))
     return time + Time(arithmetic=_attention(one, tokens) / machine.flops)
 
 
-def _pieces(tokens: int) -> float:
-    """How many times the last piece of a prompt is the prompt."""
-    last = (tokens - 1) % PIECE or min(PIECE, tokens)
+def _chunks(tokens: int) -> float:
+    """The length of a prompt, in chunks as long as its last one."""
+    last = (tokens - 1) % CHUNK_TOKENS or min(CHUNK_TOKENS, tokens)
     return max(tokens - 1, 1) / last
 
 
 def pipeline(
     one: Need, machines: Sequence[Machine], network: Network, tokens: int
 ) -> tuple[Time, Time]:
-    """A token, and a prompt of so many: the same hosts with some of the layers each.
+    """Return the times of a token, and of a prompt, with some layers on each host.
 
-    Layers are shared out by memory; a stage passes the hidden vector on to the next,
-    and the last one the token to the first. Pieces of a prompt follow each other:
-    while the first waits for no one, the last waits for all stages.
+    Each host gets layers in proportion to its memory. A stage sends the hidden vector
+    to the next one, and the last sends the token to the first. The stages work on
+    successive chunks of a prompt at the same time: the first chunk passes all stages,
+    and then the slowest stage decides.
     """
     memory = [machine.limit_bytes or machine.memory_bytes for machine in machines]
-    shares = [it / sum(memory) for it in memory]
-    sums = (step for step in one.rehearsed.token if step.kind == "allreduce")
-    hidden = next(sums).part_bytes
-    token = Time(messages=len(machines) * network.message_seconds(hidden))
+    shares = [part / sum(memory) for part in memory]
+    allreduces = (step for step in one.dry_run.token if step.kind == "allreduce")
+    hidden_bytes = next(allreduces).part_bytes
+    token = Time(messages=len(machines) * network.message_seconds(hidden_bytes))
     stages = []
     for share, machine in zip(shares, machines, strict=True):
-        stage = on_one(one.rehearsed.token, machine).scaled(share)
+        stage = on_one(one.dry_run.token, machine).scaled(share)
         token += replace(stage, evaluations=machine.evaluation_seconds)
         token += Time(caches=share * one.cache_bytes / machine.bytes_per_second)
         stages.append(prefill_on_one(one, machine, tokens).scaled(share))
-    pieces = max(1.0, tokens / PIECE)
+    chunks = max(1.0, tokens / CHUNK_TOKENS)
     slowest = max(stages, key=lambda time: time.seconds)
-    prompt = sum(stages, Time()).scaled(1 / pieces)
-    return token, prompt + slowest.scaled(1 - 1 / pieces)
+    prompt = sum(stages, Time()).scaled(1 / chunks)
+    return token, prompt + slowest.scaled(1 - 1 / chunks)

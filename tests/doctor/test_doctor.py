@@ -16,6 +16,7 @@ import pytest
 from cables_script import cables
 from recorded import HARDWARE_PORTS
 
+from mlxtp.cluster.memory import HostMemory
 from mlxtp.comm.communicator import Communicator
 from mlxtp.comm.line import Line, LostError
 from mlxtp.doctor import linux, macos
@@ -31,23 +32,9 @@ from mlxtp.doctor.speed import DTYPES, Speed, measure
 pytestmark = pytest.mark.once
 
 SYSCTL = """\
-hw.memsize: 68719476736
 machdep.cpu.brand_string: Apple M2 Ultra
 iogpu.wired_limit_mb: 57344
 net.inet.ip.forwarding: 1
-"""
-VM_STAT = """\
-Mach Virtual Memory Statistics: (page size of 16384 bytes)
-Pages free:                             1000000.
-Pages active:                           1200000.
-Pages inactive:                          900000.
-Pages speculative:                       100000.
-Pages throttled:                              0.
-Pages wired down:                        500000.
-Pages purgeable:                          20000.
-"Translation faults":                 123456789.
-Pages copy-on-write:                    1234567.
-File-backed pages:                       800000.
 """
 IFCONFIG = """\
 lo0: flags=8049<UP,LOOPBACK,RUNNING,MULTICAST> mtu 16384
@@ -111,14 +98,15 @@ destination: 10.89.0.3
 def test_a_mac(monkeypatch: pytest.MonkeyPatch) -> None:
     printed = {
         "sysctl": SYSCTL,
-        "vm_stat": VM_STAT,
         "ifconfig": IFCONFIG,
         "networksetup": HARDWARE_PORTS,
         "system_profiler": THUNDERBOLT,
         "route": ROUTE,
     }
-    monkeypatch.setattr(macos, "output", lambda command: printed[command[0]])
-    ports = {it.name: it for it in macos.facts().interfaces}
+    monkeypatch.setattr(macos, "output", lambda *command: printed[command[0]])
+    memory = HostMemory(64 * 2**30, 2_000_000 * 16384)
+    monkeypatch.setattr(macos, "host_memory", lambda: memory)
+    ports = {port.name: port for port in macos.facts().interfaces}
     assert macos.facts() == Facts(
         system="macOS",
         chip="Apple M2 Ultra",
@@ -139,7 +127,7 @@ def test_a_mac(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_tools_that_are_not_there(monkeypatch: pytest.MonkeyPatch) -> None:
     for system in macos, linux:
-        monkeypatch.setattr(system, "output", lambda command: "")
+        monkeypatch.setattr(system, "output", lambda *command: "")
         assert system.facts().interfaces == ()
         assert system.route("10.89.0.3") is None
 
@@ -200,7 +188,6 @@ def test_a_linux_machine(tmp_path: Path) -> None:
     via = '[{"dst":"10.89.0.5","gateway":"10.88.3.2","dev":"tb1","flags":[]}]'
     assert linux.parse_route(via) == Route("tb1", "10.88.3.2")
     assert linux.parse_route('[{"dst":"10.0.0.2","dev":"eth0"}]') == Route("eth0", None)
-    assert linux.meminfo("MemTotal:  8 kB\nHugePages_Total: 0\n") == {"MemTotal": 8192}
 
 
 def macs(size: int = 5) -> Findings:
@@ -238,11 +225,13 @@ def macs(size: int = 5) -> Findings:
         )
         ways = host.routes.items()
         routes.append({to: Route(port, hop) for to, (hop, port) in ways})
-    found = Findings(
+    findings = Findings(
         machines, routes, [0.0] * size, {}, [Speed(4e11, 2e13)] * size, "mpi"
     )
-    links = {pair: Link(1e-4 * found.paths[pair].hops, 4e9) for pair in found.pairs}
-    return replace(found, links=links)
+    links = {
+        pair: Link(1e-4 * findings.paths[pair].hops, 4e9) for pair in findings.pairs
+    }
+    return replace(findings, links=links)
 
 
 Change = Callable[[Findings], Findings]
@@ -254,10 +243,10 @@ def host(rank: int, **facts: object) -> Change:
 
 
 def machine(rank: int, change: Callable[[Machine], Machine]) -> Change:
-    def changed(found: Findings) -> Findings:
-        machines = list(found.machines)
+    def changed(findings: Findings) -> Findings:
+        machines = list(findings.machines)
         machines[rank] = change(machines[rank])
-        return replace(found, machines=machines)
+        return replace(findings, machines=machines)
 
     return changed
 
@@ -278,27 +267,27 @@ def port(rank: int, name: str, **changes: object) -> Change:
 def link(*pair: int, **changes: object) -> Change:
     """Another link, and those of two hops that go over it."""
 
-    def changed(found: Findings) -> Findings:
+    def changed(findings: Findings) -> Findings:
         links = {
-            it: replace(link, **changes) if pair in found.paths[it].cables else link  # type: ignore[arg-type]
-            for it, link in found.links.items()
+            it: replace(link, **changes) if pair in findings.paths[it].cables else link  # type: ignore[arg-type]
+            for it, link in findings.links.items()
         }
-        return replace(found, links=links)
+        return replace(findings, links=links)
 
     return changed
 
 
 def without(*pairs: tuple[int, int]) -> Change:
-    return lambda found: replace(
-        found, links={p: it for p, it in found.links.items() if p not in pairs}
+    return lambda findings: replace(
+        findings, links={p: it for p, it in findings.links.items() if p not in pairs}
     )
 
 
 def route(rank: int, to: int, way: Route | None) -> Change:
-    def changed(found: Findings) -> Findings:
-        routes = [dict(ways) for ways in found.routes]
+    def changed(findings: Findings) -> Findings:
+        routes = [dict(ways) for ways in findings.routes]
         routes[rank][f"10.89.0.{to + 1}"] = way
-        return replace(found, routes=routes)
+        return replace(findings, routes=routes)
 
     return changed
 
@@ -309,14 +298,14 @@ def test_all_is_well(size: int) -> None:
 
 
 def alone() -> Findings:
-    found = macs(2)
+    findings = macs(2)
     return replace(
-        found,
-        machines=found.machines[:1],
+        findings,
+        machines=findings.machines[:1],
         routes=[{}],
         clocks=[0.0],
         links={},
-        speeds=found.speeds[:1],
+        speeds=findings.speeds[:1],
     )
 
 
@@ -364,7 +353,7 @@ RING_2 = "sudo ./launch/cables 2 5 --left en2 --right en3 --apply"
             "git pull && source launch/environment",
         ),
         (
-            lambda found: replace(found, need_bytes=50e9),
+            lambda findings: replace(findings, need_bytes=50e9),
             "studio1",
             "48.0 GB for a model, 50.0 GB needed",
             "sudo sysctl iogpu.wired_limit_mb=48708",
@@ -407,7 +396,7 @@ RING_2 = "sudo ./launch/cables 2 5 --left en2 --right en3 --apply"
             "ping -c 3 -s 8000 10.89.0.3",
         ),
         (
-            lambda found: replace(found, clocks=[0, 0, 100.0, 0, 0]),
+            lambda findings: replace(findings, clocks=[0, 0, 100.0, 0, 0]),
             "studio3",
             "its clock is 100 s ahead of the others'",
             "sudo sntp -sS time.apple.com",
@@ -419,14 +408,16 @@ RING_2 = "sudo ./launch/cables 2 5 --left en2 --right en3 --apply"
             "make room",
         ),
         (
-            lambda found: replace(found, speeds=[*found.speeds[:4], Speed(1e11, 2e13)]),
+            lambda findings: replace(
+                findings, speeds=[*findings.speeds[:4], Speed(1e11, 2e13)]
+            ),
             "studio5",
             "reads weights at 100.0 GB/s, others with its chip at 400.0 GB/s",
             "top",
         ),
         (
-            lambda found: replace(
-                machine(3, lambda it: replace(it, lacks={"jaccl": "RDMA"}))(found),
+            lambda findings: replace(
+                machine(3, lambda it: replace(it, lacks={"jaccl": "RDMA"}))(findings),
                 transport="jaccl",
             ),
             "studio4",
@@ -442,10 +433,10 @@ RING_2 = "sudo ./launch/cables 2 5 --left en2 --right en3 --apply"
     ],
 )
 def test_a_fault(change: Change, where: str, what: str, mend: str) -> None:
-    found = faults(change(macs()))
-    assert where in [fault.where for fault in found]
-    fault = next(fault for fault in found if fault.where == where)
-    assert what in fault.what and mend in fault.mend
+    findings = faults(change(macs()))
+    assert where in [fault.where for fault in findings]
+    fault = next(fault for fault in findings if fault.where == where)
+    assert what in fault.what and mend in fault.fix
 
 
 def test_one_fault_is_said_once() -> None:
@@ -454,60 +445,60 @@ def test_one_fault_is_said_once() -> None:
         without((1, 2), (0, 2), (1, 3)),
         link(3, 4, latency_seconds=9e-4),
         link(3, 4, bytes_per_second=1e9),
-        lambda found: without((0, 2))(host(1, forwards=False)(found)),
-        lambda found: without((1, 3))(route(1, 3, None)(found)),
+        lambda findings: without((0, 2))(host(1, forwards=False)(findings)),
+        lambda findings: without((1, 3))(route(1, 3, None)(findings)),
         port(3, "en3", bits_per_second=20e9),
     ):
         assert len(faults(change(macs()))) == 1
 
 
 def test_a_cable_that_is_out_is_told_from_its_port() -> None:
-    found = without((1, 2), (0, 2), (1, 3))(port(2, "en2", up=False)(macs()))
-    assert "(studio3 en2 (Thunderbolt 2) is down)" in faults(found)[0].what
+    findings = without((1, 2), (0, 2), (1, 3))(port(2, "en2", up=False)(macs()))
+    assert "(studio3 en2 (Thunderbolt 2) is down)" in faults(findings)[0].what
 
 
 def test_ranks_in_another_order_than_cables() -> None:
-    found = macs()
+    findings = macs()
     order = [0, 2, 1, 3, 4]
     swapped = replace(
-        found,
-        machines=[replace(found.machines[o], rank=r) for r, o in enumerate(order)],
-        routes=[found.routes[o] for o in order],
+        findings,
+        machines=[replace(findings.machines[o], rank=r) for r, o in enumerate(order)],
+        routes=[findings.routes[o] for o in order],
     )
-    [fault] = faults(replace(swapped, links=found.links))
+    [fault] = faults(replace(swapped, links=findings.links))
     assert fault.where == "hostfile" and "studio1 and studio3" in fault.what
-    assert "studio1, studio2, studio3, studio4, studio5" in fault.mend
+    assert "studio1, studio2, studio3, studio4, studio5" in fault.fix
 
 
-def test_ways_are_followed() -> None:
-    found = macs()
-    assert found.paths[0, 2].ranks == (0, 1, 2) and found.paths[0, 3].hops == 2
-    circle = route(1, 2, Route("en2", "10.88.1.1"))(found)
+def test_paths_are_followed() -> None:
+    findings = macs()
+    assert findings.paths[0, 2].ranks == (0, 1, 2) and findings.paths[0, 3].hops == 2
+    circle = route(1, 2, Route("en2", "10.88.1.1"))(findings)
     path = follow(circle.machines, circle.routes, 0, 2)
     assert path.stopped == "astray"
 
 
 def lines(size: int, timeout_seconds: float = 5.0) -> list[Line]:
     """The ends of lines between ranks that are threads."""
-    words: queue.Queue[str] = queue.Queue()
-    found: dict[int, Line] = {}
+    published: queue.Queue[str] = queue.Queue()
+    ends: dict[int, Line] = {}
 
-    def publish(word: str) -> None:
+    def publish(text: str) -> None:
         for _ in range(size - 1):
-            words.put(word)
+            published.put(text)
 
     def begin(rank: int) -> None:
-        found[rank] = Line(
+        ends[rank] = Line(
             rank,
             size,
             addresses=["10.89.0.77", "127.0.0.1"],
             publish=publish,
-            lookup=lambda seconds: words.get(timeout=seconds),
+            lookup=lambda seconds: published.get(timeout=seconds),
             timeout_seconds=timeout_seconds,
         )
 
     together(size, begin)
-    return [found[rank] for rank in range(size)]
+    return [ends[rank] for rank in range(size)]
 
 
 def together(size: int, work: Callable[[int], None]) -> None:
@@ -525,15 +516,15 @@ def test_a_line_and_what_is_measured_over_loopback() -> None:
 
     def work(rank: int) -> None:
         line = ends[rank]
-        words = line.gather(f"of {rank}")
+        texts = line.gather(f"of {rank}")
         clocks = line.clocks()
         sockets = Sockets(line, "127.0.0.1")
-        seen[rank] = words, clocks, sockets.measure([(0, 1), (1, 2)]), sockets.ring()
+        seen[rank] = texts, clocks, sockets.measure([(0, 1), (1, 2)]), sockets.ring()
         sockets.close()
 
     together(3, work)
-    words, clocks, links, around = seen[0]
-    assert words == ["of 0", "of 1", "of 2"]
+    texts, clocks, links, around = seen[0]
+    assert texts == ["of 0", "of 1", "of 2"]
     assert max(map(abs, clocks)) < 0.1  # one clock, read by threads that take turns
     assert set(links) == {(0, 1), (1, 2)} and around is not None
     assert all(link.bytes_per_second > 1e6 for link in links.values())
@@ -546,7 +537,7 @@ def test_a_rank_that_does_not_call_is_named() -> None:
             0,
             3,
             addresses=["127.0.0.1"],
-            publish=lambda words: None,
+            publish=lambda text: None,
             lookup=lambda seconds: "",
             timeout_seconds=0.3,
         )

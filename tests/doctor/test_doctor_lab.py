@@ -24,6 +24,18 @@ shift 2
 exec "$@"
 """
 
+# What psutil reads of /proc/meminfo.
+MEMINFO = """\
+MemTotal: 64000000 kB
+MemFree: 7000000 kB
+MemAvailable: 8000000 kB
+Buffers: 0 kB
+Cached: 0 kB
+Shmem: 0 kB
+Active: 0 kB
+Inactive: 0 kB
+"""
+
 Faults = dict[str, tuple[str, str]]
 
 
@@ -35,14 +47,14 @@ def doctor(*options: object, before: tuple[object, ...] = ()) -> tuple[int, str]
     return done.returncode, done.stdout
 
 
-def found(printed: str) -> list[tuple[str, str, str]]:
-    """What is wrong: where, what, and what mends it, in the order it was shown."""
+def shown_faults(printed: str) -> list[tuple[str, str, str]]:
+    """Where, what, and what fixes it, of each fault in the order of the report."""
     lines = printed.splitlines()
     faults = []
     for line, below in pairwise(lines):
-        number, _, words = line.partition(". ")
+        number, _, text = line.partition(". ")
         if number.isdigit() and below.startswith("   "):
-            where, _, what = words.partition(": ")
+            where, _, what = text.partition(": ")
             faults.append((where, what, below.strip()))
     return faults
 
@@ -63,7 +75,7 @@ def healthy(ring: None, tmp_path_factory: pytest.TempPathFactory) -> tuple[str, 
 def test_all_is_well(healthy: tuple[str, Path]) -> None:
     printed, _ = healthy
     assert "Computing a token of the model that ships" in printed
-    assert "All is well." in printed and found(printed) == []
+    assert "All is well." in printed and shown_faults(printed) == []
     for host in HOSTS:
         assert host in printed
 
@@ -95,7 +107,7 @@ def broken(healthy: None, tmp_path_factory: pytest.TempPathFactory) -> Faults:
     metadata.parent.mkdir()
     metadata.write_text("Metadata-Version: 2.1\nName: mlx-lm\nVersion: 0.1\n")
     meminfo = folder / "meminfo"
-    meminfo.write_text("MemTotal: 64000000 kB\nMemAvailable: 8000000 kB\n")
+    meminfo.write_text(MEMINFO)
     good("cut", "studio2", "studio3")
     try:
         others = ("sh", "-c", OTHERS, "sh", folder, meminfo)
@@ -103,31 +115,31 @@ def broken(healthy: None, tmp_path_factory: pytest.TempPathFactory) -> Faults:
     finally:
         good("mend")
     assert status == 1 and not (folder / "none.json").exists()
-    faults = found(printed)
+    faults = shown_faults(printed)
     assert [where for where, *_ in faults] == [
         "studio2 - studio3",
         "studio5",
         "studio4",
     ]
-    return {where: (what, mend) for where, what, mend in faults}
+    return {where: (what, fix) for where, what, fix in faults}
 
 
 def test_a_cut_cable(broken: Faults) -> None:
-    what, mend = broken["studio2 - studio3"]
+    what, fix = broken["studio2 - studio3"]
     assert "nothing passes between studio2 tb1" in what and "studio3 tb0" in what
-    assert "on studio2: ping -c 3 10.88.2.2" in mend
+    assert "on studio2: ping -c 3 10.88.2.2" in fix
 
 
 def test_another_version(broken: Faults) -> None:
-    what, mend = broken["studio5"]
+    what, fix = broken["studio5"]
     assert "mlx-lm 0.1 (elsewhere " in what
-    assert "-m pip install mlx-lm==" in mend
+    assert "-m pip install mlx-lm==" in fix
 
 
 def test_too_little_memory(broken: Faults) -> None:
-    what, mend = broken["studio4"]
+    what, fix = broken["studio4"]
     assert what == "8.2 of 65.5 GB of memory are free"
-    assert "top" in mend
+    assert "top" in fix
 
 
 @pytest.fixture(scope="module")
@@ -137,11 +149,11 @@ def misled(broken: Faults) -> Faults:
     on_host("studio5", "sysctl -w net.ipv4.ip_forward=0")
     status, printed = doctor()
     assert status == 1
-    faults = found(printed)
+    faults = shown_faults(printed)
     assert [where for where, *_ in faults] == ["studio5", "studio2"], printed
-    for where, _, mend in faults:
-        on_host(where, mend)
-    return {where: (what, mend) for where, what, mend in faults}
+    for where, _, fix in faults:
+        on_host(where, fix)
+    return {where: (what, fix) for where, what, fix in faults}
 
 
 def test_forwarding_off(misled: Faults) -> None:
@@ -149,9 +161,9 @@ def test_forwarding_off(misled: Faults) -> None:
 
 
 def test_a_missing_route(misled: Faults) -> None:
-    what, mend = misled["studio2"]
+    what, fix = misled["studio2"]
     assert what == "no route to 10.89.0.4 (studio4)"
-    assert mend == "./launch/cables 2 5 --left tb0 --right tb1 --apply"
+    assert fix == "./launch/cables 2 5 --left tb0 --right tb1 --apply"
 
 
 @pytest.fixture(scope="module")
@@ -162,16 +174,16 @@ def slowed(misled: Faults) -> Faults:
     good("slow", "studio1", "studio5", "--delay-ms", "6")
     status, printed = doctor()
     assert status == 1 and "allreduce" in printed
-    faults = found(printed)
+    faults = shown_faults(printed)
     wheres = [where for where, *_ in faults]
     assert wheres == ["studio2", "studio1 - studio5", "studio3"], printed
-    return {where: (what, mend) for where, what, mend in faults}
+    return {where: (what, fix) for where, what, fix in faults}
 
 
 def test_a_way_past_the_cables(slowed: Faults) -> None:
-    what, mend = slowed["studio2"]
+    what, fix = slowed["studio2"]
     assert what == "data to studio4 go by eth0 (Ethernet), not by a cable"
-    assert mend == "./launch/cables 2 5 --left tb0 --right tb1 --apply"
+    assert fix == "./launch/cables 2 5 --left tb0 --right tb1 --apply"
 
 
 def test_a_slow_link(slowed: Faults) -> None:
@@ -180,9 +192,9 @@ def test_a_slow_link(slowed: Faults) -> None:
 
 
 def test_packets_of_other_sizes(slowed: Faults) -> None:
-    what, mend = slowed["studio3"]
+    what, fix = slowed["studio3"]
     assert "have 9000 bytes (MTU), at the other end 65000" in what
-    assert mend == "ip link set dev tb1 mtu 65000"
+    assert fix == "ip link set dev tb1 mtu 65000"
 
 
 @pytest.mark.parametrize(

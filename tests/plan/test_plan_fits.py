@@ -12,9 +12,10 @@ import pytest
 from models import LLAMA_3_2_1B, make
 from wide_models import WIDE
 
+from mlxtp.partition.shares import as_shares
 from mlxtp.plan.auto import auto
 from mlxtp.plan.hardware import LINKS, Machine, Network, published
-from mlxtp.plan.opening import Opened, of_config, opened
+from mlxtp.plan.model import PlannedModel, model_of_config, open_model
 from mlxtp.plan.planning import Plan, Setting, plan
 from mlxtp.plan.remedies import SYSTEM_BYTES, remedies
 
@@ -66,7 +67,7 @@ def here(limit_bytes: int) -> Machine:
 def test_the_verdict_is_that_of_a_real_run(
     small: Path, factor: float, fits: bool
 ) -> None:
-    with opened(str(small)) as model:
+    with open_model(str(small)) as model:
         alone = Setting((here(1 << 40),), network(1), CONTEXT, 1)
         limit = round(factor * plan(model, alone, [1]).one.bytes)
         limited = replace(alone, machines=(here(limit),))
@@ -94,9 +95,11 @@ def network(ranks: int) -> Network:
 
 
 @pytest.fixture(scope="module")
-def llama() -> Iterator[Opened]:
+def llama() -> Iterator[PlannedModel]:
     """Of its 126 layers as many as are quickly looked at."""
-    with of_config("a Llama", LLAMA_405B | {"num_hidden_layers": 12}, 16) as found:
+    with model_of_config(
+        "a Llama", LLAMA_405B | {"num_hidden_layers": 12}, 16
+    ) as found:
         yield found
 
 
@@ -110,7 +113,7 @@ def on(memory_gb: list[float], context: int = 8192, chips: str = "M2 Ultra") -> 
     return Setting(tuple(machines), network(len(memory_gb)), context, 1)
 
 
-def test_remedies_do_what_they_say(llama: Opened) -> None:
+def test_remedies_do_what_they_say(llama: PlannedModel) -> None:
     """Each is tried here once more; and the next smaller one would not do."""
     lacking = plan(llama, on([39.0] * 3, context=131072), [1] * 3)
     assert lacking.fits is False
@@ -132,11 +135,11 @@ def test_remedies_do_what_they_say(llama: Opened) -> None:
             assert plan(llama, on([39.0] * 4, 131072), [1] * 4).fits
         else:
             bits = int(remedy.what.split()[0])
-            with of_config("fewer", llama.config, bits) as fewer:
+            with model_of_config("fewer", llama.config, bits) as fewer:
                 assert fits(fewer, lacking)
 
 
-def test_only_a_gpu_has_a_limit_to_raise(llama: Opened) -> None:
+def test_only_a_gpu_has_a_limit_to_raise(llama: PlannedModel) -> None:
     macs = on([39.0] * 3, context=131072)
     others = replace(
         macs, machines=tuple(replace(it, has_gpu=False) for it in macs.machines)
@@ -146,20 +149,20 @@ def test_only_a_gpu_has_a_limit_to_raise(llama: Opened) -> None:
         assert any("iogpu" in remedy.how for remedy in found) is named
 
 
-def fits(model: Opened, as_in: Plan, **changes: int) -> bool | None:
+def fits(model: PlannedModel, as_in: Plan, **changes: int) -> bool | None:
     return plan(model, replace(as_in.setting, **changes), as_in.shares).fits
 
 
-def test_auto_gives_more_to_who_reads_faster(llama: Opened) -> None:
+def test_auto_gives_more_to_who_reads_faster(llama: PlannedModel) -> None:
     """Half of the bandwidth gets about half of the work, and it pays."""
     setting = on([192.0] * 3, chips="M2 Ultra,M2 Ultra,M2 Max")
     found = auto(llama, setting)
     even = plan(llama, setting, [1, 1, 1])
     assert found.fits and found.decode.seconds < 0.85 * even.decode.seconds
-    assert found.shares[0] >= 1.5 * found.shares[2]
+    assert found.shares[0].mlp >= 1.5 * found.shares[2].mlp
 
 
-def test_auto_gives_less_to_who_has_less_memory(llama: Opened) -> None:
+def test_auto_gives_less_to_who_has_less_memory(llama: PlannedModel) -> None:
     """The same speed: only memory tells them apart."""
     setting = on([64.0, 64.0, 16.0])
     assert plan(llama, setting, [1, 1, 1]).fits is False
@@ -168,5 +171,5 @@ def test_auto_gives_less_to_who_has_less_memory(llama: Opened) -> None:
     assert found.needs[2].bytes < 0.6 * found.needs[0].bytes
 
 
-def test_auto_leaves_alone_what_is_alike(llama: Opened) -> None:
-    assert auto(llama, on([64.0] * 3)).shares == (1, 1, 1)
+def test_auto_leaves_alone_what_is_alike(llama: PlannedModel) -> None:
+    assert auto(llama, on([64.0] * 3)).shares == as_shares([1, 1, 1])

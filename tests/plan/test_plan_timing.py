@@ -9,8 +9,9 @@ from mlx.utils import tree_flatten
 from wide_models import WIDE
 
 from mlxtp.cluster.measured import Collective, Host, Measured, Pair
+from mlxtp.dryrun.requirements import needs
 from mlxtp.plan.__main__ import main
-from mlxtp.plan.calibration import of_measured
+from mlxtp.plan.calibration import measured_machines
 from mlxtp.plan.hardware import (
     OPERATION_SECONDS,
     Link,
@@ -18,9 +19,8 @@ from mlxtp.plan.hardware import (
     Network,
     network_of,
 )
-from mlxtp.plan.opening import of_config, opened
+from mlxtp.plan.model import model_of_config, open_model
 from mlxtp.plan.planning import Setting, plan
-from mlxtp.plan.requirements import needs
 from mlxtp.plan.timing import Time, compute
 from mlxtp.stories import PATH as STORIES
 
@@ -57,26 +57,26 @@ def test_a_collective_takes_what_was_measured() -> None:
 
 
 def test_a_token_is_the_sum_of_its_steps() -> None:
-    machines = tuple(of_measured(HOSTS))
+    machines = tuple(measured_machines(HOSTS))
     setting = Setting(machines, network_of(MEASURED, 3, "ring"), 256, 1)
-    with opened(str(STORIES)) as model:
+    with open_model(str(STORIES)) as model:
         found = plan(model, setting, [1, 1, 1])
     token = found.decode
     # Four layers with two sums each, one for the embedding, of 192 elements.
     assert token.allreduces == pytest.approx(9 * 2e-3)
     assert token.gathers == pytest.approx(5e-3)
     # The slow rank decides in every step: it is last in each, with a third.
-    reads = sum(step.read_bytes for step in found.needs[2].rehearsed.token)
+    reads = sum(step.read_bytes for step in found.needs[2].dry_run.token)
     most = sum(
-        max(n.rehearsed.token[i].read_bytes / m.bytes_per_second
+        max(n.dry_run.token[i].read_bytes / m.bytes_per_second
             for n, m in zip(found.needs, machines, strict=True))
-        for i in range(len(found.needs[0].rehearsed.token))
+        for i in range(len(found.needs[0].dry_run.token))
     )  # fmt: skip
     assert token.weights == pytest.approx(most) and most >= reads / 1e9
     # A rank starts as many operations as one that is alone, whose token took 10 ms.
-    whole = sum(step.read_bytes for step in found.one.rehearsed.token)
+    whole = sum(step.read_bytes for step in found.one.dry_run.token)
     counts = [
-        sum(step.operations for step in need.rehearsed.token)
+        sum(step.operations for step in need.dry_run.token)
         for need in (found.needs[2], found.one)
     ]
     beside = 0.01 - whole / 1e9
@@ -86,11 +86,11 @@ def test_a_token_is_the_sum_of_its_steps() -> None:
 def test_a_token_alone_takes_what_it_took() -> None:
     """On a CPU all but weights is operations; on a GPU, but for kernels, waits."""
     mac = replace(HOSTS[0], chip="Apple M2 Ultra")
-    with opened(str(STORIES)) as model:
-        [need] = needs(model, [1], 64)
+    with open_model(str(STORIES)) as model:
+        [need] = needs(model.build, [1], 64)
     for host, token_seconds in (HOSTS[1], 0.01), (HOSTS[2], 0.01), (mac, 0.01):
-        [machine] = of_measured([replace(host, token_seconds=token_seconds)])
-        total = sum((compute(it, machine) for it in need.rehearsed.token), Time())
+        [machine] = measured_machines([replace(host, token_seconds=token_seconds)])
+        total = sum((compute(it, machine) for it in need.dry_run.token), Time())
         assert total.seconds == pytest.approx(token_seconds)
         assert (total.evaluations > 0) == (host is mac)
     assert machine.operation_seconds == OPERATION_SECONDS
@@ -110,7 +110,7 @@ def test_a_token_alone_takes_what_it_took() -> None:
         ("mesh", 5, (1, 1.0), (2, 0.4)),
     ],
 )
-def test_links_carry_what_the_ways_send(
+def test_links_carry_what_the_algorithms_send(
     topology: str, ranks: int, one_shot: tuple[int, float], two_shot: tuple[int, float]
 ) -> None:
     latency = Network(ranks, Link(1.0, 1e30, topology), topology)
@@ -140,16 +140,17 @@ def test_the_command_line_reads_what_doctor_wrote(
     ]
     assert [rank["limit_bytes"] for rank in found["ranks"]] == [8 * 10**9] * 3
     # The slow one gets less.
-    assert found["shares"][2] < found["shares"][0]
+    assert found["shares"][2]["mlp"] < found["shares"][0]["mlp"]
 
 
 def test_a_token_reads_the_experts_that_it_chooses() -> None:
     config, _ = WIDE["Qwen3-235B-A22B, 2 of 94 layers"]  # 8 of 128 experts
-    with of_config("a mixture", config, 4) as model:
-        [one] = needs(model, [1], 256)
+    with model_of_config("a mixture", config, 4) as model:
+        [one] = needs(model.build, [1], 256)
         parameters = dict(tree_flatten(model.build().model.parameters()))
     path = "model.layers.1.mlp.switch_mlp.gate_proj"
     held = sum(a.nbytes for name, a in parameters.items() if name.startswith(path))
-    calls = [call for step in one.rehearsed.token for call in step.calls]
+    calls = [call for step in one.dry_run.token for call in step.calls]
     [read] = [call.read_bytes for call in calls if call.path == path]
     assert read == pytest.approx(held * 8 / 128)
+    assert one.owned.experts == 128 and one.owned.expert_columns == (1536, 1536)

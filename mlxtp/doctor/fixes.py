@@ -1,13 +1,13 @@
-"""The commands that mend what is wrong, as they are typed on the host."""
+"""The commands that fix what is wrong, as they are typed on the host."""
 
 from mlxtp.cluster.addresses import RING_ADDRESSES
 from mlxtp.doctor.findings import Findings
 from mlxtp.doctor.machine import Machine
 
 
-def ring_command(found: Findings, machine: Machine) -> str:
-    """What gives a host its addresses and routes in the ring."""
-    hosts = [it.host for it in found.hosts]
+def ring_command(findings: Findings, machine: Machine) -> str:
+    """Return the command that gives a host its addresses and routes in the ring."""
+    hosts = [each.host for each in findings.hosts]
     number = hosts.index(machine.host) + 1
     if machine.address in RING_ADDRESSES:
         number = RING_ADDRESSES.index(machine.address) + 1
@@ -22,19 +22,19 @@ def ring_command(found: Findings, machine: Machine) -> str:
 
 
 def mtu_command(machine: Machine, interface: str, mtu: int) -> str:
-    """What makes packets of an interface `mtu` bytes long."""
+    """Return the command that lets an interface send packets of `mtu` bytes."""
     if machine.facts.system == "macOS":
         return f"{sudo(machine)}networksetup -setMTU {interface} {mtu}"
     return f"{sudo(machine)}ip link set dev {interface} mtu {mtu}"
 
 
 def sudo(machine: Machine) -> str:
-    """What goes before a command that root alone may give."""
+    """Return what goes before a command that needs root."""
     return "" if machine.is_root else "sudo "
 
 
 def more_memory(machine: Machine, need: float) -> str:
-    """What lets a host take `need` bytes of a model."""
+    """Return what lets a host hold `need` bytes of a model."""
     smaller = "give it a smaller share: --shares"
     if machine.facts.system == "macOS" and need < 0.9 * machine.facts.memory_bytes:
         return f"{sudo(machine)}sysctl iogpu.wired_limit_mb={need / 2**20 + 1024:.0f}"

@@ -24,38 +24,39 @@ from mlxtp.loading import locate
 from mlxtp.model import skeleton
 from mlxtp.model.skeleton import EmptyModel
 
-# In the words of safetensors; FP8 comes as bytes.
+# The names that safetensors gives to types; mlx-lm reads FP8 as bytes.
 KINDS = {dtype: kind for kind, dtype in DTYPES.items() if kind != "F8_E4M3"}
 GROUP_SIZE = 64
 
 
 @dataclass(frozen=True)
-class Opened:
-    """A model that can be built again and again: for each rank, say."""
+class PlannedModel:
+    """A model that can be built again and again, once for each rank, say."""
 
     name: str
     config: dict[str, Any]
     folder: Path
 
     def build(self) -> EmptyModel:
+        """Build it anew, without weights."""
         return skeleton.build(self.folder)
 
     def bits(self) -> int | None:
-        """Of its quantization, as the config says."""
-        found = self.config.get("quantization") or {}
-        return found.get("bits") if isinstance(found, dict) else None
+        """Return the bits of its quantization; None where the config names none."""
+        quantization = self.config.get("quantization") or {}
+        return quantization.get("bits") if isinstance(quantization, dict) else None
 
 
 @contextmanager
-def opened(
+def open_model(
     model: str, bits: int | None = None, group_size: int = GROUP_SIZE
-) -> Iterator[Opened]:
+) -> Iterator[PlannedModel]:
     """Open a folder, a name on the hub, or with `bits` a config alone.
 
-    Of a checkpoint the headers are read. With `bits` it is the config's model as
-    mlx-lm would quantize it; 16 bits are not quantized.
+    Without `bits` the headers of the checkpoint are read. With them it is the config's
+    model as mlx-lm would quantize it; 16 bits are not quantized.
 
-    Raises: ValueError with what is wrong.
+    Raises: ValueError that says what is wrong.
     """
     if bits is None:
         file = Path(model).expanduser()
@@ -65,14 +66,17 @@ def opened(
         config = skeleton.read_json(folder / "config.json", needed=["model_type"])
         if not any(folder.glob(WEIGHTS)) and not cut.is_cut(folder):
             raise ValueError(f"{model} has no weights: say with how many --bits")
-        yield Opened(model, config, folder)
+        yield PlannedModel(model, config, folder)
         return
-    with of_config(model, config_of(model), bits, group_size) as found:
-        yield found
+    with model_of_config(model, read_config(model), bits, group_size) as planned:
+        yield planned
 
 
-def config_of(model: str) -> dict[str, Any]:
-    """The config of a file, a folder or a name on the hub."""
+def read_config(model: str) -> dict[str, Any]:
+    """Read the config of a file, a folder or a name on the hub.
+
+    Raises: ValueError if there is none.
+    """
     path = Path(model).expanduser()
     if path.is_dir():
         path = path / "config.json"
@@ -87,10 +91,10 @@ def config_of(model: str) -> dict[str, Any]:
 
 
 @contextmanager
-def of_config(
+def model_of_config(
     name: str, config: dict[str, Any], bits: int, group_size: int = GROUP_SIZE
-) -> Iterator[Opened]:
-    """The model of a config with so many bits, as a checkpoint that is nowhere.
+) -> Iterator[PlannedModel]:
+    """Open the model of a config with so many bits, as a checkpoint without slices.
 
     Raises: ValueError if mlx-lm cannot build or quantize it.
     """
@@ -100,20 +104,20 @@ def of_config(
         folder = Path(temporary) / "model"
         small = {"config.json": json.dumps(config).encode()}
         cut.begin(folder, origin, small)
-        yield Opened(name, config, folder)
+        yield PlannedModel(name, config, folder)
 
 
 def _headers(
     config: dict[str, Any], bits: int, group_size: int
 ) -> tuple[Header, dict[str, Any]]:
-    """What mlx-lm would write of the config's model; no array is evaluated."""
+    """The header and config that mlx-lm would write; no array is evaluated."""
     config = {k: v for k, v in config.items() if not k.startswith("quantization")}
     try:
         model = skeleton.unloaded(config)
         dtype = str(config.get("torch_dtype") or config.get("dtype") or "bfloat16")
         model.set_dtype(getattr(mx, dtype.removeprefix("torch."), mx.bfloat16))
         if bits < 16:
-            with contextlib.redirect_stdout(io.StringIO()):  # it tells the bits
+            with contextlib.redirect_stdout(io.StringIO()):  # mlx-lm prints the bits
                 model, config = quantize_model(model, config, group_size, bits)
     except Exception as error:  # all that mlx-lm may stumble over in a config
         reason = str(error) if isinstance(error, ValueError) else repr(error)

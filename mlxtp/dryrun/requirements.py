@@ -1,0 +1,169 @@
+"""What each rank needs of memory, and what it owns: from the slice table."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+
+from mlxtp.dryrun.passes import CHUNK_TOKENS, DryRun, Step, dry_run
+from mlxtp.families.blocks import Heads, Width
+from mlxtp.model.skeleton import EmptyModel
+from mlxtp.partition.shares import Share
+from mlxtp.sharding.decide import slice_table
+from mlxtp.sharding.table import SliceTable
+
+# How much of the outputs between two collectives is alive at once, with what lies
+# between them: measured (tests/plan/test_plan_fits.py).
+OUTPUTS_AT_ONCE = 1.5
+# The same for the products of all queries and keys, where attention is not one kernel.
+SCORES_AT_ONCE = 1.2
+# A part of an allreduce is in memory as it was sent, received and summed.
+PARTS_AT_ONCE = 3
+# What MLX and its libraries take on their own, measured too, without PyTorch: mlx-lm
+# imports it where it is installed.
+BASE_BYTES = 15_000_000
+
+
+@dataclass(frozen=True)
+class Owned:
+    """What a rank owns of a model.
+
+    Pairs are (least, most) of any layer, 0 where no layer has it. `columns` are those
+    of dense MLPs, `expert_columns` those of each of the `experts`.
+    """
+
+    query_heads: tuple[int, int]
+    kv_heads: tuple[int, int]
+    columns: tuple[int, int]
+    experts: int
+    expert_columns: tuple[int, int]
+    vocabulary_rows: int
+
+
+@dataclass(frozen=True)
+class Need:
+    """What a rank owns, computes, and needs of memory.
+
+    `query_heads` are those of all layers together; `score_bytes` is what the products
+    of queries and keys take, where attention is not one kernel.
+    """
+
+    rank: int
+    owned: Owned
+    dry_run: DryRun
+    query_heads: int
+    score_bytes: int
+
+    @property
+    def weights_bytes(self) -> int:
+        """Bytes of weights: exact."""
+        return self.dry_run.held_bytes
+
+    @property
+    def cache_bytes(self) -> int:
+        """Bytes of caches with the whole context in them: exact."""
+        return self.dry_run.cache_bytes
+
+    @property
+    def working_bytes(self) -> int:
+        """Bytes of everything else at the worst moment: estimated."""
+        steps = (*self.dry_run.chunk, *self.dry_run.token)
+        return BASE_BYTES + max(map(_working_bytes, steps)) + self.score_bytes
+
+    @property
+    def bytes(self) -> int:
+        """Bytes of all three."""
+        return self.weights_bytes + self.cache_bytes + self.working_bytes
+
+
+def _working_bytes(step: Step) -> int:
+    return round(OUTPUTS_AT_ONCE * step.output_bytes) + PARTS_AT_ONCE * step.part_bytes
+
+
+def needs(
+    build: Callable[[], EmptyModel],
+    shares: Sequence[int | Share],
+    context: int,
+    batch: int = 1,
+    *,
+    is_fused: bool = True,
+) -> list[Need]:
+    """Say what each of the ranks needs that share a model in proportion to `shares`.
+
+    Args:
+        build: makes the model without weights, a new one in each call.
+        shares: one positive number or `Share` a rank.
+        context: tokens in the caches.
+        batch: sequences at once.
+        is_fused: attention is one kernel, as on a GPU; else its scores take memory.
+
+    Raises: ValueError if it is no model, or cannot be split so.
+    """
+    table = slice_table(build().model, shares)
+    by_shapes: dict[tuple[tuple[int, ...], ...], Need] = {}
+    result = []
+    for rank in range(len(shares)):
+        # Ranks with slices of the same shapes compute alike.
+        shapes = tuple(part.shape for part in table.slices(rank).values())
+        if shapes not in by_shapes:
+            by_shapes[shapes] = need(
+                build(), table, rank, context, batch, is_fused=is_fused
+            )
+        result.append(replace(by_shapes[shapes], rank=rank, owned=owned(table, rank)))
+    return result
+
+
+def need(
+    empty: EmptyModel,
+    table: SliceTable,
+    rank: int,
+    context: int,
+    batch: int = 1,
+    *,
+    is_fused: bool = True,
+) -> Need:
+    """Say what one rank of a table needs. `empty` becomes that rank's model."""
+    run = dry_run(empty, table, rank, batch=batch, context=context)
+    heads = sum(
+        shards.parts[rank].size("q")
+        for shards in table.blocks
+        if isinstance(shards.block.rule, Heads)
+    )
+    scores = 0.0
+    caches = [cache for cache in run.caches if cache.width]
+    if caches and not is_fused:
+        tokens = min(max(cache.tokens for cache in caches), context)
+        scores = SCORES_AT_ONCE * batch * heads / len(caches)
+        scores *= min(CHUNK_TOKENS, context) * tokens * run.item_bytes
+    return Need(rank, owned(table, rank), run, heads, round(scores))
+
+
+def owned(table: SliceTable, rank: int) -> Owned:
+    """Say what `rank` owns, as the slice table has it."""
+    queries, kv, columns, expert_columns = [], [], [], []
+    experts, vocabulary_rows = [0], [0]
+    for shards in table.blocks:
+        if isinstance(shards.block.rule, Heads):
+            queries.append(shards.parts[rank].size("q"))
+            kv.append(shards.parts[rank].size("kv"))
+        elif isinstance(shards.block.rule, Width):
+            width = shards.parts[rank].size("w")
+            shape = table.parameters.get(f"{shards.path}.{shards.block.rule.of}.weight")
+            if shape is not None and len(shape) == 3:
+                experts.append(shape[0])
+                expert_columns.append(width)
+            else:
+                columns.append(width)
+    for matrix in table.matrices.values():
+        if matrix.cut.layout == "v":
+            vocabulary_rows.append(matrix.spans[rank].length)
+    return Owned(
+        _range(queries),
+        _range(kv),
+        _range(columns),
+        max(experts),
+        _range(expert_columns),
+        max(vocabulary_rows),
+    )
+
+
+def _range(counts: list[int]) -> tuple[int, int]:
+    return (min(counts), max(counts)) if counts else (0, 0)
