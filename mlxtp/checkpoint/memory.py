@@ -25,7 +25,10 @@ def available_bytes() -> int | None:
 
 
 def allocate(shape: Sequence[int], dtype: mx.Dtype) -> tuple[mx.array, np.ndarray]:
-    """An array to be filled, and its memory: (n,) uint8."""
+    """Make an array of zeros to be filled, and a view of its memory.
+
+    Shapes: the array has `shape`, its memory is (n,) uint8.
+    """
     size = prod(shape) * dtype.size
     # MLX sets it to zero item by item: the fewer the better.
     wide = mx.uint64 if size % 8 == 0 else mx.uint8
