@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import prod
 from pathlib import Path
 
@@ -101,6 +101,14 @@ class Checkpoint:
             for tensor, part in slices.items()
         }
         return {tensor: part for tensor, part in missing.items() if part}
+
+    def renamed(self, pattern: str) -> "Checkpoint":
+        """The same tensors with other names: `pattern` with the name in place of {}."""
+        tensors = {}
+        for name, stored in self.tensors.items():
+            new = pattern.format(name)
+            tensors[new] = StoredTensor(replace(stored.tensor, name=new), stored.pieces)
+        return Checkpoint({}, tensors)
 
     def updated(self, other: "Checkpoint") -> "Checkpoint":
         """The same with the tensors of `other`, as they lie there."""
