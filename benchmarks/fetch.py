@@ -46,8 +46,8 @@ def main() -> None:
         with Hub({NAME: folder}) as hub:
             for ranks in args.worlds:
                 options = ["--rank", Path(temporary) / "machines"]
-                found = measured(ranks, __file__, *options, HF_ENDPOINT=hub.url)
-                worlds.append({"ranks": ranks, **found})
+                figures = measured(ranks, __file__, *options, HF_ENDPOINT=hub.url)
+                worlds.append({"ranks": ranks, **figures})
     report(whole, worlds)
 
 
@@ -77,14 +77,14 @@ def measure(machines: Path) -> None:
 
     import mlxtp
     from mlxtp.fetch import hub
-    from mlxtp.fetch.journal import Partial
+    from mlxtp.fetch.journal import Journal
     from mlxtp.loading import load_model
 
     comm = mlxtp.Communicator.world()
     comm.host = f"host-{rank}"
     fetched: list[int] = []
     came: list[int] = []
-    fetch, write = hub.fetch, Partial.write
+    fetch, write = hub.fetch, Journal.write
 
     def counted_fetch(
         repo: hub.Repo, file: str, offset: int, target: np.ndarray, *more: Any
@@ -93,11 +93,11 @@ def measure(machines: Path) -> None:
         # The beginnings of files are for comparing them with the hub's hashes.
         fetched.append(target.size if offset else 0)
 
-    def counted_write(self: Partial, *arguments: Any) -> None:
+    def counted_write(self: Journal, *arguments: Any) -> None:
         came.append(arguments[-1].size)
         write(self, *arguments)
 
-    hub.fetch, Partial.write = counted_fetch, counted_write  # type: ignore[method-assign]
+    hub.fetch, Journal.write = counted_fetch, counted_write  # type: ignore[method-assign]
     before = kept(machines / f"host-{rank}")
     model, _ = load_model(NAME, comm)
     assert model is not None
@@ -109,7 +109,7 @@ def measure(machines: Path) -> None:
     }
     everyone = comm.allgather_object(mine)
     if comm.rank == 0:
-        print(json.dumps({key: [it[key] for it in everyone] for key in mine}))
+        print(json.dumps({key: [rank[key] for rank in everyone] for key in mine}))
 
 
 def kept(machine: Path) -> int:

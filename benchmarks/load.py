@@ -26,8 +26,8 @@ from proc import PeakMemory
 from ranks import measured
 
 import mlxtp
-from mlxtp.checkpoint.rows import PAGE_BYTES
-from mlxtp.checkpoint.tensors import Tensor
+from mlxtp.checkpoint.runs import PAGE_BYTES
+from mlxtp.checkpoint.tensors import StoredTensor, Tensor
 from mlxtp.loading import load_model
 from mlxtp.model.skeleton import EmptyModel, build
 from mlxtp.partition.spans import Slice
@@ -103,7 +103,7 @@ def measure(folder: Path) -> None:
     comm = mlxtp.Communicator.world()
     empty = build(folder)
     slices = slice_table(empty.model, [1] * comm.size).slices(comm.rank)
-    slice_bytes = sum(p.size * empty.sources[n].dtype.size for n, p in slices.items())
+    slice_bytes = empty.bytes_of(slices)
     floor = floor_bytes(empty, slices)
     del empty
     with PeakMemory() as memory:
@@ -151,17 +151,17 @@ def floor_bytes(empty: EmptyModel, slices: dict[str, Slice]) -> int:
     for name, part in slices.items():
         source = empty.sources[name]
         if isinstance(source, Tensor) and part.axis not in (None, 0):
-            floor += page_bytes(source, part)
+            floor += page_bytes(empty.checkpoint.tensors[source.name], part)
         else:
             floor += part.size * source.dtype.size
     return floor
 
 
-def page_bytes(tensor: Tensor, part: Slice) -> int:
+def page_bytes(stored: StoredTensor, part: Slice) -> int:
     """Bytes of the pages in which the columns `part` of a matrix lie."""
-    rows, columns = tensor.shape
-    item = tensor.dtype.size
-    starts = tensor.pieces[0].offset + np.arange(rows) * columns * item
+    rows, columns = stored.tensor.shape
+    item = stored.tensor.dtype.size
+    starts = stored.pieces[0].offset + np.arange(rows) * columns * item
     pages: set[int] = set()
     for start, stop in part.spans:
         first = (starts + start * item) // PAGE_BYTES

@@ -99,14 +99,13 @@ def measure(folder: Path, logits_file: Path) -> None:
     calls, sent = comm.traffic.calls, comm.traffic.bytes
     table = model.slice_table
     slices = table.slices(comm.rank)
-    sources = build(folder).sources
+    empty = build(folder)
     parameters = tree_flatten(model.parameters())
     figures = {
         "held_mb": sum(array.nbytes for _, array in parameters) / 1e6,
         "layers_mb": sum(a.nbytes for name, a in parameters if ".layers." in name)
         / 1e6,
-        "table_mb": sum(s.size * sources[n].dtype.size for n, s in slices.items())
-        / 1e6,
+        "table_mb": empty.bytes_of(slices) / 1e6,
         "peak_mb": memory.above_bytes / 1e6,
         "calls": calls,
         "sent": sent,

@@ -7,20 +7,18 @@ python -m mlxtp.shard --join DIR --output FOLDER
 
 import argparse
 import sys
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable
 from pathlib import Path
-
-from tqdm import tqdm
 
 from mlxtp import options
 from mlxtp.checkpoint import cut, verify, writing
-from mlxtp.checkpoint.cut import Origin, Shard, bytes_of, lacking
+from mlxtp.checkpoint.cut import Origin, Shard
 from mlxtp.checkpoint.headers import Checkpoint
-from mlxtp.checkpoint.verify import Advance
+from mlxtp.checkpoint.progress import progress_bar
+from mlxtp.checkpoint.tensors import bytes_of
 from mlxtp.comm.communicator import Communicator
 from mlxtp.fetch import hub
-from mlxtp.loading import locate
+from mlxtp.fetch.location import locate
 from mlxtp.model.skeleton import build
 from mlxtp.model.sources import needed
 from mlxtp.partition.shares import Share, as_shares
@@ -29,14 +27,15 @@ from mlxtp.sharding.decide import slice_table
 
 
 def main() -> None:
+    """Run the command line: status 2 for a mistake, 1 for slices that are damaged."""
     args = _parse()
     try:
         if args.verify:
             sys.exit(0 if report(args.verify, show=not args.quiet) else 1)
         elif args.join:
             size = cut.size_bytes(args.join)
-            with _bar(size, "Joining", show=not args.quiet) as advance:
-                writing.join(args.join, args.output, advance)
+            with progress_bar("Joining", size, show=not args.quiet) as bar:
+                writing.join(args.join, args.output, bar.update)
         else:
             shard(args.model, args.shares, args.output, show=not args.quiet)
     except (ValueError, OSError) as error:
@@ -62,28 +61,29 @@ def shard(
     Raises: ValueError if it is no model, or cannot be cut; OSError if a file cannot
         be read or written.
     """
-    folder, repo = locate(path_or_hf_repo, Communicator())
-    if repo is not None:
-        folder = hub.download(repo.name)
-    if cut.is_cut(folder):
-        raise ValueError(f"{folder} is cut already: join it first")
-    empty = build(folder)
+    location = locate(path_or_hf_repo, Communicator())
+    name, folder = location.name, location.folder
+    if location.repo is not None:
+        folder = hub.download(location.repo)
+    elif location.is_cut:
+        raise ValueError(f"{name} is cut already: join it first")
+    checkpoint = Checkpoint.of_folder(folder)
+    empty = build(folder, checkpoint=checkpoint, name=name)
     shares = as_shares(shares)
     table = slice_table(empty.model, shares)
     ranks = [needed(empty.sources, table.slices(r)) for r in range(len(shares))]
-    names = [{tensor.name: part for tensor, part in it.items()} for it in ranks]
-    origin = Origin(folder.name, None, Checkpoint.of_folder(folder).headers)
-    rest = writing.rest(origin, names)
+    of_ranks = [{tensor.name: part for tensor, part in r.items()} for r in ranks]
+    origin = Origin(folder.name, None, dict(checkpoint.headers))
+    of_nobody = writing.rest(origin, of_ranks)
     cut.begin(output, origin, cut.small_files(folder))
-    tensors = cut.open_checkpoint(folder)
-    size = sum(map(bytes_of, [*ranks, {tensors[n]: it for n, it in rest.items()}]))
-    with _bar(size, "Cutting", show=show) as advance:
-        for rank, slices in enumerate(names):
-            shard = Shard(shares, rank)
-            writing.write(output, shard, origin, slices, advance)
-        if rest:
-            nobody = Shard(shares, None)
-            writing.write(output, nobody, origin, rest, advance)
+    rest = {checkpoint.tensors[name].tensor: part for name, part in of_nobody.items()}
+    size = sum(map(bytes_of, [*ranks, rest]))
+    with progress_bar("Cutting", size, show=show) as bar:
+        parts = [(Shard(shares, rank), s) for rank, s in enumerate(of_ranks)]
+        if of_nobody:
+            parts.append((Shard(shares, None), of_nobody))
+        for owner, slices in parts:
+            writing.write(output, owner, origin, checkpoint, slices, bar.update)
 
 
 def report(folder: Path, *, show: bool = False) -> bool:
@@ -93,16 +93,17 @@ def report(folder: Path, *, show: bool = False) -> bool:
 
     Raises: ValueError if it is no cut checkpoint, or a file is missing or cut short.
     """
-    tensors = cut.open_cut(folder).values()
+    checkpoint = cut.open_cut(folder)
     size = cut.size_bytes(folder)
-    with _bar(size, "Verifying", show=show) as advance:
-        faults = verify.verify(folder, advance)
+    with progress_bar("Verifying", size, show=show) as bar:
+        faults = verify.verify(folder, bar.update)
     for line in faults:
         print(line)
     names = ", ".join(shard.folder for shard in cut.shards(folder))
     print(f"{folder} holds {names or 'no slices'}: {size:,} bytes")
+    tensors = [stored.tensor for stored in checkpoint.tensors.values()]
     whole = {tensor: Slice(tensor.shape) for tensor in tensors}
-    absent = bytes_of(lacking(whole))
+    absent = bytes_of(checkpoint.missing(whole))
     print(
         f"{absent:,} of {bytes_of(whole):,} bytes of the checkpoint are not here"
         if absent
@@ -110,14 +111,6 @@ def report(folder: Path, *, show: bool = False) -> bool:
     )
     print(f"{len(faults)} slices are damaged" if faults else "every hash is right")
     return not faults
-
-
-@contextmanager
-def _bar(total: int, what: str, *, show: bool) -> Iterator[Advance]:
-    with tqdm(
-        total=total, unit="B", unit_scale=True, desc=what, leave=False, disable=not show
-    ) as bar:
-        yield bar.update
 
 
 def _parser() -> argparse.ArgumentParser:

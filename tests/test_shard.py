@@ -89,8 +89,8 @@ def test_published_checkpoints_are_cut(case: str, tmp_path: Path) -> None:
         shutil.copytree(output, mine, ignore=shutil.ignore_patterns("rest", *others))
         cut = build(mine)
         for name, part in table.slices(rank).items():
-            expected = whole.sources[name].read(part)
-            read = cut.sources[name].read(part)
+            expected = whole.read(name, part)
+            read = cut.read(name, part)
             assert mx.array_equal(read, expected, equal_nan=True), name
 
 
@@ -138,7 +138,7 @@ def equal_tensors(one: Path, other: Path) -> bool:
             assert a.metadata() == b.metadata()
             assert sorted(a.keys()) == sorted(b.keys())
             for name in a.keys():  # noqa: SIM118
-                x, y = (it.get_tensor(name) for it in (a, b))
+                x, y = (opened.get_tensor(name) for opened in (a, b))
                 assert x.dtype == y.dtype and x.shape == y.shape, name
                 assert mx.array_equal(x.view(mx.uint8), y.view(mx.uint8)), name
     return True
@@ -263,7 +263,7 @@ def test_what_cannot_be_followed_is_not_cut(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     folder = published.published("stacked", tmp_path)
-    monkeypatch.setattr("mlxtp.model.sources.OPERATIONS", {})
+    monkeypatch.setattr("mlxtp.model.sources.PRIMITIVES", {})
     with pytest.raises(ValueError, match="in a way that mlxtp cannot follow"):
         shard(folder, [1, 1], tmp_path / "cut")
     assert not (tmp_path / "cut").exists()
@@ -279,8 +279,7 @@ def test_a_rank_has_the_bytes_of_its_slices(tmp_path: Path) -> None:
     table = slice_table(empty.model, [1] * 5)
     for rank in range(5):
         slices = table.slices(rank)
-        wanted = sum(it.size * empty.sources[n].dtype.size for n, it in slices.items())
         file = output / f"rank-{rank}-of-5" / "model.safetensors"
         with open(file, "rb") as opened:
             header = 8 + int.from_bytes(opened.read(8), "little")
-        assert file.stat().st_size - header == wanted
+        assert file.stat().st_size - header == empty.bytes_of(slices)

@@ -16,8 +16,8 @@ from dataclasses import astuple, dataclass
 from pathlib import Path
 from typing import Any
 
-from mlxtp.checkpoint.headers import Checkpoint, Header, read_header
-from mlxtp.checkpoint.tensors import Piece, Tensor, whole_tensor
+from mlxtp.checkpoint.headers import Checkpoint, Header, read_header, tensors_of
+from mlxtp.checkpoint.tensors import Piece, StoredTensor, Tensor
 from mlxtp.partition.shares import Share, Shares
 from mlxtp.partition.spans import Slice, Spans
 
@@ -41,14 +41,12 @@ class Origin:
     headers: dict[str, Header]
 
     @property
-    def tensors(self) -> dict[str, Tensor]:
-        return {
-            name: tensor
-            for header in self.headers.values()
-            for name, tensor in header.tensors.items()
-        }
+    def tensors(self) -> dict[str, StoredTensor]:
+        """The tensors, as they lie in the source's files."""
+        return tensors_of(self.headers)
 
     def to_json(self) -> dict[str, Any]:
+        """Write it as checkpoint.json has it."""
         return {
             "source": self.source,
             "revision": self.revision,
@@ -57,12 +55,12 @@ class Origin:
                     "metadata": header.metadata,
                     "sha256": header.sha256,
                     "tensors": {
-                        tensor.name: {
-                            "dtype": tensor.kind,
-                            "shape": tensor.shape,
-                            "offset": tensor.pieces[0].offset,
+                        name: {
+                            "dtype": stored.tensor.kind,
+                            "shape": stored.tensor.shape,
+                            "offset": stored.pieces[0].offset,
                         }
-                        for tensor in header.tensors.values()
+                        for name, stored in header.tensors.items()
                     },
                 }
                 for file, header in self.headers.items()
@@ -71,6 +69,10 @@ class Origin:
 
     @classmethod
     def from_json(cls, content: Mapping[str, Any]) -> "Origin":
+        """Read what `to_json` has written.
+
+        Raises: KeyError, TypeError or AttributeError for anything else.
+        """
         return cls(
             content["source"],
             content["revision"],
@@ -78,10 +80,14 @@ class Origin:
                 file: Header(
                     header["metadata"],
                     {
-                        name: whole_tensor(
-                            name, it["dtype"], it["shape"], Path(file), it["offset"]
+                        name: StoredTensor.whole(
+                            name,
+                            tensor["dtype"],
+                            tensor["shape"],
+                            Path(file),
+                            tensor["offset"],
                         )
-                        for name, it in header["tensors"].items()
+                        for name, tensor in header["tensors"].items()
                     },
                     header["sha256"],
                 )
@@ -111,34 +117,40 @@ class Shard:
 
 
 def is_cut(folder: Path) -> bool:
+    """Whether `folder` is a cut checkpoint, with slices or still without."""
     return (folder / CHECKPOINT).exists()
 
 
-def open_checkpoint(folder: Path) -> dict[str, Tensor]:
-    """The tensors of the checkpoint in `folder`, whole or cut.
+def open_checkpoint(folder: Path) -> Checkpoint:
+    """Read the headers of the checkpoint in `folder`, whole or cut.
 
     Raises: ValueError, with the file, if one is missing, cut short or broken.
     """
-    if not is_cut(folder):
-        return Checkpoint.of_folder(folder).tensors
-    return open_cut(folder)
+    return open_cut(folder) if is_cut(folder) else Checkpoint.of_folder(folder)
 
 
-def open_cut(folder: Path) -> dict[str, Tensor]:
-    """The tensors of a cut checkpoint, with the pieces that are in `folder`."""
-    tensors = origin_of(folder).tensors
+def open_cut(folder: Path) -> Checkpoint:
+    """Read which slices of a cut checkpoint are in `folder`.
+
+    Raises: ValueError, with the file, if one is missing, cut short or broken.
+    """
+    origin = origin_of(folder)
+    tensors = {name: stored.tensor for name, stored in origin.tensors.items()}
     pieces: dict[str, list[Piece]] = {name: [] for name in tensors}
     for part in rank_folders(folder):
         for name, piece in _pieces(part, tensors):
             pieces[name].append(piece)
-    return {
-        name: Tensor(name, tensor.kind, tensor.shape, tuple(pieces[name]))
-        for name, tensor in tensors.items()
-    }
+    return Checkpoint(
+        origin.headers,
+        {name: StoredTensor(t, tuple(pieces[name])) for name, t in tensors.items()},
+    )
 
 
 def origin_of(folder: Path) -> Origin:
-    """What the cut checkpoint in `folder` was cut from."""
+    """Read what the cut checkpoint in `folder` was cut from.
+
+    Raises: ValueError if it is none, or its checkpoint.json is broken.
+    """
     if not is_cut(folder):
         raise ValueError(f"{folder} is no cut checkpoint")
     try:
@@ -167,15 +179,15 @@ def begin(folder: Path, origin: Origin, small: Mapping[str, bytes]) -> None:
 
 
 def small_files(folder: Path) -> dict[str, bytes]:
-    """What of a model's folder goes with its weights."""
-    found = {file for pattern in SMALL_FILES for file in folder.glob(pattern)}
-    return {file.name: file.read_bytes() for file in found if file.name != CHECKPOINT}
+    """Read what of a model's folder goes with its weights: contents by name."""
+    files = {file for pattern in SMALL_FILES for file in folder.glob(pattern)}
+    return {file.name: file.read_bytes() for file in files if file.name != CHECKPOINT}
 
 
 def stamp(file: Path) -> list[int]:
-    """A file's size and time: where they are as they were, it is."""
-    found = file.stat()
-    return [found.st_size, found.st_mtime_ns]
+    """A file's size in bytes and time in ns: unchanged, so is the file."""
+    status = file.stat()
+    return [status.st_size, status.st_mtime_ns]
 
 
 def write_manifest(
@@ -184,6 +196,10 @@ def write_manifest(
     origin: Origin,
     files: Mapping[str, tuple[Mapping[Tensor, Slice], Mapping[str, str]]],
 ) -> None:
+    """Write whose slices are in the folder `part`: from then on they count.
+
+    `files` gives for each file the slices in it and their SHA-256 by tensor's name.
+    """
     manifest = {
         "source": origin.source,
         "revision": origin.revision,
@@ -195,11 +211,11 @@ def write_manifest(
                 "stamp": stamp(part / file),
                 "slices": {
                     tensor.name: {
-                        "axis": it.axis,
-                        "spans": it.spans,
+                        "axis": wanted.axis,
+                        "spans": wanted.spans,
                         "sha256": hashes[tensor.name],
                     }
-                    for tensor, it in slices.items()
+                    for tensor, wanted in slices.items()
                 },
             }
             for file, (slices, hashes) in files.items()
@@ -208,22 +224,12 @@ def write_manifest(
     write_json(part / MANIFEST, manifest)
 
 
-def bytes_of(slices: Mapping[Tensor, Slice]) -> int:
-    return sum(part.size * tensor.dtype.size for tensor, part in slices.items())
-
-
-def lacking(slices: Mapping[Tensor, Slice]) -> dict[Tensor, Slice]:
-    """What of `slices` is not here."""
-    gone = {tensor: tensor.missing(part) for tensor, part in slices.items()}
-    return {tensor: part for tensor, part in gone.items() if part}
-
-
 def shards(folder: Path) -> list[Shard]:
     """Whose slices are in `folder`."""
     manifests = [manifest_of(part) for part in rank_folders(folder)]
     return [
-        Shard(tuple(Share(*numbers) for numbers in it["shares"]), it["rank"])
-        for it in manifests
+        Shard(tuple(Share(*numbers) for numbers in m["shares"]), m["rank"])
+        for m in manifests
     ]
 
 
@@ -237,12 +243,16 @@ def size_bytes(folder: Path) -> int:
 
 
 def rank_folders(folder: Path) -> list[Path]:
-    """The folders of slices that were written to the end."""
-    found = (file.parent for file in folder.glob(f"*/{MANIFEST}"))
-    return sorted(part for part in found if part.suffix != ".partial")
+    """The folders of slices in `folder` that were written to the end."""
+    parts = (file.parent for file in folder.glob(f"*/{MANIFEST}"))
+    return sorted(part for part in parts if part.suffix != ".partial")
 
 
 def manifest_of(part: Path) -> dict[str, Any]:
+    """Read the manifest of a folder of slices.
+
+    Raises: ValueError if it is none.
+    """
     try:
         content: dict[str, Any] = json.loads((part / MANIFEST).read_text())
         for key in ("world_size", "shares", "rank", "files"):
@@ -256,24 +266,24 @@ def manifest_of(part: Path) -> dict[str, Any]:
 
 def _pieces(part: Path, tensors: Mapping[str, Tensor]) -> Iterator[tuple[str, Piece]]:
     """What lies in a rank's folder, by tensor."""
-    for file, said in manifest_of(part)["files"].items():
+    for file, entry in manifest_of(part)["files"].items():
         header = read_header(part / file)
-        for name, it in said["slices"].items():
+        for name, written in entry["slices"].items():
             if name not in tensors or name not in header.tensors:
                 raise ValueError(f"{part / file} does not hold {name}, as it should")
-            spans = Spans(it["spans"])
-            held = Slice(tensors[name].shape, it["axis"], spans)
-            stored = header.tensors[name]
-            if (stored.kind, stored.shape) != (tensors[name].kind, held.shape):
+            tensor, stored = tensors[name], header.tensors[name]
+            held = Slice(tensor.shape, written["axis"], Spans(written["spans"]))
+            actual = stored.tensor.kind, stored.tensor.shape
+            if actual != (tensor.kind, held.shape):
                 raise ValueError(
-                    f"{part / file}: {name} is {stored.kind} {stored.shape}, not the "
-                    f"{tensors[name].kind} {held.shape} that its manifest promises"
+                    f"{part / file}: {name} is {actual[0]} {actual[1]}, not the "
+                    f"{tensor.kind} {held.shape} that its manifest promises"
                 )
             yield name, Piece(part / file, stored.pieces[0].offset, held)
 
 
 def write_json(file: Path, content: Mapping[str, Any]) -> None:
-    """Write at once: nobody sees half of it."""
+    """Write a JSON file at once: nobody sees half of it."""
     partial = file.with_suffix(".partial")
     partial.write_text(json.dumps(content, indent=1))
     partial.rename(file)

@@ -14,9 +14,9 @@ def gpu_limit_bytes() -> int | None:
 
 
 def allocate(shape: Sequence[int], dtype: mx.Dtype) -> tuple[mx.array, np.ndarray]:
-    """Return an array to be filled, and its memory.
+    """Make an array of zeros to be filled, and a view of its memory.
 
-    Shapes: the array as given; the memory (n,) uint8.
+    Shapes: the array has `shape`, its memory is (n,) uint8.
     """
     size = prod(shape) * dtype.size
     # MLX sets it to zero item by item: the fewer the better.

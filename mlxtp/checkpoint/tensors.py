@@ -1,16 +1,23 @@
-"""Arrays that lie in files: where the pieces of each are, and how slices are read."""
+"""The arrays of a checkpoint, and how slices of those that lie in files are read.
 
-from collections.abc import Callable, Iterator, Sequence
+From a slice to its bytes it is two steps: `StoredTensor.plan` says which runs of which
+files they are, and the plan's `fill` reads them.
+"""
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import groupby
 from math import prod
+from operator import itemgetter
 from pathlib import Path
+from typing import NamedTuple
 
 import mlx.core as mx
 import numpy as np
 
 from mlxtp.checkpoint.memory import allocate
-from mlxtp.checkpoint.rows import BLOCK_BYTES, pread, read_rows, take
-from mlxtp.partition.spans import Slice, Spans
+from mlxtp.checkpoint.runs import ReadPlan, Run
+from mlxtp.partition.spans import Slice, Span, Spans
 
 # What MLX makes of the types of a safetensors file.
 DTYPES = {
@@ -30,6 +37,62 @@ DTYPES = {
 }
 
 
+class Stack(NamedTuple):
+    """An array as it is seen from one axis: rows of items of bytes."""
+
+    rows: int
+    items: int
+    item_bytes: int
+
+    @property
+    def row_bytes(self) -> int:
+        """Bytes of a row."""
+        return self.items * self.item_bytes
+
+
+@dataclass(frozen=True)
+class Tensor:
+    """An array of a checkpoint, wherever it lies.
+
+    `kind` is its type in the words of safetensors.
+    """
+
+    name: str
+    kind: str
+    shape: tuple[int, ...]
+
+    @property
+    def dtype(self) -> mx.Dtype:
+        """The type that MLX reads it as."""
+        return DTYPES[self.kind]
+
+    def bytes_of(self, part: Slice) -> int:
+        """Bytes of a slice."""
+        return part.size * self.dtype.size
+
+    def seen_from(self, axis: int) -> Stack:
+        """See it as rows of items: an item is what lies at one place of `axis`."""
+        items = self.shape[axis] if self.shape else 1
+        item_bytes = prod(self.shape[axis + 1 :]) * self.dtype.size
+        return Stack(prod(self.shape[:axis]), items, item_bytes)
+
+    def read(self, part: Slice, read_tensor: "ReadTensor") -> mx.array:
+        """Read a slice: a tensor is a parameter's source, as weight transforms are."""
+        return read_tensor(self, part)
+
+    def reads(self, part: Slice) -> "Iterator[tuple[Tensor, Slice]]":
+        """Say which slices of tensors `read` asks for: this one."""
+        yield self, part
+
+
+ReadTensor = Callable[[Tensor, Slice], mx.array]
+
+
+def bytes_of(slices: Mapping[Tensor, Slice]) -> int:
+    """Bytes of slices of several tensors."""
+    return sum(tensor.bytes_of(part) for tensor, part in slices.items())
+
+
 @dataclass(frozen=True)
 class Piece:
     """A part of an array that lies at `offset` bytes from the start of `file`."""
@@ -40,213 +103,188 @@ class Piece:
 
 
 @dataclass(frozen=True)
-class Tensor:
-    """An array of a checkpoint, and where the pieces of it that are here lie.
+class StoredTensor:
+    """A tensor, and the pieces of it that lie on this machine.
 
-    `kind` is its type in the words of safetensors. In an ordinary checkpoint there is
-    one piece, the whole; in one that was cut there are some, or none.
+    In an ordinary checkpoint there is one piece, the whole; in one that was cut there
+    are some, or none.
     """
 
-    name: str
-    kind: str
-    shape: tuple[int, ...]
+    tensor: Tensor
     pieces: tuple[Piece, ...]
 
-    @property
-    def dtype(self) -> mx.Dtype:
-        return DTYPES[self.kind]
+    @classmethod
+    def whole(
+        cls, name: str, kind: str, shape: Sequence[int], file: Path, offset: int
+    ) -> "StoredTensor":
+        """Make a tensor that lies in one piece."""
+        part = Slice(tuple(shape))
+        return cls(Tensor(name, kind, part.shape), (Piece(file, offset, part),))
 
     @property
     def is_whole(self) -> bool:
         """Whether it lies here in one piece."""
         return len(self.pieces) == 1 and self.pieces[0].part.axis is None
 
-    def read(self, part: Slice, using: "Read | None" = None) -> mx.array:
-        return (using or read)(self, part)
-
-    def place(self) -> tuple[str, int]:
-        """The file and the byte where it begins."""
-        if not self.pieces:
-            return "~", 0
-        return str(self.pieces[0].file), self.pieces[0].offset
-
     def missing(self, part: Slice) -> Slice | None:
         """What of `part` no piece has; None if all of it is here."""
         if not self.pieces:
             return part if part.size else None
-        if (axis := self._cut_axis()) is None:
-            return None
+        axis = self._axis_of_pieces(part)
         gone = part.on(axis).difference(self._spans_here(axis))
-        return Slice(self.shape, axis, gone) if gone else None
+        return Slice(part.full_shape, axis, gone) if gone else None
 
-    def _cut_axis(self) -> int | None:
-        """The axis on which all pieces are cut; None where one is the whole."""
-        axes = [piece.part.axis for piece in self.pieces]
-        return axes[0] if axes and None not in axes else None
+    def read(self, part: Slice) -> mx.array:
+        """Read a slice, its bytes straight into the memory of the array.
+
+        Raises: OSError if a file ends early or cannot be read, or a piece is not here.
+        """
+        array, memory = allocate(part.shape, self.tensor.dtype)
+        self.plan(part).fill(memory)
+        return array
+
+    def plan(self, part: Slice) -> ReadPlan:
+        """Say which runs of files fill the memory of a slice.
+
+        The memory's rows are the tensor's as seen from the axis of the slice, wherever
+        pieces are cut on that axis or there is a whole one.
+
+        Raises: OSError if a piece is not here.
+        """
+        cut = self._axis_of_pieces(part)
+        if not part.size:
+            return ReadPlan(1, 0, ())
+        if part.axis in (None, cut):
+            return self._plan_columns(part, cut)
+        return self._plan_across(part, part.axis, cut)
+
+    def blocks(self, part: Slice) -> Iterator[np.ndarray]:
+        """Read the bytes of a slice in their order, a block at a time: (n,) uint8."""
+        return self.plan(part).blocks()
+
+    def items(self, axis: int, rows: Span, spans: Spans) -> np.ndarray:
+        """Read items `spans` of some rows, seen from an axis: (n,) uint8, row by row.
+
+        Pieces must be cut on this axis, or whole.
+        """
+        plan = self.plan(Slice(self.tensor.shape, axis, spans))
+        return plan.clipped(rows).read()
+
+    def _plan_columns(self, part: Slice, axis: int) -> ReadPlan:
+        """Plan a slice of the axis that the pieces are cut on."""
+        rows, _, item = self.tensor.seen_from(axis)
+        runs = [
+            Run(
+                piece.file,
+                piece.offset,
+                piece.part.on(axis).length * item,
+                inside.scaled(item),
+                Span(0, rows),
+                offset * item,
+            )
+            for piece, inside, offset in self._held(part, axis)
+        ]
+        return ReadPlan(rows, part.on(axis).length * item, tuple(runs))
+
+    def _plan_across(self, part: Slice, axis: int, cut: int) -> ReadPlan:
+        """Plan a slice of another axis than the pieces are cut on.
+
+        Of the two axes the first one makes bands of rows, the second one columns.
+        """
+        shape = self.tensor.shape
+        whole = Slice(shape)
+        first, second = sorted((axis, cut))
+        _, _, item = self.tensor.seen_from(second)
+        between = prod(shape[first + 1 : second])
+        wanted = part.on(first).length, part.on(second).length
+        runs = []
+        for piece, inside, offset in self._held(whole, cut):
+            held = piece.part.on(first).length, piece.part.on(second).length
+            stride = held[1] * item
+            if cut == first:
+                bands, columns, column = inside, part.spans.scaled(item), 0
+            else:
+                bands, columns, column = part.spans, inside.scaled(item), offset * item
+            for outer in range(prod(shape[:first])):
+                target = outer * wanted[0] + (offset if cut == first else 0)
+                for band in bands:
+                    row = (outer * held[0] + band.start) * between
+                    rows = Span(target, target + band.length)
+                    runs.append(
+                        Run(
+                            piece.file,
+                            piece.offset + row * stride,
+                            stride,
+                            columns,
+                            Span(rows.start * between, rows.stop * between),
+                            column,
+                        )
+                    )
+                    target += band.length
+        rows_of_memory = prod(shape[:first]) * wanted[0] * between
+        return ReadPlan(rows_of_memory, wanted[1] * item, tuple(runs))
+
+    def _held(self, part: Slice, axis: int) -> Iterator[tuple[Piece, Spans, int]]:
+        """The pieces that `part` is in, one after the other.
+
+        Yields: a piece, the places in it, and their offset in the part.
+        """
+        offset = 0
+        for piece, group in groupby(self._spans_held(part, axis), itemgetter(0)):
+            inside = Spans(span for _, span in group).joined()
+            yield piece, inside, offset
+            offset += inside.length
+
+    def _spans_held(self, part: Slice, axis: int) -> Iterator[tuple[Piece, Span]]:
+        pieces = [p for p in self.pieces if p.part.axis in (None, axis)]
+        # One that was cut for this very slice is read at once.
+        pieces = [p for p in pieces if p.part == part] or pieces
+        for start, stop in part.on(axis):
+            while start < stop:
+                candidates = [
+                    (min(span.stop, stop), number, before + start - span.start)
+                    for number, piece in enumerate(pieces)
+                    for before, span in _with_offsets(piece.part.on(axis))
+                    if span.start <= start < span.stop
+                ]
+                if not candidates:
+                    raise OSError(
+                        f"{self.tensor.name}: of axis {axis} {start} to {stop} is not "
+                        "here"
+                    )
+                reach, number, place = max(candidates)
+                yield pieces[number], Span(place, place + reach - start)
+                start = reach
+
+    def _axis_of_pieces(self, part: Slice) -> int:
+        """The axis of the pieces to read `part` from.
+
+        Its own comes first, and then those of which nothing is missing.
+        """
+        own = part.axis or 0
+        axes = [own if p.part.axis is None else p.part.axis for p in self.pieces]
+        if not axes:
+            return own
+        axes.sort(key=lambda axis: axis != own)
+        complete = (
+            axis
+            for axis in axes
+            if not part.on(axis).difference(self._spans_here(axis))
+        )
+        return next(complete, axes[0])
 
     def _spans_here(self, axis: int) -> Spans:
         return Spans(
             span
             for piece in self.pieces
-            if piece.part.axis == axis
-            for span in piece.part.spans
+            if piece.part.axis in (None, axis)
+            for span in piece.part.on(axis)
         )
 
 
-Read = Callable[[Tensor, Slice], mx.array]
-
-
-def read(tensor: Tensor, part: Slice) -> mx.array:
-    """Read a slice of a tensor, its bytes straight into the memory of the array.
-
-    Raises: OSError if a file ends early or cannot be read, or a piece is not here.
-    """
-    array, memory = allocate(part.shape, tensor.dtype)
-    fill(memory, tensor, part)
-    return array
-
-
-def fill(memory: np.ndarray, tensor: Tensor, part: Slice) -> None:
-    """Read the bytes of a slice into `memory`, (n,) uint8. Errors as in `read`."""
-    if memory.size:
-        _read_into(memory, tensor, part)
-
-
-def whole_tensor(
-    name: str, kind: str, shape: Sequence[int], file: Path, offset: int
-) -> Tensor:
-    """A tensor that lies in one piece."""
-    part = Slice(tuple(shape))
-    return Tensor(name, kind, part.shape, (Piece(file, offset, part),))
-
-
-def blocks(tensor: Tensor, part: Slice) -> Iterator[np.ndarray]:
-    """The bytes of a slice in their order, a block at a time: (n,) uint8."""
-    cut, item = tensor._cut_axis(), tensor.dtype.size
-    axis = cut if part.axis is None else part.axis
-    if not tensor.shape or cut not in (None, axis):
-        yield _read_bytes(tensor, part)
-        return
-    if axis:  # rows of the first axis are a tensor as well
-        row = part.size // tensor.shape[0] * item
-        step = max(1, BLOCK_BYTES // max(1, row))
-        for start in range(0, tensor.shape[0], step):
-            some = _band(tensor, start, min(start + step, tensor.shape[0]))
-            yield _read_bytes(some, Slice(some.shape, part.axis, part.spans))
-        return
-    step = max(1, BLOCK_BYTES // (prod(tensor.shape[1:]) * item or 1))
-    for first, last in part.on(0):
-        for start in range(first, last, step):
-            span = start, min(start + step, last)
-            yield _read_bytes(tensor, Slice(tensor.shape, 0, Spans([span])))
-
-
-def seen_from(tensor: Tensor, axis: int) -> tuple[int, int, int]:
-    """Seen from an axis an array is a stack of rows of items.
-
-    Returns: the number of rows, of items in each, and the bytes of an item.
-    """
-    rows, inner = prod(tensor.shape[:axis]), prod(tensor.shape[axis + 1 :])
-    items = tensor.shape[axis] if tensor.shape else 1
-    return rows, items, inner * tensor.dtype.size
-
-
-def _flattened(tensor: Tensor, axis: int) -> Tensor:
-    """The tensor as (rows, items, what is in an item), seen from an axis.
-
-    Pieces that are cut on another axis are left out.
-    """
-    rows, items, item = seen_from(tensor, axis)
-    shape = (rows, items, item // tensor.dtype.size)
-    pieces = tuple(
-        Piece(it.file, it.offset, Slice(shape, 1, it.part.on(axis)))
-        for it in tensor.pieces
-        if it.part.axis in (None, axis)
-    )
-    return Tensor(tensor.name, tensor.kind, shape, pieces)
-
-
-def _band(tensor: Tensor, start: int, stop: int) -> Tensor:
-    """Rows `start` to `stop` of the first axis, on which no piece is cut."""
-    assert tensor._cut_axis() != 0
-    shape = (stop - start, *tensor.shape[1:])
-    pieces = []
-    for piece in tensor.pieces:
-        row = piece.part.size // tensor.shape[0] * tensor.dtype.size
-        part = Slice(shape, piece.part.axis, piece.part.spans)
-        pieces.append(Piece(piece.file, piece.offset + start * row, part))
-    return Tensor(tensor.name, tensor.kind, shape, tuple(pieces))
-
-
-def read_items(
-    tensor: Tensor, axis: int, rows: tuple[int, int], spans: Spans
-) -> np.ndarray:
-    """Read items `spans` of some rows, seen from an axis: (n,) uint8, row by row."""
-    some = _band(_flattened(tensor, axis), *rows)
-    return _read_bytes(some, Slice(some.shape, 1, spans))
-
-
-def _read_bytes(tensor: Tensor, part: Slice) -> np.ndarray:
-    memory = np.empty(part.size * tensor.dtype.size, np.uint8)
-    fill(memory, tensor, part)
-    return memory
-
-
-def _read_into(memory: np.ndarray, tensor: Tensor, part: Slice) -> None:
-    """Fill `memory` (bytes) with the slice `part` of `tensor`, from its pieces."""
-    for piece in tensor.pieces:
-        if piece.part == part:
-            with open(piece.file, "rb", buffering=0) as file:
-                return pread(file.fileno(), memory.data, piece.offset)
-    axis = tensor._cut_axis()
-    if axis is None:
-        axis = part.axis or 0
-    elif part.axis not in (None, axis):
-        # Cut on another axis: put together, then cut.
-        together = np.empty(prod(tensor.shape) * tensor.dtype.size, np.uint8)
-        _read_into(together, tensor, Slice(tensor.shape))
-        rows, _, item = seen_from(tensor, part.axis)
-        spans = part.spans.scaled(item)
-        take(together.reshape(rows, -1), memory.reshape(rows, -1), spans)
-        return
-    rows, _, item = seen_from(tensor, axis)
-    into, filled = memory.reshape(rows, -1), 0
-    for piece, spans in _found(tensor, part, axis):
-        width = spans.length * item
-        row = piece.part.on(axis).length * item
-        target, mine = into[:, filled : filled + width], spans.scaled(item)
-        with open(piece.file, "rb", buffering=0) as file:
-            read_rows(target, file.fileno(), piece.offset, row, mine)
-        filled += width
-
-
-def _found(tensor: Tensor, part: Slice, axis: int) -> Iterator[tuple[Piece, Spans]]:
-    """The pieces that `part` is in, one behind the other, and where in each."""
-    for piece in tensor.pieces:
-        if piece.part.axis is None:
-            yield piece, part.on(axis)
-            return
-    for start, stop in part.on(axis):
-        while start < stop:
-            here = [
-                (min(last, stop), number, before + start - first)
-                for number, piece in enumerate(tensor.pieces)
-                if piece.part.axis == axis
-                for before, (first, last) in _with_places(piece.part.spans)
-                if first <= start < last
-            ]
-            if not here:
-                raise OSError(
-                    f"{tensor.name}: of axis {axis} {start} to {stop} is not here"
-                )
-            reach, number, inside = max(here)
-            yield tensor.pieces[number], Spans([(inside, inside + reach - start)])
-            start = reach
-
-
-def _with_places(spans: Spans) -> Iterator[tuple[int, tuple[int, int]]]:
-    """Each span, and where it begins when they lie one behind the other."""
-    place = 0
-    for start, stop in spans:
-        yield place, (start, stop)
-        place += stop - start
+def _with_offsets(spans: Spans) -> Iterator[tuple[int, Span]]:
+    """Each span, and where it begins when they are joined."""
+    offset = 0
+    for span in spans:
+        yield offset, span
+        offset += span.length

@@ -1,7 +1,6 @@
 """Whether slices are as they were written: their hashes."""
 
 import hashlib
-from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -15,53 +14,61 @@ from mlxtp.checkpoint.cut import (
     write_json,
 )
 from mlxtp.checkpoint.headers import read_header
-from mlxtp.checkpoint.tensors import Tensor, blocks
+from mlxtp.checkpoint.progress import Advance, ignore
+from mlxtp.checkpoint.tensors import StoredTensor
 from mlxtp.partition.spans import Slice
 
-Advance = Callable[[int], object]  # told of bytes as they are done
 
+def sha256(stored: StoredTensor, part: Slice, advance: Advance = ignore) -> str:
+    """Hash the bytes of a slice: hexadecimal digits.
 
-def sha256(tensor: Tensor, part: Slice, advance: Advance = lambda _: None) -> str:
+    Raises: OSError if a file ends early or cannot be read, or a piece is not here.
+    """
     digest = hashlib.sha256()
-    for block in blocks(tensor, part):
+    for block in stored.blocks(part):
         digest.update(block.data)
         advance(block.size)
     return digest.hexdigest()
 
 
-def verify(folder: Path, advance: Advance = lambda _: None) -> list[str]:
-    """Compare every slice in `folder` with its hash: what is wrong, a line each."""
-    tensors = open_cut(folder)
+def verify(folder: Path, advance: Advance = ignore) -> list[str]:
+    """Compare every slice in `folder` with its hash.
+
+    Returns: what is wrong, a line for each slice.
+
+    Raises: ValueError if a file is missing, cut short or broken.
+    """
+    tensors = open_cut(folder).tensors
     checks = [
-        (file, name, tensors[name], it)
+        (part / file, tensors[name], written["sha256"])
         for part in rank_folders(folder)
-        for file, said in manifest_of(part)["files"].items()
-        for name, it in said["slices"].items()
-        for file in [part / file]
+        for file, entry in manifest_of(part)["files"].items()
+        for name, written in entry["slices"].items()
     ]
 
-    def fault(check: tuple[Path, str, Tensor, dict[str, Any]]) -> str | None:
-        file, name, tensor, it = check
-        piece = next(p for p in tensor.pieces if p.file == file)
-        alone = Tensor(name, tensor.kind, tensor.shape, (piece,))
-        wrong = sha256(alone, piece.part, advance) != it["sha256"]
-        return f"{file}: {name} has changed since it was written" if wrong else None
+    def fault(check: tuple[Path, StoredTensor, str]) -> str | None:
+        file, stored, expected = check
+        piece = next(piece for piece in stored.pieces if piece.file == file)
+        alone = StoredTensor(stored.tensor, (piece,))
+        if sha256(alone, piece.part, advance) == expected:
+            return None
+        return f"{file}: {stored.tensor.name} has changed since it was written"
 
     with ThreadPoolExecutor() as pool:
         return [line for line in pool.map(fault, checks) if line]
 
 
 def drop_damaged(folder: Path) -> None:
-    """Let go of files of slices that are not as they were written.
+    """Remove files of slices that are not as they were written.
 
     A file whose size and time are those of its manifest is taken as it is.
     """
     for part in rank_folders(folder):
         manifest = manifest_of(part)
         kept = {
-            file: it
-            for file, it in manifest["files"].items()
-            if _is_sound(part, file, it)
+            file: entry
+            for file, entry in manifest["files"].items()
+            if _is_sound(part, file, entry)
         }
         if kept != manifest["files"]:
             for file in manifest["files"].keys() - kept.keys():
@@ -69,18 +76,19 @@ def drop_damaged(folder: Path) -> None:
             write_json(part / MANIFEST, {**manifest, "files": kept})
 
 
-def _is_sound(part: Path, file: str, said: dict[str, Any]) -> bool:
+def _is_sound(part: Path, file: str, entry: dict[str, Any]) -> bool:
     """Whether a file is what its manifest says; if so, with the time that it has."""
     try:
         now = stamp(part / file)
-        if now == said["stamp"]:
+        if now == entry["stamp"]:
             return True
         tensors = read_header(part / file).tensors
     except (OSError, ValueError):
         return False
-    said["stamp"] = now
+    entry["stamp"] = now
     return all(
         name in tensors
-        and sha256(tensors[name], Slice(tensors[name].shape)) == it["sha256"]
-        for name, it in said["slices"].items()
+        and sha256(tensors[name], Slice(tensors[name].tensor.shape))
+        == written["sha256"]
+        for name, written in entry["slices"].items()
     )

@@ -13,17 +13,16 @@ from typing import Any
 from mlxtp.checkpoint.cut import (
     Origin,
     Shard,
-    bytes_of,
-    lacking,
     open_cut,
     origin_of,
     shards,
     small_files,
     write_manifest,
 )
-from mlxtp.checkpoint.headers import read_header
-from mlxtp.checkpoint.tensors import Tensor, blocks
-from mlxtp.checkpoint.verify import Advance, sha256
+from mlxtp.checkpoint.headers import Checkpoint, read_header
+from mlxtp.checkpoint.progress import Advance, ignore
+from mlxtp.checkpoint.tensors import Tensor, bytes_of
+from mlxtp.checkpoint.verify import sha256
 from mlxtp.partition.spans import Slice
 
 
@@ -31,27 +30,33 @@ def write(
     folder: Path,
     shard: Shard,
     origin: Origin,
+    checkpoint: Checkpoint,
     slices: Mapping[str, Slice],
-    advance: Advance = lambda _: None,
+    advance: Advance = ignore,
 ) -> Path:
-    """Cut the `slices` of the tensors of `origin`, which lie on this machine.
+    """Cut the `slices` of tensors of a checkpoint that lies on this machine.
 
-    In memory is a block of a few MB at a time. What was there before stays until all
+    In memory is a block of half a MB at a time. What was there before stays until all
     of it is written.
 
     Returns: the folder of the shard.
+
+    Raises: OSError if a file cannot be read or written.
     """
     final = folder / shard.folder
     partial = folder / f"{shard.folder}.partial"
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir()
     files = {}
-    for name, header in origin.headers.items():
-        own = {t: slices[t.name] for t in header.tensors.values() if t.name in slices}
-        mine = {tensor: part for tensor, part in own.items() if part.size}
-        if mine:
-            hashes = _write_file(partial / name, mine, advance)
-            files[name] = (mine, hashes)
+    for file, header in origin.headers.items():
+        wanted = {
+            stored.tensor: slices[name]
+            for name, stored in header.tensors.items()
+            if name in slices and slices[name].size
+        }
+        if wanted:
+            hashes = _write_file(partial / file, checkpoint, wanted, advance)
+            files[file] = (wanted, hashes)
     write_manifest(partial, shard, origin, files)
     shutil.rmtree(final, ignore_errors=True)
     partial.rename(final)
@@ -69,45 +74,51 @@ def seal(
     def hashes(file: str) -> dict[str, str]:
         header = read_header(partial / file)
         return {
-            name: sha256(tensor, Slice(tensor.shape))
-            for name, tensor in header.tensors.items()
+            name: sha256(stored, Slice(stored.tensor.shape))
+            for name, stored in header.tensors.items()
         }
 
     with ThreadPoolExecutor() as pool:
-        found = dict(zip(files, pool.map(hashes, files), strict=True))
-    done = {file: (slices, found[file]) for file, slices in files.items()}
-    write_manifest(partial, shard, origin, done)
+        hashed = dict(zip(files, pool.map(hashes, files), strict=True))
+    written = {file: (slices, hashed[file]) for file, slices in files.items()}
+    write_manifest(partial, shard, origin, written)
     final = partial.with_suffix("")
     others = (partial.with_name(f"{final.name}+{n}") for n in count(1))
     partial.rename(next(path for path in chain([final], others) if not path.exists()))
 
 
 def rest(origin: Origin, slices: Iterable[Mapping[str, Slice]]) -> dict[str, Slice]:
-    """What no rank has, by tensor."""
+    """What no rank has, by tensor.
+
+    `slices` gives for each rank its slices of tensors, by name.
+    """
     held: dict[str, Slice] = {}
     for of_rank in slices:
         for name, part in of_rank.items():
             held[name] = held.get(name, part).union(part)
     result = {}
     for header in origin.headers.values():
-        for name, tensor in header.tensors.items():
-            whole, mine = Slice(tensor.shape), held.get(name)
-            if mine is None:
+        for name, stored in header.tensors.items():
+            whole, of_ranks = Slice(stored.tensor.shape), held.get(name)
+            if of_ranks is None:
                 result[name] = whole
-            elif mine.axis is not None:
-                gone = whole.on(mine.axis).difference(mine.spans)
-                result[name] = Slice(tensor.shape, mine.axis, gone)
+            elif of_ranks.axis is not None:
+                left = whole.on(of_ranks.axis).difference(of_ranks.spans)
+                result[name] = Slice(whole.full_shape, of_ranks.axis, left)
     return {name: part for name, part in result.items() if part.size}
 
 
-def join(folder: Path, output: Path, advance: Advance = lambda _: None) -> None:
+def join(folder: Path, output: Path, advance: Advance = ignore) -> None:
     """Put the whole checkpoint together again, in the files that it had.
 
     Raises: ValueError if slices are missing, or `output` is not empty.
     """
-    origin, tensors = origin_of(folder), open_cut(folder)
-    absent = bytes_of(lacking({t: Slice(t.shape) for t in tensors.values()}))
-    if absent:
+    origin, checkpoint = origin_of(folder), open_cut(folder)
+    everything = {
+        stored.tensor: Slice(stored.tensor.shape)
+        for stored in checkpoint.tensors.values()
+    }
+    if absent := bytes_of(checkpoint.missing(everything)):
         here = ", ".join(shard.folder for shard in shards(folder)) or "nothing"
         raise ValueError(
             f"{absent:,} bytes of the checkpoint are not in {folder}: there is {here}"
@@ -115,22 +126,25 @@ def join(folder: Path, output: Path, advance: Advance = lambda _: None) -> None:
     if output.exists() and any(output.iterdir()):
         raise ValueError(f"{output} is not empty")
     output.mkdir(parents=True, exist_ok=True)
-    for file, content in small_files(folder).items():
-        (output / file).write_bytes(content)
-    for name, header in origin.headers.items():
-        whole = {tensors[it.name]: Slice(it.shape) for it in header.tensors.values()}
-        _write_file(output / name, whole, advance, header.metadata)
+    for name, content in small_files(folder).items():
+        (output / name).write_bytes(content)
+    for file, header in origin.headers.items():
+        whole = {s.tensor: Slice(s.tensor.shape) for s in header.tensors.values()}
+        _write_file(output / file, checkpoint, whole, advance, header.metadata)
 
 
 def layout(
     slices: Mapping[Tensor, Slice], metadata: Mapping[str, str] | None = None
 ) -> tuple[bytes, dict[str, int]]:
-    """The beginning of a safetensors file of slices, and where each will lie."""
+    """Lay out a safetensors file of slices.
+
+    Returns: the bytes before the first slice, and the offset of each in the file.
+    """
     header: dict[str, Any] = {"__metadata__": metadata} if metadata else {}
-    places, end = {}, 0
+    begins, end = {}, 0
     for tensor, part in slices.items():
-        begin, end = end, end + part.size * tensor.dtype.size
-        places[tensor.name] = begin
+        begin, end = end, end + tensor.bytes_of(part)
+        begins[tensor.name] = begin
         header[tensor.name] = {
             "dtype": tensor.kind,
             "shape": part.shape,
@@ -138,13 +152,14 @@ def layout(
         }
     text = json.dumps(header).encode()
     text += b" " * (-len(text) % 8)
-    begin = 8 + len(text)
-    where = {name: begin + place for name, place in places.items()}
-    return len(text).to_bytes(8, "little") + text, where
+    data_start = 8 + len(text)
+    offsets = {name: data_start + begin for name, begin in begins.items()}
+    return len(text).to_bytes(8, "little") + text, offsets
 
 
 def _write_file(
     file: Path,
+    checkpoint: Checkpoint,
     slices: Mapping[Tensor, Slice],
     advance: Advance,
     metadata: Mapping[str, str] | None = None,
@@ -155,7 +170,7 @@ def _write_file(
         out.write(layout(slices, metadata)[0])
         for tensor, part in slices.items():
             digest = hashlib.sha256()
-            for block in blocks(tensor, part):
+            for block in checkpoint.tensors[tensor.name].blocks(part):
                 out.write(block.data)
                 digest.update(block.data)
                 advance(block.size)

@@ -10,10 +10,10 @@ from dataclasses import dataclass
 from itertools import zip_longest
 
 import numpy as np
-from tqdm import tqdm
 
 from mlxtp.checkpoint.headers import Header
-from mlxtp.checkpoint.tensors import Tensor, read_items, seen_from
+from mlxtp.checkpoint.progress import progress_bar
+from mlxtp.checkpoint.tensors import Stack, StoredTensor
 from mlxtp.comm.communicator import Communicator
 from mlxtp.fetch import hub
 from mlxtp.fetch.hub import Repo
@@ -23,8 +23,8 @@ CHUNK_BYTES = 32 * 1024 * 1024
 
 
 @dataclass(frozen=True)
-class _Chunk:
-    """Items `span` of some rows of a tensor, as seen from an axis; the file's next.
+class Chunk:
+    """Items `span` of some rows of a tensor in a file, as seen from an axis.
 
     `parts` says which of the items come from which rank.
     """
@@ -37,16 +37,26 @@ class _Chunk:
     item_bytes: int
     parts: tuple[tuple[int, Spans], ...]
 
+    @property
+    def bytes(self) -> int:
+        """Bytes of all of it."""
+        return self.rows.length * self.span.length * self.item_bytes
+
+    def spans_of(self, rank: int) -> Spans:
+        """The items that come from a rank."""
+        return next((spans for source, spans in self.parts if source == rank), Spans())
+
     def bytes_of(self, rank: int) -> int:
-        items = sum(spans.length for source, spans in self.parts if source == rank)
-        return (self.rows[1] - self.rows[0]) * items * self.item_bytes
+        """Bytes that come from a rank."""
+        return self.rows.length * self.spans_of(rank).length * self.item_bytes
 
 
 def wrong_files(
     comm: Communicator,
     repo: Repo,
     headers: Mapping[str, Header],
-    tensors: Mapping[str, Tensor],
+    tensors: Mapping[str, StoredTensor],
+    *,
     show: bool = False,
 ) -> list[str]:
     """Those of the files of `headers` whose bytes are not what the hub's hash says.
@@ -59,7 +69,7 @@ def wrong_files(
     has = comm.allgather_object(
         {n: [p.part for p in t.pieces] for n, t in tensors.items() if t.pieces}
     )
-    turns: list[list[_Chunk]] = [[] for _ in range(comm.size)]  # of each rank
+    turns: list[list[Chunk]] = [[] for _ in range(comm.size)]  # of each rank
     sizes = [0] * comm.size
     hashers: dict[str, int] = {}
     for file, header in headers.items():
@@ -67,7 +77,7 @@ def wrong_files(
         if header.sha256 and chunks is not None:
             rank = hashers[file] = sizes.index(min(sizes))
             turns[rank] += chunks
-            sizes[rank] += sum(_size(chunk) for chunk in chunks)
+            sizes[rank] += sum(chunk.bytes for chunk in chunks)
     beginnings: dict[str, np.ndarray] = {}
     with comm.agreement():
         if comm.rank == 0:
@@ -80,36 +90,33 @@ def wrong_files(
         for file, rank in hashers.items()
         if rank == comm.rank
     }
-    with tqdm(
-        total=sum(sizes), unit="B", unit_scale=True, desc="Comparing with the hub",
-        leave=False, disable=not (show and comm.rank == 0),
-    ) as bar:  # fmt: skip
+    with progress_bar("Comparing with the hub", sum(sizes), show=show) as bar:
         for turn in zip_longest(*turns):
             together = _together(comm, tensors, turn)
             if (chunk := turn[comm.rank]) is not None:
                 digests[chunk.file].update(together.data)
-            bar.update(sum(_size(it) for it in turn if it is not None))
-    wrong = [f for f, it in digests.items() if it.hexdigest() != headers[f].sha256]
+            bar.update(sum(chunk.bytes for chunk in turn if chunk is not None))
+    wrong = [
+        file
+        for file, digest in digests.items()
+        if digest.hexdigest() != headers[file].sha256
+    ]
     return sorted(file for files in comm.allgather_object(wrong) for file in files)
-
-
-def _size(chunk: _Chunk) -> int:
-    return chunk.rows.length * chunk.span.length * chunk.item_bytes
 
 
 def _chunks(
     file: str, header: Header, has: Sequence[Mapping[str, Sequence[Slice]]]
-) -> list[_Chunk] | None:
+) -> list[Chunk] | None:
     """A file's tensors in chunks; None if no rank has some part of one."""
-    chunks: list[_Chunk] = []
-    for name, tensor in header.tensors.items():
-        if 0 in tensor.shape:
+    chunks: list[Chunk] = []
+    for name, stored in header.tensors.items():
+        if 0 in stored.tensor.shape:
             continue
         parts = [of_rank.get(name, ()) for of_rank in has]
         axes = {part.axis for of_rank in parts for part in of_rank} - {None}
         axis = max((axis for axis in axes if axis is not None), default=0)
-        rows, items, item = seen_from(tensor, axis)
-        left = Spans.whole(items)
+        stack = stored.tensor.seen_from(axis)
+        left = Spans.whole(stack.items)
         sources: list[tuple[int, Spans]] = []
         for rank, of_rank in enumerate(parts):
             here = [s for p in of_rank if p.axis in (None, axis) for s in p.on(axis)]
@@ -119,15 +126,16 @@ def _chunks(
             left = after
         if left:
             return None
-        for some, span in _steps(rows, items, item):
+        for some, span in _steps(stack):
             within = ((rank, spans.intersection([span])) for rank, spans in sources)
-            told = tuple((rank, spans) for rank, spans in within if spans)
-            chunks.append(_Chunk(file, name, axis, some, span, item, told))
+            held = tuple((rank, spans) for rank, spans in within if spans)
+            chunks.append(Chunk(file, name, axis, some, span, stack.item_bytes, held))
     return chunks
 
 
-def _steps(rows: int, items: int, item_bytes: int) -> Iterator[tuple[Span, Span]]:
+def _steps(stack: Stack) -> Iterator[tuple[Span, Span]]:
     """Rows and items, in the order in which they lie in the file."""
+    rows, items, item_bytes = stack
     if rows == 1:
         step = max(1, CHUNK_BYTES // item_bytes)
         for start in range(0, items, step):
@@ -139,20 +147,17 @@ def _steps(rows: int, items: int, item_bytes: int) -> Iterator[tuple[Span, Span]
 
 
 def _together(
-    comm: Communicator, tensors: Mapping[str, Tensor], turn: Sequence[_Chunk | None]
+    comm: Communicator,
+    tensors: Mapping[str, StoredTensor],
+    turn: Sequence[Chunk | None],
 ) -> np.ndarray:
-    """Send each rank the parts of its chunk; the bytes of this rank's: (n,)."""
+    """Send each rank the parts of its chunk; the bytes of this rank's: (n,) uint8."""
     messages = []
     for chunk in turn:
-        parts = (
-            [spans for rank, spans in chunk.parts if rank == comm.rank] if chunk else []
-        )
-        found = [
-            read_items(tensors[chunk.name], chunk.axis, chunk.rows, spans)
-            for spans in parts
-            if chunk
-        ]
-        messages.append(found[0] if found else np.empty(0, np.uint8))
+        message = np.empty(0, np.uint8)
+        if chunk and (spans := chunk.spans_of(comm.rank)):
+            message = tensors[chunk.name].items(chunk.axis, chunk.rows, spans)
+        messages.append(message)
     mine = turn[comm.rank]
     sizes = [mine.bytes_of(rank) if mine else 0 for rank in range(comm.size)]
     received = comm.exchange(messages, sizes)
@@ -164,7 +169,7 @@ def _together(
         data, done = received[rank].reshape(rows, -1), 0
         for span in spans:
             width = span.length * mine.item_bytes
-            place = (span.start - mine.span.start) * mine.item_bytes
-            together[:, place : place + width] = data[:, done : done + width]
+            column = (span.start - mine.span.start) * mine.item_bytes
+            together[:, column : column + width] = data[:, done : done + width]
             done += width
     return together.reshape(-1)

@@ -1,4 +1,4 @@
-"""What a rank lacks of a checkpoint on the hub, got from there or from other ranks.
+"""Fetch what a rank lacks of a checkpoint: from the hub or from other ranks.
 
 Each byte is fetched once, by one rank, and sent to all that lack it, in rounds. What
 has come is written to its place at once and noted in a journal, from which the next
@@ -16,18 +16,22 @@ import filelock
 import numpy as np
 
 from mlxtp.checkpoint import cut, verify
-from mlxtp.checkpoint.cut import Origin, Shard, lacking
-from mlxtp.checkpoint.tensors import Tensor, seen_from
+from mlxtp.checkpoint.cut import Origin, Shard
+from mlxtp.checkpoint.tensors import StoredTensor
 from mlxtp.comm.communicator import Communicator
 from mlxtp.comm.errors import UsageError
 from mlxtp.fetch import confirm
 from mlxtp.fetch.hub import Repo
-from mlxtp.fetch.journal import Partial
+from mlxtp.fetch.journal import Journal
 from mlxtp.fetch.rounds import Rounds
 from mlxtp.fetch.schedule import Demand, Move, plan
 from mlxtp.partition.spans import Slice, Spans
 
 logger = logging.getLogger(__name__)
+
+# How often a file is fetched whose bytes are not what the hub's hash says: what stands
+# between may have changed them.
+ATTEMPTS = 2
 
 
 def fill(
@@ -43,82 +47,91 @@ def fill(
 
     Every rank calls it alike, with its own shard and slices.
 
+    Args:
+        comm: the ranks that fetch, each for itself and others.
+        repo: where slices come from that no rank has.
+        shard: whose slices they are.
+        wanted: slices of tensors, by name.
+        only_root: rank 0 alone asks the hub, and passes on what it gets.
+        show: show progress bars, on rank 0.
+
     Raises: UsageError on every rank if the hub does not give something, or a disk
         is too small.
     """
-    folder = repo.folder()
+    folder, show = repo.folder(), show and comm.rank == 0
     with comm.agreement():
         verify.drop_damaged(folder)
-    if not any(comm.allgather_object(bool(_lacks(folder, wanted)))):
+    if not any(comm.allgather_object(bool(_missing(folder, wanted)))):
         return
     with _locked(comm, folder / f"{shard.folder}.lock", repo.name):
-        with comm.agreement():
-            lacks = _lacks(folder, wanted)
-        lacks = _on_one_axis(comm, lacks)
+        with comm.agreement():  # another job may have fetched some
+            missing = _missing(folder, wanted)
+        missing = _on_one_axis(comm, missing)
         with comm.agreement():
             origin = cut.origin_of(folder)
-            tensors = cut.open_cut(folder)
-            partial = Partial(folder, shard, origin, lacks)
-        _check_disks(comm, folder, partial.bytes_to_write)
+            tensors = cut.open_cut(folder).tensors
+            journal = Journal(folder, shard, origin, missing)
+        _check_disks(comm, folder, journal.bytes_to_write)
         with comm.agreement():
-            partial.begin()
-        wrong = _fetched(comm, repo, origin, tensors, partial, only_root, show)
-        if wrong:  # once more: it may have been the way
-            wrong = _fetched(comm, repo, origin, tensors, partial, only_root, show)
-        if wrong:
+            journal.begin()
+        for _ in range(ATTEMPTS):
+            moves = _planned(comm, tensors, journal, only_root)
+            Rounds(comm, repo, origin, tensors, journal, moves).run(show=show)
+            wrong = _confirmed(comm, repo, origin, tensors, journal, show)
+            if not wrong:
+                break
+        else:
             raise UsageError(
                 f"{', '.join(wrong)} of {repo.name} came from the hub twice, and was "
                 "not what the hub's SHA-256 says: nothing of it is kept"
             )
         with comm.agreement():
-            partial.finish()
+            journal.finish()
 
 
-def _fetched(
+def _confirmed(
     comm: Communicator,
     repo: Repo,
     origin: Origin,
-    tensors: Mapping[str, Tensor],
-    partial: Partial,
-    only_root: bool,
+    tensors: Mapping[str, StoredTensor],
+    journal: Journal,
     show: bool,
 ) -> list[str]:
-    """Get what is missing; files of which something came wrong, which is let go of."""
-    moves = _planned(comm, tensors, partial, only_root)
-    Rounds(comm, repo, tensors, partial, moves).run(show)
-    touched = set[str]().union(*comm.allgather_object(partial.files))
-    headers = {file: it for file, it in origin.headers.items() if file in touched}
+    """Files of which something came wrong; the journal forgets what came of them."""
+    touched = set[str]().union(*comm.allgather_object(journal.files))
+    headers = {file: h for file, h in origin.headers.items() if file in touched}
     wrong = confirm.wrong_files(
-        comm, repo, headers, {**tensors, **partial.tensors(tensors)}, show
+        comm, repo, headers, journal.tensors(tensors), show=show
     )
     if wrong:
         with comm.agreement():
-            partial.forget(wrong)
+            journal.forget(wrong)
     return wrong
 
 
-def _on_one_axis(comm: Communicator, lacks: Mapping[str, Slice]) -> dict[str, Slice]:
-    """Whole tensors in the place of slices where the ranks' are cut on other axes."""
+def _on_one_axis(comm: Communicator, missing: Mapping[str, Slice]) -> dict[str, Slice]:
+    """Whole tensors in place of slices of which ranks lack some on another axis."""
     axes: dict[str, set[int | None]] = {}
-    mine = {name: part.axis for name, part in lacks.items()}
+    mine = {name: part.axis for name, part in missing.items()}
     for of_rank in comm.allgather_object(mine):
         for name, axis in of_rank.items():
             axes.setdefault(name, set()).add(axis)
     return {
         name: part if len(axes[name] - {None}) < 2 else Slice(part.full_shape)
-        for name, part in lacks.items()
+        for name, part in missing.items()
     }
 
 
-def _lacks(folder: Path, wanted: Mapping[str, Slice]) -> dict[str, Slice]:
-    tensors = cut.open_cut(folder)
-    gone = lacking({tensors[name]: part for name, part in wanted.items()})
-    return {tensor.name: part for tensor, part in gone.items()}
+def _missing(folder: Path, wanted: Mapping[str, Slice]) -> dict[str, Slice]:
+    """What of the slices is not in `folder`, by tensor's name."""
+    tensors = cut.open_cut(folder).tensors
+    missing = {name: tensors[name].missing(part) for name, part in wanted.items()}
+    return {name: part for name, part in missing.items() if part}
 
 
 @contextmanager
 def _locked(comm: Communicator, file: Path, name: str) -> Iterator[None]:
-    """While no other job on any of the machines fetches the same slices."""
+    """Keep other jobs on any of the machines from fetching the same slices."""
     lock = filelock.FileLock(file)
     waiting = False
     while True:
@@ -143,12 +156,12 @@ def _locked(comm: Communicator, file: Path, name: str) -> Iterator[None]:
 
 def _planned(
     comm: Communicator,
-    tensors: Mapping[str, Tensor],
-    partial: Partial,
+    tensors: Mapping[str, StoredTensor],
+    journal: Journal,
     only_root: bool,
 ) -> list[Move]:
     """What every rank gets from where."""
-    lacks = comm.allgather_object(partial.missing)
+    lacks = comm.allgather_object(journal.missing)
     names = [name for name in tensors if any(name in of_rank for of_rank in lacks)]
     here = {name: [piece.part for piece in tensors[name].pieces] for name in names}
     has = comm.allgather_object({name: parts for name, parts in here.items() if parts})
@@ -164,18 +177,17 @@ def _planned(
 
 
 def _demand(
-    tensor: Tensor, lacks: Sequence[Slice | None], has: Sequence[Sequence[Slice]]
+    stored: StoredTensor,
+    lacks: Sequence[Slice | None],
+    has: Sequence[Sequence[Slice]],
 ) -> Demand:
     cuts = {part.axis for part in lacks if part} - {None}
     axis = cuts.pop() if cuts else 0
     assert axis is not None
-    rows, items, item_bytes = seen_from(tensor, axis)
     return Demand(
-        tensor.name,
+        stored.tensor.name,
         axis,
-        rows,
-        items,
-        item_bytes,
+        *stored.tensor.seen_from(axis),
         tuple(part.on(axis) if part else Spans() for part in lacks),
         tuple(
             Spans(

@@ -26,9 +26,10 @@ from huggingface_hub.utils import (
     http_stream_backoff,
 )
 
+from mlxtp.checkpoint import cut
 from mlxtp.checkpoint.cut import SMALL_FILES, Origin
 from mlxtp.checkpoint.headers import INDEX, WEIGHTS, Header, header_of, weight_map
-from mlxtp.checkpoint.verify import Advance
+from mlxtp.checkpoint.progress import Advance, ignore
 
 # How often something is asked for that breaks off or comes wrong, and the first wait.
 ATTEMPTS = 5
@@ -46,7 +47,7 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class Repo:
-    """A commit of a repository."""
+    """A repository on the hub, at one of its commits."""
 
     name: str
     commit: str
@@ -57,7 +58,7 @@ class Repo:
 
 
 def whole(repo: Repo) -> Path | None:
-    """Its folder in the hub's cache, where it is there with all weights."""
+    """Its folder in the hub's cache, if it is there with all weights."""
     try:
         return Path(
             snapshot_download(
@@ -71,34 +72,48 @@ def whole(repo: Repo) -> Path | None:
         return None
 
 
-def download(name: str) -> Path:
-    """Its folder in the hub's cache, with all weights, from the hub where missing.
+def download(repo: Repo) -> Path:
+    """Fetch what is missing of all of it into the hub's cache.
+
+    Returns: its folder there, with all weights.
 
     Raises: ValueError with what the hub said.
     """
-    patterns = [WEIGHTS, *SMALL_FILES]
-    return Path(_asked(name, lambda: snapshot_download(name, allow_patterns=patterns)))
+    return _snapshot(repo.name, repo.commit, [WEIGHTS, *SMALL_FILES])
 
 
-def small_files(name: str) -> tuple[Repo, dict[str, bytes]]:
-    """The commit that `name` stands for now, and what goes with its weights.
+def small_files(
+    name: str, revision: str | None = None
+) -> tuple[Repo, dict[str, bytes]]:
+    """Fetch what goes with the weights of a repository.
+
+    Returns: the commit that `revision` stands for now (default: the newest), and the
+        contents of the files by name.
 
     Raises: ValueError with what the hub said.
     """
-    folder = Path(
-        _asked(name, lambda: snapshot_download(name, allow_patterns=SMALL_FILES))
+    folder = _snapshot(name, revision, SMALL_FILES)
+    return Repo(name, folder.name), cut.small_files(folder)
+
+
+def _snapshot(name: str, revision: str | None, patterns: list[str]) -> Path:
+    return Path(
+        _ask(
+            name,
+            lambda: snapshot_download(name, revision=revision, allow_patterns=patterns),
+        )
     )
-    files = {f.name: f.read_bytes() for p in SMALL_FILES for f in folder.glob(p)}
-    return Repo(name, folder.name), files
 
 
 def origin(repo: Repo, small: dict[str, bytes]) -> Origin:
     """Read the headers of a repository's safetensors files.
 
+    `small` are the contents of its small files, by name: an index may be among them.
+
     Raises: ValueError with what the hub said, or what is wrong with a header.
     """
     api = HfApi()
-    there = _asked(
+    there = _ask(
         repo.name,
         lambda: {
             file.path: file
@@ -115,7 +130,7 @@ def origin(repo: Repo, small: dict[str, bytes]) -> Origin:
         raise ValueError(f"{lacking} is not in {repo.name} on the hub")
 
     def header(file: str) -> Header:
-        info = _asked(
+        parsed = _ask(
             repo.name,
             lambda: api.parse_safetensors_file_metadata(
                 repo.name, file, revision=repo.commit
@@ -123,7 +138,7 @@ def origin(repo: Repo, small: dict[str, bytes]) -> Origin:
         )
         lfs = there[file].lfs
         return header_of(
-            Path(file), info, there[file].size, lfs.sha256 if lfs else None
+            Path(file), parsed, there[file].size, lfs.sha256 if lfs else None
         )
 
     with ThreadPoolExecutor(8) as pool:
@@ -137,7 +152,7 @@ def fetch(
     file: str,
     offset: int,
     target: np.ndarray,
-    advance: Advance = lambda _: None,
+    advance: Advance = ignore,
 ) -> None:
     """Fill `target`, (n,) uint8, with the bytes of a file from `offset` on.
 
@@ -168,7 +183,7 @@ def fetch(
                 if not reason:
                     got, reason = _receive(response, target[done:], advance)
         except HfHubHTTPError as error:
-            raise ValueError(_said(repo.name, error)) from error
+            raise ValueError(_message(repo.name, error)) from error
         except Exception as error:  # all that a connection may break with
             reason = repr(error)
         done += got
@@ -179,13 +194,15 @@ def _is_not_range(response: Any, first: int, last: int) -> str:
     """What of a response is not the range that was asked for; nothing if it is."""
     if response.status_code != 206:
         return f"the hub does not give ranges of files (status {response.status_code})"
-    said = response.headers.get("Content-Range", "")
+    given = response.headers.get("Content-Range", "")
     wanted = f"bytes {first}-{last}/"
-    return "" if said.startswith(wanted) else f"asked for {wanted}, the hub gave {said}"
+    if given.startswith(wanted):
+        return ""
+    return f"asked for {wanted}, the hub gave {given}"
 
 
 def _receive(response: Any, target: np.ndarray, advance: Advance) -> tuple[int, str]:
-    """Put what comes into `target`: how many bytes, and why there are no more."""
+    """Put what comes into `target`: how many bytes came, and why there are no more."""
     got = 0
     try:  # not outside: huggingface-hub's retries cannot begin in the middle
         for chunk in response.iter_bytes():
@@ -200,10 +217,10 @@ def _receive(response: Any, target: np.ndarray, advance: Advance) -> tuple[int, 
     return got, "the connection ended early"
 
 
-def _asked(name: str, ask: Callable[[], T]) -> T:
-    """Ask the hub, again where that may help.
+def _ask(name: str, ask: Callable[[], T]) -> T:
+    """Ask the hub about the repository `name`, again where that may help.
 
-    Raises: ValueError with what it said.
+    Raises: ValueError with what the hub said.
     """
     for attempt in range(ATTEMPTS):
         try:
@@ -211,17 +228,18 @@ def _asked(name: str, ask: Callable[[], T]) -> T:
         except HfHubHTTPError as error:
             status = getattr(error.response, "status_code", None)
             if status not in PASSING or attempt == ATTEMPTS - 1:
-                raise ValueError(_said(name, error)) from error
+                raise ValueError(_message(name, error)) from error
         except (OSError, ValueError) as error:
-            raise ValueError(_said(name, error)) from error
+            raise ValueError(_message(name, error)) from error
         except Exception as error:  # all that a connection may break with
             if attempt == ATTEMPTS - 1:
-                raise ValueError(_said(name, error)) from error
+                raise ValueError(_message(name, error)) from error
         time.sleep(WAIT_SECONDS * 2**attempt)
     raise AssertionError("unreachable")
 
 
-def _said(name: str, error: Exception) -> str:
+def _message(name: str, error: Exception) -> str:
+    """One line: what was asked for, and what the hub said."""
     status = getattr(getattr(error, "response", None), "status_code", None)
     reason = (
         HINTS.get(status or 0) or (str(error).strip() or repr(error)).splitlines()[0]

@@ -12,36 +12,39 @@ from pathlib import Path
 import numpy as np
 
 from mlxtp.checkpoint import writing
-from mlxtp.checkpoint.cut import Origin, Shard, bytes_of
-from mlxtp.checkpoint.tensors import Piece, Tensor, seen_from
+from mlxtp.checkpoint.cut import Origin, Shard
+from mlxtp.checkpoint.tensors import Piece, StoredTensor, Tensor, bytes_of
 from mlxtp.partition.spans import Slice, Span, Spans
 
 LAYOUT = "layout.json"
 JOURNAL = "journal.jsonl"
 
 
-class Partial:
-    """The slices that a rank lacks, written as they come.
+class Journal:
+    """The slices of tensors that a rank lacks, written as they come.
 
-    `missing` are those that have not come yet.
+    `missing` are those that have not come yet, by tensor's name.
     """
 
     def __init__(
         self, folder: Path, shard: Shard, origin: Origin, slices: Mapping[str, Slice]
     ) -> None:
+        """Go on with what an earlier job began for the same slices, if one did."""
         self._shard, self._origin, self._slices = shard, origin, dict(slices)
         self._path = folder / f"{shard.folder}.partial"
         self._files: dict[str, dict[Tensor, Slice]] = {
             file: {
-                t: slices[t.name] for t in header.tensors.values() if t.name in slices
+                stored.tensor: slices[name]
+                for name, stored in header.tensors.items()
+                if name in slices
             }
             for file, header in origin.headers.items()
         }
-        self._tensors = {t.name: t for part in self._files.values() for t in part}
+        self._tensors = {t.name: t for of_file in self._files.values() for t in of_file}
         self._goes_on = self._is_ours()
         self.missing = self._slices
         if self._goes_on:
-            self.missing = dict(self._left(self._journal()))
+            self.missing = dict(self._left(self._read_journal()))
         self._open: dict[str, np.memmap] = {}
         self._bytes_left = self._to_come()
         self._offsets: dict[str, int] = {}
@@ -75,15 +78,18 @@ class Partial:
     def write(
         self, name: str, axis: int, rows: Span, spans: Spans, data: np.ndarray
     ) -> None:
-        """Put items `spans` of some rows, as seen from `axis`, in their place."""
-        tensor, target = self._tensors[name], self._slices[name].on(axis)
-        count, _, item = seen_from(tensor, axis)
+        """Put items `spans` of some rows, as seen from `axis`, in their place.
+
+        `data` is (n,) uint8, one row after the other.
+        """
+        target = self._slices[name].on(axis)
+        count, _, item = self._tensors[name].seen_from(axis)
         into = self._memory(name).reshape(count, -1)[slice(*rows)]
         data, done = data.reshape(len(into), -1), 0
         for span in spans:
-            place = target.offset(span.start) * item
+            column = target.offset(span.start) * item
             width = span.length * item
-            into[:, place : place + width] = data[:, done : done + width]
+            into[:, column : column + width] = data[:, done : done + width]
             done += width
         self._bytes_left[name] -= data.size
         if count == 1:
@@ -102,21 +108,21 @@ class Partial:
             os.fsync(out.fileno())
         self._noted.clear()
 
-    def tensors(self, others: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Its tensors, with the pieces that are here and those of `others`."""
-        result = {}
+    def tensors(self, stored: Mapping[str, StoredTensor]) -> dict[str, StoredTensor]:
+        """The tensors `stored`, with the pieces that are being written."""
+        result = dict(stored)
         for file, slices in self._files.items():
             _, offsets = writing.layout(slices)
-            for it, part in slices.items():
-                piece = Piece(self._path / file, offsets[it.name], part)
-                pieces = (*others[it.name].pieces, piece)
-                result[it.name] = Tensor(it.name, it.kind, it.shape, pieces)
+            for tensor, part in slices.items():
+                piece = Piece(self._path / file, offsets[tensor.name], part)
+                pieces = (*stored[tensor.name].pieces, piece)
+                result[tensor.name] = StoredTensor(tensor, pieces)
         return result
 
     def forget(self, files: Iterable[str]) -> None:
         """Take what has come of some files for missing."""
         gone = {t.name for file in files for t in self._files.get(file, ())}
-        kept = [line for line in self._journal() if line[0] not in gone]
+        kept = [line for line in self._read_journal() if line[0] not in gone]
         self._noted = kept
         (self._path / JOURNAL).write_text("")
         self.note()
@@ -128,11 +134,11 @@ class Partial:
         self._open.clear()
         for name in (LAYOUT, JOURNAL):
             (self._path / name).unlink()
-        slices = {file: it for file, it in self._files.items() if it}
-        writing.seal(self._path, self._shard, self._origin, slices)
+        written = {file: slices for file, slices in self._files.items() if slices}
+        writing.seal(self._path, self._shard, self._origin, written)
 
     def _layout(self) -> object:
-        return {name: [it.axis, it.spans] for name, it in self._slices.items()}
+        return {name: [part.axis, part.spans] for name, part in self._slices.items()}
 
     def _is_ours(self) -> bool:
         """Whether an earlier job began with the same slices."""
@@ -142,7 +148,7 @@ class Partial:
             return False
         return bool(there == json.loads(json.dumps(self._layout())))
 
-    def _journal(self) -> Iterator[tuple[str, int, Spans]]:
+    def _read_journal(self) -> Iterator[tuple[str, int, Spans]]:
         for line in (self._path / JOURNAL).read_text().splitlines():
             try:
                 name, axis, spans = json.loads(line)
@@ -153,6 +159,7 @@ class Partial:
     def _left(
         self, came: Iterable[tuple[str, int, Spans]]
     ) -> Iterator[tuple[str, Slice]]:
+        """What of the slices has not come, by what has: names, axes and items."""
         here: dict[str, tuple[int, list[Span]]] = {}
         for name, axis, spans in came:
             here.setdefault(name, (axis, []))[1].extend(spans)
@@ -165,19 +172,20 @@ class Partial:
                 yield name, Slice(part.full_shape, axis, gone.merged())
 
     def _to_come(self) -> dict[str, int]:
-        return {name: self._bytes(name, it) for name, it in self.missing.items()}
-
-    def _bytes(self, name: str, part: Slice) -> int:
-        return part.size * self._tensors[name].dtype.size
+        """Bytes that have not come yet, by tensor."""
+        return {
+            name: self._tensors[name].bytes_of(part)
+            for name, part in self.missing.items()
+        }
 
     def _memory(self, name: str) -> np.ndarray:
         """The bytes of a slice, in its file."""
         tensor = self._tensors[name]
-        file = next(file for file, it in self._files.items() if tensor in it)
+        file = next(file for file, slices in self._files.items() if tensor in slices)
         if file not in self._open:
             self._open[file] = np.memmap(self._path / file, np.uint8, "r+")
             _, offsets = writing.layout(self._files[file])
             self._offsets |= offsets
         start = self._offsets[name]
-        size = self._bytes(name, self._slices[name])
+        size = tensor.bytes_of(self._slices[name])
         return self._open[file][start : start + size]

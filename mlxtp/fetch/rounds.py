@@ -9,12 +9,13 @@ from typing import NoReturn
 import numpy as np
 from tqdm import tqdm
 
-from mlxtp.checkpoint import cut
-from mlxtp.checkpoint.tensors import Tensor, read_items, seen_from
+from mlxtp.checkpoint.cut import Origin
+from mlxtp.checkpoint.progress import progress_bar
+from mlxtp.checkpoint.tensors import StoredTensor
 from mlxtp.comm.communicator import Communicator
 from mlxtp.fetch import hub
 from mlxtp.fetch.hub import Repo
-from mlxtp.fetch.journal import Partial
+from mlxtp.fetch.journal import Journal
 from mlxtp.fetch.schedule import Move
 from mlxtp.partition.spans import Spans
 
@@ -44,13 +45,18 @@ class Rounds:
         self,
         comm: Communicator,
         repo: Repo,
-        tensors: Mapping[str, Tensor],
-        partial: Partial,
+        origin: Origin,
+        tensors: Mapping[str, StoredTensor],
+        journal: Journal,
         moves: Sequence[Move],
     ) -> None:
-        self._comm, self._repo, self._partial = comm, repo, partial
+        """Share the moves out over rounds.
+
+        `origin` says where tensors lie at the hub, `tensors` what of them is here, and
+        what comes is written to the `journal`.
+        """
+        self._comm, self._repo, self._journal = comm, repo, journal
         self._tensors = tensors
-        origin = cut.origin_of(repo.folder())
         self._at_hub = origin.tensors
         self._came, self._counting = 0, threading.Lock()  # bytes from the hub
         self._rounds = self._in_rounds(moves)
@@ -59,7 +65,7 @@ class Rounds:
         """The moves of each round: of every rank about ROUND_BYTES."""
         rounds: list[list[Move]] = []
         planned = [0] * self._comm.size
-        for move in sorted(moves, key=self._place):
+        for move in sorted(moves, key=self._position):
             number = planned[move.source] // ROUND_BYTES
             planned[move.source] += self._stop(move) - self._start(move)
             while len(rounds) <= number:
@@ -67,32 +73,35 @@ class Rounds:
             rounds[number].append(move)
         return rounds
 
-    def _place(self, move: Move) -> tuple[str, int]:
+    def _position(self, move: Move) -> tuple[str, int]:
+        """The file at the hub, and the first byte in it."""
         return str(self._at_hub[move.name].pieces[0].file), self._start(move)
 
     def _start(self, move: Move) -> int:
         """The first byte, in the file at the hub."""
-        return self._byte(move, move.rows[0], move.span[0])
+        return self._byte(move, move.rows.start, move.span.start)
 
     def _stop(self, move: Move) -> int:
-        return self._byte(move, move.rows[1] - 1, move.span[1])
+        return self._byte(move, move.rows.stop - 1, move.span.stop)
 
     def _byte(self, move: Move, row: int, item: int) -> int:
-        tensor = self._at_hub[move.name]
-        _, items, item_bytes = seen_from(tensor, move.axis)
-        return tensor.pieces[0].offset + (row * items + item) * item_bytes
+        stored = self._at_hub[move.name]
+        _, items, item_bytes = stored.tensor.seen_from(move.axis)
+        return stored.pieces[0].offset + (row * items + item) * item_bytes
 
-    def run(self, show: bool) -> None:
-        """Make all rounds; while one is passed on the next is fetched."""
+    def run(self, *, show: bool) -> None:
+        """Make all rounds; while one is passed on the next is fetched.
+
+        `show` shows a progress bar.
+
+        Raises: UsageError on every rank if the hub does not give something.
+        """
         comm = self._comm
+        total = sum(self._bytes_of(moves) for moves in self._rounds)
         with (
             ThreadPoolExecutor(CONNECTIONS) as pool,
-            tqdm(
-                total=sum(self._bytes_of(moves) for moves in self._rounds),
-                unit="B", unit_scale=True, desc="Fetching", leave=False,
-                disable=not (show and comm.rank == 0),
-            ) as bar,
-        ):  # fmt: skip
+            progress_bar("Fetching", total, show=show) as bar,
+        ):
             try:
                 under_way = self._begin(pool, 0)
                 for number, moves in enumerate(self._rounds):
@@ -102,7 +111,7 @@ class Rounds:
                     under_way = self._begin(pool, number + 1)
                     self._pass_on(moves, arrived)
                     with comm.agreement():
-                        self._partial.note()
+                        self._journal.note()
                     bar.update(self._bytes_of([m for m in moves if not m.from_hub]))
             except BaseException:
                 pool.shutdown(wait=False, cancel_futures=True)
@@ -116,14 +125,15 @@ class Rounds:
         comm, under_way = self._comm, True
         while under_way:
             left = wait(fetches, SHOW_SECONDS).not_done
-            failed = any(it.exception() for it in fetches if it not in left)
+            failed = any(done.exception() for done in fetches if done not in left)
             with self._counting:
                 came, self._came = self._came, 0
             everyone = comm.allgather_object((came, len(left), failed, comm.host))
             bar.update(sum(came for came, *_ in everyone))
             requests = [left for _, left, *_ in everyone]
             slowest = max(range(comm.size), key=requests.__getitem__)
-            if under_way := any(requests) and not any(it[2] for it in everyone):
+            failures = [failed for *_, failed, _ in everyone]
+            if under_way := any(requests) and not any(failures):
                 host = everyone[slowest][3]
                 bar.set_postfix_str(f"slowest: rank {slowest} on {host}", refresh=False)
 
@@ -141,7 +151,7 @@ class Rounds:
         for move in self._rounds[number]:
             if move.source != self._comm.rank or not move.from_hub:
                 continue
-            file, start = self._place(move)
+            file, start = self._position(move)
             stop = self._stop(move)
             last = runs[-1] if runs else None
             if (
@@ -196,26 +206,27 @@ class Rounds:
                     start = read[move.source]
                     read[move.source] += self._bytes(move, spans)
                     data = received[move.source][start : read[move.source]]
-                    self._partial.write(move.name, move.axis, move.rows, spans, data)
+                    self._journal.write(move.name, move.axis, move.rows, spans, data)
 
     def _bytes(self, move: Move, spans: Spans) -> int:
-        _, _, item = seen_from(self._at_hub[move.name], move.axis)
-        return (move.rows[1] - move.rows[0]) * spans.length * item
+        item_bytes = self._at_hub[move.name].tensor.seen_from(move.axis).item_bytes
+        return move.rows.length * spans.length * item_bytes
 
     def _items(
         self, move: Move, spans: Spans, arrived: Mapping[Move, np.ndarray]
     ) -> np.ndarray:
-        """Items `spans` of each row of a move, one row behind the other: (n,)."""
-        rows = move.rows[1] - move.rows[0]
+        """Items `spans` of each row of a move, one row after the other: (n,) uint8."""
         if not move.from_hub:
-            return read_items(self._tensors[move.name], move.axis, move.rows, spans)
-        _, items, item = seen_from(self._at_hub[move.name], move.axis)
-        first, last = move.span
-        bytes_of_rows = np.lib.stride_tricks.as_strided(
-            arrived[move], (rows, (last - first) * item), (items * item, 1)
+            return self._tensors[move.name].items(move.axis, move.rows, spans)
+        stack = self._at_hub[move.name].tensor.seen_from(move.axis)
+        first, item = move.span.start, stack.item_bytes
+        rows = np.lib.stride_tricks.as_strided(
+            arrived[move],
+            (move.rows.length, move.span.length * item),
+            (stack.row_bytes, 1),
         )
         parts = [
-            bytes_of_rows[:, (start - first) * item : (stop - first) * item]
+            rows[:, (start - first) * item : (stop - first) * item]
             for start, stop in spans
         ]
         return np.concatenate(parts, axis=1).reshape(-1)

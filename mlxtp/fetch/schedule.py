@@ -61,7 +61,11 @@ def plan(demands: Sequence[Demand], *, only_root: bool = False) -> list[Move]:
     """
     ranks = len(demands[0].lacks) if demands else 0
     from_hub, from_disk = [0] * ranks, [0] * ranks
-    total = sum(it.rows * it.item_bytes * s.length for it in demands for s in it.lacks)
+    total = sum(
+        demand.rows * demand.item_bytes * spans.length
+        for demand in demands
+        for spans in demand.lacks
+    )
     request = min(REQUEST_BYTES, total // max(1, ranks * REQUESTS_OF_RANK))
     moves: list[Move] = []
     # Neighbours go to one rank until they make a request.
@@ -73,7 +77,7 @@ def plan(demands: Sequence[Demand], *, only_root: bool = False) -> list[Move]:
                 moves += _from_disk(demand, span, lacking, having, from_disk)
             else:
                 fetched.append((span, lacking))
-        for rows, span, targets in _pieces(demand, fetched, request):
+        for rows, span, targets in _bands(demand, fetched, request):
             able = [0] if only_root else [rank for rank, _ in targets]
             if run_bytes >= request or source not in able:
                 source = min(able, key=lambda rank: (from_hub[rank], rank))
@@ -116,18 +120,18 @@ def _from_disk(
         yield Move(demand.name, demand.axis, rows, span, source, False, targets)
 
 
-Piece = tuple[Span, Span, tuple[tuple[int, Spans], ...]]
+Band = tuple[Span, Span, tuple[tuple[int, Spans], ...]]
 
 
-def _pieces(
+def _bands(
     demand: Demand, fetched: Sequence[tuple[Span, list[int]]], request: int
-) -> Iterator[Piece]:
-    """What is fetched of a tensor: rows, items and for whom, of at most MOVE_BYTES."""
+) -> Iterator[Band]:
+    """Rows, items and for whom they are fetched: at most MOVE_BYTES each."""
     if not fetched:
         return
     shortest = min(span.length for span, _ in fetched) * demand.item_bytes
     if shortest < request:
-        yield from _in_bands(demand, fetched, request)
+        yield from _whole_rows(demand, fetched, request)
         return
     step = max(1, MOVE_BYTES // demand.item_bytes)
     for row in range(demand.rows):
@@ -138,9 +142,9 @@ def _pieces(
                 yield Span(row, row + 1), part, targets
 
 
-def _in_bands(
+def _whole_rows(
     demand: Demand, fetched: Sequence[tuple[Span, list[int]]], request: int
-) -> Iterator[Piece]:
+) -> Iterator[Band]:
     """Bands of rows from the first to the last item that is fetched of them."""
     hull = Span(fetched[0][0].start, fetched[-1][0].stop)
     by_rank: dict[int, list[Span]] = {}

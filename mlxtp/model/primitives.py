@@ -1,35 +1,48 @@
-"""Operations of MLX by the part: which parts of its inputs a part of an output takes.
+"""MLX's primitives by the region: what of its inputs a region of an output takes.
 
-A region is a part of an array: for each axis the spans that are wanted of it. An
-operation is given a node of a graph (its `arguments`, the shapes of its `inputs` and
-outputs) and a region of its output; it returns the regions of its inputs, None for an
-input of which nothing is needed, and how to compute the region from the others. It
-returns None where the region cannot be had by itself: all of it can.
+A region is a part of an array: for each axis the spans that are wanted of it. A rule
+in `PRIMITIVES` is given a node of a graph (its `arguments`, the shapes of its `inputs`
+and outputs) and a region of its output. It returns what is `Needed` for that, or None
+where the region cannot be had by itself, only as part of the whole output.
 """
 
 from collections.abc import Callable, Sequence
 from math import prod
-from typing import Any
+from typing import Any, NamedTuple
 
 import mlx.core as mx
 
 from mlxtp.partition.spans import Spans
 
 Region = tuple[Spans, ...]
-Pieces = Sequence[mx.array | None]
-Found = tuple[list[Region | None], Callable[[list[Any]], mx.array]]
+
+
+class Needed(NamedTuple):
+    """What a region of an output takes.
+
+    `regions` has a region for each input, None for one of which nothing is needed.
+    `compute` makes the output's region of arrays with the others, in order.
+    """
+
+    regions: list[Region | None]
+    compute: Callable[[list[mx.array]], mx.array]
 
 
 def whole(shape: Sequence[int]) -> Region:
+    """The region that is all of an array."""
     return tuple(Spans.whole(size) for size in shape)
 
 
 def shape_of(region: Region) -> tuple[int, ...]:
+    """The shape of an array that holds a region."""
     return tuple(spans.length for spans in region)
 
 
 def take(x: mx.array, have: Region, want: Region) -> mx.array:
-    """The region `want` of an array of which `x` is the region `have`."""
+    """Take the region `want` of an array of which `x` is the region `have`.
+
+    Shapes: x shape_of(have) -> shape_of(want).
+    """
     for axis, (held, wanted) in enumerate(zip(have, want, strict=True)):
         if held == wanted:
             continue
@@ -38,116 +51,116 @@ def take(x: mx.array, have: Region, want: Region) -> mx.array:
     return x
 
 
-def _each(function: Callable[..., mx.array]) -> Callable[..., Found]:
-    """An operation on each element by itself."""
+def _each(function: Callable[..., mx.array]) -> Callable[..., Needed]:
+    """A primitive that works on each element by itself."""
 
-    def operation(node: Any, region: Region) -> Found:
-        needed: list[Region | None] = [region] * len(node.inputs)
-        return needed, lambda pieces: function(*pieces)
+    def rule(node: Any, region: Region) -> Needed:
+        return Needed([region] * len(node.inputs), lambda inputs: function(*inputs))
 
-    return operation
-
-
-def _as_type(node: Any, region: Region) -> Found:
-    return [region], lambda pieces: pieces[0].astype(node.dtype)
+    return rule
 
 
-def _decoded_fp8(node: Any, region: Region) -> Found:
-    """What `recipes` traces for FP8: its input is the raw bytes as a type."""
-    return [region], lambda pieces: mx.from_fp8(
-        pieces[0].astype(mx.uint8), dtype=node.dtype
+def _as_type(node: Any, region: Region) -> Needed:
+    return Needed([region], lambda inputs: inputs[0].astype(node.dtype))
+
+
+def _decoded_fp8(node: Any, region: Region) -> Needed:
+    """What `sources` traces for FP8; its input is the raw bytes as a floating type."""
+    return Needed(
+        [region],
+        lambda inputs: mx.from_fp8(inputs[0].astype(mx.uint8), dtype=node.dtype),
     )
 
 
-def _transpose(node: Any, region: Region) -> Found:
+def _transpose(node: Any, region: Region) -> Needed:
     axes = list(node.arguments[0])
-    needed = [region[axes.index(axis)] for axis in range(len(axes))]
-    return [tuple(needed)], lambda pieces: pieces[0].transpose(axes)
+    inner = tuple(region[axes.index(axis)] for axis in range(len(axes)))
+    return Needed([inner], lambda inputs: inputs[0].transpose(axes))
 
 
-def _concatenate(node: Any, region: Region) -> Found | None:
+def _concatenate(node: Any, region: Region) -> Needed | None:
     axis = node.arguments[0]
     if not region[axis].is_ascending:
         return None
-    needed: list[Region | None] = []
+    regions: list[Region | None] = []
     start = 0
     for source in node.inputs:
         stop = start + source.shape[axis]
         spans = region[axis].intersection([(start, stop)]).shifted(-start)
-        cut = (*region[:axis], spans, *region[axis + 1 :])
-        needed.append(cut if spans else None)
+        inner = (*region[:axis], spans, *region[axis + 1 :])
+        regions.append(inner if spans else None)
         start = stop
+    return Needed(regions, lambda inputs: mx.concatenate(inputs, axis))
 
-    return needed, lambda pieces: mx.concatenate(pieces, axis)
 
-
-def _split(node: Any, region: Region) -> Found:
+def _split(node: Any, region: Region) -> Needed:
     indices, axis = node.arguments
     start = (0, *indices)[node.output]
     spans = region[axis].shifted(start)
-    cut = (*region[:axis], spans, *region[axis + 1 :])
-    return [cut], lambda pieces: pieces[0]
+    inner = (*region[:axis], spans, *region[axis + 1 :])
+    return Needed([inner], lambda inputs: inputs[0])
 
 
-def _slice(node: Any, region: Region) -> Found:
+def _slice(node: Any, region: Region) -> Needed:
     starts, _, strides = node.arguments
-    needed = tuple(
+    inner = tuple(
         spans.shifted(start)
         if stride == 1
         else Spans((p, p + 1) for i in spans.indices for p in [start + i * stride])
         for spans, start, stride in zip(region, starts, strides, strict=True)
     )
-    return [needed], lambda pieces: pieces[0]
+    return Needed([inner], lambda inputs: inputs[0])
 
 
-def _broadcast(node: Any, region: Region) -> Found:
+def _broadcast(node: Any, region: Region) -> Needed:
     shape = node.inputs[0].shape
     own = region[len(region) - len(shape) :]
-    needed = tuple(
+    inner = tuple(
         Spans.whole(1) if size == 1 else spans
         for size, spans in zip(shape, own, strict=True)
     )
-    return [needed], lambda pieces: mx.broadcast_to(pieces[0], shape_of(region))
+    return Needed([inner], lambda inputs: mx.broadcast_to(inputs[0], shape_of(region)))
 
 
-def _pad(node: Any, region: Region) -> Found | None:
+def _pad(node: Any, region: Region) -> Needed | None:
     """Padding behind the end, as far as the region reaches into it."""
     _, low, _ = node.arguments
     sizes = node.inputs[0].shape
     if any(low) or not all(spans.is_ascending for spans in region):
         return None
-    needed = tuple(
+    inner = tuple(
         spans.intersection([(0, size)])
         for spans, size in zip(region, sizes, strict=True)
     )
     width = [
         (0, spans.length - inside.length)
-        for spans, inside in zip(region, needed, strict=True)
+        for spans, inside in zip(region, inner, strict=True)
     ]
     value = whole(node.inputs[1].shape)
-    return [needed, value], lambda pieces: mx.pad(
-        pieces[0], width, "constant", pieces[1]
+    return Needed(
+        [inner, value],
+        lambda inputs: mx.pad(inputs[0], width, "constant", inputs[1]),
     )
 
 
-def _view(node: Any, region: Region) -> Found | None:
+def _view(node: Any, region: Region) -> Needed | None:
     inner, outer = node.inputs[0].dtype.size, node.dtype.size
     spans = region[-1].scaled(outer)
     if any(edge % inner for span in spans for edge in span):
         return None
     last = Spans((a // inner, b // inner) for a, b in spans)
-    return [(*region[:-1], last)], lambda pieces: mx.contiguous(pieces[0]).view(
-        node.dtype
+    return Needed(
+        [(*region[:-1], last)],
+        lambda inputs: mx.contiguous(inputs[0]).view(node.dtype),
     )
 
 
-def _reshape(node: Any, region: Region) -> Found:
+def _reshape(node: Any, region: Region) -> Needed:
     """Axes that become others in groups of the same product, one behind the other."""
     before = node.inputs[0].shape
-    needed: list[Spans] = []
+    region_before: list[Spans] = []
     middle: list[int] = []  # a length for each group, as far as it is needed
     pick: list[list[int] | None] = []  # places in it that are wanted
-    inside: list[Region] = []
     for inner, outer in _groups(before, node.shape):
         sizes = [node.shape[i] for i in outer]
         wanted = tuple(region[i] for i in outer)
@@ -155,8 +168,8 @@ def _reshape(node: Any, region: Region) -> Found:
         rest = prod(before[i] for i in inner[1:])
         held = flat.aligned(rest)
         if inner:
-            needed.append(Spans((a // rest, b // rest) for a, b in held))
-            needed += [Spans.whole(before[i]) for i in inner[1:]]
+            region_before.append(Spans((a // rest, b // rest) for a, b in held))
+            region_before += [Spans.whole(before[i]) for i in inner[1:]]
         middle.append(held.length)
         exact = _is_leading(sizes, wanted) and held == flat.merged()
         places = None
@@ -164,16 +177,15 @@ def _reshape(node: Any, region: Region) -> Found:
             offsets = held.offsets
             places = [offsets[place] for place in _linear(sizes, wanted)]
         pick.append(places)
-        inside.append(wanted)
 
-    def compute(pieces: list[Any]) -> mx.array:
-        x = pieces[0].reshape(middle)
+    def compute(inputs: list[mx.array]) -> mx.array:
+        x = inputs[0].reshape(middle)
         for axis, places in enumerate(pick):
             if places is not None:
                 x = mx.take(x, mx.array(places), axis)
         return x.reshape(shape_of(region))
 
-    return [tuple(needed)], compute
+    return Needed([tuple(region_before)], compute)
 
 
 def _groups(
@@ -222,7 +234,7 @@ def _linear(sizes: Sequence[int], region: Region) -> list[int]:
     return places
 
 
-OPERATIONS: dict[str, Callable[[Any, Region], Found | None]] = {
+PRIMITIVES: dict[str, Callable[[Any, Region], Needed | None]] = {
     "Abs": _each(mx.abs),
     "Add": _each(mx.add),
     "ArcSinh": _decoded_fp8,

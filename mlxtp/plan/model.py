@@ -17,10 +17,10 @@ from mlx_lm.utils import quantize_model
 from mlxtp.checkpoint import cut
 from mlxtp.checkpoint.cut import Origin
 from mlxtp.checkpoint.headers import WEIGHTS, Header
-from mlxtp.checkpoint.tensors import DTYPES, whole_tensor
+from mlxtp.checkpoint.tensors import DTYPES, StoredTensor
 from mlxtp.comm.communicator import Communicator
 from mlxtp.fetch import hub
-from mlxtp.loading import locate
+from mlxtp.fetch.location import locate
 from mlxtp.model import skeleton
 from mlxtp.model.skeleton import EmptyModel
 
@@ -62,10 +62,10 @@ def open_model(
         file = Path(model).expanduser()
         if file.is_file():
             raise ValueError(f"{model} is a config alone: say with how many --bits")
-        folder, _ = locate(model, Communicator())
-        config = skeleton.read_json(folder / "config.json", needed=["model_type"])
-        if not any(folder.glob(WEIGHTS)) and not cut.is_cut(folder):
+        if file.is_dir() and not any(file.glob(WEIGHTS)) and not cut.is_cut(file):
             raise ValueError(f"{model} has no weights: say with how many --bits")
+        folder = locate(model, Communicator()).folder
+        config = skeleton.read_json(folder / "config.json", needed=["model_type"])
         yield PlannedModel(model, config, folder)
         return
     with model_of_config(model, read_config(model), bits, group_size) as planned:
@@ -128,6 +128,6 @@ def _headers(
     for name, array in tree_flatten(model.parameters()):
         where = Path("model.safetensors")
         kind = KINDS[array.dtype]
-        tensors[name] = whole_tensor(name, kind, array.shape, where, offset)
+        tensors[name] = StoredTensor.whole(name, kind, array.shape, where, offset)
         offset += array.nbytes
     return Header({"format": "mlx"}, tensors), config

@@ -1,7 +1,9 @@
 """Slices are read right, and with few bytes beside them."""
 
+import os
 import sys
 from pathlib import Path
+from typing import Any
 
 import mlx.core as mx
 import numpy as np
@@ -10,11 +12,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.numpy import save_file
 
-from mlxtp.checkpoint import tensors
+from mlxtp.checkpoint import runs
 from mlxtp.checkpoint.headers import Checkpoint
-from mlxtp.checkpoint.rows import PAGE_BYTES
-from mlxtp.checkpoint.tensors import Piece, Tensor, blocks, read
-from mlxtp.partition.spans import Slice, Spans
+from mlxtp.checkpoint.runs import PAGE_BYTES
+from mlxtp.checkpoint.tensors import Piece, StoredTensor, Tensor
+from mlxtp.partition.spans import Slice, Span, Spans
 
 pytestmark = pytest.mark.once
 
@@ -52,15 +54,17 @@ def test_read_is_numpy_slicing(folder: Path, data: st.DataObject) -> None:
     whole = data.draw(arrays())
     part = data.draw(slices(whole.shape))
     save_file({"before": whole[:1], "x": whole}, folder / "model.safetensors")
-    tensor = Checkpoint([folder / "model.safetensors"]).tensors["x"]
+    tensor = Checkpoint.of_files([folder / "model.safetensors"]).tensors["x"]
     expected = numpy_slice(whole, part)
-    assert np.array_equal(np.array(read(tensor, part)), expected)
-    assert np.array_equal(np.array(read(tensor, Slice(whole.shape))), whole)
+    assert np.array_equal(np.array(tensor.read(part)), expected)
+    assert np.array_equal(np.array(tensor.read(Slice(whole.shape))), whole)
     assert tensor.missing(part) is None
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(tensors, "BLOCK_BYTES", 1000)
-        in_blocks = b"".join(block.tobytes() for block in blocks(tensor, part))
-    assert in_blocks == expected.tobytes()
+        most = max(1000, expected.nbytes // 100)
+        patch.setattr(runs, "BLOCK_BYTES", most)
+        blocks = list(tensor.blocks(part))
+    assert b"".join(block.tobytes() for block in blocks) == expected.tobytes()
+    assert all(0 < block.size <= most for block in blocks)
 
 
 @settings(max_examples=60, deadline=None)
@@ -70,18 +74,18 @@ def test_read_from_pieces(folder: Path, data: st.DataObject) -> None:
     whole = data.draw(arrays())
     axis = data.draw(st.integers(0, whole.ndim - 1))
     parts = [
-        Slice(whole.shape, axis, it.spans)
-        for it in data.draw(st.lists(slices(whole.shape), min_size=1, max_size=4))
-        if it.axis == axis
+        Slice(whole.shape, axis, part.spans)
+        for part in data.draw(st.lists(slices(whole.shape), min_size=1, max_size=4))
+        if part.axis == axis
     ]
     here = Spans(span for part in parts for span in part.spans).merged()
     file = folder / "pieces"
-    file.write_bytes(b"".join(numpy_slice(whole, it).tobytes() for it in parts))
+    file.write_bytes(b"".join(numpy_slice(whole, part).tobytes() for part in parts))
     pieces, offset = [], 0
     for part in parts:
         pieces.append(Piece(file, offset, part))
         offset += part.size * 4
-    tensor = Tensor("x", "I32", whole.shape, tuple(pieces))
+    tensor = StoredTensor(Tensor("x", "I32", whole.shape), tuple(pieces))
     wanted = data.draw(slices(whole.shape))
     needed = set(wanted.on(axis).indices)
     lacking = needed - {i for a, b in here for i in range(a, b)}
@@ -92,12 +96,92 @@ def test_read_from_pieces(folder: Path, data: st.DataObject) -> None:
         assert missing is not None
         assert {*missing.on(axis).indices} == lacking or not pieces
         with pytest.raises(OSError, match=r"x: of axis . .* is not here"):
-            read(tensor, wanted)
+            tensor.read(wanted)
     else:
         assert missing is None
-        assert np.array_equal(
-            np.array(read(tensor, wanted)), numpy_slice(whole, wanted)
-        )
+        expected = numpy_slice(whole, wanted)
+        assert np.array_equal(np.array(tensor.read(wanted)), expected)
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(runs, "BLOCK_BYTES", max(1000, expected.nbytes // 100))
+            in_blocks = b"".join(block.tobytes() for block in tensor.blocks(wanted))
+        assert in_blocks == expected.tobytes()
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.data())
+def test_read_across_the_cut(folder: Path, data: st.DataObject) -> None:
+    """From pieces on one axis that are all there, a slice of another; and both."""
+    shape = tuple(data.draw(st.lists(st.integers(1, 12), min_size=2, max_size=4)))
+    whole = np.random.default_rng(0).integers(0, 256, shape).astype(np.int32)
+    axis = data.draw(st.integers(0, len(shape) - 1))
+    middle = data.draw(st.integers(0, shape[axis]))
+    rest = [(0, middle // 2), (middle // 2, middle)]
+    parts = [
+        Slice(shape, axis, Spans([(middle, shape[axis])])),
+        Slice(shape, axis, Spans(reversed(rest))),  # joined in another order
+        Slice(shape, (axis + 1) % len(shape), Spans([(0, 1)])),  # enough for little
+    ]
+    file = folder / "across"
+    file.write_bytes(b"".join(numpy_slice(whole, part).tobytes() for part in parts))
+    pieces, offset = [], 0
+    for part in parts:
+        pieces.append(Piece(file, offset, part))
+        offset += part.size * 4
+    tensor = StoredTensor(Tensor("x", "I32", shape), tuple(pieces))
+    wanted = data.draw(slices(shape))
+    expected = numpy_slice(whole, wanted)
+    assert tensor.missing(wanted) is None
+    assert np.array_equal(np.array(tensor.read(wanted)), expected)
+    assert np.array_equal(np.array(tensor.read(Slice(shape))), whole)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(runs, "BLOCK_BYTES", 100)
+        patch.setattr(runs, "PAGE_BYTES", data.draw(st.sampled_from([1, 10**6])))
+        in_blocks = b"".join(block.tobytes() for block in tensor.blocks(wanted))
+    assert in_blocks == expected.tobytes()
+
+
+@settings(max_examples=40, deadline=None)
+@given(st.data())
+def test_items_of_some_rows(folder: Path, data: st.DataObject) -> None:
+    whole = data.draw(arrays())
+    part = data.draw(slices(whole.shape))
+    assert part.axis is not None
+    file = folder / "items"
+    file.write_bytes(whole.tobytes())
+    tensor = StoredTensor.whole("x", "I32", whole.shape, file, 0)
+    rows = tensor.tensor.seen_from(part.axis).rows
+    first = data.draw(st.integers(0, rows - 1))
+    some = Span(first, data.draw(st.integers(first + 1, rows)))
+    expected = numpy_slice(whole, part).reshape(rows, -1)[slice(*some)]
+    assert tensor.items(part.axis, some, part.spans).tobytes() == expected.tobytes()
+
+
+@pytest.mark.parametrize(
+    ("part", "calls"),
+    [
+        (Slice((6, 500)), 1),
+        (Slice((6, 500), 0, Spans([(1, 2), (2, 5)])), 1),
+        (Slice((6, 500), 0, Spans([(4, 6), (0, 2)])), 2),
+        (Slice((6, 500), 1, Spans([(10, 20), (30, 40)])), 1),
+        (Slice((6, 5000), 1, Spans([(10, 20), (300, 400)])), 12),
+    ],
+)
+def test_system_calls(
+    part: Slice, calls: int, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whole rows in one; columns in blocks, unless a page or more lies between."""
+    file = folder / "calls"
+    file.write_bytes(bytes(4 * 6 * 5000))
+    made = []
+    preadv = os.preadv
+
+    def counted(fd: int, buffers: list[Any], offset: int) -> int:
+        made.append(offset)
+        return preadv(fd, buffers, offset)
+
+    monkeypatch.setattr(os, "preadv", counted)
+    StoredTensor.whole("x", "I32", part.full_shape, file, 0).read(part)
+    assert len(made) == calls
 
 
 @pytest.mark.parametrize(
@@ -106,11 +190,11 @@ def test_read_from_pieces(folder: Path, data: st.DataObject) -> None:
 def test_dtypes(folder: Path, dtype: mx.Dtype) -> None:
     x = mx.random.normal((6, 8)).astype(dtype)
     mx.save_safetensors(str(folder / "model-t.safetensors"), {"x": x, "s": x[0, 0]})
-    found = Checkpoint([folder / "model-t.safetensors"]).tensors
-    part = read(found["x"], Slice((6, 8), 1, Spans([(1, 3), (5, 8)])))
+    tensors = Checkpoint.of_files([folder / "model-t.safetensors"]).tensors
+    part = tensors["x"].read(Slice((6, 8), 1, Spans([(1, 3), (5, 8)])))
     assert part.dtype == dtype
     assert mx.array_equal(part, mx.concatenate([x[:, 1:3], x[:, 5:8]], axis=1))
-    assert read(found["s"], Slice(())).item() == x[0, 0].item()
+    assert tensors["s"].read(Slice(())).item() == x[0, 0].item()
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="/proc/self/io is Linux's")
@@ -120,11 +204,11 @@ def test_bytes_read(folder: Path, row: int) -> None:
     mx.save_safetensors(
         str(folder / "model-b.safetensors"), {"x": mx.zeros(shape, mx.uint8)}
     )
-    tensor = Checkpoint([folder / "model-b.safetensors"]).tensors["x"]
+    tensor = Checkpoint.of_files([folder / "model-b.safetensors"]).tensors["x"]
 
     def bytes_read(part: Slice) -> int:
         before = _read_by_this_process()
-        read(tensor, part)
+        tensor.read(part)
         return _read_by_this_process() - before
 
     overhead = (
@@ -146,7 +230,7 @@ def _read_by_this_process() -> int:
 def test_a_file_that_shrinks_meanwhile_is_an_error(folder: Path) -> None:
     file = folder / "model-s.safetensors"
     mx.save_safetensors(str(file), {"x": mx.zeros((100, 100))})
-    tensor = Checkpoint([file]).tensors["x"]
+    tensor = Checkpoint.of_files([file]).tensors["x"]
     file.write_bytes(file.read_bytes()[:-4])
     with pytest.raises(OSError, match="the file ends at byte"):
-        read(tensor, Slice((100, 100)))
+        tensor.read(Slice((100, 100)))

@@ -35,7 +35,7 @@ def test_slices_are_those_of_the_whole(case: str, tmp_path: Path) -> None:
             if part.axis is not None:
                 own = part.spans.indices
                 wanted = mx.take(wanted, mx.array(own), part.axis)
-            got = empty.sources[name].read(part)
+            got = empty.read(name, part)
             assert got.dtype == wanted.dtype
             assert mx.array_equal(got, wanted, equal_nan=True), name
 
@@ -48,7 +48,7 @@ def test_reads_own_bytes(
     folder = published(case, tmp_path)
     empty = build(folder)
     table = slice_table(empty.model, [1] * RANKS)
-    monkeypatch.setattr("mlxtp.checkpoint.rows.PAGE_BYTES", 1)
+    monkeypatch.setattr("mlxtp.checkpoint.runs.PAGE_BYTES", 1)
     read = 0
     preadv = os.preadv
 
@@ -64,7 +64,7 @@ def test_reads_own_bytes(
         if matrix is None:
             continue
         before = read
-        made = empty.sources[name].read(part)
+        made = empty.read(name, part)
         share = part.size / np.prod(part.full_shape)
         source = sum(t.size for t in _bytes_behind(empty.sources[name]))
         # What a block of FP8 has in common with others is read by all of them.
@@ -77,14 +77,14 @@ def test_what_is_computed_whole_is_let_go(
 ) -> None:
     """Without a graph, one parameter at a time is there besides what is held."""
     folder = published("stacked", tmp_path)
-    monkeypatch.setattr("mlxtp.model.sources.OPERATIONS", {})
+    monkeypatch.setattr("mlxtp.model.sources.PRIMITIVES", {})
     empty = build(folder)
     largest = max(a.nbytes for _, a in tree_flatten(empty.model.parameters()))
     slices = slice_table(empty.model, [1] * RANKS).slices(0)
     assert any(isinstance(source, Computed) for source in empty.sources.values())
     before = mx.get_active_memory()
     mx.reset_peak_memory()
-    read_slices(empty, slices, show=False)
+    read_slices(empty, empty.checkpoint, slices, show=False)
     held = sum(array.nbytes for _, array in tree_flatten(empty.model.parameters()))
     # The tensors that a parameter is made of, and the parameter before it is cut.
     assert mx.get_peak_memory() - before <= held + 2 * largest
