@@ -17,8 +17,8 @@ from mlx_lm.models.cache import make_prompt_cache
 
 from mlxtp.comm.communicator import Communicator
 from mlxtp.dryrun.calls import Call, watch
-from mlxtp.generation.stream import behind_the_caches
 from mlxtp.layers.parallelize import parallelize
+from mlxtp.layers.sums import outputs_unread
 from mlxtp.model.skeleton import EmptyModel
 from mlxtp.sharding.table import SliceTable
 
@@ -164,18 +164,14 @@ def rehearse(
     held = sum(array.nbytes for _, array in tree_flatten(model.parameters()))
     watch(model, comm.script.calls)
     caches = make_prompt_cache(model)
-    silent = behind_the_caches(model)
     *read, last = _pieces(context - 1)
-    for layer in silent:
-        layer.unread = True
     piece: tuple[Step, ...] = ()
     for tokens in [sum(read), last]:
         if tokens:
             comm.script.taken()
-            model(mx.zeros((batch, tokens), mx.int32), cache=caches)
+            with outputs_unread():
+                model(mx.zeros((batch, tokens), mx.int32), cache=caches)
             piece = comm.script.taken()
-    for layer in silent:
-        layer.unread = False
     _call(model, comm, batch, caches)
     token = comm.script.taken()
     comm.counts_operations = True
