@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 
 from mlxtp.families.blocks import BlockShards, Cut, Family, along
 from mlxtp.partition.spans import Slice, Spans, keeps_groups_whole
+from mlxtp.sharding.report import report
 
 # The axis of each parameter that a cut divides, by the parameter's last name. Weights
 # are (..., out, in), lora_a (in, r), lora_b (r, out), m (out). What is missing here is
@@ -66,7 +67,7 @@ class Collective:
 class SliceTable:
     """What every rank owns of one model.
 
-    Printed, it is a table for people (`report`).
+    Printed, it is a table for people.
 
     Args:
         remark: what is to be said of the family: that it was recognised.
@@ -86,6 +87,15 @@ class SliceTable:
     joints: dict[str, tuple[str, ...]]
     parameters: dict[str, tuple[int, ...]] = field(repr=False)
     item_bytes: dict[str, int] = field(repr=False)
+
+    @property
+    def ranks(self) -> int:
+        """The number of ranks that the model is split over."""
+        return len(next(iter(self.matrices.values())).spans)
+
+    def __str__(self) -> str:
+        """A table for people: blocks, matrices, styles, every rank's part, bytes."""
+        return report(self)
 
     def unexplained(self) -> list[str]:
         """Matrices that are neither cut nor named as shared."""
@@ -183,6 +193,13 @@ class SliceTable:
         return {
             name: self._slice(name, shape, rank)
             for name, shape in self.parameters.items()
+        }
+
+    def nbytes(self, rank: int) -> dict[str, int]:
+        """The bytes of every parameter that `rank` owns, by the parameter's path."""
+        return {
+            name: part.size * self.item_bytes[name]
+            for name, part in self.slices(rank).items()
         }
 
     def matrix_of(self, parameter: str) -> MatrixShards | None:
