@@ -1,4 +1,4 @@
-"""The words of the table: what can be said of a module and how it is cut."""
+"""What the table is made of: what a module is and how each of its matrices is cut."""
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
@@ -8,11 +8,16 @@ import mlx.nn as nn
 
 from mlxtp.partition.layouts import Part
 
-# column: the rank holds some of the outputs. row: some of the inputs; the output is
-# partial until it is summed over ranks. lookup: some rows of an embedding; head: some
-# rows of a vocabulary's projection. along: a part of every array. norm: a part of the
-# weight of a norm over the whole axis. items: some members of a list. repack: some of
-# the outputs where four that lie far apart share a byte: they are packed anew.
+# What a rank holds of a matrix:
+#   column  some of the outputs.
+#   row     some of the inputs; the output is partial until it is summed over ranks.
+#   lookup  some rows of an embedding.
+#   head    some rows of the projection to the logits.
+#   along   a part of every array.
+#   norm    a part of the weight of a norm over the whole axis.
+#   items   some members of a list.
+#   repack  some of the outputs, where four that lie far apart share a byte: they are
+#           packed anew.
 Style = Literal["column", "row", "lookup", "head", "along", "norm", "items", "repack"]
 
 
@@ -21,12 +26,12 @@ class Cut:
     """How a module, or a bare parameter, is cut.
 
     Args:
-        layout: of the axis that is cut (`layouts`).
-        axis: for "along", of every array.
-        inner: for "row": its sum is needed inside of the block, so it is made there.
-        gated: for "norm": it takes a gate besides.
-        groups: for "norm": the attribute that says how many parts are normed each
-            for itself.
+        layout: what lies on the axis that is cut (`partition.layouts`).
+        axis: the axis of every array, for "along".
+        inner: the block needs the sum inside, so it is made there; for "row".
+        gated: the norm takes a gate too; for "norm".
+        groups: the attribute that says in how many groups the axis is normed; for
+            "norm".
     """
 
     style: Style
@@ -38,18 +43,22 @@ class Cut:
 
 
 def column(layout: str) -> Cut:
+    """Some of the outputs, laid out so."""
     return Cut("column", layout)
 
 
 def row(layout: str, *, inner: bool = False) -> Cut:
+    """Some of the inputs, laid out so."""
     return Cut("row", layout, inner=inner)
 
 
 def along(layout: str, axis: int = 0) -> Cut:
+    """A part of every array of the module."""
     return Cut("along", layout, axis)
 
 
 def norm(layout: str, *, gated: bool = False, groups: str = "") -> Cut:
+    """A part of the weight of a norm over the whole axis."""
     return Cut("norm", layout, gated=gated, groups=groups)
 
 
@@ -98,7 +107,7 @@ class Width:
 
 
 @dataclass(frozen=True)
-class Words:
+class VocabularyRows:
     """A rank gets rows `v` of a vocabulary."""
 
 
@@ -128,7 +137,7 @@ class Block:
 
     name: str
     needs: tuple[str, ...]
-    rule: Heads | Width | Words | None = None
+    rule: Heads | Width | VocabularyRows | None = None
     cuts: Mapping[str, Cut] = field(default_factory=dict)
     sizes: Mapping[str, str] = field(default_factory=dict)
     shared: Mapping[str, str] = field(default_factory=dict)
@@ -147,6 +156,7 @@ class Block:
         return replace(self, name=name or self.name, **changes)
 
     def fits(self, module: nn.Module) -> bool:
+        """Whether a module has the children and the attribute that tell the block."""
         return all(child(module, need) is not None for need in self.needs) and (
             not self.when or bool(getattr(module, self.when, False))
         )
