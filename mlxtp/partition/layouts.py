@@ -74,8 +74,8 @@ def place(
 ) -> Spans:
     """Find the spans of a rank's `part` on an axis of `features` with this layout.
 
-    `counts` are the units of the whole block; `width_of` gives the value of an attribute
-    of the module, for widths by name.
+    `counts` are the units of the whole block; `width_of` gives the value of an
+    attribute of the module, for widths by name.
 
     Raises: ValueError if the axis cannot be of this layout.
     """
