@@ -19,7 +19,7 @@ from mlxtp.sharding.table import SliceTable
 def parallelize(model: nn.Module, table: SliceTable, comm: Communicator) -> None:
     """Make `model`, whose parameters are this rank's slices, compute its part.
 
-    `model.slice_table` tells afterwards what is whose.
+    Afterwards `model.slice_table` is `table`.
     """
     model.slice_table = table
     modules = dict(model.named_modules())
@@ -33,20 +33,20 @@ def parallelize(model: nn.Module, table: SliceTable, comm: Communicator) -> None
     def sum_at(path: str, *, feeds_caches: bool) -> SumOverRanks:
         """What sums over ranks at a place.
 
-        No cache depends on what the last layer's blocks give out, unless it is called
-        again or says so.
+        A cache depends on every output but those of the last layer, and on these where
+        the matrix or the family says so.
         """
         is_last = path.startswith(f"{last}.")
         feeds = feeds_caches or table.family.loops or not is_last
         return SumOverRanks(comm, path, feeds, joints.get(path))
 
     for path, matrix in table.matrices.items():
-        made = sum_at(path, feeds_caches=matrix.cut.inner) if matrix.summed else None
-        site = Site(child(model, path), matrix, comm, made)
+        total = sum_at(path, feeds_caches=matrix.cut.inner) if matrix.summed else None
+        site = Site(child(model, path), matrix, comm, total)
         _replace(model, path, BUILDERS[matrix.cut.style](site))
     for path in table.outputs:
-        made = sum_at(path, feeds_caches=False)
-        change_forward(modules[path], SummedOutput(made))
+        total = sum_at(path, feeds_caches=False)
+        change_forward(modules[path], SummedOutput(total))
     for shards in table.blocks:
         if shards.block.rule is not None and shards.parts:
             _resize(modules[shards.path], shards, shards.parts[comm.rank])

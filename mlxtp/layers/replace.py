@@ -92,13 +92,11 @@ def column(site: Site) -> nn.Module:
     if isinstance(layer, BitLinear):
         layer.out_features = 4 * layer.weight.shape[-2]  # four in a byte
     if isinstance(layer, FusedLinear | FusedQuantizedLinear):
-        layer.indices = _ends_of_parts(layer.indices, site)
+        # It splits its outputs where the rank's queries, keys and values end.
+        layer.indices = [
+            site.own.intersection([(0, end)]).length for end in layer.indices
+        ]
     return site.target
-
-
-def _ends_of_parts(ends: list[int], site: Site) -> list[int]:
-    """Where a fused layer splits its outputs: where the rank's parts of each end."""
-    return [site.own.intersection([(0, end)]).length for end in ends]
 
 
 def lookup(site: Site) -> nn.Module:
@@ -115,18 +113,13 @@ def head(site: Site) -> nn.Module:
 
 def along(site: Site) -> Any:
     """The layer or the array itself, of which every array is shorter."""
-    axis = site.matrix.cut.axis
-    if isinstance(site.target, mx.array):
-        is_whole = site.target.shape[axis] == site.matrix.features
-        # No parameter of a checkpoint: the model has computed it.
-        return (
-            mx.take(site.target, mx.array(site.own.indices), axis)
-            if is_whole
-            else site.target
-        )
-    if isinstance(site.target, nn.Conv1d):
-        site.target.groups = site.own.length
-    return site.target
+    target, axis = site.target, site.matrix.cut.axis
+    if isinstance(target, mx.array) and target.shape[axis] == site.matrix.features:
+        # Still whole: the model has computed it, no checkpoint holds it.
+        return mx.take(target, mx.array(site.own.indices), axis)
+    if isinstance(target, nn.Conv1d):
+        target.groups = site.own.length
+    return target
 
 
 def norm(site: Site) -> nn.Module:

@@ -102,6 +102,56 @@ def test_threads_have_calls_of_their_own(
     assert unread.shape == whole.shape and not (unread == whole).all().item()
 
 
+class Noted:
+    """A communicator that writes down where its collectives stand."""
+
+    def __init__(self, comm: Communicator) -> None:
+        self.comm = comm
+        self.paths: list[str] = []
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.comm, name)
+
+    def allreduce(self, x: mx.array, at: str = "") -> mx.array:
+        self.paths.append(at)
+        return self.comm.allreduce(x, at)
+
+    def allgather(self, x: mx.array, sizes: list[int], at: str = "") -> mx.array:
+        self.paths.append(at)
+        return self.comm.allgather(x, sizes, at)
+
+
+@pytest.mark.parametrize(
+    ("model_type", "silent"),
+    [
+        ("llama", ["lm_head", "model.layers.1.mlp.down_proj", "self_attn.o_proj"]),
+        ("qwen3_moe", ["model.embed_tokens", "model.layers.1.mlp", "self_attn.o_proj"]),
+        ("cohere", ["model.embed_tokens", "model.layers.1.mlp.down_proj"]),
+        ("nanbeige", ["lm_head"]),  # it calls its layers again
+        ("rwkv7", ["lm_head", "ffn.value"]),  # a cache stands behind the attention
+    ],
+)
+def test_silent_is_what_no_cache_depends_on(
+    model_type: str, silent: list[str], comm: Communicator, shared_path: Path
+) -> None:
+    noted = Noted(comm)
+    folder = on_rank_0(comm, lambda: saved(model_type, shared_path))
+    model, _ = load_model(folder, noted)
+
+    def called() -> list[str]:
+        noted.paths.clear()
+        mx.eval(model(mx.array([PROMPT]), cache=make_prompt_cache(model)))
+        return sorted(noted.paths)
+
+    whole = called()
+    with outputs_unread():
+        for path in called():
+            whole.remove(path)
+    assert len(whole) == len(silent)
+    for path, end in zip(whole, silent, strict=True):
+        assert path.endswith(end)
+
+
 def test_a_context_lasts_as_long_as_a_call(
     comm: Communicator, shared_path: Path
 ) -> None:
