@@ -1,8 +1,7 @@
 """The slice table: which slice of which parameter is whose.
 
-`slice_table` is the one place that decides it: table of architectures x empty model x
-shares of the ranks -> the slices of every rank, without any other rank or any weight
-at hand.
+`slice_table` is the one place that decides it: table of families x empty model x
+shares of the ranks -> the slices of every rank. It needs no weight and no other rank.
 """
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -59,9 +58,9 @@ def slice_table(model: nn.Module, shares: Iterable[int | Share]) -> SliceTable:
         blocks.append(shards)
         for name, target, cut in targets(module, block):
             where = f"{path}.{name}" if path else name
-            partial = _inside(f"{where}.", containers) and not cut.inner
-            matrices[where] = _matrix(
-                where, module, target, cut, shards, not partial, shares
+            summed = cut.inner or not _inside(f"{where}.", containers)
+            matrices[where] = _shard_matrix(
+                where, module, target, cut, shards, summed, shares
             )
     outputs = {
         shards.path: shards
@@ -152,7 +151,7 @@ def _shard_width(
     """Share out the columns of an MLP."""
     width = _features(child(module, rule.of))[1] // rule.parts
     rows = [target for _, target, cut in targets(module, block) if cut.style == "row"]
-    granule = max(max(granule_of(row), getattr(row, "block", 1)) for row in rows)
+    granule = max(max(granule_of(row), _rotated(row)) for row in rows)
     wanted = [getattr(share, rule.share) for share in shares]
     spans = _width_spans(path, width, granule, wanted)
     parts = tuple(Part({"w": Spans([span])}) for span in spans)
@@ -178,7 +177,7 @@ def _width_spans(
     return cut_axis(width, shares, minimum=1)
 
 
-def _matrix(
+def _shard_matrix(
     path: str,
     module: nn.Module,
     target: Any,
@@ -210,18 +209,27 @@ def _matrix(
             )
         except ValueError as error:
             raise ValueError(f"{path}: {error}") from error
-    granule = granule_of(target) if cut.style == "row" else 1
-    covered = tuple(needed.aligned(granule) for needed in spans)
-    if cut.style != "row":
-        covered = spans
-    if cut.style == "repack":
-        covered = tuple(_bytes_of_four(needed, features // 4) for needed in spans)
-    groups = int(child(module, cut.groups)) if cut.groups else 1
-    width = _width(target, cut)
-    rotated = getattr(target, "block", 0) if cut.style == "row" else 1
     return MatrixShards(
-        path, cut, shards, features, spans, covered, summed, width, groups, rotated or 1
+        path,
+        cut,
+        shards,
+        features,
+        spans,
+        tuple(_covered(part, target, cut, features) for part in spans),
+        summed,
+        _width(target, cut),
+        groups=int(child(module, cut.groups)) if cut.groups else 1,
+        rotated=_rotated(target) if cut.style == "row" else 1,
     )
+
+
+def _covered(spans: Spans, target: Any, cut: Cut, features: int) -> Spans:
+    """What a rank holds of a matrix to compute with `spans`."""
+    if cut.style == "row":
+        return spans.aligned(granule_of(target))
+    if cut.style == "repack":
+        return _bytes_of_four(spans, features // 4)
+    return spans
 
 
 def _bytes_of_four(spans: Spans, rows: int) -> Spans:
@@ -254,10 +262,12 @@ def _joints(
 
 
 def _inside(path: str, roots: Iterable[str]) -> bool:
+    """Whether a path lies below one of the roots."""
     return any(path.startswith(f"{root}.") or root == "" for root in roots)
 
 
 def _first(module: nn.Module, names: Iterable[str]) -> int | None:
+    """The first of the attributes that a module has and that is not zero."""
     return next((n for name in names if (n := getattr(module, name, None))), None)
 
 
@@ -265,6 +275,11 @@ def granule_of(module: nn.Module) -> int:
     """Input features that must stay together; 1 where nothing is quantized."""
     layer = base(module)
     return getattr(layer, "group_size", 1)
+
+
+def _rotated(module: nn.Module) -> int:
+    """Input features that are rotated together (Hadamard); 1 where none are."""
+    return getattr(module, "block", 0) or 1
 
 
 def _features(module: nn.Module) -> tuple[int, int]:

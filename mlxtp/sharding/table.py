@@ -27,13 +27,18 @@ EXPERT_LORA_AXIS = {"lora_a": -1, "lora_b": -2}
 
 @dataclass(frozen=True)
 class MatrixShards:
-    """What is cut, and every rank's part, in features of the cut axis.
+    """A matrix that is cut, and every rank's part, in features of the cut axis.
 
-    `spans[rank]` are the features that a rank computes with, `covered[rank]` those
-    that it holds: for a row cut through a quantized matrix, whole groups. `summed`
-    says whether a partial output is summed there; `width` is what a token's output
-    has, `groups` how many parts of a norm there are, `rotated` how many inputs are
-    mixed with each other before they are multiplied.
+    Args:
+        features: the length of the axis.
+        spans: the features that each rank computes with.
+        covered: the features that each rank holds. Of a row cut through a quantized
+            matrix these are whole groups; where four outputs share a byte, rows of
+            bytes.
+        summed: whether a partial output is summed here.
+        width: the elements of a token's output.
+        groups: in how many groups the axis of a norm is normed.
+        rotated: how many inputs are mixed with each other before they are multiplied.
     """
 
     path: str
