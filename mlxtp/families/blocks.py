@@ -76,13 +76,14 @@ class Heads:
     """A rank gets heads: `q` query heads, under `kv` KV heads.
 
     Args:
-        queries, kv: attributes that hold the counts, whichever a module has; all are
-            set to the rank's. `kv` may be a number. A module without any has as many
-            KV heads as query heads.
+        queries: attributes that hold the number of query heads. A module has one or
+            more of them; all are set to the rank's number.
+        kv: the same for KV heads, or their number. A module with none of the attributes
+            has as many KV heads as query heads.
         kv_from: an attribute of the whole model with the number of KV heads, for a
             module that does not know it.
-        shared_groups: what belongs to a KV head is little beside the query heads
-            under it: ranks share it where that is more even.
+        shared_groups: ranks may share a KV head where that is more even, because what
+            belongs to it is small beside the query heads under it.
         tiled: query head h is under KV head h mod KV, not under the one of its group.
     """
 
@@ -95,10 +96,13 @@ class Heads:
 
 @dataclass(frozen=True)
 class Width:
-    """A rank gets columns `w`: of the inputs of the row-parallel matrix `of`.
+    """A rank gets columns `w`: some inputs of a row-parallel matrix.
 
-    With `parts` it gets the same columns of each of so many parts. `share` is the part
-    of a rank's `Share` that counts.
+    Args:
+        of: the row-parallel matrix.
+        parts: how many parts of equal length its inputs have; a rank gets the same
+            columns of each.
+        share: the part of a rank's `Share` that counts.
     """
 
     of: str
@@ -132,7 +136,7 @@ class Block:
         more: elements that another allreduce of the block sums for a token.
         when: an attribute without which the block is something else.
         adapt: the adapter that changes the forward pass besides, by its name in
-            `adapt.ADAPTERS`.
+            `layers.adapt.table.ADAPTERS`.
     """
 
     name: str
