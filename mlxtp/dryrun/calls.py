@@ -7,6 +7,7 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from mlxtp.families.blocks import base
+from mlxtp.layers.forward import Forward, change_forward
 
 
 @dataclass(frozen=True)
@@ -28,30 +29,38 @@ def record_calls(model: nn.Module, calls: list[Call]) -> None:
     for path, module in model.named_modules():
         own = [a for name, a in module.items() if _is_parameter(name, a)]
         if own:
-            module.__class__ = _recorded(type(module), path, own, calls)
+            recorder = _Recorder(path, own, calls)
+            change_forward(module, recorder.call)
+            if hasattr(module, "as_linear"):
+                change_forward(module, recorder.as_linear, "as_linear")
 
 
 def _is_parameter(name: str, value: Any) -> bool:
     return isinstance(value, mx.array) and not name.startswith("_")
 
 
-def _recorded(kind: type, path: str, own: list[mx.array], calls: list[Call]) -> type:
-    class Recorded(kind):
-        def __call__(self, *args: Any, **options: Any) -> Any:
-            y = super().__call__(*args, **options)
-            x, *others = (*args, *options.values())
-            calls.append(_call(self, path, own, x, others, y))
-            return y
+@dataclass(frozen=True)
+class _Recorder:
+    """Forward passes of the layer at `path` that write what they take into `calls`."""
 
-        def as_linear(self, x: mx.array) -> mx.array:
-            y = super().as_linear(x)
-            size = sum(array.nbytes for array in own)
-            flops = 2.0 * _elements(self) * x.size / x.shape[-1]
-            calls.append(Call(path, size, flops, y.nbytes))
-            return y
+    path: str
+    own: list[mx.array]
+    calls: list[Call]
 
-    Recorded.__name__ = kind.__name__
-    return Recorded
+    def call(
+        self, former: Forward, layer: nn.Module, *args: Any, **options: Any
+    ) -> Any:
+        y = former(layer, *args, **options)
+        x, *rest = (*args, *options.values())
+        self.calls.append(_call(layer, self.path, self.own, x, rest, y))
+        return y
+
+    def as_linear(self, former: Forward, layer: nn.Module, x: mx.array) -> mx.array:
+        y = former(layer, x)
+        size = sum(array.nbytes for array in self.own)
+        flops = 2.0 * _elements(layer) * x.size / x.shape[-1]
+        self.calls.append(Call(self.path, size, flops, y.nbytes))
+        return y
 
 
 def _call(

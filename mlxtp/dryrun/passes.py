@@ -17,8 +17,8 @@ from mlx_lm.models.cache import make_prompt_cache
 
 from mlxtp.comm.communicator import Communicator
 from mlxtp.dryrun.calls import Call, record_calls
-from mlxtp.generation.stream import behind_the_caches
 from mlxtp.layers.parallelize import parallelize
+from mlxtp.layers.sums import outputs_unread
 from mlxtp.model.skeleton import EmptyModel
 from mlxtp.sharding.table import SliceTable
 
@@ -191,18 +191,14 @@ def dry_run(
     held = sum(array.nbytes for _, array in tree_flatten(model.parameters()))
     record_calls(model, comm.script.calls)
     caches = make_prompt_cache(model)
-    silent = behind_the_caches(model)
     *before, last = _chunks(context - 1)
-    for layer in silent:
-        layer.unread = True
     chunk: tuple[Step, ...] = ()
     for tokens in [sum(before), last]:
         if tokens:
             comm.script.take()
-            model(mx.zeros((batch, tokens), mx.int32), cache=caches)
+            with outputs_unread():
+                model(mx.zeros((batch, tokens), mx.int32), cache=caches)
             chunk = comm.script.take()
-    for layer in silent:
-        layer.unread = False
     token = _token(model, comm, batch, caches)
     comm.counts_operations = True
     counted = _token(model, comm, batch, make_prompt_cache(model))

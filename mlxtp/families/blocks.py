@@ -1,4 +1,4 @@
-"""The words of the table: what can be said of a module and how it is cut."""
+"""What the table is made of: what a module is and how each of its matrices is cut."""
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
@@ -8,11 +8,16 @@ import mlx.nn as nn
 
 from mlxtp.partition.layouts import Part
 
-# column: the rank holds some of the outputs. row: some of the inputs; the output is
-# partial until it is summed over ranks. lookup: some rows of an embedding; head: some
-# rows of a vocabulary's projection. along: a part of every array. norm: a part of the
-# weight of a norm over the whole axis. items: some members of a list. repack: some of
-# the outputs where four that lie far apart share a byte: they are packed anew.
+# What a rank holds of a matrix:
+#   column  some of the outputs.
+#   row     some of the inputs; the output is partial until it is summed over ranks.
+#   lookup  some rows of an embedding.
+#   head    some rows of the projection to the logits.
+#   along   a part of every array.
+#   norm    a part of the weight of a norm over the whole axis.
+#   items   some members of a list.
+#   repack  some of the outputs, where four that lie far apart share a byte: they are
+#           packed anew.
 Style = Literal["column", "row", "lookup", "head", "along", "norm", "items", "repack"]
 
 
@@ -21,12 +26,12 @@ class Cut:
     """How a module, or a bare parameter, is cut.
 
     Args:
-        layout: of the axis that is cut (`layouts`).
-        axis: for "along", of every array.
-        inner: for "row": its sum is needed inside of the block, so it is made there.
-        gated: for "norm": it takes a gate besides.
-        groups: for "norm": the attribute that says how many parts are normed each
-            for itself.
+        layout: what lies on the axis that is cut (`partition.layouts`).
+        axis: the axis of every array, for "along".
+        inner: the block needs the sum inside, so it is made there; for "row".
+        gated: the norm takes a gate too; for "norm".
+        groups: the attribute that says in how many groups the axis is normed; for
+            "norm".
     """
 
     style: Style
@@ -38,18 +43,22 @@ class Cut:
 
 
 def column(layout: str) -> Cut:
+    """Some of the outputs, laid out so."""
     return Cut("column", layout)
 
 
 def row(layout: str, *, inner: bool = False) -> Cut:
+    """Some of the inputs, laid out so."""
     return Cut("row", layout, inner=inner)
 
 
 def along(layout: str, axis: int = 0) -> Cut:
+    """A part of every array of the module."""
     return Cut("along", layout, axis)
 
 
 def norm(layout: str, *, gated: bool = False, groups: str = "") -> Cut:
+    """A part of the weight of a norm over the whole axis."""
     return Cut("norm", layout, gated=gated, groups=groups)
 
 
@@ -67,13 +76,14 @@ class Heads:
     """A rank gets heads: `q` query heads, under `kv` KV heads.
 
     Args:
-        queries, kv: attributes that hold the counts, whichever a module has; all are
-            set to the rank's. `kv` may be a number. A module without any has as many
-            KV heads as query heads.
+        queries: attributes that hold the number of query heads. A module has one or
+            more of them; all are set to the rank's number.
+        kv: the same for KV heads, or their number. A module with none of the attributes
+            has as many KV heads as query heads.
         kv_from: an attribute of the whole model with the number of KV heads, for a
             module that does not know it.
-        shared_groups: what belongs to a KV head is little beside the query heads
-            under it: ranks share it where that is more even.
+        shared_groups: ranks may share a KV head where that is more even, because what
+            belongs to it is small beside the query heads under it.
         tiled: query head h is under KV head h mod KV, not under the one of its group.
     """
 
@@ -86,10 +96,13 @@ class Heads:
 
 @dataclass(frozen=True)
 class Width:
-    """A rank gets columns `w`: of the inputs of the row-parallel matrix `of`.
+    """A rank gets columns `w`: some inputs of a row-parallel matrix.
 
-    With `parts` it gets the same columns of each of so many parts. `share` is the part
-    of a rank's `Share` that counts.
+    Args:
+        of: the row-parallel matrix.
+        parts: how many parts of equal length its inputs have; a rank gets the same
+            columns of each.
+        share: the part of a rank's `Share` that counts.
     """
 
     of: str
@@ -98,7 +111,7 @@ class Width:
 
 
 @dataclass(frozen=True)
-class Words:
+class VocabularyRows:
     """A rank gets rows `v` of a vocabulary."""
 
 
@@ -123,12 +136,12 @@ class Block:
         more: elements that another allreduce of the block sums for a token.
         when: an attribute without which the block is something else.
         adapt: the adapter that changes the forward pass besides, by its name in
-            `adapt.ADAPTERS`.
+            `layers.adapt.table.ADAPTERS`.
     """
 
     name: str
     needs: tuple[str, ...]
-    rule: Heads | Width | Words | None = None
+    rule: Heads | Width | VocabularyRows | None = None
     cuts: Mapping[str, Cut] = field(default_factory=dict)
     sizes: Mapping[str, str] = field(default_factory=dict)
     shared: Mapping[str, str] = field(default_factory=dict)
@@ -147,6 +160,7 @@ class Block:
         return replace(self, name=name or self.name, **changes)
 
     def fits(self, module: nn.Module) -> bool:
+        """Whether a module has the children and the attribute that tell the block."""
         return all(child(module, need) is not None for need in self.needs) and (
             not self.when or bool(getattr(module, self.when, False))
         )

@@ -62,12 +62,12 @@ def recognise(model: nn.Module, name: str) -> tuple[Family, str]:
             "where one is missing, describe it in attention.py, mlp.py or recurrent.py "
             "beside it"
         )
-    found = dict.fromkeys(
+    names = dict.fromkeys(
         block.name for m in modules.values() for block in blocks_of(m, family)
     )
     return family, (
         f"the model type {name!r} is not in mlxtp's table; recognised from its "
-        f"modules: {', '.join(sorted(found))}. Compare its first tokens with mlx-lm's"
+        f"modules: {', '.join(sorted(names))}. Compare its first tokens with mlx-lm's"
     )
 
 
@@ -124,9 +124,10 @@ def _is_wide(norm: nn.Module, around: nn.Module, family: Family) -> bool:
     """Whether a norm within a block runs over more than one head, and is not cut."""
     name = next((k for k, v in around.items() if v is norm), "")
     own = [b for b in family.blocks if b.rule is not None and b.fits(around)]
-    known = {cut for block in own for cut in block.cuts}
-    cuts = [(n, cut) for block in own for n, cut in block.cuts.items()]
-    rows = [child(around, n) for n, cut in cuts if cut.style == "row"]
+    cut_children = {
+        child_name: cut for block in own for child_name, cut in block.cuts.items()
+    }
+    rows = [child(around, n) for n, cut in cut_children.items() if cut.style == "row"]
     widths = {row.weight.shape[-1] for row in rows if row is not None}
     weight = child(norm, "weight")
-    return name not in known and weight is not None and weight.size in widths
+    return name not in cut_children and weight is not None and weight.size in widths

@@ -3,7 +3,7 @@
 One allreduce for the embedding of a token, one gather of its logits.
 """
 
-from mlxtp.families.blocks import HEAD, LOOKUP, Block, Words, along
+from mlxtp.families.blocks import HEAD, LOOKUP, Block, VocabularyRows, along
 
 
 def embedding(*names: str) -> Block:
@@ -11,14 +11,15 @@ def embedding(*names: str) -> Block:
     return Block(
         "embedding",
         needs=names,
-        rule=Words(),
+        rule=VocabularyRows(),
         cuts=dict.fromkeys(names, LOOKUP),
         joint=names if len(names) > 1 else (),
     )
 
 
 def head(name: str) -> Block:
-    return Block("head", needs=(name,), rule=Words(), cuts={name: HEAD})
+    """The projection to the logits."""
+    return Block("head", needs=(name,), rule=VocabularyRows(), cuts={name: HEAD})
 
 
 VOCABULARY = (embedding("embed_tokens"), head("lm_head"))
@@ -33,7 +34,7 @@ TIED_BY_WEIGHT = Block(
 BARE_HEAD = Block(
     "head",
     needs=("lm_head", "lm_head_gain"),
-    rule=Words(),
+    rule=VocabularyRows(),
     cuts={"lm_head": along("v")},
     adapt="gather_before_gain",
 )
@@ -41,7 +42,7 @@ BARE_HEAD = Block(
 NGRAMS = Block(
     "embedding of n-grams",
     needs=("word_embeddings", "embedders", "post_projs"),
-    rule=Words(),
+    rule=VocabularyRows(),
     cuts={"word_embeddings": LOOKUP, "embedders.*": LOOKUP},
     shared={"post_projs": "projections of parts that only their sum makes whole"},
     sums="output",

@@ -1,6 +1,7 @@
 """Streaming text from a split model."""
 
 from collections.abc import Generator
+from contextlib import nullcontext
 from typing import Any
 
 import mlx.core as mx
@@ -9,7 +10,8 @@ import mlx_lm
 from mlx_lm.generate import GenerationResponse
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 
-from mlxtp.layers.parallel import Communicating, VocabParallel
+from mlxtp.layers.forward import Forward, change_forward, twin
+from mlxtp.layers.sums import outputs_unread
 
 
 def stream_generate(
@@ -21,37 +23,28 @@ def stream_generate(
     """Generate text on every rank: `mlx_lm.stream_generate`, with its arguments.
 
     While mlx-lm reads the prompt it wants the caches and no logits, and says so
-    between its steps: the layers that no cache depends on stay silent then.
+    between its steps: the layers that no cache depends on do not communicate then.
+    That is known to this stream alone: streams of one model may take turns.
 
     Every rank samples for itself, from the same logits. A `sampler` that draws
     needs the same `mx.random.seed` on all of them.
     """
-    silent = behind_the_caches(model)
     told = kwargs.pop("prompt_progress_callback", None)
+    reads_prompt = False
 
     def progress(processed: int, total: int) -> None:
+        nonlocal reads_prompt
         # The last token of a prompt is a step of its own, whose logits are read.
-        for layer in silent:
-            layer.unread = processed < total - 1
+        reads_prompt = processed < total - 1
         if told is not None:
             told(processed, total)
 
-    try:
-        yield from mlx_lm.stream_generate(
-            model, tokenizer, prompt, prompt_progress_callback=progress, **kwargs
-        )
-    finally:
-        for layer in silent:
-            layer.unread = False
+    def call(former: Forward, model: nn.Module, *args: Any, **options: Any) -> mx.array:
+        with outputs_unread() if reads_prompt else nullcontext():
+            return former(model, *args, **options)
 
-
-def behind_the_caches(model: nn.Module) -> list[Communicating]:
-    """The layers that communicate what no cache depends on.
-
-    They are those at the end of the last layer's blocks, and the head.
-    """
-    silent = [m for m in model.modules() if isinstance(m, VocabParallel)]
-    if not model.slice_table.family.loops:
-        last = (m for m in model.layers[-1].modules() if isinstance(m, Communicating))
-        silent += [m for m in last if not m.inner]
-    return silent
+    stream = twin(model)
+    change_forward(stream, call)
+    yield from mlx_lm.stream_generate(
+        stream, tokenizer, prompt, prompt_progress_callback=progress, **kwargs
+    )

@@ -6,7 +6,6 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from mlxtp.comm.communicator import Communicator
-from mlxtp.layers.parallel import Communicating
 from mlxtp.partition.spans import Spans, keeps_groups_whole
 
 
@@ -23,7 +22,7 @@ class NormShard:
         """Take all ranks' `spans` of an axis of `features`."""
         size = features // groups
         mine = spans[rank].indices
-        before = {place for other in spans[:rank] for place in other.indices}
+        before = {i for other in spans[:rank] for i in other.indices}
         self.size = size
         self.groups = groups
         member = mx.array([i // size for i in mine])[:, None] == mx.arange(groups)
@@ -45,7 +44,7 @@ class NormShard:
         return (y if weight is None else y * weight).astype(x.dtype)
 
 
-class RMSNormOverRanks(Communicating):
+class RMSNormOverRanks(nn.Module):
     """RMSNorm over an axis of which every rank has a part, with a gate if there is one.
 
     y = x / sqrt(mean(x^2) + eps) * w; with a gate z, x * silu(z) is normed, or the
@@ -56,22 +55,23 @@ class RMSNormOverRanks(Communicating):
         rank has its groups whole.
     """
 
-    inner = True
-
-    def __init__(self, norm: nn.Module, shard: NormShard, comm: Communicator) -> None:
-        """Take the place of `norm`, whose weight is this rank's."""
+    def __init__(
+        self, norm: nn.Module, shard: NormShard, comm: Communicator, path: str
+    ) -> None:
+        """Take the place of `norm` at `path`, whose weight is this rank's."""
         super().__init__()
         self.weight = norm.weight
         self.eps = getattr(norm, "eps", None) or norm.variance_epsilon
         self.gate_last = getattr(norm, "norm_before_gate", False)
-        self.comm = comm
+        self.comm, self._path = comm, path
         self.shard = shard
 
     def __call__(self, x: mx.array, gate: mx.array | None = None) -> mx.array:
+        """Norm this rank's part of x."""
         if gate is not None and not self.gate_last:
             x = nn.silu(gate) * x
         squares = self.shard.squares(x)
         if not self.shard.is_local:
-            squares = self.comm.allreduce(squares, self.path)
+            squares = self.comm.allreduce(squares, self._path)
         y = self.shard.normed(x, squares, self.eps, self.weight)
         return nn.silu(gate) * y if gate is not None and self.gate_last else y

@@ -11,45 +11,11 @@ import mlx.nn as nn
 
 from mlxtp.comm.communicator import Communicator
 from mlxtp.families.blocks import base
+from mlxtp.layers.sums import Sum, are_outputs_unread
 from mlxtp.partition.spans import Span, Spans
 
-Sum = Callable[[mx.array, str], mx.array]
 
-
-class Communicating(nn.Module):
-    """A layer that communicates.
-
-    While `unread` is set, nobody looks at the layer's output: it does not
-    communicate, and what it returns is right in its shape alone. `path` is where
-    the model has it; `inner` says that the rest of its block, caches too, needs it.
-    """
-
-    unread: bool = False
-    path: str = ""
-    inner: bool = False
-
-
-class JointSum:
-    """One allreduce for the outputs of two blocks that are only added.
-
-    Whichever is called first gives zeros and leaves its partial output to the other,
-    which adds its own, sums both over ranks and gives the whole.
-    """
-
-    def __init__(self, comm: Communicator) -> None:
-        self._allreduce = comm.allreduce
-        self._first: tuple[str, mx.array] | None = None
-
-    def __call__(self, x: mx.array, at: str) -> mx.array:
-        first, self._first = self._first, None
-        # The same place again: the other one never came, somebody stopped between.
-        if first is None or first[0] == at:
-            self._first = (at, x)
-            return mx.zeros_like(x)
-        return self._allreduce(first[1] + x, at)
-
-
-class RowParallelLinear(Communicating):
+class RowParallelLinear(nn.Module):
     """Multiply a sharded input by a row shard and sum over ranks.
 
     y = allreduce(x_r @ W_r.T) + b, where W_r holds rank r's columns of W. Where the
@@ -93,8 +59,8 @@ class RowParallelLinear(Communicating):
             zero = mx.zeros((*x.shape[:-1], 1), x.dtype)
             x = mx.concatenate([x, zero], axis=-1)[..., mx.array(self._sources)]
         y = self.linear(x, *which, **options)
-        if self._sum is not None and not self.unread:
-            y = self._sum(y, self.path)
+        if self._sum is not None:
+            y = self._sum(y)
         return y + self.bias if "bias" in self else y
 
 
@@ -164,6 +130,7 @@ class RowParallelRotated(RowParallelLinear):
         sum_over_ranks: Sum | None,
         rotate: Callable[..., mx.array],
         is_aligned: bool,
+        path: str,
     ) -> None:
         """Wrap `linear`; `spans` and `covered` are those of all ranks.
 
@@ -179,32 +146,16 @@ class RowParallelRotated(RowParallelLinear):
         self._sizes = [part.length for part in spans]
         self._mine = mine.indices
         self._rotate, self._block, self._signs = rotate, linear.block, linear.signs
-        self.comm = comm
+        self.comm, self._path = comm, path
         linear.block = 0
 
     def __call__(self, x: mx.array, *which: mx.array, **options: Any) -> mx.array:
+        """Rotate and multiply."""
         if not self.linear.block:
-            whole = self.comm.allgather(x, self._sizes, self.path)
+            whole = self.comm.allgather(x, self._sizes, self._path)
             whole = whole[..., mx.array(self._back)]
             x = self._rotate(whole, self._block, self._signs)[..., mx.array(self._mine)]
         return super().__call__(x, *which, **options)
-
-
-def sum_output(module: nn.Module, sum_over_ranks: Sum, path: str) -> None:
-    """Let `module` sum its output over ranks: it is made of partial ones.
-
-    The module keeps its place and its attributes.
-
-    Communicates: one allreduce of what the module returns.
-    """
-
-    class Summed(Communicating, type(module)):  # type: ignore[misc]
-        def __call__(self, *args: Any, **kwargs: Any) -> mx.array:
-            y = super().__call__(*args, **kwargs)
-            return y if self.unread else sum_over_ranks(y, self.path)
-
-    module.__class__ = Summed
-    module.path = path
 
 
 def _fill_up(spans: Spans, covered: Spans) -> list[int]:
@@ -213,19 +164,24 @@ def _fill_up(spans: Spans, covered: Spans) -> list[int]:
     return [offsets.get(place, -1) for place in covered.indices]
 
 
-class VocabParallel(Communicating):
-    """What layers share that hold `spans[rank]` of the vocabulary's rows."""
+class VocabParallel(nn.Module):
+    """What layers share that hold `spans[rank]` of the vocabulary's rows.
 
-    def __init__(self, comm: Communicator, spans: Sequence[Span]) -> None:
+    No cache depends on logits: in a call whose outputs nobody reads they are zeros.
+    """
+
+    def __init__(self, comm: Communicator, spans: Sequence[Span], path: str) -> None:
+        """Take all ranks' rows, and where the model has the layer."""
         super().__init__()
         self.comm = comm
         self._sizes = [span.length for span in spans]
+        self._path = path
 
     def _gather(self, logits: mx.array) -> mx.array:
         """(..., V_r) sharded -> (..., V) replicated."""
-        if self.unread:
+        if are_outputs_unread():
             return mx.zeros((*logits.shape[:-1], sum(self._sizes)), logits.dtype)
-        return self.comm.allgather(logits, self._sizes, self.path)
+        return self.comm.allgather(logits, self._sizes, self._path)
 
 
 class VocabParallelLinear(VocabParallel):
@@ -234,13 +190,14 @@ class VocabParallelLinear(VocabParallel):
     y = allgather(x @ W_r.T), where W_r holds rank r's rows of W.
 
     Shapes: x (..., D) replicated -> y (..., V) replicated.
-    Communicates: one allgather of (...)*V elements.
+    Communicates: one allgather of (...)*V elements; nothing while nobody reads them.
     """
 
     def __init__(
-        self, linear: nn.Module, comm: Communicator, spans: Sequence[Span]
+        self, linear: nn.Module, comm: Communicator, spans: Sequence[Span], path: str
     ) -> None:
-        super().__init__(comm, spans)
+        """Wrap `linear`, which holds W_r."""
+        super().__init__(comm, spans, path)
         self.linear = linear
 
     @property
@@ -249,6 +206,7 @@ class VocabParallelLinear(VocabParallel):
         return self.linear.weight
 
     def __call__(self, x: mx.array) -> mx.array:
+        """Make the logits of the rank's rows and gather all."""
         return self._gather(self.linear(x))
 
 
@@ -258,9 +216,9 @@ class VocabParallelEmbedding(VocabParallel):
     y = allreduce(E[token] where the rank holds it, else 0); partial where the sum is
     made later.
 
-    Shapes: tokens (B, L) replicated -> y (B, L, D) replicated.
-    Communicates: one allreduce of B*L*D elements; as a tied head
-    (`as_linear`) what `VocabParallelLinear` does.
+    Shapes: tokens (B, L) replicated -> y (B, L, D) replicated, or partial.
+    Communicates: one allreduce of B*L*D elements, or nothing if partial; as a tied
+        head (`as_linear`) what `VocabParallelLinear` does.
     """
 
     def __init__(
@@ -268,19 +226,23 @@ class VocabParallelEmbedding(VocabParallel):
         embedding: nn.Module,
         comm: Communicator,
         spans: Sequence[Span],
+        path: str,
         sum_over_ranks: Sum | None,
     ) -> None:
-        super().__init__(comm, spans)
+        """Wrap `embedding`, which holds this rank's rows."""
+        super().__init__(comm, spans, path)
         self.embedding = embedding
         self._span = spans[comm.rank]
         self._sum = sum_over_ranks
 
     def __call__(self, tokens: mx.array) -> mx.array:
+        """Look up the rows of tokens."""
         start, stop = self._span
         held = (tokens >= start) & (tokens < stop)
         rows = self.embedding(mx.where(held, tokens - start, 0))
         rows = mx.where(held[..., None], rows, 0)
-        return self._sum(rows, self.path) if self._sum is not None else rows
+        return self._sum(rows) if self._sum is not None else rows
 
     def as_linear(self, x: mx.array) -> mx.array:
+        """Multiply by the embedding: x (..., D) -> logits (..., V) replicated."""
         return self._gather(self.embedding.as_linear(x))

@@ -1,114 +1,58 @@
 """mlx-lm's model, changed to compute a rank's part."""
 
 import copy
-import sys
 from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
-from mlx_lm.tuner.dora import DoRALinear
 
 from mlxtp.comm.communicator import Communicator
-from mlxtp.families.blocks import BlockShards, base, child
-from mlxtp.layers import ternary
+from mlxtp.families.blocks import BlockShards, child
 from mlxtp.layers.adapt.table import ADAPTERS
-from mlxtp.layers.norms import NormShard, RMSNormOverRanks
-from mlxtp.layers.parallel import (
-    Communicating,
-    JointSum,
-    RowParallelDoRA,
-    RowParallelLinear,
-    RowParallelRotated,
-    Sum,
-    VocabParallelEmbedding,
-    VocabParallelLinear,
-    sum_output,
-)
+from mlxtp.layers.forward import change_forward
+from mlxtp.layers.replace import BUILDERS, Site
+from mlxtp.layers.sums import JointSum, SummedOutput, SumOverRanks
 from mlxtp.partition.layouts import Part, place
-from mlxtp.sharding.table import MatrixShards, SliceTable
+from mlxtp.sharding.table import SliceTable
 
 
 def parallelize(model: nn.Module, table: SliceTable, comm: Communicator) -> None:
     """Make `model`, whose parameters are this rank's slices, compute its part.
 
-    `model.slice_table` tells afterwards what is whose.
+    Afterwards `model.slice_table` is `table`.
     """
     model.slice_table = table
     modules = dict(model.named_modules())
-    sums: dict[str, Sum] = {}
-    for places in table.joints:
-        sums |= dict.fromkeys(places, JointSum(comm))
-    for matrix in table.matrices.values():
-        made = sums.get(matrix.path, comm.allreduce) if matrix.summed else None
-        layer = _layer(child(model, matrix.path), matrix, modules, comm, made)
-        if isinstance(layer, Communicating):
-            layer.path, layer.inner = matrix.path, layer.inner or matrix.cut.inner
-        _replace(model, matrix.path, layer)
+    last = next(path for path, m in modules.items() if m is model.layers[-1])
+    joints: dict[str, JointSum] = {}
+    for path, places in table.joint_sums.items():
+        joint = JointSum(comm, places)
+        change_forward(modules[path], joint)
+        joints |= dict.fromkeys(places, joint)
+
+    def sum_at(path: str, *, feeds_caches: bool) -> SumOverRanks:
+        """What sums over ranks at a place.
+
+        A cache depends on every output but those of the last layer, and on these where
+        the matrix or the family says so.
+        """
+        is_last = path.startswith(f"{last}.")
+        feeds = feeds_caches or table.family.loops or not is_last
+        return SumOverRanks(comm, path, feeds, joints.get(path))
+
+    for path, matrix in table.matrices.items():
+        total = sum_at(path, feeds_caches=matrix.cut.inner) if matrix.summed else None
+        site = Site(child(model, path), matrix, comm, total)
+        _replace(model, path, BUILDERS[matrix.cut.style](site))
     for path in table.outputs:
-        sum_output(modules[path], sums.get(path, comm.allreduce), path)
+        total = sum_at(path, feeds_caches=False)
+        change_forward(modules[path], SummedOutput(total))
     for shards in table.blocks:
         if shards.block.rule is not None and shards.parts:
             _resize(modules[shards.path], shards, shards.parts[comm.rank])
     for shards in table.blocks:
         if shards.block.adapt:
             ADAPTERS[shards.block.adapt](modules[shards.path], shards, comm)
-
-
-def _layer(
-    target: Any,
-    matrix: MatrixShards,
-    modules: dict[str, nn.Module],
-    comm: Communicator,
-    made: Sum | None,
-) -> Any:
-    """What takes the place of `target`, which holds the rank's part or is a list."""
-    style, spans = matrix.cut.style, matrix.spans
-    if style == "lookup":
-        return VocabParallelEmbedding(target, comm, [s for (s,) in spans], made)
-    if style == "head":
-        return VocabParallelLinear(target, comm, [s for (s,) in spans])
-    if style == "row" and hasattr(target, "block") and target.block:
-        rotate = sys.modules[type(target).__module__].hadamard_rotate
-        return RowParallelRotated(
-            target, comm, spans, matrix.covered, made, rotate, not matrix.cuts_rotations
-        )
-    if style == "row":
-        kind = RowParallelDoRA if isinstance(target, DoRALinear) else RowParallelLinear
-        return kind(target, comm, spans[comm.rank], matrix.covered[comm.rank], made)
-    if style == "repack":
-        return ternary.repacked(target, spans[comm.rank], matrix.covered[comm.rank])
-    if style == "norm":
-        named = matrix.cut.groups
-        groups = child(modules[matrix.block.path], named) if named else 1
-        shard = NormShard(matrix.features, spans, comm.rank, groups)
-        return RMSNormOverRanks(target, shard, comm)
-    if style == "items":
-        return [target[i] for i in spans[comm.rank].indices]
-    if (
-        isinstance(target, mx.array)
-        and target.shape[matrix.cut.axis] == matrix.features
-    ):
-        # Computed by the model itself, and so still whole.
-        own = mx.array(spans[comm.rank].indices)
-        return mx.take(target, own, matrix.cut.axis)
-    if hasattr(target, "out_features"):  # ternary weights, four in a byte
-        target.out_features = 4 * target.weight.shape[-2]
-    if isinstance(target, nn.Conv1d):
-        target.groups = spans[comm.rank].length
-    if hasattr(base(target), "indices") and style == "column":
-        _split_where_parts_end(base(target), matrix, comm.rank)
-    return target
-
-
-def _split_where_parts_end(linear: nn.Module, matrix: MatrixShards, rank: int) -> None:
-    """Set where a fused layer splits its outputs: where the rank's segments end."""
-    starts = [0, *linear.indices]
-    stops = [*linear.indices, matrix.features]
-    sizes = [
-        matrix.spans[rank].intersection([(start, stop)]).length
-        for start, stop in zip(starts, stops, strict=True)
-    ]
-    linear.indices = [sum(sizes[: i + 1]) for i in range(len(sizes) - 1)]
 
 
 def _resize(module: nn.Module, shards: BlockShards, part: Part) -> None:

@@ -1,1 +1,1 @@
-"""Integers only: spans of an axis, attention heads, layouts of an axis in words."""
+"""Integers only: spans of an axis, shares, attention heads, layouts of an axis."""

@@ -12,10 +12,12 @@ from mlxtp.partition.spans import Spans
 
 @dataclass(frozen=True)
 class HeadShard:
-    """The heads of one rank: as many query heads under each of its KV heads.
+    """The heads of one rank, with equally many query heads under each KV head.
 
-    `kv_heads` are indices of KV heads; `query_spans[i]` are the query heads that
-    the rank computes under `kv_heads[i]`, all of one width.
+    Args:
+        kv_heads: the indices of its KV heads.
+        query_spans: for each of its KV heads, the query heads that it computes under
+            it; all spans have the same length.
     """
 
     kv_heads: tuple[int, ...]
@@ -23,14 +25,17 @@ class HeadShard:
 
     @property
     def kv_spans(self) -> Spans:
+        """Its KV heads as spans, one each."""
         return Spans((kv, kv + 1) for kv in self.kv_heads)
 
     @property
     def local_kv_heads(self) -> int:
+        """The number of its KV heads."""
         return len(self.kv_heads)
 
     @property
     def local_heads(self) -> int:
+        """The number of its query heads."""
         return self.query_spans.length
 
 
@@ -43,13 +48,14 @@ def head_shards(
 ) -> tuple[HeadShard, ...]:
     """Give every rank its attention heads.
 
-    Up to one rank a KV head, whole KV groups are shared out. With more ranks,
-    ranks share KV heads and split the query heads under them: a rank takes a
-    rectangle, some KV heads and an equal number of query heads under each, so
-    that grouped-query attention runs on it as it is.
+    With at most as many ranks as KV heads, each rank gets whole groups: KV heads with
+    all query heads under them. With more ranks, several ranks hold the same KV head and
+    split the query heads under it. A rank then gets a rectangle, some KV heads and
+    equally many query heads under each, so grouped-query attention runs on it
+    unchanged.
 
-    With `shared_groups` they do so wherever whole groups would be too uneven: what
-    belongs to a group of a state space is little beside its heads.
+    With `shared_groups` fewer ranks split groups as well, where whole groups would be
+    too uneven: in a state space what belongs to a group is small beside its heads.
 
     Raises: ValueError if there are more ranks than query heads.
     """
@@ -93,9 +99,10 @@ def _is_uneven(num_kv_heads: int, shares: tuple[int, ...]) -> bool:
 
 
 def tiled(shard: HeadShard, num_heads: int, num_kv_heads: int) -> Spans:
-    """The query heads of a shard where head h is under KV head h mod KV.
+    """The query heads of a shard where query head h is under KV head h mod KV.
 
-    They come in turns: the first under each of the rank's KV heads, then the second.
+    The order is the one in which the rank's attention pairs them: the first query head
+    under each of its KV heads, then the second under each.
     """
     group = num_heads // num_kv_heads
     firsts = [
@@ -115,9 +122,8 @@ Rectangle = tuple[tuple[int, ...], int]  # KV heads, query heads under each
 
 # Query heads a rank may hold, as a multiple of its even share.
 MOST_QUERIES = Fraction(5, 4)
-# Rectangles tried before a limit is taken for too tight. The bound above is
-# reached within it for every head count of up to 16 ranks (tests/partition/
-# test_heads.py).
+# Rectangles to try before the limit on what a rank holds is raised. With so many the
+# bound above is kept for every number of heads on up to 16 ranks (test_heads.py).
 SEARCH_NODES = 2000
 
 
@@ -126,13 +132,13 @@ def _rectangles(
 ) -> list[Rectangle]:
     """Tile the heads (KV heads x `group` query heads) with a rectangle a rank.
 
-    The limit on what a rank holds grows until a tiling is found. A query head
-    weighs as much as a KV head: two matrices of head_dim x hidden each.
+    The limit on what a rank holds grows until there is a tiling. A query head counts as
+    much as a KV head: each has two matrices of head_dim x hidden.
     """
     num_heads, all_shares = num_kv_heads * group, sum(shares)
     limit = Fraction(1)
     while True:
-        # Weights too uneven for any tiling within the bound on queries may pass it.
+        # Shares too uneven for any tiling within the bound on queries may exceed it.
         queries = limit if limit > 4 else min(limit, MOST_QUERIES)
         most = [
             (
@@ -141,11 +147,11 @@ def _rectangles(
             )
             for share in shares
         ]
-        # Heavy ranks first: light ones fill what is left.
+        # Large shares first: small ones fill what is left.
         order = sorted(range(len(shares)), key=lambda rank: -shares[rank])
-        found = _tile(num_kv_heads, group, [most[rank] for rank in order])
-        if found is not None:
-            by_rank = dict(zip(order, found, strict=True))
+        rectangles = _tile(num_kv_heads, group, [most[rank] for rank in order])
+        if rectangles is not None:
+            by_rank = dict(zip(order, rectangles, strict=True))
             return [by_rank[rank] for rank in range(len(shares))]
         limit += Fraction(1, 16)
 
@@ -207,9 +213,9 @@ def _tile(
 def _distinct_choices(
     left: tuple[int, ...], kv: int, width: int
 ) -> Iterator[tuple[int, ...]]:
-    """Neighbouring choices of `kv` heads with `width` left, the fullest first.
+    """Choices of `kv` KV heads that have `width` query heads left, the fullest first.
 
-    Heads with as many left are interchangeable: one choice stands for all.
+    KV heads with equally many left are interchangeable: one choice stands for all.
     """
     fullest = sorted(range(len(left)), key=lambda head: (-left[head], head))
     seen = set()

@@ -1,11 +1,15 @@
-"""The layout of an axis: which heads, columns or words lie where on it. Integers only.
+"""The layout of an axis: which heads, columns or rows lie where on it. Integers only.
 
-A layout is written in words. `q` stands for all query heads, one after the other,
-`kv` for all KV heads (or groups of a state space), `w` for the columns of an MLP, `v`
-for the rows of a vocabulary: "q kv kv" is an axis of queries, then keys, then values.
-Words in parentheses come once for every KV head, with the query heads under it:
-"(q kv kv)". One unit of every word takes as many features, unless a colon says how
-many, in figures or as an attribute of the module: "q:head_dim q:1".
+A layout is a line of terms, in the order in which they lie on the axis. A term is a
+kind of unit: `q` are all query heads, `kv` all KV heads (or groups of a state space),
+`w` the columns of an MLP, `v` the rows of a vocabulary.
+
+    "q kv kv"               all queries, then all keys, then all values
+    "(q kv kv)"             for each KV head: the queries under it, its key, its value
+    "q:head_dim q:1"        each query head has `head_dim` features, then one feature
+
+After the colon stands how many features a unit has: a number, or an attribute of the
+module. Units of terms without a colon all have the same number of features.
 """
 
 import re
@@ -27,25 +31,37 @@ class Part:
     groups: tuple[tuple[int, Span], ...] = ()
 
     def size(self, unit: str) -> int:
+        """The number of units of a kind that the rank has."""
         return self.spans[unit].length
 
 
 @dataclass(frozen=True)
-class Word:
+class Term:
+    """A kind of unit on an axis, and how many features one unit has.
+
+    `width` is a number or an attribute's name; "" for the width that all such terms
+    share.
+    """
+
     unit: str
-    width: str  # "" if it is what all words have
+    width: str
+
+
+# A term alone, or the terms in parentheses, which come once for every KV head.
+Group = tuple[Term, ...]
 
 
 @lru_cache
-def parse(layout: str) -> tuple[tuple[Word, ...], ...]:
-    """Parse a layout: a tuple for each word, or for the words in parentheses."""
-    phrases = re.findall(r"\([^()]+\)|[^\s()]+", layout)
+def parse(layout: str) -> tuple[Group, ...]:
+    """Parse a layout into groups of terms."""
     return tuple(
         tuple(
-            Word(unit, width)
-            for unit, _, width in (word.partition(":") for word in words.split())
+            Term(unit, width)
+            for unit, _, width in (term.partition(":") for term in group.split())
         )
-        for words in (phrase.strip("()") for phrase in phrases)
+        for group in (
+            text.strip("()") for text in re.findall(r"\([^()]+\)|[^\s()]+", layout)
+        )
     )
 
 
@@ -58,58 +74,57 @@ def place(
 ) -> Spans:
     """Find the spans of a rank's `part` on an axis of `features` with this layout.
 
-    `counts` are the units of the whole block; `width_of` says what an attribute of the
-    module is, for widths by name.
+    `counts` are the units of the whole block; `width_of` gives the value of an
+    attribute of the module, for widths by name.
 
     Raises: ValueError if the axis cannot be of this layout.
     """
-    phrases = parse(layout)
+    groups = parse(layout)
+    terms = [term for group in groups for term in group]
     given = {
-        word: int(word.width) if word.width.isdigit() else width_of(word.width)
-        for phrase in phrases
-        for word in phrase
-        if word.width
+        term: int(term.width) if term.width.isdigit() else width_of(term.width)
+        for term in terms
+        if term.width
     }
-    words = [word for phrase in phrases for word in phrase]
-    rest = features - sum(counts[w.unit] * given[w] for w in words if w in given)
-    units = sum(counts[w.unit] for w in words if w not in given)
+    rest = features - sum(counts[t.unit] * given[t] for t in terms if t in given)
+    units = sum(counts[t.unit] for t in terms if t not in given)
     common, odd = divmod(rest, units) if units else (0, rest)
     if odd or rest < 0:
         raise ValueError(f"an axis of {features} features is not laid out as {layout}")
 
-    def width(word: Word) -> int:
-        return given.get(word, common)
+    def width(term: Term) -> int:
+        return given.get(term, common)
 
     spans: list[Span] = []
     start = 0
-    for phrase in phrases:
-        if len(phrase) == 1:
-            (word,) = phrase
-            spans += part.spans[word.unit].scaled(width(word)).shifted(start)
+    for group in groups:
+        if len(group) == 1:
+            (term,) = group
+            spans += part.spans[term.unit].scaled(width(term)).shifted(start)
         else:
-            spans += _groups(phrase, start, counts, part, width)
-        start += sum(counts[word.unit] * width(word) for word in phrase)
+            spans += _by_kv_head(group, start, counts, part, width)
+        start += sum(counts[term.unit] * width(term) for term in group)
     return Spans(spans).joined()
 
 
-def _groups(
-    phrase: tuple[Word, ...],
+def _by_kv_head(
+    group: Group,
     start: int,
     counts: Mapping[str, int],
     part: Part,
-    width: Callable[[Word], int],
+    width: Callable[[Term], int],
 ) -> list[Span]:
-    """The spans of words that come once for every KV head."""
+    """The spans of terms that come once for every KV head, from `start` on."""
     queries = counts["q"] // counts["kv"]  # under one KV head
-    sizes = [width(word) * (queries if word.unit == "q" else 1) for word in phrase]
+    sizes = [width(term) * (queries if term.unit == "q" else 1) for term in group]
     spans: list[Span] = []
-    for kv, (first, last) in part.groups:
-        at = start + kv * sum(sizes)
-        for word, size in zip(phrase, sizes, strict=True):
-            if word.unit == "q":
-                shift = at - kv * queries * width(word)
-                spans += Spans([(first, last)]).scaled(width(word)).shifted(shift)
+    for kv, heads in part.groups:
+        offset = start + kv * sum(sizes)
+        for term, size in zip(group, sizes, strict=True):
+            if term.unit == "q":
+                shift = offset - kv * queries * width(term)
+                spans += Spans([heads]).scaled(width(term)).shifted(shift)
             else:
-                spans.append(Span(at, at + size))
-            at += size
+                spans.append(Span(offset, offset + size))
+            offset += size
     return spans

@@ -1,8 +1,7 @@
 """The slice table: which slice of which parameter is whose.
 
-`slice_table` is the one place that decides it: table of architectures x empty model x
-shares of the ranks -> the slices of every rank, without any other rank or any weight
-at hand.
+`slice_table` is the one place that decides it: table of families x empty model x
+shares of the ranks -> the slices of every rank. It needs no weight and no other rank.
 """
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -23,7 +22,7 @@ from mlxtp.families.blocks import (
     child,
     targets,
 )
-from mlxtp.partition.heads import head_shards, tiled
+from mlxtp.partition.heads import HeadShard, head_shards, tiled
 from mlxtp.partition.layouts import Part, place
 from mlxtp.partition.shares import Share, Shares, as_shares, cut_axis
 from mlxtp.partition.spans import Span, Spans
@@ -46,41 +45,38 @@ def slice_table(model: nn.Module, shares: Iterable[int | Share]) -> SliceTable:
     """
     shares = as_shares(shares)
     family, remark = families.of(model)
-    found = list(_blocks(model, family))
+    places = list(_blocks(model, family))
+    summed_whole = [path for path, _, block in places if block.sums != "rows"]
     containers = {
-        path: block
-        for path, _, block in found
-        if block.sums != "rows"
-        and not _inside(
-            path, (p for p, _, b in found if b.sums != "rows" and p != path)
-        )
+        path
+        for path in summed_whole
+        if not _inside(path, (other for other in summed_whole if other != path))
     }
     blocks, matrices = [], {}
-    for path, module, block in found:
-        if block.rule is None:
-            blocks.append(BlockShards(path, block, {}, ()))
-            continue
-        shards = _share(path, module, block, model, shares)
+    for path, module, block in places:
+        shards = _shard_block(path, module, block, model, shares)
         blocks.append(shards)
         for name, target, cut in targets(module, block):
             where = f"{path}.{name}" if path else name
-            partial = _inside(f"{where}.", containers) and not cut.inner
-            matrices[where] = _matrix(
-                where, module, target, cut, shards, not partial, shares
+            summed = cut.inner or not _inside(f"{where}.", containers)
+            matrices[where] = _shard_matrix(
+                where, module, target, cut, shards, summed, shares
             )
     outputs = {
         shards.path: shards
         for shards in blocks
         if shards.path in containers and shards.block.sums == "output"
     }
+    parameters = tree_flatten(model.parameters())
     return SliceTable(
         family,
         remark,
         tuple(blocks),
         matrices,
         outputs,
-        tuple(_joints(blocks, matrices, outputs)),
-        {name: a.shape for name, a in tree_flatten(model.parameters())},
+        dict(_joints(blocks, matrices, outputs)),
+        {name: array.shape for name, array in parameters},
+        {name: array.dtype.size for name, array in parameters},
     )
 
 
@@ -91,7 +87,7 @@ def _blocks(model: nn.Module, family: Family) -> Iterator[tuple[str, nn.Module, 
             yield path, module, block
 
 
-def _share(
+def _shard_block(
     path: str,
     module: nn.Module,
     block: Block,
@@ -100,44 +96,68 @@ def _share(
 ) -> BlockShards:
     """Share the units of one block out among the ranks."""
     if isinstance(block.rule, Heads):
-        rule = block.rule
-        num_heads = _first(module, rule.queries)
-        if num_heads is None:
-            raise ValueError(f"{path} has none of {', '.join(rule.queries)}")
-        num_kv_heads = rule.kv if isinstance(rule.kv, int) else _first(module, rule.kv)
-        if num_kv_heads is None and rule.kv_from:
-            num_kv_heads = child(model, rule.kv_from)
-        counts = {"q": num_heads, "kv": num_kv_heads or num_heads}
-        shards = head_shards(
-            counts["q"],
-            counts["kv"],
-            tuple(share.attention for share in shares),
-            rule.shared_groups,
-        )
-        parts = tuple(
-            Part(
-                {
-                    "q": tiled(shard, counts["q"], counts["kv"])
-                    if rule.tiled
-                    else shard.query_spans,
-                    "kv": shard.kv_spans,
-                },
-                tuple(zip(shard.kv_heads, shard.query_spans, strict=True)),
-            )
-            for shard in shards
-        )
-        return BlockShards(path, block, counts, parts)
+        return _shard_heads(path, module, block, block.rule, model, shares)
     if isinstance(block.rule, Width):
-        width = _features(child(module, block.rule.of))[1] // block.rule.parts
-        rows = [t for _, t, cut in targets(module, block) if cut.style == "row"]
-        granule = max(max(granule_of(m), getattr(m, "block", 1)) for m in rows)
-        wanted = [getattr(share, block.rule.share) for share in shares]
-        cuts = _width_spans(path, width, granule, wanted)
-        parts = tuple(Part({"w": Spans([cut])}) for cut in cuts)
-        around = child(model, path.rpartition(".")[0])
-        times = child(around, block.times) if block.times else 1
-        return BlockShards(path, block, {"w": width}, parts, times)
+        return _shard_width(path, module, block, block.rule, model, shares)
     return BlockShards(path, block, {}, ())
+
+
+def _shard_heads(
+    path: str,
+    module: nn.Module,
+    block: Block,
+    rule: Heads,
+    model: nn.Module,
+    shares: Shares,
+) -> BlockShards:
+    """Share out query heads and KV heads."""
+    num_heads = _first(module, rule.queries)
+    if num_heads is None:
+        raise ValueError(f"{path} has none of {', '.join(rule.queries)}")
+    num_kv_heads = rule.kv if isinstance(rule.kv, int) else _first(module, rule.kv)
+    if num_kv_heads is None and rule.kv_from:
+        num_kv_heads = child(model, rule.kv_from)
+    counts = {"q": num_heads, "kv": num_kv_heads or num_heads}
+    shards = head_shards(
+        counts["q"],
+        counts["kv"],
+        tuple(share.attention for share in shares),
+        rule.shared_groups,
+    )
+
+    def queries(shard: HeadShard) -> Spans:
+        if rule.tiled:
+            return tiled(shard, counts["q"], counts["kv"])
+        return shard.query_spans
+
+    parts = tuple(
+        Part(
+            {"q": queries(shard), "kv": shard.kv_spans},
+            tuple(zip(shard.kv_heads, shard.query_spans, strict=True)),
+        )
+        for shard in shards
+    )
+    return BlockShards(path, block, counts, parts)
+
+
+def _shard_width(
+    path: str,
+    module: nn.Module,
+    block: Block,
+    rule: Width,
+    model: nn.Module,
+    shares: Shares,
+) -> BlockShards:
+    """Share out the columns of an MLP."""
+    width = _features(child(module, rule.of))[1] // rule.parts
+    rows = [target for _, target, cut in targets(module, block) if cut.style == "row"]
+    granule = max(max(granule_of(row), _rotated(row)) for row in rows)
+    wanted = [getattr(share, rule.share) for share in shares]
+    spans = _width_spans(path, width, granule, wanted)
+    parts = tuple(Part({"w": Spans([span])}) for span in spans)
+    around = child(model, path.rpartition(".")[0])
+    times = child(around, block.times) if block.times else 1
+    return BlockShards(path, block, {"w": width}, parts, times)
 
 
 def _width_spans(
@@ -157,7 +177,7 @@ def _width_spans(
     return cut_axis(width, shares, minimum=1)
 
 
-def _matrix(
+def _shard_matrix(
     path: str,
     module: nn.Module,
     target: Any,
@@ -189,18 +209,27 @@ def _matrix(
             )
         except ValueError as error:
             raise ValueError(f"{path}: {error}") from error
-    granule = granule_of(target) if cut.style == "row" else 1
-    covered = tuple(needed.aligned(granule) for needed in spans)
-    if cut.style != "row":
-        covered = spans
-    if cut.style == "repack":
-        covered = tuple(_bytes_of_four(needed, features // 4) for needed in spans)
-    groups = int(child(module, cut.groups)) if cut.groups else 1
-    width = _width(target, cut)
-    rotated = getattr(target, "block", 0) if cut.style == "row" else 1
     return MatrixShards(
-        path, cut, shards, features, spans, covered, summed, width, groups, rotated or 1
+        path,
+        cut,
+        shards,
+        features,
+        spans,
+        tuple(_covered(part, target, cut, features) for part in spans),
+        summed,
+        _width(target, cut),
+        groups=int(child(module, cut.groups)) if cut.groups else 1,
+        rotated=_rotated(target) if cut.style == "row" else 1,
     )
+
+
+def _covered(spans: Spans, target: Any, cut: Cut, features: int) -> Spans:
+    """What a rank holds of a matrix to compute with `spans`."""
+    if cut.style == "row":
+        return spans.aligned(granule_of(target))
+    if cut.style == "repack":
+        return _bytes_of_four(spans, features // 4)
+    return spans
 
 
 def _bytes_of_four(spans: Spans, rows: int) -> Spans:
@@ -213,10 +242,10 @@ def _joints(
     blocks: Iterable[BlockShards],
     matrices: Mapping[str, MatrixShards],
     outputs: Mapping[str, Any],
-) -> Iterator[tuple[str, ...]]:
-    """The places whose sums are made in one: the end of each of two blocks."""
+) -> Iterator[tuple[str, tuple[str, ...]]]:
+    """Modules, and the ends of two blocks in each, whose sums are made in one."""
     for shards in blocks:
-        places = []
+        places: list[str] = []
         for name in shards.block.joint:
             path = f"{shards.path}.{name}" if shards.path else name
             ends = [p for p in outputs if _inside(f"{p}.", [path])] or [
@@ -229,14 +258,16 @@ def _joints(
             ]
             places += ends
         if places and len(places) == len(shards.block.joint):
-            yield tuple(places)
+            yield shards.path, tuple(places)
 
 
 def _inside(path: str, roots: Iterable[str]) -> bool:
+    """Whether a path lies below one of the roots."""
     return any(path.startswith(f"{root}.") or root == "" for root in roots)
 
 
 def _first(module: nn.Module, names: Iterable[str]) -> int | None:
+    """The first of the attributes that a module has and that is not zero."""
     return next((n for name in names if (n := getattr(module, name, None))), None)
 
 
@@ -244,6 +275,11 @@ def granule_of(module: nn.Module) -> int:
     """Input features that must stay together; 1 where nothing is quantized."""
     layer = base(module)
     return getattr(layer, "group_size", 1)
+
+
+def _rotated(module: nn.Module) -> int:
+    """Input features that are rotated together (Hadamard); 1 where none are."""
+    return getattr(module, "block", 0) or 1
 
 
 def _features(module: nn.Module) -> tuple[int, int]:

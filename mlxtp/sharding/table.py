@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 
 from mlxtp.families.blocks import BlockShards, Cut, Family, along
 from mlxtp.partition.spans import Slice, Spans, keeps_groups_whole
+from mlxtp.sharding.report import report
 
 # The axis of each parameter that a cut divides, by the parameter's last name. Weights
 # are (..., out, in), lora_a (in, r), lora_b (r, out), m (out). What is missing here is
@@ -26,13 +27,18 @@ EXPERT_LORA_AXIS = {"lora_a": -1, "lora_b": -2}
 
 @dataclass(frozen=True)
 class MatrixShards:
-    """What is cut, and every rank's part, in features of the cut axis.
+    """A matrix that is cut, and every rank's part, in features of the cut axis.
 
-    `spans[rank]` are the features that a rank computes with, `covered[rank]` those
-    that it holds: for a row cut through a quantized matrix, whole groups. `summed`
-    says whether a partial output is summed there; `width` is what a token's output
-    has, `groups` how many parts of a norm there are, `rotated` how many inputs are
-    mixed with each other before they are multiplied.
+    Args:
+        features: the length of the axis.
+        spans: the features that each rank computes with.
+        covered: the features that each rank holds. Of a row cut through a quantized
+            matrix these are whole groups; where four outputs share a byte, rows of
+            bytes.
+        summed: whether a partial output is summed here.
+        width: the elements of a token's output.
+        groups: in how many groups the axis of a norm is normed.
+        rotated: how many inputs are mixed with each other before they are multiplied.
     """
 
     path: str
@@ -66,9 +72,16 @@ class Collective:
 class SliceTable:
     """What every rank owns of one model.
 
-    `matrices` by path; `outputs` are the modules whose whole output is summed;
-    `joints` are pairs of places that make one sum together. `parameters` are the
-    shapes of the whole model.
+    Printed, it is a table for people.
+
+    Args:
+        remark: what is to be said of the family: that it was recognised.
+        matrices: by path.
+        outputs: the modules whose whole output is summed, by path.
+        joints: places that make one sum together, by the path of the module that adds
+            their outputs, or that norms with both.
+        parameters: the shapes of the whole model.
+        item_bytes: the bytes of an element of each parameter.
     """
 
     family: Family
@@ -76,8 +89,18 @@ class SliceTable:
     blocks: tuple[BlockShards, ...]
     matrices: dict[str, MatrixShards]
     outputs: dict[str, BlockShards]
-    joints: tuple[tuple[str, ...], ...]
+    joints: dict[str, tuple[str, ...]]
     parameters: dict[str, tuple[int, ...]] = field(repr=False)
+    item_bytes: dict[str, int] = field(repr=False)
+
+    @property
+    def ranks(self) -> int:
+        """The number of ranks that the model is split over."""
+        return len(next(iter(self.matrices.values())).spans)
+
+    def __str__(self) -> str:
+        """A table for people: blocks, matrices, styles, every rank's part, bytes."""
+        return report(self)
 
     def unexplained(self) -> list[str]:
         """Matrices that are neither cut nor named as shared."""
@@ -116,22 +139,32 @@ class SliceTable:
             for shards in self.blocks
             if shards.block.more
         ]
-        found = {it.path: it for it in made if it is not None}
-        if not any(
-            m.cut.style == "head" or m.cut == along("v") for m in self.matrices.values()
-        ):
-            found |= {it.path: it for it in self._of_tied_head()}
-        for first, *others in self.joints:
+        by_path = {one.path: one for one in made if one is not None}
+        if not any(_makes_logits(matrix.cut) for matrix in self.matrices.values()):
+            by_path |= {one.path: one for one in self._of_tied_head()}
+        for first, *others in self.joints.values():
             for path in others:
-                joined = found.pop(path)
-                if self.matrices.get(path) and self.matrices[path].cut.style == "norm":
-                    elements = found[first].elements + joined.elements
-                    found[first] = Collective(first, joined.kind, elements)
-        return sorted(found.values(), key=lambda it: it.path)
+                joined = by_path.pop(path)
+                if self._is_norm(path):
+                    elements = by_path[first].elements + joined.elements
+                    by_path[first] = Collective(first, joined.kind, elements)
+        return sorted(by_path.values(), key=lambda one: one.path)
+
+    @property
+    def joint_sums(self) -> dict[str, tuple[str, ...]]:
+        """The `joints` whose outputs are added: not those of norms."""
+        return {
+            path: places
+            for path, places in self.joints.items()
+            if not any(self._is_norm(place) for place in places)
+        }
+
+    def _is_norm(self, path: str) -> bool:
+        return path in self.matrices and self.matrices[path].cut.style == "norm"
 
     def _of_matrix(self, matrix: MatrixShards) -> "Collective | None":
         cut, path = matrix.cut, matrix.path
-        if cut.style == "head" or cut == along("v"):
+        if _makes_logits(cut):
             return Collective(path, "allgather", matrix.features)
         if cut.style == "norm":
             size = matrix.features // matrix.groups
@@ -165,6 +198,13 @@ class SliceTable:
         return {
             name: self._slice(name, shape, rank)
             for name, shape in self.parameters.items()
+        }
+
+    def nbytes(self, rank: int) -> dict[str, int]:
+        """The bytes of every parameter that `rank` owns, by the parameter's path."""
+        return {
+            name: part.size * self.item_bytes[name]
+            for name, part in self.slices(rank).items()
         }
 
     def matrix_of(self, parameter: str) -> MatrixShards | None:
@@ -201,6 +241,11 @@ class SliceTable:
             for start, stop in covered
         )
         return Slice(shape, len(shape) + axis, spans)
+
+
+def _makes_logits(cut: Cut) -> bool:
+    """Whether what is cut is a head: a layer, or a bare matrix."""
+    return cut.style == "head" or cut == along("v")
 
 
 def _cut_axis(matrix: MatrixShards, parameter: str, ndim: int) -> int | None:

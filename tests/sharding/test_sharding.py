@@ -34,6 +34,7 @@ def test_the_table_says_what_is_held(
         part.size * empty.sources[path].dtype.size for path, part in slices.items()
     )
     assert nbytes_held(model) == expected
+    assert sum(model.slice_table.nbytes(comm.rank).values()) == expected
 
 
 def test_slices_of_all_ranks_make_the_whole() -> None:

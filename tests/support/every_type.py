@@ -7,17 +7,13 @@ from reference import as_numpy
 
 PROMPT = [3, 14, 15, 92, 65, 35, 89, 79, 32, 38]
 
-
 # Of the largest logit, in float32: what the order of a sum makes of it.
 TOLERANCE = 2e-4
-
-
 # Where something is rounded to 16 bits or fewer on the way, a step of that.
 ROUNDED_TOLERANCE = 3e-2
 
-
+# Worlds in which the heads of `zoo` can be shared out evenly.
 EVEN_WORLDS = (1, 2, 3, 5)
-
 
 RUNNABLE = [t for t in zoo.model_types() if t not in zoo.UNAVAILABLE]
 
@@ -25,6 +21,7 @@ RUNNABLE = [t for t in zoo.model_types() if t not in zoo.UNAVAILABLE]
 def check_logits(
     model_type: str, logits: list[mx.array], expected: list[np.ndarray]
 ) -> None:
+    """Compare logits with those of one process."""
     tolerance = ROUNDED_TOLERANCE if model_type in zoo.BFLOAT16 else TOLERANCE
     for got, wanted in zip(logits, expected, strict=True):
         finite = np.isfinite(wanted)

@@ -37,7 +37,7 @@ Each type is tested with a tiny model of random weights, in float32 and in 4 bit
 worlds of {worlds} ranks its logits, its greedy tokens, and that no rank holds more than
 1.3 times an even share of what is cut; on 7 ranks logits and tokens, unquantized; on
 three ranks uneven shares, adapters (LoRA, DoRA), draft models, prompts that mlx-lm
-saved, and that layers may be silent while a prompt is read
+saved, and that layers which no cache depends on may stay silent during prefill
 (`tests/families/test_every_type.py`, `tests/test_with_every_type.py`). No published
 checkpoint was at hand.
 
@@ -48,16 +48,17 @@ one way only, and a line says so; else a message says what to add and where.
 """
 NOTES = """
 ## Blocks
-What is cut, by the names of modules, as far as a model has them. The words stand for
-what lies on the axis that is cut: `q` query heads, `kv` KV heads or groups of a state
-space, `w` columns of an MLP, `v` rows of the vocabulary. Words in parentheses come once
-for every KV head; behind a colon stands how many features a unit has, where it is not
-as many for all words.
+What is cut, by the names of modules, as far as a model has them. The terms say what
+lies on the axis that is cut: `q` query heads, `kv` KV heads or groups of a state space,
+`w` columns of an MLP, `v` rows of the vocabulary. Terms in parentheses come once for
+every KV head. After a colon stands how many features a unit has, where terms differ in
+that.
 """
 COLUMNS = "| type | blocks | collectives a layer | quantized |"
 
 
 def page() -> str:
+    """The whole page."""
     lines = ["## Types", "", COLUMNS, "|---|---|---|---|"]
     blocks: dict[str, list[Block]] = {}
     for name in zoo.model_types():

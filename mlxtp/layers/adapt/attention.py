@@ -1,5 +1,7 @@
 """Attention: norms over all heads, and widths that are taken for the hidden size."""
 
+from collections.abc import Callable
+from dataclasses import dataclass
 from types import SimpleNamespace
 from typing import Any
 
@@ -9,77 +11,48 @@ from mlx_lm.models.base import scaled_dot_product_attention
 
 from mlxtp.comm.communicator import Communicator
 from mlxtp.families.blocks import BlockShards
-from mlxtp.layers.adapt import become
-from mlxtp.layers.norms import RMSNormOverRanks
-from mlxtp.layers.parallel import Communicating
+from mlxtp.layers.forward import Forward, change_forward, twin
 
 
 def norm_together(
     attention: nn.Module, shards: BlockShards, comm: Communicator
 ) -> None:
     """Norm queries and keys over all ranks with one allreduce for both."""
-    queries = _NormedQueries(
-        attention.q_proj, attention.k_proj, attention.q_norm, attention.k_norm, comm
-    )
-    queries.path = f"{shards.path}.q_norm"
-    attention.q_proj, attention.k_proj = queries, _NormedKeys(queries)
-    attention.q_norm = attention.k_norm = nn.Identity()
+    change_forward(attention, _NormTogether(comm, f"{shards.path}.q_norm"))
 
 
-class _NormedQueries(Communicating):
-    """Project queries and keys, and norm each over all heads.
+@dataclass(frozen=True)
+class _NormTogether:
+    """Project queries and keys and norm each over all heads, before the rest.
 
-    Shapes: x (B, L, D) replicated -> queries (B, L, local heads * head_dim) sharded.
-    Communicates: one allreduce of 2*B*L elements, in float32.
+    The rest of the forward pass is called with projections that give what is made.
+
+    Shapes: x (B, L, D) replicated.
+    Communicates: one allreduce of 2*B*L elements, in float32, besides attention's own.
     """
 
-    inner = True
+    comm: Communicator
+    path: str
 
-    def __init__(
-        self,
-        q_proj: nn.Module,
-        k_proj: nn.Module,
-        q_norm: RMSNormOverRanks,
-        k_norm: RMSNormOverRanks,
-        comm: Communicator,
-    ) -> None:
-        super().__init__()
-        self.q_proj, self.k_proj = q_proj, k_proj
-        self.q_norm, self.k_norm = q_norm, k_norm
-        self.comm = comm
-        self._keys: mx.array | None = None
-
-    def __call__(self, x: mx.array) -> mx.array:
-        made = [
-            (norm, proj(x))
-            for norm, proj in ((self.q_norm, self.q_proj), (self.k_norm, self.k_proj))
-        ]
-        squares = self.comm.allreduce(
-            mx.concatenate([norm.shard.squares(y) for norm, y in made], axis=-1),
-            self.path,
+    def __call__(
+        self, former: Forward, attention: Any, x: mx.array, *args: Any, **options: Any
+    ) -> mx.array:
+        norms = attention.q_norm, attention.k_norm
+        projected = attention.q_proj(x), attention.k_proj(x)
+        squares = [n.shard.squares(y) for n, y in zip(norms, projected, strict=True)]
+        summed = self.comm.allreduce(mx.concatenate(squares, axis=-1), self.path)
+        queries, keys = (
+            norm.shard.normed(y, summed[..., i : i + 1], norm.eps, norm.weight)
+            for i, (norm, y) in enumerate(zip(norms, projected, strict=True))
         )
-        queries, self._keys = (
-            norm.shard.normed(y, squares[..., i : i + 1], norm.eps, norm.weight)
-            for i, (norm, y) in enumerate(made)
+        normed = twin(
+            attention,
+            q_proj=lambda _: queries,
+            k_proj=lambda _: keys,
+            q_norm=nn.Identity(),
+            k_norm=nn.Identity(),
         )
-        return queries
-
-    def take_keys(self) -> mx.array:
-        """The keys of the last call, once."""
-        keys, self._keys = self._keys, None
-        assert keys is not None
-        return keys
-
-
-class _NormedKeys(nn.Module):
-    """Give the keys that were made with the queries."""
-
-    def __init__(self, queries: _NormedQueries) -> None:
-        super().__init__()
-        self._queries = queries
-
-    def __call__(self, x: mx.array) -> mx.array:
-        return self._queries.take_keys()
+        return former(normed, x, *args, **options)
 
 
 def _heads(x: mx.array, number: int) -> mx.array:
@@ -94,54 +67,62 @@ def _flat(x: mx.array) -> mx.array:
 
 def any_width(attention: nn.Module, shards: BlockShards, comm: Communicator) -> None:
     """Do without the assumption that all heads together are as wide as the input."""
-    become(attention, _AnyWidth)
+    change_forward(attention, _attend_any_width)
 
 
-class _AnyWidth:
-    def __call__(self: Any, x: mx.array, mask: Any = None, cache: Any = None) -> Any:
-        offset = 0 if cache is None else cache.offset
-        queries = self.rope(_heads(self.q_proj(x), self.n_heads), offset=offset)
-        keys = self.rope(_heads(self.k_proj(x), self.n_kv_heads), offset=offset)
-        values = _heads(self.v_proj(x), self.n_kv_heads)
-        if cache is not None:
-            keys, values = cache.update_and_fetch(keys, values)
-        mixed = scaled_dot_product_attention(
-            queries, keys, values, cache=cache, scale=self.scale, mask=mask
-        )
-        return self.out_proj(_flat(mixed))
+def _attend_any_width(
+    former: Forward, attention: Any, x: mx.array, mask: Any = None, cache: Any = None
+) -> mx.array:
+    """As mlx-lm's exaone, for as many heads as there are."""
+    offset = 0 if cache is None else cache.offset
+    queries = attention.rope(
+        _heads(attention.q_proj(x), attention.n_heads), offset=offset
+    )
+    keys = attention.rope(
+        _heads(attention.k_proj(x), attention.n_kv_heads), offset=offset
+    )
+    values = _heads(attention.v_proj(x), attention.n_kv_heads)
+    if cache is not None:
+        keys, values = cache.update_and_fetch(keys, values)
+    mixed = scaled_dot_product_attention(
+        queries, keys, values, cache=cache, scale=attention.scale, mask=mask
+    )
+    return attention.out_proj(_flat(mixed))
 
 
 def any_packed_width(
     attention: nn.Module, shards: BlockShards, comm: Communicator
 ) -> None:
     """As `any_width`, for a fused projection and convolved keys and values."""
-    become(attention, _AnyPackedWidth)
+    change_forward(attention, _attend_any_packed_width)
 
 
-class _AnyPackedWidth:
-    def __call__(self: Any, x: mx.array, mask: Any = None, cache: Any = None) -> Any:
-        last: Any = cache and cache[0]
-        kv_cache: Any = cache and cache[1]
-        offset = 0 if last is None else kv_cache.offset
-        width = self.num_heads * self.head_dim
-        kv_width = self.num_kv_heads * self.head_dim
-        packed = mx.split(self.W_pack(x), (width, width + kv_width), axis=-1)
-        queries = _heads(packed[0], self.num_heads)
-        new = [_heads(y, self.num_kv_heads) for y in packed[1:]]
-        keys, values = (
-            self._custom_convolution(y, weights, state=last and last[i])
-            for i, (y, weights) in enumerate(
-                zip(new, (self.conv_k, self.conv_v), strict=True)
-            )
+def _attend_any_packed_width(
+    former: Forward, attention: Any, x: mx.array, mask: Any = None, cache: Any = None
+) -> mx.array:
+    """As mlx-lm's baichuan_m1, for as many heads as there are."""
+    last: Any = cache and cache[0]
+    kv_cache: Any = cache and cache[1]
+    offset = 0 if last is None else kv_cache.offset
+    width = attention.num_heads * attention.head_dim
+    kv_width = attention.num_kv_heads * attention.head_dim
+    packed = mx.split(attention.W_pack(x), (width, width + kv_width), axis=-1)
+    queries = _heads(packed[0], attention.num_heads)
+    new = [_heads(y, attention.num_kv_heads) for y in packed[1:]]
+    keys, values = (
+        attention._custom_convolution(y, weights, state=last and last[i])
+        for i, (y, weights) in enumerate(
+            zip(new, (attention.conv_k, attention.conv_v), strict=True)
         )
-        queries, keys = (self.rope(y, offset=offset) for y in (queries, keys))
-        if last is not None:
-            keys, values = kv_cache.update_and_fetch(keys, values)
-            last[0], last[1] = (y[:, :, -1:] for y in new)
-        mixed = scaled_dot_product_attention(
-            queries, keys, values, cache=kv_cache, scale=self.scale, mask=mask
-        )
-        return self.o_proj(_flat(mixed))
+    )
+    queries, keys = (attention.rope(y, offset=offset) for y in (queries, keys))
+    if last is not None:
+        keys, values = kv_cache.update_and_fetch(keys, values)
+        last[0], last[1] = (y[:, :, -1:] for y in new)
+    mixed = scaled_dot_product_attention(
+        queries, keys, values, cache=kv_cache, scale=attention.scale, mask=mask
+    )
+    return attention.o_proj(_flat(mixed))
 
 
 def mask_of_own_heads(
@@ -149,22 +130,41 @@ def mask_of_own_heads(
 ) -> None:
     """Take the rank's heads of a mask that is another one for every head."""
     own = shards.parts[comm.rank].spans["q"].indices
-    make = type(attention)._block_sparse_mask
     whole = SimpleNamespace(
         **{name: value for name, value in vars(attention).items() if "block" in name},
         n_heads=shards.counts["q"],
         n_kv_heads=shards.counts["kv"],
         n_q_per_kv=shards.counts["q"] // shards.counts["kv"],
     )
-    local_kv_heads = shards.parts[comm.rank].size("kv")
+    mask = _MaskOfOwnHeads(whole, mx.array(own), shards.parts[comm.rank].size("kv"))
+    change_forward(attention, mask, "_block_sparse_mask")
 
-    def mask(q_length: int, kv_length: int) -> tuple[mx.array, ...]:
+
+@dataclass(frozen=True)
+class _MaskOfOwnHeads:
+    """Make the mask of all heads, with what is `whole`, and take the rank's own.
+
+    Shapes: masks (KV heads, queries each, ...) -> (local KV heads, local queries
+        each, ...).
+    """
+
+    whole: SimpleNamespace
+    own: mx.array
+    local_kv_heads: int
+
+    def __call__(
+        self,
+        former: Callable[..., tuple[mx.array, ...]],
+        attention: nn.Module,
+        q_length: int,
+        kv_length: int,
+    ) -> tuple[mx.array, ...]:
         return tuple(
-            m.flatten(0, 1)[mx.array(own)].reshape(local_kv_heads, -1, *m.shape[2:])
-            for m in make(whole, q_length, kv_length)
+            mask.flatten(0, 1)[self.own].reshape(
+                self.local_kv_heads, -1, *mask.shape[2:]
+            )
+            for mask in former(self.whole, q_length, kv_length)
         )
-
-    attention._block_sparse_mask = mask
 
 
 def count_groups(attention: nn.Module, shards: BlockShards, comm: Communicator) -> None:

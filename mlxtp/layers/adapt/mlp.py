@@ -1,6 +1,7 @@
 """MLPs and experts: what has to be known of all columns or all experts at once."""
 
-import sys
+from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import mlx.core as mx
@@ -8,32 +9,39 @@ import mlx.nn as nn
 
 from mlxtp.comm.communicator import Communicator
 from mlxtp.families.blocks import BlockShards, base
-from mlxtp.layers.adapt import become
+from mlxtp.layers.forward import Forward, change_forward
+from mlxtp.partition.spans import Span
 
 
 def largest_of_all(mlp: nn.Module, shards: BlockShards, comm: Communicator) -> None:
     """Cut off below what the mean and deviation of all ranks' columns say."""
-    become(mlp, _LargestOfAll)
-    mlp._allreduce = comm.allreduce
-    mlp._path = shards.path
-    mlp._width = shards.counts["w"]
+    change_forward(mlp, _LargestOfAll(comm, shards.path, shards.counts["w"]))
 
 
+@dataclass(frozen=True)
 class _LargestOfAll:
-    """Communicates: one allreduce of 2*B*L elements, besides the MLP's own."""
+    """Gemma 3n's sparse MLP, `width` columns on all ranks together.
 
-    def __call__(self: Any, x: mx.array) -> mx.array:
-        gate = self.gate_proj(x)
+    Shapes: x (B, L, D) replicated -> (B, L, D) replicated.
+    Communicates: one allreduce of 2*B*L elements, besides the MLP's own.
+    """
+
+    comm: Communicator
+    path: str
+    width: int
+
+    def __call__(self, former: Forward, mlp: Any, x: mx.array) -> mx.array:
+        gate = mlp.gate_proj(x)
         wide = gate.astype(mx.float32)
         sums = mx.concatenate(
             [wide.sum(-1, keepdims=True), mx.square(wide).sum(-1, keepdims=True)], -1
         )
-        means = self._allreduce(sums, self._path) / self._width
+        means = self.comm.allreduce(sums, self.path) / self.width
         mean, of_squares = means[..., :1], means[..., 1:]
         deviation = mx.sqrt(mx.maximum(of_squares - mx.square(mean), 0))
-        cutoff = (mean + deviation * self._std_multiplier).astype(gate.dtype)
-        return self.down_proj(
-            nn.gelu_approx(mx.maximum(0, gate - cutoff)) * self.up_proj(x)
+        cutoff = (mean + deviation * mlp._std_multiplier).astype(gate.dtype)
+        return mlp.down_proj(
+            nn.gelu_approx(mx.maximum(0, gate - cutoff)) * mlp.up_proj(x)
         )
 
 
@@ -46,58 +54,76 @@ def latent_bias_once(block: nn.Module, shards: BlockShards, comm: Communicator) 
 
 def sum_before_norm(block: nn.Module, shards: BlockShards, comm: Communicator) -> None:
     """Sum routed and shared experts in one allreduce, before the norm of the former."""
-    become(block, _SumBeforeNorm)
-    block._allreduce = comm.allreduce
-    block._path = shards.path
-    block._select = sys.modules[type(block).__mro__[2].__module__]._group_expert_select
+    from mlx_lm.models.kimi_k3 import _group_expert_select
+
+    change_forward(block, _SumBeforeNorm(comm, shards.path, _group_expert_select))
 
 
+@dataclass(frozen=True)
 class _SumBeforeNorm:
-    """Communicates: one allreduce of B*L*(latent + D) elements."""
+    """Kimi K3's experts, with the sum where it is still linear.
 
-    def __call__(self: Any, x: mx.array) -> mx.array:
-        args = self.args
-        which, weights = self._select(
-            self.gate(x),
-            self.e_score_correction_bias,
+    Args:
+        choose: mlx-lm's function that chooses experts by their scores.
+
+    Shapes: x (B, L, D) replicated -> (B, L, D) replicated.
+    Communicates: one allreduce of B*L*(latent + D) elements.
+    """
+
+    comm: Communicator
+    path: str
+    choose: Callable[..., tuple[mx.array, mx.array]]
+
+    def __call__(self, former: Forward, block: Any, x: mx.array) -> mx.array:
+        args = block.args
+        which, weights = self.choose(
+            block.gate(x),
+            block.e_score_correction_bias,
             args.num_experts_per_token,
             args.num_expert_group,
             args.topk_group,
             args.routed_scaling_factor,
             args.moe_renormalize,
         )
-        is_latent = self.latent_size is not None
-        y = self.switch_mlp(self.routed_expert_down_proj(x) if is_latent else x, which)
+        is_latent = block.latent_size is not None
+        latent = block.routed_expert_down_proj(x) if is_latent else x
+        y = block.switch_mlp(latent, which)
         parts = [(y * weights[..., None]).sum(axis=-2)]
-        if self.shared_experts is not None:
-            parts.append(self.shared_experts(x))
+        if block.shared_experts is not None:
+            parts.append(block.shared_experts(x))
         width = parts[0].shape[-1]
-        total = self._allreduce(mx.concatenate(parts, axis=-1), self._path)
+        total = self.comm.allreduce(mx.concatenate(parts, axis=-1), self.path)
         y = total[..., :width]
-        if self.routed_expert_norm is not None:
-            y = self.routed_expert_norm(y)
+        if block.routed_expert_norm is not None:
+            y = block.routed_expert_norm(y)
         if is_latent:
-            y = self.routed_expert_up_proj(y)
+            y = block.routed_expert_up_proj(y)
         return y + total[..., width:] if len(parts) > 1 else y
 
 
 def sum_of_some(block: nn.Module, shards: BlockShards, comm: Communicator) -> None:
     """Sum the experts that compute; those that pass their input on are whole."""
-    become(block, _SumOfSome)
-    block._allreduce = comm.allreduce
-    block._path = shards.path
+    change_forward(block, _SumOfSome(comm, shards.path))
 
 
+@dataclass(frozen=True)
 class _SumOfSome:
-    """Communicates: one allreduce of B*L*D elements."""
+    """LongCat's experts, some of which give their input.
 
-    def __call__(self: Any, x: mx.array) -> mx.array:
-        which, weights = self.router(x)
-        passes = which >= self.n_routed_experts
+    Shapes: x (B, L, D) replicated -> (B, L, D) replicated.
+    Communicates: one allreduce of B*L*D elements.
+    """
+
+    comm: Communicator
+    path: str
+
+    def __call__(self, former: Forward, block: Any, x: mx.array) -> mx.array:
+        which, weights = block.router(x)
+        passes = which >= block.n_routed_experts
         computing = mx.where(passes, 0.0, weights)[..., None]
-        y = (self.switch_mlp(x, mx.where(passes, 0, which)) * computing).sum(axis=-2)
+        y = (block.switch_mlp(x, mx.where(passes, 0, which)) * computing).sum(axis=-2)
         passed = mx.where(passes, weights, 0.0).sum(axis=-1, keepdims=True)
-        return self._allreduce(y, self._path) + x * passed
+        return self.comm.allreduce(y, self.path) + x * passed
 
 
 def take_own_inputs(block: nn.Module, shards: BlockShards, comm: Communicator) -> None:
@@ -106,7 +132,9 @@ def take_own_inputs(block: nn.Module, shards: BlockShards, comm: Communicator) -
 
 
 class _OwnInputs(nn.Module):
-    def __init__(self, linear: nn.Module, span: tuple[int, int]) -> None:
+    """Shapes: x (..., in) replicated -> x_r (..., in_r) sharded -> y (..., out)."""
+
+    def __init__(self, linear: nn.Module, span: Span) -> None:
         super().__init__()
         self.linear = linear
         self._own = slice(*span)

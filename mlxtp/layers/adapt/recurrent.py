@@ -4,10 +4,11 @@ from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
+from mlx_lm.models.activations import swiglu
 
 from mlxtp.comm.communicator import Communicator
 from mlxtp.families.blocks import BlockShards
-from mlxtp.layers.adapt import become
+from mlxtp.layers.forward import Forward, change_forward, twin
 
 
 def project_at_once(mamba: nn.Module, shards: BlockShards, comm: Communicator) -> None:
@@ -15,39 +16,38 @@ def project_at_once(mamba: nn.Module, shards: BlockShards, comm: Communicator) -
 
     mlx-lm asks for it token by token, after the convolution of all of them.
     """
-    mamba.x_proj = _Steps(mamba.x_proj)
-    mamba.conv1d = _BeforeSteps(mamba.conv1d, mamba.x_proj)
+    change_forward(mamba, _process_at_once, "_process_sequence")
 
 
-class _Steps(nn.Module):
-    """Give one step after the other of what was projected at once.
+def _process_at_once(
+    former: Forward,
+    mamba: Any,
+    x: mx.array,
+    conv_cache: mx.array | None,
+    state_cache: mx.array | None,
+) -> tuple[mx.array, tuple[mx.array, mx.array | None]]:
+    """As mlx-lm's mamba, with its step, which is given what has been projected.
 
-    Shapes: x (B, L, channels_r) sharded at once, then (B, channels_r) -> (B, out).
+    Shapes: x (B, L, D) replicated -> (B, L, D) replicated; the caches
+        (B, kernel - 1, channels_r) and (B, channels_r, state) sharded.
+    Communicates: one allreduce of B*L*(rank + 2*state) elements, and the output's.
     """
-
-    def __init__(self, x_proj: nn.Module) -> None:
-        super().__init__()
-        self.x_proj = x_proj
-        self._steps: list[mx.array] = []
-
-    def begin(self, x: mx.array) -> None:
-        projected = self.x_proj(x)
-        self._steps = [projected[:, i] for i in reversed(range(x.shape[1]))]
-
-    def __call__(self, x: mx.array) -> mx.array:
-        return self._steps.pop()
-
-
-class _BeforeSteps(nn.Module):
-    def __init__(self, conv1d: nn.Module, steps: _Steps) -> None:
-        super().__init__()
-        self.conv1d = conv1d
-        self._steps = steps
-
-    def __call__(self, x: mx.array) -> mx.array:
-        y = self.conv1d(x)
-        self._steps.begin(nn.silu(y))
-        return y
+    x, z = mx.split(mamba.in_proj(x), 2, axis=-1)
+    before = mamba.conv_kernel_size - 1
+    if conv_cache is None:
+        padded = mx.pad(x, [(0, 0), (before, 0), (0, 0)])
+    else:
+        padded = mx.concatenate([conv_cache, x], axis=1)
+    x = nn.silu(mamba.conv1d(padded))
+    projected = mamba.x_proj(x)
+    decay = -mx.exp(mamba.A_log)
+    state, outputs = state_cache, []
+    for token in range(x.shape[1]):
+        step = twin(mamba, x_proj=lambda _, token=token: projected[:, token])
+        y, state = step.ssm_step(x[:, token], decay, state)
+        outputs.append(y)
+    y = mx.stack(outputs, axis=1)
+    return mamba.out_proj(swiglu(z, y)), (padded[:, -before:], state)
 
 
 def step_uncompiled(
@@ -62,12 +62,11 @@ def any_width(mixing: nn.Module, shards: BlockShards, comm: Communicator) -> Non
 
     What the norm over the heads returns is flattened to that width in the end.
     """
-    become(mixing.g_norm, _FlattenedLater)
+    change_forward(mixing.g_norm, _norm_to_flatten)
 
 
-class _FlattenedLater:
-    def __call__(self: Any, x: mx.array) -> "_Flattening":
-        return _Flattening(super().__call__(x))  # type: ignore[misc]
+def _norm_to_flatten(former: Forward, norm: nn.Module, x: mx.array) -> "_Flattening":
+    return _Flattening(former(norm, x))
 
 
 class _Flattening:

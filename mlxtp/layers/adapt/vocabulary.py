@@ -7,7 +7,7 @@ import mlx.nn as nn
 
 from mlxtp.comm.communicator import Communicator
 from mlxtp.families.blocks import BlockShards
-from mlxtp.layers.adapt import become
+from mlxtp.layers.forward import Forward, change_forward
 from mlxtp.layers.parallel import VocabParallel
 from mlxtp.partition.spans import Span
 
@@ -17,12 +17,13 @@ def head_of_embedding(
 ) -> None:
     """Ask the embedding for the logits, where its weight would be multiplied by."""
     if not {"lm_head", "output"} & model.keys():
-        become(model, _HeadOfEmbedding)
+        change_forward(model, _head_of_embedding)
 
 
-class _HeadOfEmbedding:
-    def __call__(self: Any, inputs: mx.array, cache: Any = None) -> mx.array:
-        return self.model.embed_tokens.as_linear(self.model(inputs, cache=cache))
+def _head_of_embedding(
+    former: Forward, model: Any, inputs: mx.array, cache: Any = None
+) -> mx.array:
+    return model.model.embed_tokens.as_linear(model.model(inputs, cache=cache))
 
 
 def gather_before_gain(
@@ -31,9 +32,8 @@ def gather_before_gain(
     """Gather the logits of a head that is a bare matrix, before they are scaled."""
     sizes = comm.allgather_object(model.lm_head.shape[0])
     model.lm_head_gain = _GatheredGain(
-        model.lm_head_gain, comm, [Span(0, size) for size in sizes]
+        model.lm_head_gain, comm, [Span(0, size) for size in sizes], "lm_head"
     )
-    model.lm_head_gain.path = "lm_head"
 
 
 class _GatheredGain(VocabParallel):
@@ -43,8 +43,10 @@ class _GatheredGain(VocabParallel):
     Communicates: one allgather of (...)*V elements.
     """
 
-    def __init__(self, gain: nn.Module, comm: Communicator, spans: list[Span]) -> None:
-        super().__init__(comm, spans)
+    def __init__(
+        self, gain: nn.Module, comm: Communicator, spans: list[Span], path: str
+    ) -> None:
+        super().__init__(comm, spans, path)
         self.gain = gain
 
     def __call__(self, logits: mx.array) -> mx.array:
