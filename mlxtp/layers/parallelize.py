@@ -31,9 +31,9 @@ from mlxtp.sharding.table import MatrixShards, SliceTable
 def parallelize(model: nn.Module, table: SliceTable, comm: Communicator) -> None:
     """Make `model`, whose parameters are this rank's slices, compute its part.
 
-    `model.slice_table` tells afterwards what is whose.
+    `model.slice_table` tells afterwards what is whose, `model.comm` who the ranks are.
     """
-    model.slice_table = table
+    model.slice_table, model.comm = table, comm
     modules = dict(model.named_modules())
     sums: dict[str, Sum] = {}
     for places in table.joints:
