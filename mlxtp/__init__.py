@@ -11,6 +11,7 @@ if TYPE_CHECKING:
     from mlxtp.comm.communicator import Communicator
     from mlxtp.comm.errors import MLXTPError, RankLostError, UsageError
     from mlxtp.generation.stream import stream_generate
+    from mlxtp.generation.text import batch_generate, generate
     from mlxtp.loading import load, load_model
     from mlxtp.sharding.table import SliceTable
 
@@ -21,6 +22,8 @@ __all__ = [
     "SliceTable",
     "UsageError",
     "__version__",
+    "batch_generate",
+    "generate",
     "load",
     "load_model",
     "stream_generate",
@@ -33,6 +36,8 @@ _HOMES = {
     "RankLostError": "comm.errors",
     "SliceTable": "sharding.table",
     "UsageError": "comm.errors",
+    "batch_generate": "generation.text",
+    "generate": "generation.text",
     "load": "loading",
     "load_model": "loading",
     "stream_generate": "generation.stream",

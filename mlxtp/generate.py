@@ -1,7 +1,8 @@
-"""The main job: `python -m mlxtp.generate`, under `mpirun` or with `--ranks N`.
+"""Generate text on all ranks: `python -m mlxtp.generate`, or `--ranks N` with it.
 
 The whole program of a rank, from top to bottom. Every rank runs every line; only
-what people see is rank 0's.
+what people see is rank 0's. The program is run and never imported: `mlxtp.generate`
+is the function of that name.
 """
 
 import argparse
@@ -11,7 +12,6 @@ import secrets
 import sys
 import time
 from dataclasses import dataclass
-from importlib.metadata import version
 from typing import Any, TextIO
 
 import mlx.core as mx
@@ -23,41 +23,68 @@ from mlx_lm.tokenizer_utils import TokenizerWrapper
 
 import mlxtp
 from mlxtp import options
-from mlxtp.cluster import job as cluster_job
+from mlxtp.cluster import job
 from mlxtp.comm import launcher
 from mlxtp.comm.communicator import Communicator
 from mlxtp.comm.errors import UsageError
-from mlxtp.generation import prompt
+from mlxtp.comm.same_start import check_same_start
+from mlxtp.generation import standard_input
+from mlxtp.generation.prompt import encode, messages_of
 from mlxtp.generation.prompt_cache import SavedPrompt
+from mlxtp.generation.text import figures
 from mlxtp.stories import PATH as STORIES
 
 
 def main() -> None:
+    """Parse the command line, connect the ranks, load the model, and generate.
+
+    A mistake of the person who started it is one line from rank 0, and status 2.
+    """
     try:
-        cluster_job.start_if_asked(
-            sys.argv[1:],
-            "mlxtp.generate",
-            started=launcher.size(),
-            mark_input=options.reads_input(sys.argv[1:]),
-        )
-        comm = Communicator.world(**options.of_world(sys.argv[1:]))
-        check_same_start(comm)
-        args = options.parse(sys.argv[1:])
-        if not (launcher.size() or args.quiet or args.json):
-            print(f"mlxtp.generate: {cluster_job.ALONE}", file=sys.stderr)
-        screen = only_ours(comm)
+        args, comm = connect(sys.argv[1:])
+        screen = reserve_stdout(comm)
         if args.verbose and comm.rank == 0:
             print(comm.describe(), file=screen)
-        job = prepare(args, comm)
-    except (UsageError, cluster_job.JobError) as error:
+        task = prepare(args, comm)
+    except (UsageError, job.JobError) as error:
         if launcher.rank() == 0:
             print(f"mlxtp.generate: error: {error}", file=sys.stderr)
         launcher.leave(2)
-    run(job, args, comm, screen)
+    run(task, args, comm, screen)
 
 
-def only_ours(comm: Communicator) -> TextIO:
-    """Keep standard output for what this program prints, on rank 0.
+def connect(arguments: list[str]) -> tuple[argparse.Namespace, Communicator]:
+    """Parse and check the command line, and connect the ranks.
+
+    Raises: UsageError for a mistake in the options, or ranks that do not start alike.
+    """
+    try:
+        args = options.parse(arguments)
+    except UsageError:
+        # What one rank alone refuses, one of another version say, the others wait for.
+        check_same_start(Communicator.world(), arguments)
+        raise
+    job.start_if_asked(
+        args,
+        arguments,
+        "mlxtp.generate",
+        started=launcher.size(),
+        mark_input=args.prompt == "-",
+    )
+    if not (launcher.size() or args.quiet or args.json):
+        print(f"mlxtp.generate: {job.ALONE}", file=sys.stderr)
+    comm = Communicator.world(
+        args.transport,
+        allreduce=args.allreduce,
+        wire=args.wire,
+        timeout_seconds=args.timeout,
+    )
+    check_same_start(comm, arguments)
+    return args, comm
+
+
+def reserve_stdout(comm: Communicator) -> TextIO:
+    """Keep standard output for what this program prints on rank 0: the file returned.
 
     What libraries print there (mlx-lm warns of large models) goes to rank 0's
     standard error.
@@ -67,61 +94,30 @@ def only_ours(comm: Communicator) -> TextIO:
     return screen
 
 
-def check_same_start(comm: Communicator) -> None:
-    """Compare what the ranks were started with.
-
-    Raises: UsageError, with the first rank that differs from rank 0, and in what.
-    """
-    mine = {
-        "arguments": " ".join(sys.argv[1:]),
-        "version of mlxtp": mlxtp.__version__,
-        "version of mlx": version("mlx"),
-        "version of mlx-lm": version("mlx-lm"),
-    }
-    starts = comm.allgather_object((comm.host, mine))
-    first_host, first = starts[0]
-    for rank, (host, start) in enumerate(starts):
-        for what, value in start.items():
-            if value != first[what]:
-                raise UsageError(
-                    f"the ranks do not start alike: {what} {first[what]!r} on rank 0 "
-                    f"({first_host}), {value!r} on rank {rank} ({host})"
-                )
-
-
 @dataclass
-class Job:
-    """All that generating takes."""
+class Task:
+    """A loaded model, and what it is to generate from."""
 
     model: nn.Module
     tokenizer: TokenizerWrapper
-    prompt: list[int]
+    prompt: list[int]  # tokens (L,)
     options: dict[str, Any]  # of `mlxtp.stream_generate`
 
 
-def prepare(args: argparse.Namespace, comm: Communicator) -> Job:
-    """From options to a loaded model and a prompt.
+def prepare(args: argparse.Namespace, comm: Communicator) -> Task:
+    """Read the prompt, load the models, and encode the prompt.
 
     Raises: UsageError for whatever was given wrong.
     """
-    args.prompt = prompt.read(args.prompt, comm)
+    text = standard_input.read(args.prompt, comm)
     with comm.agreement():
-        options.check(args)
-        saved = None
-        if args.prompt_cache_file:
-            saved = SavedPrompt.of_file(args.prompt_cache_file)
-            saved.check_quantization(args.kv_bits, args.kv_group_size)
-            if args.model not in (None, saved.model):
-                raise ValueError(
-                    f"--model is {args.model}; the prompt cache is of {saved.model}"
-                )
-    mx.random.seed(
-        comm.bcast_object(secrets.randbits(64) if args.seed is None else args.seed)
-    )
+        saved = open_prompt_cache(args)
+    seed_sampling(args.seed, comm)
+
     show = not (args.quiet or args.json)
-    name = args.model or (saved.model if saved else STORIES)
+    default = saved.model if saved else STORIES
     model, tokenizer = mlxtp.load(
-        name,
+        args.model or default,
         comm,
         shares=args.shares,
         adapter_path=args.adapter_path,
@@ -139,50 +135,91 @@ def prepare(args: argparse.Namespace, comm: Communicator) -> Job:
             fetch=args.fetch,
             progress=show,
         )
-    kv_dims = cached_dims(model) if args.kv_bits else set()
+
+    cached_dims = dims_of_caches(model) if args.kv_bits else set()
     with comm.agreement():
         if draft_model and draft_tokenizer.vocab_size != tokenizer.vocab_size:
             raise ValueError(
                 f"--draft-model knows {draft_tokenizer.vocab_size} tokens, the model "
                 f"{tokenizer.vocab_size}: they do not fit together"
             )
+        check_caches(args, model, cached_dims)
         for token in args.extra_eos_token:
             tokenizer.add_eos_token(token)
-        check_caches(args, model, kv_dims)
-        tokens = prompt.encode(args, tokenizer, continues=saved is not None)
-    caches = saved.shard(model, comm) if saved else None
-    return Job(
-        model,
-        tokenizer,
-        tokens,
-        dict(
-            max_tokens=args.max_tokens,
-            sampler=make_sampler(
-                args.temp,
-                args.top_p,
-                args.min_p,
-                args.min_tokens_to_keep,
-                top_k=args.top_k,
-                xtc_probability=args.xtc_probability,
-                xtc_threshold=args.xtc_threshold,
-                xtc_special_tokens=[*tokenizer.encode("\n"), *tokenizer.eos_token_ids],
-            ),
-            logits_processors=make_logits_processors(
-                repetition_penalty=args.repetition_penalty
-            ),
-            max_kv_size=args.max_kv_size,
-            prefill_step_size=args.prefill_step_size,
-            prompt_cache=caches,
-            kv_bits=args.kv_bits,
-            kv_group_size=args.kv_group_size,
-            quantized_kv_start=args.quantized_kv_start,
-            draft_model=draft_model,
-            num_draft_tokens=args.num_draft_tokens,
+        prompt = encode_prompt(text, args, tokenizer)
+
+    sampler = make_sampler(
+        args.temp,
+        args.top_p,
+        args.min_p,
+        args.min_tokens_to_keep,
+        top_k=args.top_k,
+        xtc_probability=args.xtc_probability,
+        xtc_threshold=args.xtc_threshold,
+        xtc_special_tokens=[*tokenizer.encode("\n"), *tokenizer.eos_token_ids],
+    )
+    generation = dict(
+        max_tokens=args.max_tokens,
+        sampler=sampler,
+        logits_processors=make_logits_processors(
+            repetition_penalty=args.repetition_penalty
         ),
+        max_kv_size=args.max_kv_size,
+        prefill_step_size=args.prefill_step_size,
+        prompt_cache=saved.shard(model, comm) if saved else None,
+        kv_bits=args.kv_bits,
+        kv_group_size=args.kv_group_size,
+        quantized_kv_start=args.quantized_kv_start,
+        draft_model=draft_model,
+        num_draft_tokens=args.num_draft_tokens,
+    )
+    return Task(model, tokenizer, prompt, generation)
+
+
+def open_prompt_cache(args: argparse.Namespace) -> SavedPrompt | None:
+    """Open the file of --prompt-cache-file, if one is given.
+
+    Raises: ValueError if it is none, or does not fit the other options.
+    """
+    if not args.prompt_cache_file:
+        return None
+    saved = SavedPrompt.of_file(args.prompt_cache_file)
+    saved.check_quantization(args.kv_bits, args.kv_group_size)
+    if args.model not in (None, saved.model):
+        raise ValueError(
+            f"--model is {args.model}; the prompt cache is of {saved.model}"
+        )
+    return saved
+
+
+def seed_sampling(seed: int | None, comm: Communicator) -> None:
+    """Seed MLX's random numbers alike on all ranks: with rank 0's choice, or `seed`."""
+    chosen = secrets.randbits(64) if seed is None else seed
+    mx.random.seed(comm.bcast_object(chosen))
+
+
+def encode_prompt(
+    text: str, args: argparse.Namespace, tokenizer: TokenizerWrapper
+) -> list[int]:
+    """Encode the prompt as the options ask for.
+
+    Raises: ValueError if the tokenizer has no chat template and one is needed.
+    """
+    if args.use_default_chat_template and not tokenizer.has_chat_template:
+        raise ValueError("--use-default-chat-template: the tokenizer has no template")
+    return encode(
+        messages_of(text, args.system_prompt),
+        tokenizer,
+        ignore_chat_template=args.ignore_chat_template,
+        chat_template_config=args.chat_template_config,
+        prefill=args.prefill_response,
+        continues=bool(args.prompt_cache_file),
     )
 
 
-def check_caches(args: argparse.Namespace, model: nn.Module, kv_dims: set[int]) -> None:
+def check_caches(
+    args: argparse.Namespace, model: nn.Module, cached_dims: set[int]
+) -> None:
     """Raise ValueError if the model's caches cannot be what the options ask for."""
     caches = make_prompt_cache(model)
     slides = any(isinstance(cache, RotatingKVCache) for cache in caches)
@@ -190,7 +227,7 @@ def check_caches(args: argparse.Namespace, model: nn.Module, kv_dims: set[int]) 
         raise ValueError("--kv-bits: mlx-lm does not quantize sliding windows")
     if args.draft_model and slides:
         raise ValueError("--draft-model: a sliding window cannot take drafts back")
-    for dims in sorted(kv_dims):
+    for dims in sorted(cached_dims):
         if dims % args.kv_group_size:
             raise ValueError(
                 f"--kv-group-size is {args.kv_group_size}: it does not divide the "
@@ -198,34 +235,40 @@ def check_caches(args: argparse.Namespace, model: nn.Module, kv_dims: set[int]) 
             )
 
 
-def cached_dims(model: nn.Module) -> set[int]:
+def dims_of_caches(model: nn.Module) -> set[int]:
     """The widths of the keys and values that the model caches, by trying it."""
     caches = make_prompt_cache(model)
     mx.eval(model(mx.zeros((1, 1), mx.int32), cache=caches))
-    kept = [cache for cache in caches if hasattr(cache, "to_quantized")]
-    arrays = [x for _, x in tree_flatten([cache.state for cache in kept])]
+    quantizable = [cache for cache in caches if hasattr(cache, "to_quantized")]
+    arrays = [x for _, x in tree_flatten([cache.state for cache in quantizable])]
     return {x.shape[-1] for x in arrays if isinstance(x, mx.array) and x.ndim == 4}
 
 
-def run(job: Job, args: argparse.Namespace, comm: Communicator, screen: TextIO) -> None:
-    """Generate; rank 0 shows the text as it is made and what it took."""
-    to_screen = comm.rank == 0 and not args.json
-    figures = to_screen and not args.quiet
-    if figures:
+def run(
+    task: Task, args: argparse.Namespace, comm: Communicator, screen: TextIO
+) -> None:
+    """Generate; rank 0 shows the text as it is made, and figures behind it.
+
+    Raises: RuntimeError if the ranks' tokens differ.
+    """
+    show_text = comm.rank == 0 and not args.json
+    show_figures = show_text and not args.quiet
+    if show_figures:
         print("=" * 10, file=screen)
     text, tokens = "", []
     comm.traffic.reset()
     begin = time.perf_counter()
     for response in mlxtp.stream_generate(
-        job.model, job.tokenizer, job.prompt, **job.options
+        task.model, task.tokenizer, task.prompt, **task.options
     ):
         text += response.text
         tokens.append(response.token)
-        if to_screen:
+        if show_text:
             print(response.text, end="", flush=True, file=screen)
     seconds = time.perf_counter() - begin
-    if to_screen:
+    if show_text:
         print(file=screen)
+
     reports = comm.allgather_object(
         (tokens, mx.get_peak_memory() / 1e9, comm.traffic.seconds / seconds)
     )
@@ -233,18 +276,19 @@ def run(job: Job, args: argparse.Namespace, comm: Communicator, screen: TextIO) 
     for rank, others in enumerate(all_tokens):
         if others != tokens:
             raise RuntimeError(f"rank {rank} made other tokens than rank {comm.rank}")
-    share = sum(collective_shares) / comm.size
-    timed = f"{100 * share:.0f} % of the time, mean over ranks"
-    if figures:
+    collectives_share = sum(collective_shares) / comm.size if comm.is_eager else None
+    if show_figures:
+        timed = (
+            "in the graph, not timed"
+            if collectives_share is None
+            else f"{100 * collectives_share:.0f} % of the time, mean over ranks"
+        )
         print(
             "=" * 10 + "\n"
-            f"Prompt: {response.prompt_tokens} tokens, "
-            f"{response.prompt_tps:.3f} tokens-per-sec\n"
-            f"Generation: {response.generation_tokens} tokens, "
-            f"{response.generation_tps:.3f} tokens-per-sec\n"
+            f"{figures(response)}\n"
             f"Peak memory: {max(peaks_gb):.3f} GB on the largest of {comm.size} ranks, "
             f"{min(peaks_gb):.3f} GB on the smallest\n"
-            f"Collectives: {timed if comm.is_eager else 'in the graph, not timed'}",
+            f"Collectives: {timed}",
             file=screen,
         )
     if comm.rank == 0 and args.json:
@@ -257,7 +301,7 @@ def run(job: Job, args: argparse.Namespace, comm: Communicator, screen: TextIO) 
             "generation_tokens": response.generation_tokens,
             "generation_tokens_per_second": response.generation_tps,
             "peak_memory_gb": {"largest": max(peaks_gb), "smallest": min(peaks_gb)},
-            "collectives_share": share if comm.is_eager else None,
+            "collectives_share": collectives_share,
             "world_size": comm.size,
         }
         print(json.dumps(report), file=screen)
@@ -265,3 +309,9 @@ def run(job: Job, args: argparse.Namespace, comm: Communicator, screen: TextIO) 
 
 if __name__ == "__main__":
     main()
+else:
+    # As a submodule of `mlxtp` it would take the place of the function.
+    raise ImportError(
+        "mlxtp.generate is a program, started by python -m mlxtp.generate; the "
+        "function is had by `from mlxtp import generate`"
+    )

@@ -1,11 +1,12 @@
-"""The options of `mlxtp.generate`: mlx-lm's, with its meanings, and a few of ours."""
+"""The command line of `mlxtp.generate`: mlx-lm's options, and a few of ours.
+
+The rules stand first: what an option may be, and what does not go together.
+"""
 
 import argparse
-import contextlib
-import io
 import json
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NoReturn
 
 from mlx_lm.generate import setup_arg_parser
 
@@ -13,9 +14,12 @@ from mlxtp.cluster import job
 from mlxtp.comm import launcher
 from mlxtp.comm.allreduce import ALGORITHMS
 from mlxtp.comm.communicator import TIMEOUT_SECONDS
+from mlxtp.comm.errors import UsageError
 from mlxtp.comm.transports import TRANSPORTS
 
-# Options of mlx-lm that a split model does not take.
+Args = argparse.Namespace
+
+# Options of mlx-lm that a split model does not take, and why.
 REFUSED = {
     "image": "mlxtp splits language models: it takes no images",
     "quantize_activations": "mlxtp does not quantize activations",
@@ -23,7 +27,7 @@ REFUSED = {
 
 # What an option may be, in words and as a test; None is always allowed.
 LIMITS: dict[str, tuple[str, Callable[[Any], bool]]] = {
-    "prompt": ("some text", lambda value: bool(value.strip())),
+    "prompt": ("some text", lambda text: bool(text.strip())),
     "max_tokens": ("at least 1, or -1 for no limit", lambda n: n >= 1 or n == -1),
     "temp": ("at least 0", lambda x: 0 <= x < float("inf")),
     "top_p": ("from 0 to 1", lambda x: 0 <= x <= 1),
@@ -43,80 +47,92 @@ LIMITS: dict[str, tuple[str, Callable[[Any], bool]]] = {
     "num_draft_tokens": ("at least 1", lambda n: n >= 1),
 }
 
-
-def _world_parser() -> argparse.ArgumentParser:
-    """Of the options that the ranks need to find each other."""
-    result = argparse.ArgumentParser(add_help=False)
-    ours = result.add_argument_group("how the ranks talk")
-    ours.add_argument(
-        "--transport",
-        choices=TRANSPORTS,
-        default="mpi",
-        help="mpi4py (mpi), or one of MLX's backends. Default: mpi",
-    )
-    ours.add_argument(
-        "--allreduce",
-        choices=["auto", "ring", "direct", *ALGORITHMS],
-        default="auto",
-        metavar="NAME",
-        help="Over --transport mpi, the algorithm of an allreduce: ring or direct, or "
-        "one of them with -one-shot or -two-shot behind. Default: auto, whichever a "
-        "short measurement finds the fastest for each size.",
-    )
-    ours.add_argument(
-        "--wire",
-        choices=["plain", "int8"],
-        default="plain",
-        help="Over --transport mpi, int8 sends activations with 8 bits: an experiment "
-        "for slow links, and not exact. Default: plain.",
-    )
-    ours.add_argument(
-        "--timeout",
-        type=float,
-        default=TIMEOUT_SECONDS,
-        metavar="SECONDS",
-        help="End the job when a rank is silent or a collective waits for so long; "
-        f"the time to load does not count. Default: {TIMEOUT_SECONDS:g}.",
-    )
-    return result
+# Options that do not go together: which, and what is said of them.
+CONFLICTS: list[tuple[Callable[[Args], bool], str]] = [
+    (
+        lambda args: (
+            args.transport != "mpi" and (args.allreduce, args.wire) != ("auto", "plain")
+        ),
+        "--transport {args.transport}: MLX's backend chooses the algorithm itself; "
+        "--allreduce and --wire go with --transport mpi",
+    ),
+    (
+        lambda args: args.max_kv_size is not None and args.kv_bits is not None,
+        "--kv-bits: mlx-lm does not quantize what --max-kv-size makes",
+    ),
+    (
+        lambda args: args.draft_model and args.prompt_cache_file,
+        "--prompt-cache-file holds no cache of the --draft-model: give one of them",
+    ),
+]
 
 
-def of_world(arguments: list[str]) -> dict[str, Any]:
-    """The arguments of `Communicator.world`; its defaults where they are mistaken.
+def parse(arguments: list[str]) -> Args:
+    """Parse and check the command line: every rank alike, before ranks connect.
 
-    `parse` then says what is wrong, when there are ranks to say it once.
+    For --help rank 0 prints, and all ranks end.
+
+    Raises: UsageError, that says what was given and what was wanted. No file has
+        been looked at.
     """
-    nowhere = io.StringIO()
-    try:
-        with contextlib.redirect_stderr(nowhere):
-            args, _ = _world_parser().parse_known_args(arguments)
-        _check_values(args)
-    except (SystemExit, ValueError):
-        return {}
-    return {
-        "transport": args.transport,
-        "allreduce": args.allreduce,
-        "wire": args.wire,
-        "timeout_seconds": args.timeout,
-    }
+    args = launcher.parse(_parser(), arguments)
+    check(args)
+    return args
 
 
-def reads_input(arguments: list[str]) -> bool:
-    """Return whether the prompt comes from standard input."""
-    parser = argparse.ArgumentParser(add_help=False, exit_on_error=False)
-    parser.add_argument("--prompt", "-p")
+def check(args: Args) -> None:
+    """Check what the options hold against the rules above.
+
+    Raises: UsageError, for the first rule that is broken.
+    """
+    for name, reason in REFUSED.items():
+        if getattr(args, name):
+            raise UsageError(f"{_flag(name)}: {reason}")
+    for name, (wanted, is_allowed) in LIMITS.items():
+        value = getattr(args, name)
+        if value is not None and not is_allowed(value):
+            raise UsageError(f"{_flag(name)} is {value!r}: wanted {wanted}")
+    for is_given, message in CONFLICTS:
+        if is_given(args):
+            raise UsageError(message.format(args=args))
+
+
+def shares(text: str) -> list[int]:
+    """Shares of the ranks, as the command line gives them: 2,1,1,1,1."""
+    numbers = [int(part) if part.strip().isdigit() else 0 for part in text.split(",")]
+    if min(numbers) < 1:
+        wanted = "whole numbers above 0, one for each rank, such as 2,1,1,1,1"
+        raise argparse.ArgumentTypeError(f"{text!r}: wanted {wanted}")
+    return numbers
+
+
+def _json_object(text: str) -> dict[str, Any]:
     try:
-        return parser.parse_known_args(arguments)[0].prompt == "-"
-    except argparse.ArgumentError:
-        return False  # `parse` says what is wrong, when there are ranks to say it once
+        value = json.loads(text)
+    except ValueError:
+        value = None
+    if not isinstance(value, dict):
+        raise argparse.ArgumentTypeError(f"{text!r}: wanted a JSON object")
+    return value
+
+
+def _flag(name: str) -> str:
+    return "--" + name.replace("_", "-")
+
+
+class _Parser(argparse.ArgumentParser):
+    """A parser that raises a mistake instead of printing it and ending."""
+
+    def error(self, message: str) -> NoReturn:
+        raise UsageError(message)
 
 
 def _parser() -> argparse.ArgumentParser:
-    result = argparse.ArgumentParser(
+    result = _Parser(
         prog="mlxtp.generate",
         usage="python -m mlxtp.generate [--ranks N] [--hostfile HOSTFILE] [OPTION ...]",
         description="Generate text from one language model on all ranks.",
-        parents=[setup_arg_parser(), _world_parser()],
+        parents=[setup_arg_parser()],
         conflict_handler="resolve",
     )
     result.add_argument(
@@ -158,62 +174,36 @@ def _parser() -> argparse.ArgumentParser:
         action="store_true",
         help="Print one JSON object: text, tokens, figures",
     )
+    ranks = result.add_argument_group("between the ranks")
+    ranks.add_argument(
+        "--transport",
+        choices=TRANSPORTS,
+        default="mpi",
+        help="mpi4py (mpi), or one of MLX's backends. Default: mpi",
+    )
+    ranks.add_argument(
+        "--allreduce",
+        choices=["auto", "ring", "direct", *ALGORITHMS],
+        default="auto",
+        metavar="NAME",
+        help="Over --transport mpi, the algorithm of an allreduce: ring or direct, "
+        "or one of them with -one-shot or -two-shot behind. Default: auto, the "
+        "one that a short measurement finds the fastest for each size.",
+    )
+    ranks.add_argument(
+        "--wire",
+        choices=["plain", "int8"],
+        default="plain",
+        help="Over --transport mpi, int8 sends activations with 8 bits: an experiment "
+        "for slow links, and not exact. Default: plain.",
+    )
+    ranks.add_argument(
+        "--timeout",
+        type=float,
+        default=TIMEOUT_SECONDS,
+        metavar="SECONDS",
+        help="End the job when a rank is silent or a collective waits for so long; "
+        f"the time to load does not count. Default: {TIMEOUT_SECONDS:g}.",
+    )
     result.set_defaults(prompt="Once upon a time")
     return result
-
-
-def shares(text: str) -> list[int]:
-    """Shares of the ranks, as the command line gives them."""
-    found = [int(part) if part.strip().isdigit() else 0 for part in text.split(",")]
-    if min(found) < 1:
-        wanted = "whole numbers above 0, one for each rank, such as 2,1,1,1,1"
-        raise argparse.ArgumentTypeError(f"{text!r}: wanted {wanted}")
-    return found
-
-
-def _json_object(text: str) -> dict[str, Any]:
-    try:
-        value = json.loads(text)
-    except ValueError:
-        value = None
-    if not isinstance(value, dict):
-        raise argparse.ArgumentTypeError(f"{text!r}: wanted a JSON object")
-    return value
-
-
-def parse(arguments: list[str]) -> argparse.Namespace:
-    """Parse the command line, as `launcher.parse` does."""
-    return launcher.parse(_parser(), arguments)
-
-
-def check(args: argparse.Namespace) -> None:
-    """Check what the options hold, without looking at a file.
-
-    Raises: ValueError that says what was given and what was wanted.
-    """
-    for name, reason in REFUSED.items():
-        if getattr(args, name):
-            raise ValueError(f"{_flag(name)}: {reason}")
-    _check_values(args)
-    if args.transport != "mpi" and (args.allreduce, args.wire) != ("auto", "plain"):
-        raise ValueError(
-            f"--transport {args.transport}: MLX's backend chooses the way itself; "
-            "--allreduce and --wire go with --transport mpi"
-        )
-    if args.max_kv_size is not None and args.kv_bits is not None:
-        raise ValueError("--kv-bits: mlx-lm does not quantize what --max-kv-size makes")
-    if args.draft_model and args.prompt_cache_file:
-        raise ValueError(
-            "--prompt-cache-file holds no cache of the --draft-model: give one of them"
-        )
-
-
-def _check_values(args: argparse.Namespace) -> None:
-    for name, (wanted, allowed) in LIMITS.items():
-        value = getattr(args, name, None)
-        if value is not None and not allowed(value):
-            raise ValueError(f"{_flag(name)} is {value!r}: wanted {wanted}")
-
-
-def _flag(name: str) -> str:
-    return "--" + name.replace("_", "-")

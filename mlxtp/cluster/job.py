@@ -240,7 +240,8 @@ class VerdictFilter:
     """Takes the line of the verdict out of what a job writes on standard error.
 
     Ranks write at once, so the line may begin behind what another rank has begun (a
-    progress bar, say). The first `verdict` counts.
+    progress bar, say). The first `verdict` counts, but one of a rank that failed gives
+    way: it may have failed because another was lost.
     """
 
     MARK = VERDICT_MARK.encode()
@@ -284,7 +285,8 @@ class VerdictFilter:
             verdict = Verdict.from_json(line.removeprefix(self.MARK).decode())
         except ValueError:
             return line
-        self.verdict = self.verdict or verdict
+        if self.verdict is None or self.verdict.why == "failed":
+            self.verdict = verdict
         return b""
 
 
@@ -306,22 +308,23 @@ def find_mpirun() -> Path:
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
-    """Add the options of `start_if_asked` to a parser, for its help.
-
-    The parser never meets them: they are taken out before the ranks start.
-    """
+    """Add the options of `start_if_asked` to a parser."""
     group = parser.add_argument_group("starting ranks, without mpirun")
-    group.add_argument("--ranks", type=_never, metavar="N", help="Start so many ranks.")
+    group.add_argument("--ranks", type=int, metavar="N", help="Start so many ranks.")
     group.add_argument(
         "--hostfile",
-        type=_never,
         metavar="HOSTFILE",
         help="Start them on the hosts of this file of Open MPI's. Default: here.",
     )
 
 
 def start_if_asked(
-    arguments: Sequence[str], module: str, *, started: int, mark_input: bool = False
+    args: argparse.Namespace,
+    arguments: Sequence[str],
+    module: str,
+    *,
+    started: int,
+    mark_input: bool = False,
 ) -> None:
     """Start a program over ranks anew under mpirun if its command line asks for it.
 
@@ -329,38 +332,26 @@ def start_if_asked(
     returns if neither --ranks nor --hostfile is given.
 
     Args:
-        arguments: the program's command line, without its name.
+        args: the program's options, those of `add_options` among them.
+        arguments: its command line, without its name.
         module: what `python -m` runs.
         started: the number of ranks that mpirun has started; 0 without mpirun.
         mark_input: let standard input end with `END_OF_INPUT`.
 
     Raises: JobError for a wrong value, where there is no mpirun, or under mpirun.
     """
-    parser = _Options(add_help=False, allow_abbrev=False)
-    parser.add_argument("--ranks", type=int)
-    parser.add_argument("--hostfile")
-    asked, others = parser.parse_known_args(arguments)
-    if asked.ranks is None and asked.hostfile is None:
+    if args.ranks is None and args.hostfile is None:
         return
     if started:
         raise JobError(
             "--ranks and --hostfile start ranks without mpirun, and mpirun has started "
             f"{started}: leave out one or the other"
         )
+    parser = argparse.ArgumentParser(add_help=False)
+    add_options(parser)
+    _, others = parser.parse_known_args(arguments)
     command = [sys.executable, "-m", module, *others]
-    Job(command, asked.hostfile, asked.ranks).exec(mark_input=mark_input)
-
-
-class _Options(argparse.ArgumentParser):
-    """A parser whose mistakes are a `JobError`."""
-
-    def error(self, message: str) -> NoReturn:
-        raise JobError(message)
-
-
-def _never(text: str) -> NoReturn:
-    """Refuse an option that came under a shorter name, which would start nothing."""
-    raise argparse.ArgumentTypeError("write the option's whole name")
+    Job(command, args.hostfile, args.ranks).exec(mark_input=mark_input)
 
 
 @contextmanager

@@ -45,9 +45,11 @@ SECOND_LOOKS = 3
 def main() -> None:
     """Run the program; the exit status is 0 only where all is well."""
     try:
-        job.start_if_asked(sys.argv[1:], "mlxtp.doctor", started=launcher.size())
-        args = options.parse(sys.argv[1:])
-        if not (launcher.size() or args.json):
+        arguments = sys.argv[1:]
+        args = options.parse(arguments)
+        started = launcher.size()
+        job.start_if_asked(args, arguments, "mlxtp.doctor", started=started)
+        if not (started or args.json):
             print(f"mlxtp.doctor: {job.ALONE}", file=sys.stderr)
         status = examine(args)
     except (UsageError, job.JobError) as error:

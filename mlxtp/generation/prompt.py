@@ -1,88 +1,75 @@
-"""From what a person gave as a prompt to tokens."""
+"""From messages to the tokens of a prompt."""
 
-import argparse
-import os
-import select
-import sys
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 
-from mlxtp.cluster.job import END_OF_INPUT
-from mlxtp.comm import launcher
-from mlxtp.comm.communicator import Communicator
-
-# Under mpirun, where `END_OF_INPUT` does not come: seconds to wait for the first bytes,
-# and for more behind the last.
-FIRST_SECONDS = 10.0
-MORE_SECONDS = 2.0
-
-
-def read(given: str, comm: Communicator) -> str:
-    """The prompt that is `given`; `-` stands for standard input.
-
-    Raises: UsageError if standard input is no text.
-    """
-    if given != "-":
-        return given.replace("\\n", "\n").replace("\\t", "\t")
-    text = ""
-    with comm.unlimited(), comm.agreement():
-        if comm.rank == 0:
-            text = _read_under_mpirun() if launcher.size() else sys.stdin.read()
-    return str(comm.bcast_object(text))
-
-
-def _read_under_mpirun() -> str:
-    """Standard input to its end, or until nothing more has come for a while."""
-    descriptor, data = sys.stdin.fileno(), b""
-    while not data.endswith(END_OF_INPUT):
-        patience = MORE_SECONDS if data else FIRST_SECONDS
-        if not select.select([descriptor], [], [], patience)[0]:
-            break
-        if not (block := os.read(descriptor, 1 << 16)):
-            break
-        data += block
-    return data.removesuffix(END_OF_INPUT).decode()
+# As chat templates take it: a role (system, user, assistant) and what it says.
+Message = Mapping[str, Any]
 
 
 def encode(
-    args: argparse.Namespace, tokenizer: TokenizerWrapper, *, continues: bool
+    messages: Sequence[Message],
+    tokenizer: TokenizerWrapper,
+    *,
+    ignore_chat_template: bool = False,
+    chat_template_config: Mapping[str, Any] | None = None,
+    prefill: str | None = None,
+    continues: bool = False,
 ) -> list[int]:
-    """The prompt as tokens, in the chat template as mlx-lm puts it there.
+    """Encode messages as the prompt of the next one, in the tokenizer's chat template.
 
-    What `continues` a saved prompt is the end of the conversation alone.
+    Without a template the one message is the prompt as it stands.
 
-    Raises: ValueError if no tokens come of it.
+    Args:
+        messages: the conversation so far; the last is the user's.
+        tokenizer: mlx-lm's, of the model that answers.
+        ignore_chat_template: encode as if the tokenizer had no template.
+        chat_template_config: more arguments for the template.
+        prefill: the beginning of the answer, which the model goes on with.
+        continues: a prompt cache holds all before the last message: encode from there.
+
+    Returns: tokens (L,).
+
+    Raises: ValueError if the messages need a template, or no tokens come of them.
     """
-    if args.use_default_chat_template and not tokenizer.has_chat_template:
-        raise ValueError("--use-default-chat-template: the tokenizer has no template")
-    text = args.prompt
-    templated = tokenizer.has_chat_template and not args.ignore_chat_template
-    if templated:
-        prefill = args.prefill_response
+    is_templated = tokenizer.has_chat_template and not ignore_chat_template
+    if is_templated:
 
-        def rendered(user: str) -> str:
-            messages = [{"role": "user", "content": user}]
-            if args.system_prompt is not None:
-                messages.insert(0, {"role": "system", "content": args.system_prompt})
-            if prefill is not None:
-                messages.append({"role": "assistant", "content": prefill})
+        def render(messages: Sequence[Message]) -> str:
+            answer = [] if prefill is None else [_message("assistant", prefill)]
             return tokenizer.apply_chat_template(
-                messages,
+                [*messages, *answer],
                 tokenize=False,
                 continue_final_message=prefill is not None,
                 add_generation_prompt=prefill is None,
-                **args.chat_template_config,
+                **(chat_template_config or {}),
             )
 
-        text = rendered(text)
+        text = render(messages)
         if continues:
-            text = text[rendered("<query>").index("<query>") :]
-    elif args.system_prompt is not None or args.prefill_response is not None:
+            marked = render([*messages[:-1], _message("user", "<query>")])
+            text = text[marked.index("<query>") :]
+    elif len(messages) > 1 or prefill is not None:
         raise ValueError(
-            "--system-prompt and --prefill-response need a chat template: the "
-            "tokenizer has none, or --ignore-chat-template is given"
+            "a system prompt, earlier messages and the beginning of a response need a "
+            "chat template: the tokenizer has none, or it is to be ignored"
         )
-    tokens = tokenizer.encode(text, add_special_tokens=not templated)
+    else:
+        text = messages[0]["content"]
+    # A template writes special tokens itself.
+    tokens = tokenizer.encode(text, add_special_tokens=not is_templated)
     if not tokens:
-        raise ValueError(f"the tokenizer makes no token of the prompt {args.prompt!r}")
+        raise ValueError(f"the tokenizer makes no token of the prompt {text!r}")
     return tokens
+
+
+def messages_of(prompt: str, system: str | None = None) -> list[Message]:
+    """Make a conversation of one prompt, behind a system prompt if there is one."""
+    before = [] if system is None else [_message("system", system)]
+    return [*before, _message("user", prompt)]
+
+
+def _message(role: str, content: str) -> Message:
+    return {"role": role, "content": content}

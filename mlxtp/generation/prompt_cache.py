@@ -1,4 +1,4 @@
-"""Prompt caches that mlx-lm has saved, of which a rank takes its heads."""
+"""Prompt caches that mlx-lm saved of a whole model, sharded for a rank."""
 
 import json
 from collections.abc import Iterable, Iterator
@@ -19,11 +19,15 @@ from mlx_lm.models.cache import (
 
 from mlxtp.comm.communicator import Communicator
 from mlxtp.partition.spans import Spans
+from mlxtp.sharding.table import SliceTable
 
 
 @dataclass(frozen=True)
 class SavedPrompt:
-    """What mlx_lm.cache_prompt wrote: caches of a whole model, and how it was made."""
+    """A file of mlx_lm.cache_prompt: the caches of a whole model, one for each layer.
+
+    `model` and `tokenizer_config` are what they were made with.
+    """
 
     caches: list[Any]
     model: str
@@ -31,7 +35,7 @@ class SavedPrompt:
 
     @classmethod
     def of_file(cls, file: Path) -> "SavedPrompt":
-        """Open a cache file; its arrays are read when they are needed.
+        """Open a file; its arrays are read when they are evaluated.
 
         Raises: ValueError if it is no file of mlx_lm.cache_prompt.
         """
@@ -45,7 +49,10 @@ class SavedPrompt:
             ) from error
 
     def check_quantization(self, kv_bits: int | None, kv_group_size: int) -> None:
-        """Raise ValueError if the cache was quantized otherwise than asked for."""
+        """Compare how the caches are quantized with what is asked for.
+
+        Raises: ValueError if bits or group size differ.
+        """
         first = self.caches[0]
         if not isinstance(first, QuantizedKVCache):
             return
@@ -56,10 +63,11 @@ class SavedPrompt:
             )
 
     def shard(self, model: nn.Module, comm: Communicator) -> list[Any]:
-        """The caches of this rank's heads and channels, for a split `model`.
+        """Keep this rank's heads and channels of the caches, for a sharded `model`.
 
-        Shapes: keys and values (B, KV heads, L, D) -> (B, local KV heads, L, D);
+        Shapes: keys and values (B, KV heads, L, D) -> (B, the rank's KV heads, L, D);
             states are cut on the axis on which the rank's own are shorter.
+        Communicates: what a prompt of 8 tokens does.
 
         Raises: UsageError if the caches are not of such a model.
         """
@@ -72,13 +80,112 @@ class SavedPrompt:
                 )
         # A few tokens show the shapes that the rank's caches have.
         mx.eval(model(mx.zeros((1, 8), mx.int32), cache=own))
-        axes = _CutAxes.of_model(model, comm.rank)
+        axes = _ShardedAxes.of_rank(model.slice_table, comm.rank)
         with comm.agreement():
-            for cache, mine in zip(_leaves(self.caches), _leaves(own), strict=True):
-                is_state = isinstance(cache, ArraysCache)
-                (axes.cut_states if is_state else axes.cut_keys)(cache, mine)
+            for cache, like in zip(_leaves(self.caches), _leaves(own), strict=True):
+                if isinstance(cache, ArraysCache):
+                    axes.shard_states(cache, like)
+                else:
+                    axes.shard_keys_and_values(cache, like)
                 mx.eval(list(_arrays(cache.state)))
         return self.caches
+
+
+# An axis of the whole model's caches: its length, and the spans of it that a rank has.
+_Axis = tuple[int, Spans]
+
+
+@dataclass(frozen=True)
+class _ShardedAxes:
+    """The axes of caches that a rank has a part of, of all blocks of a model.
+
+    `kv_heads` are those of keys and values, `states` those of what recurrent blocks
+    keep or convolve. `has_latents` says that some blocks keep latents, which have one
+    head that all ranks share.
+    """
+
+    kv_heads: tuple[_Axis, ...]
+    states: tuple[_Axis, ...]
+    has_latents: bool
+
+    @classmethod
+    def of_rank(cls, table: SliceTable, rank: int) -> "_ShardedAxes":
+        """Read the axes from the slice table."""
+        return cls(
+            kv_heads=tuple(
+                (shards.counts["kv"], shards.parts[rank].spans["kv"])
+                for shards in table.blocks
+                if "kv" in shards.counts
+            ),
+            states=tuple(
+                (matrix.features, matrix.spans[rank])
+                for matrix in table.matrices.values()
+                if matrix.cut.style == "along"
+            ),
+            has_latents=any(
+                getattr(shards.block.rule, "kv", None) == () for shards in table.blocks
+            ),
+        )
+
+    def shard_keys_and_values(self, cache: Any, like: Any) -> None:
+        """Keep the rank's KV heads of a cache, as many as its own cache `like` has.
+
+        Raises: ValueError if no block of the model has so many heads.
+        """
+        local = next((x.shape[1] for x in _arrays(like.state) if x.ndim == 4), None)
+        wholes = {whole for whole, spans in self.kv_heads if spans.length == local}
+        may_be_whole = (
+            not wholes or local in wholes or (self.has_latents and local == 1)
+        )
+
+        def shard(x: Any) -> Any:
+            if not isinstance(x, mx.array) or x.ndim != 4:
+                return x
+            if x.shape[1] == local and may_be_whole:
+                return x
+            spans = _spans_of(self.kv_heads, x.shape[1], local)
+            if spans is None:
+                raise ValueError(
+                    f"the prompt cache has {x.shape[1]} KV heads, the model "
+                    f"{self.kv_heads[0][0] if self.kv_heads else 'none'}"
+                )
+            return _take(x, spans, axis=1)
+
+        cache.state = tree_map(shard, cache.state)
+
+    def shard_states(self, cache: ArraysCache, like: ArraysCache) -> None:
+        """Keep the rank's heads or channels of a recurrent block's states.
+
+        `like` is the rank's own cache: it shows which axis of a state is shorter.
+
+        Raises: ValueError if no block of the model has such a state.
+        """
+        for index, (x, own) in enumerate(zip(cache.cache, like.cache, strict=True)):
+            if x is None or x.shape[1:] == own.shape[1:]:
+                continue
+            axis = next(i for i in range(1, x.ndim) if x.shape[i] != own.shape[i])
+            spans = _spans_of(self.states, x.shape[axis], own.shape[axis])
+            if spans is None:
+                raise ValueError(
+                    f"the prompt cache has a state of the shape {x.shape}, the model "
+                    f"none such"
+                )
+            cache[index] = _take(x, spans, axis)
+
+
+def _spans_of(axes: Iterable[_Axis], whole: int, local: int | None) -> Spans | None:
+    """The spans of an axis of `whole`, of which the rank has `local`, if there is one.
+
+    Blocks of the same two lengths are cut alike.
+    """
+    return next(
+        (spans for size, spans in axes if size == whole and spans.length == local),
+        None,
+    )
+
+
+def _take(x: mx.array, spans: Spans, axis: int) -> mx.array:
+    return mx.contiguous(mx.take(x, mx.array(spans.indices), axis))
 
 
 def _leaves(caches: Iterable[Any]) -> Iterator[Any]:
@@ -88,87 +195,6 @@ def _leaves(caches: Iterable[Any]) -> Iterator[Any]:
             yield from _leaves(cache.caches)
         else:
             yield cache
-
-
-@dataclass(frozen=True)
-class _CutAxes:
-    """The axes that caches are cut on, as (whole length, the rank's spans).
-
-    `heads` are those of keys and values, `states` those of what recurrent blocks keep
-    or convolve. `has_latents` says that there may be latents besides, which have one
-    head for all.
-    """
-
-    heads: tuple[tuple[int, Spans], ...]
-    states: tuple[tuple[int, Spans], ...]
-    has_latents: bool
-
-    @classmethod
-    def of_model(cls, model: nn.Module, rank: int) -> "_CutAxes":
-        table = model.slice_table
-        return cls(
-            tuple(
-                (shards.counts["kv"], shards.parts[rank].spans["kv"])
-                for shards in table.blocks
-                if "kv" in shards.counts
-            ),
-            tuple(
-                (matrix.features, matrix.spans[rank])
-                for matrix in table.matrices.values()
-                if matrix.cut.style == "along"
-            ),
-            any(
-                getattr(shards.block.rule, "kv", None) == () for shards in table.blocks
-            ),
-        )
-
-    def cut_keys(self, cache: Any, mine: Any) -> None:
-        """Keep the rank's KV heads of a cache of keys and values."""
-        local = next((x.shape[1] for x in _arrays(mine.state) if x.ndim == 4), None)
-        wholes = {size for size, spans in self.heads if spans.length == local}
-        uncut = not wholes or local in wholes or (self.has_latents and local == 1)
-
-        def cut(x: Any) -> Any:
-            if not isinstance(x, mx.array) or x.ndim != 4:
-                return x
-            if x.shape[1] == local and uncut:
-                return x
-            spans = _find(self.heads, x.shape[1], local)
-            if spans is None:
-                raise ValueError(
-                    f"the prompt cache has {x.shape[1]} KV heads, the model "
-                    f"{self.heads[0][0] if self.heads else 'none'}"
-                )
-            return _take(x, spans, axis=1)
-
-        cache.state = tree_map(cut, cache.state)
-
-    def cut_states(self, cache: ArraysCache, mine: ArraysCache) -> None:
-        """Keep the rank's heads or channels of the states of a recurrent block."""
-        for index, (x, like) in enumerate(zip(cache.cache, mine.cache, strict=True)):
-            if x is None or x.shape[1:] == like.shape[1:]:
-                continue
-            axis = next(i for i in range(1, x.ndim) if x.shape[i] != like.shape[i])
-            spans = _find(self.states, x.shape[axis], like.shape[axis])
-            if spans is None:
-                raise ValueError(
-                    f"the prompt cache has a state of the shape {x.shape}, the model "
-                    f"none such"
-                )
-            cache[index] = _take(x, spans, axis)
-
-
-def _find(
-    axes: Iterable[tuple[int, Spans]], whole: int, local: int | None
-) -> Spans | None:
-    return next(
-        (spans for size, spans in axes if size == whole and spans.length == local),
-        None,
-    )
-
-
-def _take(x: mx.array, spans: Spans, axis: int) -> mx.array:
-    return mx.contiguous(mx.take(x, mx.array(spans.indices), axis))
 
 
 def _arrays(state: Any) -> Iterator[mx.array]:

@@ -19,9 +19,9 @@ from mlxtp.sharding.table import SliceTable
 def parallelize(model: nn.Module, table: SliceTable, comm: Communicator) -> None:
     """Make `model`, whose parameters are this rank's slices, compute its part.
 
-    Afterwards `model.slice_table` is `table`.
+    Afterwards `model.slice_table` is `table`, and `model.comm` is `comm`.
     """
-    model.slice_table = table
+    model.slice_table, model.comm = table, comm
     modules = dict(model.named_modules())
     last = next(path for path, m in modules.items() if m is model.layers[-1])
     joints: dict[str, JointSum] = {}

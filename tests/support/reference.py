@@ -12,18 +12,17 @@ from tiny import Tiny
 from mlxtp import Communicator
 
 PROMPT = [3, 14, 15, 92, 65, 35, 89, 79, 32]
-
-
 STEPS = 32
 
 
-# How far logits may be from mlx-lm's, as a share of the largest. A sum over ranks
+# How far logits may be from mlx-lm's, as a fraction of the largest. A sum over ranks
 # rounds otherwise than a sum in one matrix product: a few units in the last place
 # (2^-23, 2^-10, 2^-7), which two layers and the head carry on.
 TOLERANCE = {mx.float32: 2e-5, mx.float16: 2e-2, mx.bfloat16: 1e-1}
 
 
 def heads(num_heads: int, num_kv_heads: int, **more: Any) -> dict[str, Any]:
+    """A part of a config: so many query heads and KV heads, and what else is given."""
     return {
         "num_attention_heads": num_heads,
         "num_key_value_heads": num_kv_heads,
@@ -48,6 +47,7 @@ def quantized(bits: int, group_size: int, mode: str = "affine") -> Tiny:
 
 
 def mixed_bits(path: str, module: nn.Module) -> bool | dict[str, Any]:
+    """Quantize the first layer with 8 bits, and no projection of values elsewhere."""
     if "layers.0" in path:
         return {"bits": 8, "group_size": 32}
     return "v_proj" not in path
@@ -116,21 +116,26 @@ MODELS: dict[str, Tiny] = {
 
 
 def greedy(model: nn.Module) -> list[int]:
+    """The likeliest tokens behind `PROMPT`, (STEPS,)."""
     return [
         token for token, _ in generate_step(mx.array(PROMPT), model, max_tokens=STEPS)
     ]
 
 
 def on_rank_0(comm: Communicator, compute: Callable[[], Any]) -> Any:
-    """What one machine says, computed once and told to all."""
-    said: Any = None
+    """Compute the reference in one process, rank 0's, and give it to all ranks.
+
+    Raises: ValueError, on all ranks, if that fails.
+    """
+    result: Any = None
     with comm.agreement():
         try:
-            said = compute() if comm.rank == 0 else None
+            result = compute() if comm.rank == 0 else None
         except Exception as error:
             raise ValueError(f"the reference failed: {error!r}") from error
-    return comm.bcast_object(said)
+    return comm.bcast_object(result)
 
 
 def as_numpy(x: mx.array) -> np.ndarray:
+    """An array of MLX, of any floating dtype, as float32 for numpy."""
     return np.array(x.astype(mx.float32))

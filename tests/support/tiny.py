@@ -29,6 +29,7 @@ class Tiny:
     seed: int = 0
 
     def full_config(self) -> dict[str, Any]:
+        """What its config.json has."""
         return {
             "model_type": "llama",
             "hidden_size": 64,
@@ -47,6 +48,7 @@ class Tiny:
         }
 
     def save(self, folder: Path) -> None:
+        """Write config, weights and tokenizer to a folder that is there."""
         config = self.full_config()
         model_class, args_class = _get_classes(config)
         model = model_class(args_class.from_dict(config))
@@ -99,5 +101,6 @@ def made_by_rank_0(tiny: Tiny, folder: Path, comm: Communicator) -> Path:
 
 
 def edit_config(folder: Path, **changes: Any) -> None:
+    """Change entries of the config.json in a folder."""
     file = folder / "config.json"
     file.write_text(json.dumps(json.loads(file.read_text()) | changes))

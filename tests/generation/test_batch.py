@@ -1,0 +1,91 @@
+"""Prompts of unequal length in one batch, with every type that mlx-lm can batch."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import mlx.nn as nn
+import mlx_lm
+import pytest
+import zoo
+from every_type import PROMPT, RUNNABLE
+from metal_kernels import use_plain_operations
+from mlx_lm.generate import BatchResponse
+from mlx_lm.tokenizer_utils import TokenizerWrapper
+from mlx_lm.utils import load_model, load_tokenizer
+from reference import on_rank_0
+from saved_types import saved
+from tiny import save_tokenizer
+
+import mlxtp
+from mlxtp import Communicator
+
+use_plain_operations()
+
+# Shorter and longer than the windows of `zoo`, 8 tokens, and they end one by one.
+PROMPTS = [PROMPT[:3], PROMPT, PROMPT[2:8]]
+STEPS = [9, 4, 6]
+
+
+@pytest.fixture(scope="module")
+def tokenizer(comm: Communicator, shared_path: Path) -> TokenizerWrapper:
+    """A tokenizer whose texts never end."""
+    folder = shared_path / "endless"
+    on_rank_0(comm, lambda: save_tokenizer(folder))
+    result = load_tokenizer(folder)
+    result.eos_token_ids = set()
+    return result
+
+
+def tokens(
+    batch_generate: Callable[..., BatchResponse],
+    model: nn.Module,
+    tokenizer: TokenizerWrapper,
+) -> list[list[int]]:
+    """The tokens of each prompt, which is read in chunks of four."""
+    response = batch_generate(
+        model,
+        tokenizer,
+        PROMPTS,
+        max_tokens=STEPS,
+        prefill_step_size=4,
+        return_token_ids=True,
+    )
+    return response.token_ids
+
+
+@pytest.mark.parametrize("model_type", RUNNABLE)
+def test_equals_one_process(
+    model_type: str,
+    comm: Communicator,
+    shared_path: Path,
+    tokenizer: TokenizerWrapper,
+) -> None:
+    def alone() -> list[list[int]] | str:
+        model, _ = load_model(saved(model_type, shared_path))
+        try:
+            return tokens(mlx_lm.batch_generate, model, tokenizer)
+        except Exception as error:
+            return str(error)
+
+    expected = on_rank_0(comm, alone)
+    if isinstance(expected, str):
+        assert zoo.UNBATCHED.get(model_type, "no error") in expected
+        pytest.skip(f"not in mlx-lm either: {expected}")
+    assert model_type not in zoo.UNBATCHED
+    model, _ = mlxtp.load_model(shared_path / "types" / model_type, comm)
+    assert tokens(mlxtp.batch_generate, model, tokenizer) == expected
+    assert list(map(len, expected)) == STEPS
+
+
+def test_only_rank_0_shows_progress(
+    comm: Communicator,
+    shared_path: Path,
+    tokenizer: TokenizerWrapper,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    folder = on_rank_0(comm, lambda: saved("llama", shared_path))
+    model, _ = mlxtp.load_model(folder, comm)
+    mlxtp.batch_generate(model, tokenizer, PROMPTS, verbose=True, max_tokens=2)
+    shown = capsys.readouterr().out
+    assert ("Generation: 6 tokens" in shown) == (comm.rank == 0)
+    assert comm.rank == 0 or not shown
