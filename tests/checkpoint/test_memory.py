@@ -6,10 +6,11 @@ import sys
 from pathlib import Path
 
 import pytest
+from needs import needs
 
 pytestmark = [
     pytest.mark.once,
-    pytest.mark.skipif(sys.platform != "linux", reason="needs /proc"),
+    needs("linux"),
 ]
 
 BENCHMARK = Path(__file__).parents[2] / "benchmarks" / "load.py"

@@ -1,6 +1,5 @@
 """Slices are read right, and with few bytes beside them."""
 
-import sys
 from pathlib import Path
 
 import mlx.core as mx
@@ -8,6 +7,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from needs import needs
 from safetensors.numpy import save_file
 
 from mlxtp.checkpoint import tensors
@@ -113,7 +113,7 @@ def test_dtypes(folder: Path, dtype: mx.Dtype) -> None:
     assert read(found["s"], Slice(())).item() == x[0, 0].item()
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="/proc/self/io is Linux's")
+@needs("linux")
 @pytest.mark.parametrize("row", [PAGE_BYTES * 8, PAGE_BYTES // 4])
 def test_bytes_read(folder: Path, row: int) -> None:
     shape = (400, row)

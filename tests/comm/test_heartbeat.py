@@ -11,6 +11,7 @@ from contextlib import suppress
 from pathlib import Path
 
 import pytest
+from needs import needs
 from processes import is_running
 from ranks import HOSTFILE, environment
 
@@ -84,7 +85,7 @@ class Job:
 
 pytestmark = [
     pytest.mark.once,
-    pytest.mark.skipif(sys.platform != "linux", reason="looks into /proc"),
+    needs("linux"),
 ]
 
 

@@ -5,6 +5,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from needs import needs
 from ranks import mpirun
 from recorded import HARDWARE_PORTS
 
@@ -128,7 +129,7 @@ assert transport.allgather(mx.array(half)).tolist() == [half] * transport.size
     run(6, program)
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="what Linux lacks")
+@needs("linux")
 def test_missing() -> None:
     for name, expected in [
         ("jaccl", "--transport jaccl: needs macOS 26.2 or later, Thunderbolt 5 and "

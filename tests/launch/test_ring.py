@@ -1,11 +1,11 @@
 """launch/ring: every pair of hosts meets, the short way, and undoing undoes all."""
 
-import os
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+from needs import needs
 from ring_script import ring
 
 RING = Path(__file__).parents[2] / "launch" / "ring"
@@ -170,7 +170,7 @@ def test_wrong_input_gets_one_line(arguments, says):
     assert says in done.stderr and done.stderr.count("\n") == 1
 
 
-@pytest.mark.skipif(os.geteuid() == 0, reason="root may do it")
+@needs("no root")
 def test_applying_needs_root():
     done = subprocess.run(
         [sys.executable, RING, "1", "2", "--apply", "--right", "lo"],

@@ -1,12 +1,12 @@
 """The lab for tests: five hosts on this machine, where it can have them."""
 
 import os
-import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+from needs import skip_without
 
 ROOT = Path(__file__).parents[2]
 LAB = ROOT / "launch" / "lab"
@@ -14,18 +14,7 @@ HOSTFILE = ROOT / "hostfiles" / "studio5"
 HOSTS = [f"studio{k}" for k in range(1, 6)]
 
 
-def why_not():
-    if sys.platform != "linux":
-        return "it needs Linux"
-    if os.geteuid() != 0:
-        return "it needs root"
-    if shutil.which("ip") is None:
-        return "it needs the command ip (package iproute2)"
-    if not Path("/dev/net/tun").exists():
-        return "it needs /dev/net/tun"
-    if Path("/run/mlxtp-lab").exists():
-        return "a lab is up already: launch/lab down"
-    return None
+NEEDS = ("linux", "root", "ip", "tun")
 
 
 def lab(*arguments, timeout=60, **env):
@@ -43,12 +32,14 @@ def lab(*arguments, timeout=60, **env):
 
 
 def good(*arguments, **options):
+    """What launch/lab prints; it has to end well."""
     done = lab(*arguments, **options)
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout
 
 
 def in_namespaces():
+    """The processes that run on the lab's hosts."""
     return [
         pid
         for host in HOSTS
@@ -60,8 +51,9 @@ def in_namespaces():
 
 @pytest.fixture(scope="module", autouse=True)
 def the_lab_can_be_built():
-    reason = why_not()
-    if reason is not None:
-        pytest.skip(f"LAB NOT TESTED: {reason}")
+    """Skip a module of tests where the lab cannot be had; take it down after them."""
+    skip_without(*NEEDS)
+    if Path("/run/mlxtp-lab").exists():
+        pytest.skip("a lab is up already: launch/lab down")
     yield
     good("down")

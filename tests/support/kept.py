@@ -1,0 +1,56 @@
+"""What mlx-lm computes in one process, kept for all worlds of one test run.
+
+`launch/test` runs the same tests on several numbers of ranks, and what they are
+compared with is the same for all of them. The first world that asks computes it.
+"""
+
+import os
+import pickle
+import tempfile
+from collections.abc import Callable
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+from reference import on_rank_0
+
+from mlxtp import Communicator
+
+# The folder that the worlds of one run share; launch/test makes and removes it.
+VARIABLE = "MLXTP_TESTS_KEPT"
+
+
+@cache
+def _folder() -> Path:
+    """This run's folder; a run of one world has its own."""
+    given = os.environ.get(VARIABLE)
+    if given:
+        return Path(given)
+    holder = tempfile.TemporaryDirectory(prefix="mlxtp-kept-")
+    _holders.append(holder)  # removed when the process ends
+    return Path(holder.name)
+
+
+_holders: list[tempfile.TemporaryDirectory[str]] = []
+
+
+def kept(comm: Communicator, name: str, compute: Callable[[Path], Any]) -> Any:
+    """What `compute` returns, and a folder that it may fill, for all worlds of a run.
+
+    `name` tells what is computed apart from all else: two tests that share a name
+    share the result. Nobody may change the folder, or what it was given, afterwards.
+    `compute` runs on rank 0.
+    """
+
+    def computed() -> tuple[Path, Any]:
+        folder = _folder() / name
+        file = folder.with_name(f"{folder.name}.pickle")
+        if not file.exists():
+            folder.mkdir(parents=True, exist_ok=True)
+            result = compute(folder)
+            part = file.with_suffix(".part")
+            part.write_bytes(pickle.dumps(result))
+            part.rename(file)
+        return folder, pickle.loads(file.read_bytes())
+
+    return on_rank_0(comm, computed)
