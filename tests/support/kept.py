@@ -35,14 +35,14 @@ _holders: list[tempfile.TemporaryDirectory[str]] = []
 
 
 def kept(comm: Communicator, name: str, compute: Callable[[Path], Any]) -> Any:
-    """What `compute` returns, and a folder that it may fill, for all worlds of a run.
+    """What `compute` returns on rank 0 of the first world of this run that asks.
 
     `name` tells what is computed apart from all else: two tests that share a name
-    share the result. Nobody may change the folder, or what it was given, afterwards.
-    `compute` runs on rank 0.
+    share the result. `compute` is given a folder that it may fill, and that stays for
+    all worlds; nobody may change it afterwards.
     """
 
-    def computed() -> tuple[Path, Any]:
+    def computed() -> Any:
         folder = _folder() / name
         file = folder.with_name(f"{folder.name}.pickle")
         if not file.exists():
@@ -51,6 +51,6 @@ def kept(comm: Communicator, name: str, compute: Callable[[Path], Any]) -> Any:
             part = file.with_suffix(".part")
             part.write_bytes(pickle.dumps(result))
             part.rename(file)
-        return folder, pickle.loads(file.read_bytes())
+        return pickle.loads(file.read_bytes())
 
     return on_rank_0(comm, computed)
