@@ -16,6 +16,7 @@ pytestmark = [
 BENCHMARK = Path(__file__).parents[2] / "benchmarks" / "load.py"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("options", [["--layers", "3"], ["--bits", "4"]], ids=" ".join)
 def test_a_rank_holds_and_reads_its_slices(options: list[str], tmp_path: Path) -> None:
     """On checkpoints of 0.9 and 0.7 GB, with five ranks."""

@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 from needs import needs
 from processes import is_running
+from pyramid import sweep
 from ranks import HOSTFILE, environment
 
 from mlxtp.comm.launcher import LEAST_START_SECONDS
@@ -101,7 +102,9 @@ def broken(
 
 
 # Under the bare name "mpi" pytest-mpi would take a test for one of its own.
-@pytest.mark.parametrize("transport", ["mpi", "ring", "mlx-mpi"], ids="over {}".format)
+@pytest.mark.parametrize(
+    "transport", sweep(["mpi", "ring", "mlx-mpi"], ["mpi"]), ids="over {}".format
+)
 def test_a_rank_is_killed(transport: str) -> None:
     job, status, seconds = broken(
         transport, lambda job: os.kill(job.pids[1], signal.SIGKILL)
@@ -117,7 +120,9 @@ def test_a_rank_is_killed(transport: str) -> None:
 
 
 # Under the bare name "mpi" pytest-mpi would take a test for one of its own.
-@pytest.mark.parametrize("transport", ["mpi", "ring", "mlx-mpi"], ids="over {}".format)
+@pytest.mark.parametrize(
+    "transport", sweep(["mpi", "ring", "mlx-mpi"], ["mpi"]), ids="over {}".format
+)
 def test_a_rank_stops_answering(transport: str) -> None:
     job, status, seconds = broken(
         transport, lambda job: os.kill(job.pids[1], signal.SIGSTOP)
@@ -127,12 +132,14 @@ def test_a_rank_stops_answering(transport: str) -> None:
     assert job.output.count(missing) == 1, job.output
 
 
+@pytest.mark.slow
 def test_rank_0_is_killed() -> None:
     job, status, _ = broken("mpi", lambda job: os.kill(job.pids[0], signal.SIGKILL))
     assert status != 0
     assert f"mlxtp: rank 0 on {HOST} died; rank 1 on" in job.output, job.output
 
 
+@pytest.mark.slow
 def test_a_rank_is_killed_while_another_is_too_busy_to_answer() -> None:
     holds_the_lock = """
 import ctypes, signal
@@ -161,6 +168,7 @@ def test_a_rank_does_something_else(deed: str, message: str) -> None:
     assert len(told) == 1, job.output
 
 
+@pytest.mark.slow
 def test_a_rank_does_not_come() -> None:
     """MPI starts when all ranks have come, and lets no Python run until then."""
     program = """
@@ -179,6 +187,7 @@ mlxtp.Communicator.world(timeout_seconds=float(sys.argv[1]))
     assert job.output.count(message) == 1, job.output
 
 
+@pytest.mark.slow
 def test_mpirun_is_ended() -> None:
     job, status, seconds = broken(
         "mpi", lambda job: os.kill(job.mpirun, signal.SIGTERM)
@@ -187,12 +196,14 @@ def test_mpirun_is_ended() -> None:
     assert "mlxtp:" not in job.output
 
 
+@pytest.mark.slow
 def test_mpirun_is_killed() -> None:
     """Nobody is left to end the ranks: they end themselves."""
     job, _, _ = broken("mpi", lambda job: os.kill(job.mpirun, signal.SIGKILL))
     assert "mlxtp:" not in job.output
 
 
+@pytest.mark.slow
 def test_waits_without_a_limit() -> None:
     program = """
 import sys, time

@@ -123,6 +123,7 @@ def routes(host):
     return [it for it in json.loads(done.stdout) if it["dst"].startswith("10.89")]
 
 
+@pytest.mark.slow
 def test_a_ring_is_undone_and_made_over_a_hostfile(ssh, environment):
     before = {host: routes(host) for host in HOSTS}
     assert all(len(found) == 4 for found in before.values())
@@ -164,6 +165,7 @@ def test_the_status_is_that_of_the_command(ssh, environment):
     assert done.returncode == 3
 
 
+@pytest.mark.slow
 def test_the_main_job_over_ssh(ssh, environment):
     job = ["python", "-m", "mlxtp.generate", "--max-tokens", "8", "--verbose"]
     done = launch(ssh, "run", HOSTFILE, "--", *job)
@@ -172,6 +174,7 @@ def test_the_main_job_over_ssh(ssh, environment):
     assert "Generation: 8 tokens" in done.stdout
 
 
+@pytest.mark.slow
 def test_ending_it_ends_the_ranks(ssh, environment):
     def ranks():
         found = []

@@ -63,6 +63,7 @@ def here(limit_bytes: int) -> Machine:
 
 @needs("linux")
 # A tenth of what is needed either way: working memory is estimated, and is less.
+@pytest.mark.slow
 @pytest.mark.parametrize("factor, fits", [(1.1, True), (0.9, False)])
 def test_the_verdict_is_that_of_a_real_run(
     small: Path, factor: float, fits: bool

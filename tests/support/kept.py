@@ -12,7 +12,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from reference import on_rank_0
+from reference import MODELS, on_rank_0
 
 from mlxtp import Communicator
 
@@ -54,3 +54,13 @@ def kept(comm: Communicator, name: str, compute: Callable[[Path], Any]) -> Any:
         return pickle.loads(file.read_bytes())
 
     return on_rank_0(comm, computed)
+
+
+def kept_model(comm: Communicator, name: str) -> Path:
+    """The folder of one of `reference.MODELS`, for all ranks; nobody may change it."""
+
+    def save(folder: Path) -> Path:
+        MODELS[name].save(folder)
+        return folder
+
+    return kept(comm, name, save)
