@@ -206,5 +206,6 @@ def test_ending_it_ends_the_ranks(ssh, environment):
 
 def test_this_machine_alone(environment):
     """Without any ssh, from the lab's first host."""
+    good("up", "--delay-ms", "1")
     command = ["-n", "2", "hostfiles/localhost", "sh", "-c", "sleep 0.5; hostname"]
     assert good("run", "launch/run", *command) == "studio1\nstudio1\n"
