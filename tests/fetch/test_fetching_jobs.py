@@ -77,7 +77,7 @@ def start(
 ) -> "subprocess.Popen[str]":
     environment = os.environ | {
         "HF_ENDPOINT": hub.url,
-        "PYTHONPATH": f"{ROOT / 'tests'}",
+        "PYTHONPATH": os.pathsep.join(filter(None, sys.path)),
         "HF_HUB_DISABLE_PROGRESS_BARS": "1",
     }
     command = ["mpirun", "-hostfile", str(ROOT / "hostfiles/localhost"), "-n"]
