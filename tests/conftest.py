@@ -1,21 +1,33 @@
 """Every test is a program valid at any number of ranks: pytest runs on all of them."""
 
+import faulthandler
 import io
+import signal
 import sys
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import pytest
 from _pytest.config import Config
+from _pytest.config.argparsing import Parser
 from _pytest.terminal import TerminalReporter
+from needs import summary
 
 from mlxtp import Communicator
 
-WORLD = Communicator.world()
+# How long a test, or its set-up or its end, may take on a busy machine, and how long a
+# rank may be silent or wait in one collective. The first fails the test alone, where
+# Python can still act; the second ends the job. `faulthandler_timeout` comes last.
+LIMIT_SECONDS = 300
+
+WORLD = Communicator.world(timeout_seconds=LIMIT_SECONDS)
 
 
 @pytest.fixture(scope="session")
 def comm() -> Communicator:
+    """All ranks of this run."""
     return WORLD
 
 
@@ -23,6 +35,11 @@ def comm() -> Communicator:
 def shared_path(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder that is the same on all ranks."""
     return WORLD.bcast_object(tmp_path_factory.mktemp("shared"))
+
+
+def pytest_addoption(parser: Parser) -> None:
+    """Offer --all."""
+    parser.addoption("--all", action="store_true", help="run the slow tests as well")
 
 
 @pytest.hookimpl(trylast=True)
@@ -34,6 +51,7 @@ def pytest_configure(config: Config) -> None:
 
 
 def pytest_unconfigure(config: Config) -> None:
+    """Show what a rank other than 0 has reported, where a test failed on it."""
     reporter = config.pluginmanager.get_plugin("terminalreporter")
     failed = reporter is not None and reporter.stats.keys() & {"failed", "error"}
     if WORLD.rank > 0 and failed:
@@ -43,26 +61,69 @@ def pytest_unconfigure(config: Config) -> None:
 
 
 def pytest_collection_modifyitems(config: Config, items: list[pytest.Item]) -> None:
-    others = [
-        item
-        for item in items
-        for mark in item.iter_markers("ranks")
-        if WORLD.size not in mark.args
+    """Leave out what is not for this number of ranks, and slow tests without --all."""
+
+    def is_run(item: pytest.Item) -> bool:
+        if item.get_closest_marker("slow") and not config.getoption("--all"):
+            return False
+        if item.get_closest_marker("once") and WORLD.size > 1:
+            return False
+        return all(WORLD.size in mark.args for mark in item.iter_markers("ranks"))
+
+    left_out = [item for item in items if not is_run(item)]
+    items[:] = [item for item in items if is_run(item)]
+    config.hook.pytest_deselected(items=left_out)
+
+
+def pytest_terminal_summary(terminalreporter: TerminalReporter) -> None:
+    """Say which tests this machine could not run, and what would bring them in."""
+    reasons = [
+        report.longrepr[2].removeprefix("Skipped: ")
+        for report in terminalreporter.stats.get("skipped", [])
+        if isinstance(report.longrepr, tuple)
     ]
-    items[:] = [item for item in items if item not in others]
-    config.hook.pytest_deselected(items=others)
-    once = [item for item in items if item.get_closest_marker("once")]
-    if WORLD.size > 1 and once:
-        items[:] = [item for item in items if item not in once]
-        config.hook.pytest_deselected(items=once)
+    for line in summary(reasons):
+        terminalreporter.write_line(line)
+
+
+@contextmanager
+def limited(item: pytest.Item) -> Iterator[None]:
+    """Fail the test that is in the main thread after LIMIT_SECONDS, and go on."""
+
+    def fail(*_: Any) -> None:
+        faulthandler.dump_traceback(file=sys.__stderr__)
+        pytest.fail(f"{item.nodeid} has not ended after {LIMIT_SECONDS} s")
+
+    before = signal.signal(signal.SIGALRM, fail)
+    signal.setitimer(signal.ITIMER_REAL, LIMIT_SECONDS)
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_setup(item: pytest.Item) -> Iterator[None]:
+    """Limit the time of fixtures."""
+    with limited(item):
+        return (yield)
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_teardown(item: pytest.Item) -> Iterator[None]:
+    """Limit the time of what fixtures do at their end."""
+    with limited(item):
+        return (yield)
 
 
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_call(item: pytest.Item) -> Iterator[None]:
-    """Fail a test on all ranks that has failed on one."""
+    """Limit a test's time, and fail it on all ranks if it has failed on one."""
     failure = None
     try:
-        return (yield)
+        with limited(item):
+            return (yield)
     except BaseException as error:
         failure = error
         raise

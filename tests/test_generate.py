@@ -9,6 +9,7 @@ from pathlib import Path
 import mlx_lm
 import pytest
 from mlx_lm.generate import setup_arg_parser
+from pyramid import sweep
 from ranks import mpirun
 from reference import MODELS, heads
 from tiny import Tiny
@@ -62,6 +63,7 @@ def test_the_shipped_model_on_five_ranks() -> None:
     assert 0 < report["collectives_share"] < 1
 
 
+@pytest.mark.slow
 def test_what_is_shown(folder: Path) -> None:
     model = ["--model", folder, "--prompt", "abc", "--max-tokens", "8"]
     text = json.loads(generate(3, *model, "--json").stdout)["text"]
@@ -73,6 +75,7 @@ def test_what_is_shown(folder: Path) -> None:
     assert "Loading" in shown.stderr
 
 
+@pytest.mark.slow
 def test_how_arrays_travel_is_shown_when_asked_for() -> None:
     plain = ["--max-tokens", "2"]
     shown = generate(2, *plain, "--verbose").stdout
@@ -88,6 +91,7 @@ def test_how_arrays_travel_is_shown_when_asked_for() -> None:
     assert "ranks over" not in generate(2, *plain).stdout
 
 
+@pytest.mark.slow
 def test_eight_bits_on_the_wire() -> None:
     """They are used: the numbers differ; and do no harm: most tokens do not."""
     arguments = ["--max-tokens", "40", "--json"]
@@ -96,6 +100,7 @@ def test_eight_bits_on_the_wire() -> None:
     assert exact[:5] == rounded[:5]
 
 
+@pytest.mark.slow
 def test_the_prompt_may_come_from_standard_input(folder: Path) -> None:
     model = ["--model", folder, "--max-tokens", "8", "--json"]
     expected = tokens(generate(1, *model, "--prompt", "abc"))
@@ -116,6 +121,7 @@ def test_equals_mlx_lm_with_the_same_options_and_seed(folder: Path) -> None:
     assert generate(3, *arguments.split(), "--quiet").stdout == alone.stdout
 
 
+@pytest.mark.slow
 def test_draft_model_and_rotating_cache(folder: Path, tmp_path: Path) -> None:
     MODELS["llama-8-4-tied"].save(tmp_path)
     model = ["--model", folder, "--prompt", "abcdef", "--max-tokens", "16", "--json"]
@@ -125,6 +131,7 @@ def test_draft_model_and_rotating_cache(folder: Path, tmp_path: Path) -> None:
     assert rotated == one_process(folder, "abcdef", max_tokens=16, max_kv_size=5)
 
 
+@pytest.mark.slow
 def test_prompt_cache(folder: Path, tmp_path: Path) -> None:
     file = tmp_path / "cache.safetensors"
     cache = [*MLX_LM, "cache_prompt", "--model", str(folder)]
@@ -187,7 +194,9 @@ MISTAKES: dict[str, tuple[list[str], str]] = {
 }
 
 
-@pytest.mark.parametrize("mistake", MISTAKES)
+@pytest.mark.parametrize(
+    "mistake", sweep(MISTAKES, ["no such folder", "out of range", "too many ranks"])
+)
 def test_mistakes(mistake: str, tmp_path: Path) -> None:
     arguments, message = MISTAKES[mistake]
     models = {"FEW HEADS": Tiny(heads(1, 1)), "SLIDING": MODELS["llama-sliding"]}
@@ -199,6 +208,7 @@ def test_mistakes(mistake: str, tmp_path: Path) -> None:
     assert time.monotonic() - begin < 60
 
 
+@pytest.mark.slow
 def test_the_prompt_from_standard_input_may_be_empty() -> None:
     assert_one_message(generate(2, "--prompt", "-", stdin=""), "wanted some text")
 
@@ -209,6 +219,7 @@ def test_help_is_shown_once() -> None:
     assert done.stdout.count("usage: mpirun") == 1
 
 
+@pytest.mark.slow
 def test_slices_that_do_not_fit_in_memory(tmp_path: Path) -> None:
     """A checkpoint of 4 TB: a sparse file that nothing reads."""
     Tiny().save(tmp_path)
@@ -251,6 +262,7 @@ def test_slices_that_do_not_fit_in_memory(tmp_path: Path) -> None:
     assert_one_message(done, "GB free: use more hosts")
 
 
+@pytest.mark.slow
 def test_ranks_that_start_differently() -> None:
     program = [sys.executable, "-m", "mlxtp.generate", "--max-tokens"]
     one_each = ["-n", 1, *program, 3, ":", "-n", 1, *program, 4]
@@ -277,6 +289,7 @@ def test_limits(name: str) -> None:
         options.check(args)
 
 
+@pytest.mark.slow
 def test_seeds_are_rank_0s(folder: Path) -> None:
     arguments = ["--model", folder, "--prompt", "abc", "--temp", "1.5", "--json"]
     first, second = (tokens(generate(3, *arguments)) for _ in range(2))

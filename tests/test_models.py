@@ -8,13 +8,22 @@ import mlx.nn as nn
 import mlx_lm
 import numpy as np
 import pytest
+from kept import kept, kept_model
 from mlx_lm.generate import generate_step
 from mlx_lm.sample_utils import make_sampler
-from reference import MODELS, PROMPT, STEPS, TOLERANCE, as_numpy, greedy, on_rank_0
-from tiny import made_by_rank_0
+from pyramid import sweep
+from reference import MODELS, PROMPT, STEPS, TOLERANCE, as_numpy, greedy
 
 import mlxtp
 from mlxtp import Communicator
+
+# One of each: shared keys and values, biases and rope, unequal heads, sliding windows,
+# more heads than anything divides, each kind of packing, narrow floats.
+QUICK = [
+    *("llama-8-4-tied", "llama-14-2-rope", "llama-5-1-tied", "llama-sliding"),
+    *("qwen3-64-4-tied", "affine-4-64", "affine-tied", "mixed-bits", "mxfp4"),
+    *("bfloat16", "bfloat16-quantized"),
+]
 
 
 def sampled(model: nn.Module) -> list[int]:
@@ -33,11 +42,11 @@ def reference(folder: Path) -> dict[str, Any]:
     }
 
 
-@pytest.mark.parametrize("name", MODELS)
-def test_equals_one_process(name: str, comm: Communicator, shared_path: Path) -> None:
+@pytest.mark.parametrize("name", sweep(MODELS, QUICK))
+def test_equals_one_process(name: str, comm: Communicator) -> None:
     tiny = MODELS[name]
-    folder = made_by_rank_0(tiny, shared_path / name, comm)
-    expected = on_rank_0(comm, lambda: reference(folder))
+    folder = kept_model(comm, name)
+    expected = kept(comm, f"{name}-steps", lambda _: reference(folder))
     num_heads = tiny.full_config()["num_attention_heads"]
     if comm.size > num_heads:
         with pytest.raises(ValueError, match=f"start at most {num_heads} ranks"):
@@ -56,11 +65,9 @@ def test_equals_one_process(name: str, comm: Communicator, shared_path: Path) ->
 
 
 def test_stream_generate_skips_only_what_nobody_reads(
-    comm: Communicator, shared_path: Path
+    comm: Communicator,
 ) -> None:
-    folder = made_by_rank_0(
-        MODELS["llama-8-4-tied"], shared_path / "llama-8-4-tied", comm
-    )
+    folder = kept_model(comm, "llama-8-4-tied")
     model, tokenizer = mlxtp.load(folder, comm)
     plain = greedy(model)
     plain_bytes = comm.traffic.bytes
@@ -92,9 +99,9 @@ def _stop_at_half(processed: int, total: int) -> None:
         raise KeyboardInterrupt
 
 
-def test_unequal_shares(comm: Communicator, shared_path: Path) -> None:
-    folder = made_by_rank_0(MODELS["llama-64-4"], shared_path / "llama-64-4", comm)
-    expected = on_rank_0(comm, lambda: reference(folder)["greedy"])
+def test_unequal_shares(comm: Communicator) -> None:
+    folder = kept_model(comm, "llama-64-4")
+    expected = kept(comm, "llama-64-4-steps", lambda _: reference(folder))["greedy"]
     shares = [3, *[1] * (comm.size - 1)]
     model, _ = mlxtp.load(folder, comm, shares=shares)
     assert greedy(model) == expected
@@ -105,14 +112,10 @@ def test_unequal_shares(comm: Communicator, shared_path: Path) -> None:
         assert held[0] > 1.5 * max(held[1:])
 
 
-def test_mlx_lm_takes_the_model_unchanged(
-    comm: Communicator, shared_path: Path
-) -> None:
+def test_mlx_lm_takes_the_model_unchanged(comm: Communicator) -> None:
     """batch_generate and speculative decoding, with a draft that is split too."""
-    folder = made_by_rank_0(MODELS["qwen3-8-2"], shared_path / "qwen3-8-2", comm)
-    draft_folder = made_by_rank_0(
-        MODELS["llama-8-4-tied"], shared_path / "llama-8-4-tied", comm
-    )
+    folder = kept_model(comm, "qwen3-8-2")
+    draft_folder = kept_model(comm, "llama-8-4-tied")
     prompts = [PROMPT, PROMPT[:4], [*PROMPT, 5, 6]]
 
     def both(model: nn.Module, draft: nn.Module, tokenizer: Any) -> Any:
@@ -133,4 +136,5 @@ def test_mlx_lm_takes_the_model_unchanged(
 
     model, tokenizer = mlxtp.load(folder, comm)
     draft, _ = mlxtp.load(draft_folder, comm)
-    assert both(model, draft, tokenizer) == on_rank_0(comm, alone)
+    expected = kept(comm, "qwen3-8-2-batch-and-drafts", lambda _: alone())
+    assert both(model, draft, tokenizer) == expected

@@ -12,6 +12,7 @@ import mlx.core as mx
 import mlx_lm
 import published
 import pytest
+from pyramid import sweep
 from reference import greedy, on_rank_0
 from safetensors import safe_open
 from tiny import Tiny, made_by_rank_0
@@ -75,7 +76,7 @@ def test_a_rank_needs_its_own_folder_alone(
 
 
 @once
-@pytest.mark.parametrize("case", published.CASES)
+@pytest.mark.parametrize("case", sweep(published.CASES, ["split", "fp8"]))
 def test_published_checkpoints_are_cut(case: str, tmp_path: Path) -> None:
     """Of what mlx-lm computes of tensors, each rank has what that takes."""
     folder = published.published(case, tmp_path)

@@ -21,6 +21,7 @@ from mlx_lm.utils import (
     load_model,
     load_tokenizer,
 )
+from pyramid import sweep
 from reference import as_numpy, on_rank_0
 from saved_types import saved
 from tiny import Tiny, made_by_rank_0
@@ -34,9 +35,29 @@ pytestmark = pytest.mark.ranks(3)
 
 STEPS = 6
 
+QUICK = ["llama", "deepseek_v3", "gpt_oss", "mamba2", "qwen3_next"]
+
+
+# With all tests of a type one after the other, so that they share what is loaded.
+EVERY_TYPE = pytest.mark.parametrize(
+    "model_type", sweep(RUNNABLE, QUICK), scope="module"
+)
+
+
+@pytest.fixture(scope="module")
+def split(model_type: str, comm: Communicator) -> nn.Module:
+    """A model of this type on all ranks, which no test changes."""
+    return load_split(saved(model_type, comm), comm)[0]
+
+
+@pytest.fixture(scope="module")
+def llama(comm: Communicator) -> nn.Module:
+    """Llama on all ranks, to draft and be drafted for."""
+    return load_split(saved("llama", comm), comm)[0]
+
 
 @pytest.mark.parametrize("kind", ["lora", "dora"])
-@pytest.mark.parametrize("model_type", RUNNABLE)
+@EVERY_TYPE
 def test_adapter(
     model_type: str, kind: str, comm: Communicator, shared_path: Path
 ) -> None:
@@ -62,8 +83,9 @@ def check_adapter(
 ) -> None:
     adapter = shared_path / f"{model_type}-{kind}-{bits}"
 
+    folder = saved(model_type, comm, bits, group_size=64)
+
     def make() -> Any:
-        folder = saved(model_type, shared_path, bits)
         model, _ = load_model(folder)
         save_adapter(model, adapter, kind)
         model, _ = load_model(folder)
@@ -71,9 +93,9 @@ def check_adapter(
         load_adapters(model, str(adapter))
         model.eval()
         logits = model(mx.array([PROMPT]), cache=make_prompt_cache(model))
-        return folder, plain, as_numpy(logits)
+        return plain, as_numpy(logits)
 
-    folder, plain, expected = on_rank_0(comm, make)
+    plain, expected = on_rank_0(comm, make)
     assert (plain != expected).any()
     model, _ = load_split(folder, comm, adapter_path=adapter)
     logits = model(mx.array([PROMPT]), cache=make_prompt_cache(model))
@@ -120,26 +142,36 @@ def test_saved_latents_where_a_rank_has_one_head(
     """The latents' one head is not taken for the rank's."""
     few = {"num_attention_heads": 3, "num_key_value_heads": 3}
     monkeypatch.setitem(zoo.VARIANTS, "three-heads", ("deepseek_v3", few))
-    test_saved_prompt("three-heads", comm, shared_path)
+    split, _ = load_split(saved("three-heads", comm), comm)
+    check_saved_prompt("three-heads", split, comm, shared_path)
 
 
-@pytest.mark.parametrize("model_type", RUNNABLE)
-def test_uneven_shares(model_type: str, comm: Communicator, shared_path: Path) -> None:
+@EVERY_TYPE
+def test_uneven_shares(model_type: str, comm: Communicator) -> None:
     """A rank that gets three times the work of another."""
+    folder = saved(model_type, comm)
 
     def whole() -> Any:
-        folder = saved(model_type, shared_path)
         model, _ = load_model(folder)
-        return folder, as_numpy(model(mx.array([PROMPT])))
+        return as_numpy(model(mx.array([PROMPT])))
 
-    folder, expected = on_rank_0(comm, whole)
+    expected = on_rank_0(comm, whole)
     model, _ = load_split(folder, comm, shares=[3, 1, 2])
     check_logits(model_type, [model(mx.array([PROMPT]))], [expected])
 
 
-@pytest.mark.parametrize("model_type", RUNNABLE)
-def test_saved_prompt(model_type: str, comm: Communicator, shared_path: Path) -> None:
+@EVERY_TYPE
+def test_saved_prompt(
+    model_type: str, split: nn.Module, comm: Communicator, shared_path: Path
+) -> None:
     """A cache that one process saved is continued by all ranks."""
+    check_saved_prompt(model_type, split, comm, shared_path)
+
+
+def check_saved_prompt(
+    model_type: str, split: nn.Module, comm: Communicator, shared_path: Path
+) -> None:
+    folder = saved(model_type, comm)
     file = shared_path / f"{model_type}.safetensors"
 
     def continued(model: nn.Module, caches: list[Any]) -> list[int]:
@@ -149,7 +181,7 @@ def test_saved_prompt(model_type: str, comm: Communicator, shared_path: Path) ->
         return [token for token, _ in steps]
 
     def save_and_continue() -> Any:
-        model, _ = load_model(saved(model_type, shared_path))
+        model, _ = load_model(folder)
         caches = make_prompt_cache(model)
         mx.eval(model(mx.array([PROMPT]), cache=caches))
         metadata = {"model": model_type, "tokenizer_config": "{}"}
@@ -164,21 +196,20 @@ def test_saved_prompt(model_type: str, comm: Communicator, shared_path: Path) ->
     if isinstance(expected, str):
         assert model_type in zoo.UNSAVED, expected
         pytest.skip(f"not in mlx-lm either: {zoo.UNSAVED[model_type]}")
-    model, _ = load_split(shared_path / "types" / model_type, comm)
-    caches = SavedPrompt.of_file(file).shard(model, comm)
-    assert continued(model, caches) == expected
+    caches = SavedPrompt.of_file(file).shard(split, comm)
+    assert continued(split, caches) == expected
 
 
-@pytest.mark.parametrize("model_type", RUNNABLE)
-def test_draft_model(model_type: str, comm: Communicator, shared_path: Path) -> None:
+@EVERY_TYPE
+def test_draft_model(
+    model_type: str, split: nn.Module, llama: nn.Module, comm: Communicator
+) -> None:
     """It drafts, and is drafted for; what is drafted wrong is taken back."""
-    folders = on_rank_0(
-        comm, lambda: [saved(name, shared_path) for name in (model_type, "llama")]
-    )
+    folders = [saved(name, comm) for name in (model_type, "llama")]
 
-    def both_ways(model: nn.Module, llama: nn.Module) -> Any:
+    def both_ways(model: nn.Module, other: nn.Module) -> Any:
         try:
-            return [drafted(model, llama), drafted(llama, model)]
+            return [drafted(model, other), drafted(other, model)]
         except (ValueError, NotImplementedError) as error:
             return str(error)
 
@@ -189,28 +220,25 @@ def test_draft_model(model_type: str, comm: Communicator, shared_path: Path) -> 
         return [(int(token), from_draft) for token, _, from_draft in steps]
 
     expected = on_rank_0(comm, lambda: both_ways(*(load_model(f)[0] for f in folders)))
-    got = both_ways(*(load_split(folder, comm)[0] for folder in folders))
-    assert got == expected
+    assert both_ways(split, llama) == expected
     if isinstance(expected, str):
         pytest.skip(f"not in mlx-lm either: {expected}")
 
 
-@pytest.mark.parametrize("model_type", RUNNABLE)
+@EVERY_TYPE
 def test_what_is_silent_is_not_missed(
-    model_type: str, comm: Communicator, shared_path: Path
+    model_type: str, split: nn.Module, comm: Communicator, shared_path: Path
 ) -> None:
     """Layers behind the last cache say nothing while a prompt is read."""
-    folder = on_rank_0(comm, lambda: saved(model_type, shared_path))
-    model, _ = load_split(folder, comm)
     tokenizer = load_tokenizer(made_by_rank_0(Tiny(), shared_path / "tokenizer", comm))
     tokenizer.eos_token_ids = set()
     plain = [
-        token for token, _ in generate_step(mx.array(PROMPT), model, max_tokens=STEPS)
+        token for token, _ in generate_step(mx.array(PROMPT), split, max_tokens=STEPS)
     ]
     tokens = [
         response.token
         for response in stream_generate(
-            model, tokenizer, PROMPT, max_tokens=STEPS, prefill_step_size=4
+            split, tokenizer, PROMPT, max_tokens=STEPS, prefill_step_size=4
         )
     ]
     assert tokens == plain

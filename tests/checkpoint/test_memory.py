@@ -6,15 +6,17 @@ import sys
 from pathlib import Path
 
 import pytest
+from needs import needs
 
 pytestmark = [
     pytest.mark.once,
-    pytest.mark.skipif(sys.platform != "linux", reason="needs /proc"),
+    needs("linux"),
 ]
 
 BENCHMARK = Path(__file__).parents[2] / "benchmarks" / "load.py"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("options", [["--layers", "3"], ["--bits", "4"]], ids=" ".join)
 def test_a_rank_holds_and_reads_its_slices(options: list[str], tmp_path: Path) -> None:
     """On checkpoints of 0.9 and 0.7 GB, with five ranks."""

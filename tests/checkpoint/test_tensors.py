@@ -1,7 +1,6 @@
 """Slices are read right, and with few bytes beside them."""
 
 import os
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +9,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from needs import needs
 from safetensors.numpy import save_file
 
 from mlxtp.checkpoint import runs
@@ -197,7 +197,7 @@ def test_dtypes(folder: Path, dtype: mx.Dtype) -> None:
     assert tensors["s"].read(Slice(())).item() == x[0, 0].item()
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="/proc/self/io is Linux's")
+@needs("linux")
 @pytest.mark.parametrize("row", [PAGE_BYTES * 8, PAGE_BYTES // 4])
 def test_bytes_read(folder: Path, row: int) -> None:
     shape = (400, row)

@@ -11,7 +11,9 @@ from contextlib import suppress
 from pathlib import Path
 
 import pytest
+from needs import needs
 from processes import is_running
+from pyramid import sweep
 from ranks import HOSTFILE, environment
 
 from mlxtp.cluster.verdict import VERDICT_MARK, VERDICT_VARIABLE, Verdict
@@ -102,7 +104,7 @@ class Job:
 
 pytestmark = [
     pytest.mark.once,
-    pytest.mark.skipif(sys.platform != "linux", reason="looks into /proc"),
+    needs("linux"),
 ]
 
 
@@ -124,7 +126,9 @@ def broken(
 
 
 # Under the bare name "mpi" pytest-mpi would take a test for one of its own.
-@pytest.mark.parametrize("transport", ["mpi", "ring", "mlx-mpi"], ids="over {}".format)
+@pytest.mark.parametrize(
+    "transport", sweep(["mpi", "ring", "mlx-mpi"], ["mpi"]), ids="over {}".format
+)
 def test_a_rank_is_killed(transport: str) -> None:
     job, status, seconds = broken(
         transport, lambda job: os.kill(job.pids[1], signal.SIGKILL)
@@ -146,7 +150,9 @@ def test_a_rank_is_killed(transport: str) -> None:
 
 
 # Under the bare name "mpi" pytest-mpi would take a test for one of its own.
-@pytest.mark.parametrize("transport", ["mpi", "ring", "mlx-mpi"], ids="over {}".format)
+@pytest.mark.parametrize(
+    "transport", sweep(["mpi", "ring", "mlx-mpi"], ["mpi"]), ids="over {}".format
+)
 def test_a_rank_stops_answering(transport: str) -> None:
     job, status, seconds = broken(
         transport, lambda job: os.kill(job.pids[1], signal.SIGSTOP)
@@ -159,12 +165,14 @@ def test_a_rank_stops_answering(transport: str) -> None:
     assert verdict.limit_seconds == TIMEOUT_SECONDS
 
 
+@pytest.mark.slow
 def test_rank_0_is_killed() -> None:
     job, status, _ = broken("mpi", lambda job: os.kill(job.pids[0], signal.SIGKILL))
     assert status != 0
     assert f"mlxtp: rank 0 on {HOST} died; rank 1 on" in job.output, job.output
 
 
+@pytest.mark.slow
 def test_a_rank_is_killed_while_another_is_too_busy_to_answer() -> None:
     holds_the_lock = """
 import ctypes, signal
@@ -211,6 +219,7 @@ def test_a_rank_does_not_come_to_a_sum_that_was_started() -> None:
     assert verdict.collective.layer.startswith("model.layers.")
 
 
+@pytest.mark.slow
 def test_a_rank_does_not_come() -> None:
     """MPI starts when all ranks have come, and lets no Python run until then."""
     program = """
@@ -232,6 +241,7 @@ mlxtp.Communicator.world(timeout_seconds=float(sys.argv[1]))
     assert verdict.reporter.host == HOST
 
 
+@pytest.mark.slow
 def test_mpirun_is_ended() -> None:
     job, status, seconds = broken(
         "mpi", lambda job: os.kill(job.mpirun, signal.SIGTERM)
@@ -240,12 +250,14 @@ def test_mpirun_is_ended() -> None:
     assert "mlxtp:" not in job.output and VERDICT_MARK not in job.output
 
 
+@pytest.mark.slow
 def test_mpirun_is_killed() -> None:
     """Nobody is left to end the ranks: they end themselves."""
     job, _, _ = broken("mpi", lambda job: os.kill(job.mpirun, signal.SIGKILL))
     assert "mlxtp:" not in job.output and VERDICT_MARK not in job.output
 
 
+@pytest.mark.slow
 def test_waits_without_a_limit() -> None:
     program = """
 import sys, time

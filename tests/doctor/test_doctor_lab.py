@@ -124,18 +124,21 @@ def broken(healthy: None, tmp_path_factory: pytest.TempPathFactory) -> Faults:
     return {where: (what, fix) for where, what, fix in faults}
 
 
+@pytest.mark.slow
 def test_a_cut_cable(broken: Faults) -> None:
     what, fix = broken["studio2 - studio3"]
     assert "nothing passes between studio2 tb1" in what and "studio3 tb0" in what
     assert "on studio2: ping -c 3 10.88.2.2" in fix
 
 
+@pytest.mark.slow
 def test_another_version(broken: Faults) -> None:
     what, fix = broken["studio5"]
     assert "mlx-lm 0.1 (elsewhere " in what
     assert "-m pip install mlx-lm==" in fix
 
 
+@pytest.mark.slow
 def test_too_little_memory(broken: Faults) -> None:
     what, fix = broken["studio4"]
     assert what == "8.2 of 65.5 GB of memory are free"
@@ -156,10 +159,12 @@ def misled(broken: Faults) -> Faults:
     return {where: (what, fix) for where, what, fix in faults}
 
 
+@pytest.mark.slow
 def test_forwarding_off(misled: Faults) -> None:
     assert "IP forwarding is off" in misled["studio5"][0]
 
 
+@pytest.mark.slow
 def test_a_missing_route(misled: Faults) -> None:
     what, fix = misled["studio2"]
     assert what == "no route to 10.89.0.4 (studio4)"
@@ -180,23 +185,27 @@ def slowed(misled: Faults) -> Faults:
     return {where: (what, fix) for where, what, fix in faults}
 
 
+@pytest.mark.slow
 def test_a_way_past_the_cables(slowed: Faults) -> None:
     what, fix = slowed["studio2"]
     assert what == "data to studio4 go by eth0 (Ethernet), not by a cable"
     assert fix == "./launch/cables 2 5 --left tb0 --right tb1 --apply"
 
 
+@pytest.mark.slow
 def test_a_slow_link(slowed: Faults) -> None:
     what, _ = slowed["studio1 - studio5"]
     assert "a slow link, studio1 tb0" in what and " ms one way, its peers 1." in what
 
 
+@pytest.mark.slow
 def test_packets_of_other_sizes(slowed: Faults) -> None:
     what, fix = slowed["studio3"]
     assert "have 9000 bytes (MTU), at the other end 65000" in what
     assert fix == "ip link set dev tb1 mtu 65000"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("options", "says"),
     [
@@ -212,6 +221,7 @@ def test_mistakes_on_the_command_line(options: list[str], says: str) -> None:
     assert done.stderr.count(says) == 1, done.stderr
 
 
+@pytest.mark.slow
 def test_alone(tmp_path: Path) -> None:
     command = [sys.executable, "-m", "mlxtp.doctor", "--json", tmp_path / "one.json"]
     done = subprocess.run([*map(str, command)], capture_output=True, text=True)

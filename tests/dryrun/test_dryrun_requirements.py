@@ -8,10 +8,12 @@ import mlx.core as mx
 import mlx.nn as nn
 import pytest
 import zoo
+from every_type import REPRESENTATIVES
 from metal_kernels import use_plain_operations
 from mlx.utils import tree_flatten
 from mlx_lm.models.cache import make_prompt_cache
 from mlx_lm.utils import save_config, save_model
+from pyramid import sweep
 from reference import MODELS
 from tiny import made_by_rank_0
 
@@ -48,7 +50,9 @@ def held(model: nn.Module) -> int:
 
 
 @pytest.mark.once
-@pytest.mark.parametrize("model_type", [*RUNNABLE, *zoo.VARIANTS])
+@pytest.mark.parametrize(
+    "model_type", sweep([*RUNNABLE, *zoo.VARIANTS], REPRESENTATIVES)
+)
 def test_bytes_are_those_that_a_rank_loads(
     model_type: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -82,7 +86,7 @@ def test_every_rank_of_mpirun_holds_what_it_needs(
 
 
 @pytest.mark.once
-@pytest.mark.parametrize("model_type", CACHES)
+@pytest.mark.parametrize("model_type", sweep(CACHES, CACHES[:6]))
 def test_caches_have_the_bytes_of_the_dry_run(model_type: str, tmp_path: Path) -> None:
     """Longer than a step of 256 tokens, by chunks as mlx-lm reads them."""
     folder, context = made(model_type, tmp_path / "model"), 300

@@ -12,11 +12,20 @@ import mlx.nn as nn
 import numpy as np
 import pytest
 import zoo
-from every_type import EVEN_WORLDS, PROMPT, RUNNABLE, check_logits
+from every_type import (
+    EVEN_WORLDS,
+    PROMPT,
+    REPRESENTATIVES,
+    RUNNABLE,
+    check_logits,
+)
+from kept import kept
 from metal_kernels import use_plain_operations
 from mlx_lm.models.cache import make_prompt_cache
-from mlx_lm.utils import load_model, quantize_model, save_config, save_model
-from reference import as_numpy, on_rank_0
+from mlx_lm.utils import load_model
+from pyramid import sweep
+from reference import as_numpy
+from saved_types import saved
 
 from mlxtp import Communicator
 from mlxtp.loading import load_model as load_split
@@ -29,24 +38,27 @@ STEPS = 12  # past the windows of `zoo`, 8 tokens
 # worlds in which the heads of `zoo` can be shared out so.
 MOST_SHARE = 1.3
 
-
-@pytest.mark.parametrize("model_type", [*RUNNABLE, *zoo.VARIANTS])
-def test_float32(model_type: str, comm: Communicator, shared_path: Path) -> None:
-    check(model_type, comm, shared_path / "float32")
+QUICK_QUANTIZED = ["llama", "deepseek_v3", "qwen3_next"]
 
 
 @pytest.mark.parametrize(
-    "model_type", [t for t in RUNNABLE if t not in zoo.QUANTIZED_FAILS]
+    "model_type", sweep([*RUNNABLE, *zoo.VARIANTS], REPRESENTATIVES)
 )
-def test_quantized(model_type: str, comm: Communicator, shared_path: Path) -> None:
-    check(model_type, comm, shared_path / "quantized", bits=4)
+def test_float32(model_type: str, comm: Communicator) -> None:
+    check(model_type, comm)
 
 
-def check(
-    model_type: str, comm: Communicator, folder: Path, bits: int | None = None
-) -> None:
-    folder = folder / model_type
-    expected = on_rank_0(comm, lambda: made_and_run(model_type, folder, bits))
+@pytest.mark.parametrize(
+    "model_type",
+    sweep([t for t in RUNNABLE if t not in zoo.QUANTIZED_FAILS], QUICK_QUANTIZED),
+)
+def test_quantized(model_type: str, comm: Communicator) -> None:
+    check(model_type, comm, bits=4)
+
+
+def check(model_type: str, comm: Communicator, bits: int | None = None) -> None:
+    folder = saved(model_type, comm, bits)
+    expected = kept(comm, f"{folder.name}-steps", lambda _: alone(folder))
     counted = Counted(comm)
     model, _ = load_split(folder, counted)
     logits, tokens = run(model)
@@ -90,14 +102,8 @@ class Counted:
         return self.comm.allgather(x, sizes, at)
 
 
-def made_and_run(model_type: str, folder: Path, bits: int | None) -> dict[str, Any]:
-    """Save a tiny model as mlx-lm does, load it as mlx-lm does, and run it."""
-    folder.mkdir(parents=True, exist_ok=True)
-    model, config = zoo.build(model_type)
-    if bits is not None:
-        model, config = quantize_model(model, config, 32, bits)
-    save_model(folder, model)
-    save_config(config, folder / "config.json")
+def alone(folder: Path) -> dict[str, Any]:
+    """Load a model as mlx-lm does, in one process, and run it."""
     model, _ = load_model(folder)
     logits, tokens = run(model)
     return {"logits": [as_numpy(x) for x in logits], "tokens": tokens}

@@ -8,6 +8,7 @@ import pytest
 PAGE = Path(__file__).parents[2] / "docs" / "models.md"
 
 
+@pytest.mark.slow
 @pytest.mark.once
 def test_the_page_is_made_from_the_table() -> None:
     wanted = models_page.page()

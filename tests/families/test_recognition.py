@@ -6,10 +6,11 @@ from pathlib import Path
 import mlx.core as mx
 import pytest
 import zoo
-from every_type import PROMPT, RUNNABLE, check_logits
+from every_type import PROMPT, REPRESENTATIVES, RUNNABLE, check_logits
 from metal_kernels import use_plain_operations
 from mlx_lm.models.cache import make_prompt_cache
 from mlx_lm.utils import load_model
+from pyramid import sweep
 from reference import as_numpy, on_rank_0
 from saved_types import saved
 
@@ -21,15 +22,12 @@ use_plain_operations()
 
 
 @pytest.mark.ranks(3)
-@pytest.mark.parametrize("model_type", RUNNABLE)
+@pytest.mark.parametrize("model_type", sweep(RUNNABLE, REPRESENTATIVES))
 def test_right_or_refused(
-    model_type: str,
-    comm: Communicator,
-    shared_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
+    model_type: str, comm: Communicator, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("mlxtp.families.TABLE", {})
-    folder = on_rank_0(comm, lambda: saved(model_type, shared_path))
+    folder = saved(model_type, comm)
     try:
         model, _ = load_split(folder, comm)
     except ValueError as error:
@@ -46,12 +44,11 @@ def _prefilled(model):
 @pytest.mark.ranks(3)
 def test_says_so_in_a_line(
     comm: Communicator,
-    shared_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     caplog: pytest.LogCaptureFixture,
 ) -> None:
     monkeypatch.setattr("mlxtp.families.TABLE", {})
-    folder = on_rank_0(comm, lambda: saved("qwen3_moe", shared_path))
+    folder = saved("qwen3_moe", comm)
     with caplog.at_level(logging.WARNING):
         load_split(folder, comm)
     said = [record.message for record in caplog.records]
@@ -67,10 +64,10 @@ def test_says_so_in_a_line(
 
 @pytest.mark.ranks(3)
 def test_refusal_says_what_to_add_and_where(
-    comm: Communicator, shared_path: Path, monkeypatch: pytest.MonkeyPatch
+    comm: Communicator, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("mlxtp.families.TABLE", {})
-    folder = on_rank_0(comm, lambda: saved("gpt2", shared_path))
+    folder = saved("gpt2", comm)
     with pytest.raises(ValueError, match=r"c_attn.*Add a line for it to TABLE in"):
         load_split(folder, comm)
 

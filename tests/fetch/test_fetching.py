@@ -11,6 +11,8 @@ import pytest
 from hub_server import Hub, Request
 from huggingface_hub import constants
 from huggingface_hub.utils import _cache_assets
+from kept import kept
+from pyramid import sweep
 from reference import greedy, on_rank_0
 from tiny import Tiny, made_by_rank_0
 
@@ -85,6 +87,11 @@ def served(comm: Communicator, model: Path) -> Iterator[tuple[Hub | None, str]]:
 Served = tuple[Hub | None, str]
 
 
+def alone(comm: Communicator, model: Path) -> list[int]:
+    """Tokens of one process."""
+    return kept(comm, "on-the-hub-steps", lambda _: greedy(mlx_lm.load(str(model))[0]))
+
+
 def test_each_byte_is_fetched_once(
     comm: Communicator, model: Path, served: Served, client: Client, tmp_path: Path
 ) -> None:
@@ -93,7 +100,7 @@ def test_each_byte_is_fetched_once(
     server, url = served
     client.use(url, tmp_path)
     asked = client.count()
-    expected = on_rank_0(comm, lambda: greedy(mlx_lm.load(str(model))[0]))
+    expected = alone(comm, model)
     split, _ = mlxtp.load(NAME, comm)
     assert greedy(split) == expected
     whole = (model / "model.safetensors").stat().st_size
@@ -119,7 +126,7 @@ PASSING: dict[str, int | str] = {
 }
 
 
-@pytest.mark.parametrize("fault", PASSING)
+@pytest.mark.parametrize("fault", sweep(PASSING, ["busy", "wrong bytes"]))
 def test_faults_that_pass(
     fault: str,
     comm: Communicator,
@@ -142,7 +149,7 @@ def test_faults_that_pass(
 
     if server:
         server.fault = at_first
-    expected = on_rank_0(comm, lambda: greedy(mlx_lm.load(str(model))[0]))
+    expected = alone(comm, model)
     split, _ = mlxtp.load(NAME, comm)
     assert greedy(split) == expected
 
@@ -162,7 +169,7 @@ LASTING: dict[str, tuple[int | str, str]] = {
 }
 
 
-@pytest.mark.parametrize("fault", LASTING)
+@pytest.mark.parametrize("fault", sweep(LASTING, ["gone", "wrong bytes"]))
 def test_faults_that_last(
     fault: str,
     comm: Communicator,
@@ -184,7 +191,7 @@ def test_faults_that_last(
     if server:
         server.fault = lambda it: None
     comm.barrier()
-    expected = on_rank_0(comm, lambda: greedy(mlx_lm.load(str(model))[0]))
+    expected = alone(comm, model)
     split, _ = mlxtp.load(NAME, comm)
     assert greedy(split) == expected
 
@@ -216,7 +223,7 @@ def test_root_fetches_for_all(
 ) -> None:
     """Only rank 0 asks the hub; it keeps its own slices alone."""
     client.use(served[1] if comm.rank == 0 else "http://127.0.0.1:1", tmp_path)
-    expected = on_rank_0(comm, lambda: greedy(mlx_lm.load(str(model))[0]))
+    expected = alone(comm, model)
     split, _ = mlxtp.load(NAME, comm, fetch="root")
     assert greedy(split) == expected
     kept = list(tmp_path.glob("assets/**/rank-*/*.safetensors"))
@@ -234,7 +241,7 @@ def test_offline(
             UsageError, match="there is no folder org/model, and the hub"
         ):
             load_model(NAME, comm)
-    expected = on_rank_0(comm, lambda: greedy(mlx_lm.load(str(model))[0]))
+    expected = alone(comm, model)
     load_model(NAME, comm)
     client.use("http://127.0.0.1:1", tmp_path)
     client.patch.setattr(constants, "HF_HUB_OFFLINE", True)
@@ -247,7 +254,7 @@ def test_a_damaged_file_is_fetched_again(
 ) -> None:
     """On one machine; the others pass it on where they have it."""
     client.use(served[1], tmp_path)
-    expected = on_rank_0(comm, lambda: greedy(mlx_lm.load(str(model))[0]))
+    expected = alone(comm, model)
     load_model(NAME, comm)
     (file,) = tmp_path.glob("assets/**/rank-*/model.safetensors")
     asked = client.count()
@@ -269,7 +276,7 @@ def test_other_shares_come_from_the_other_ranks(
     comm: Communicator, model: Path, served: Served, client: Client, tmp_path: Path
 ) -> None:
     client.use(served[1], tmp_path)
-    expected = on_rank_0(comm, lambda: greedy(mlx_lm.load(str(model))[0]))
+    expected = alone(comm, model)
     load_model(NAME, comm)
     asked = client.count()
     split, _ = mlxtp.load(NAME, comm, shares=[2] + [1] * (comm.size - 1))

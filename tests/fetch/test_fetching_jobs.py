@@ -77,7 +77,7 @@ def start(
 ) -> "subprocess.Popen[str]":
     environment = os.environ | {
         "HF_ENDPOINT": hub.url,
-        "PYTHONPATH": f"{ROOT / 'tests'}",
+        "PYTHONPATH": os.pathsep.join(filter(None, sys.path)),
         "HF_HUB_DISABLE_PROGRESS_BARS": "1",
     }
     command = ["mpirun", "-hostfile", str(ROOT / "hostfiles/localhost"), "-n"]
@@ -98,6 +98,7 @@ def result(job: "subprocess.Popen[str]") -> dict[str, Any]:
     return json.loads(output.splitlines()[-1])
 
 
+@pytest.mark.slow
 def test_other_worlds_take_what_is_there(
     hub: Hub, model: Path, expected: list[int], tmp_path: Path
 ) -> None:
@@ -150,6 +151,7 @@ def children(pid: int) -> list[int]:
     return [int(word) for word in found.stdout.split()]
 
 
+@pytest.mark.slow
 def test_two_jobs_on_the_same_machines(
     hub: Hub, model: Path, expected: list[int], tmp_path: Path
 ) -> None:

@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 from five_hosts import HOSTFILE, HOSTS, LAB, ROOT, good, in_namespaces, lab
 from five_hosts import the_lab_can_be_built as the_lab_can_be_built
+from pyramid import sweep
 
 pytestmark = [pytest.mark.lab, pytest.mark.once]
 
@@ -112,6 +113,7 @@ def test_a_cut_link_carries_nothing_until_it_is_mended(ring, echo):
     assert "no link joins" in lab("cut", "studio1", "studio3").stderr
 
 
+@pytest.mark.slow
 def test_a_link_is_made_slow_until_it_is_mended(ring, echo):
     good("slow", "studio1", "studio2", "--delay-ms", "20")
     assert "SLOW" in good("status")
@@ -178,7 +180,7 @@ for away in range(1, comm.size):
     assert len(growth) == 10 and min(growth) > 3 * 32768
 
 
-@pytest.mark.parametrize("topology", ["mesh", "switch"])
+@pytest.mark.parametrize("topology", sweep(["mesh", "switch"], ["switch"]))
 def test_all_are_one_hop_away(no_lab, topology):
     good("up", "--topology", topology, "--delay-ms", "5", "--hosts", "3")
     server = subprocess.Popen(
@@ -194,6 +196,7 @@ def test_all_are_one_hop_away(no_lab, topology):
     server.wait()
 
 
+@pytest.mark.slow
 def test_a_slow_link_takes_its_time(no_lab):
     good("up", "--delay-ms", "1", "--rate-gbps", "0.1", "--hosts", "2")
     program = """
@@ -243,6 +246,7 @@ def test_down_leaves_nothing(no_lab):
     assert "the lab is down" in lab("status").stderr
 
 
+@pytest.mark.slow
 def test_it_survives_a_crash_of_the_links(no_lab):
     good("up", "--hosts", "2")
     (pid,) = forwarders()
@@ -255,7 +259,7 @@ def test_it_survives_a_crash_of_the_links(no_lab):
     assert len(forwarders()) == 1
 
 
-@pytest.mark.parametrize("seconds", [0.05, 0.15, 0.3, 0.5])
+@pytest.mark.parametrize("seconds", sweep([0.05, 0.15, 0.3, 0.5], [0.15]))
 def test_it_cleans_up_after_a_crash_of_its_own(no_lab, seconds):
     building = subprocess.Popen([sys.executable, LAB, "up"], stdout=subprocess.PIPE)
     time.sleep(seconds)
@@ -266,6 +270,7 @@ def test_it_cleans_up_after_a_crash_of_its_own(no_lab, seconds):
     assert not Path("/etc/netns/studio1").exists()
 
 
+@pytest.mark.slow
 def test_it_leaves_what_it_did_not_make(no_lab):
     good_ip("netns", "add", "studio2")
     try:

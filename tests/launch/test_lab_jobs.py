@@ -13,6 +13,7 @@ import pytest
 from five_hosts import HOSTFILE, HOSTS, LAB, ROOT, good, in_namespaces, lab
 from five_hosts import the_lab_can_be_built as the_lab_can_be_built
 from processes import is_running
+from pyramid import sweep
 from tiny import Tiny
 
 pytestmark = [pytest.mark.lab, pytest.mark.once]
@@ -71,7 +72,9 @@ def alone(model: Path) -> list[int]:
     return generate("--model", model)["tokens"]
 
 
-@pytest.mark.parametrize("transport", ["mpi", "ring", "mlx-mpi"], ids="over {}".format)
+@pytest.mark.parametrize(
+    "transport", sweep(["mpi", "ring", "mlx-mpi"], ["mpi"]), ids="over {}".format
+)
 def test_same_tokens_as_alone(transport: str, model: Path, alone: list[int]) -> None:
     before = packets()
     report = generate("--model", model, "--transport", transport)
@@ -86,6 +89,7 @@ def packets() -> list[int]:
     return [link["packets"] for link in links]
 
 
+@pytest.mark.slow
 def test_the_users_very_command() -> None:
     command = ["mpirun", "-hostfile", "hostfiles/studio5", "python"]
     command += ["-m", "mlxtp.generate", "--max-tokens", "8", "--verbose"]
@@ -95,6 +99,7 @@ def test_the_users_very_command() -> None:
 
 
 # Ranks that all end with 2 at once made mpirun crash or hang in two of five jobs.
+@pytest.mark.slow
 @pytest.mark.parametrize("turn", [1, 2])
 def test_a_mistake_ends_the_job(turn: int) -> None:
     command = ["mpirun", "-hostfile", "hostfiles/studio5", sys.executable]
@@ -104,9 +109,11 @@ def test_a_mistake_ends_the_job(turn: int) -> None:
     assert done.stderr.count(mistake) == 1
 
 
-@pytest.mark.parametrize("transport", ["mpi", "ring"], ids="over {}".format)
-@pytest.mark.parametrize("phase", ["decoding", "loading"])
-@pytest.mark.parametrize("fault", ["killed", "stopped", "cut off"])
+@pytest.mark.parametrize(
+    "transport", sweep(["mpi", "ring"], ["mpi"]), ids="over {}".format
+)
+@pytest.mark.parametrize("phase", sweep(["decoding", "loading"], ["decoding"]))
+@pytest.mark.parametrize("fault", sweep(["killed", "stopped", "cut off"], ["cut off"]))
 def test_a_rank_is_missing(fault: str, phase: str, transport: str) -> None:
     command = [sys.executable, LAB, "run", "mpirun", "-hostfile", HOSTFILE]
     command += [sys.executable, "-c", PROGRAM, transport, phase, TIMEOUT_SECONDS]

@@ -169,6 +169,7 @@ def test_it_is_shown_then_done_then_nothing_is_left_to_do(cluster: Cluster) -> N
     assert cluster.contents("studio2") == before
 
 
+@pytest.mark.slow
 def test_what_is_made_here_first_is_what_all_get(unpacked: Cluster) -> None:
     unpacked.serve("studio2", "studio3")
     assert lines(unpacked.install())["studio1"] == "to do: make the environment"
@@ -196,6 +197,7 @@ def test_a_host_that_fails_does_not_stop_the_others(cluster: Cluster) -> None:
     assert "Connection refused" in says["studio5"]
 
 
+@pytest.mark.slow
 def test_only_what_differs_is_brought_over(cluster: Cluster) -> None:
     cluster.hostfile.write_text("studio1\nstudio2\n")
     cluster.serve("studio2")
@@ -217,6 +219,7 @@ def test_only_what_differs_is_brought_over(cluster: Cluster) -> None:
     assert versions == {"mlx==0.32.4", "numpy==2.3.1", "own==1"}
 
 
+@pytest.mark.slow
 def test_a_folder_of_something_else_is_left_alone(cluster: Cluster) -> None:
     cluster.hostfile.write_text("studio1\nstudio2\n")
     cluster.serve("studio2")

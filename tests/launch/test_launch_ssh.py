@@ -130,6 +130,7 @@ def routes(host):
     return [route for route in known if route["dst"].startswith("10.89")]
 
 
+@pytest.mark.slow
 def test_a_ring_is_undone_and_made_over_a_hostfile(ssh, environment):
     before = {host: routes(host) for host in HOSTS}
     assert all(len(known) == 4 for known in before.values())
@@ -171,6 +172,7 @@ def test_the_status_is_that_of_the_command(ssh, environment):
     assert done.returncode == 3
 
 
+@pytest.mark.slow
 def test_the_main_job_over_ssh(ssh, environment):
     job = ["python", "-m", "mlxtp.generate", "--max-tokens", "8", "--verbose"]
     done = launch(ssh, "run", HOSTFILE, "--", *job)
@@ -179,6 +181,7 @@ def test_the_main_job_over_ssh(ssh, environment):
     assert "Generation: 8 tokens" in done.stdout
 
 
+@pytest.mark.slow
 def test_ending_it_ends_the_ranks(ssh, environment):
     def ranks():
         pids = []
@@ -210,5 +213,6 @@ def test_ending_it_ends_the_ranks(ssh, environment):
 
 def test_this_machine_alone(environment):
     """Without any ssh, from the lab's first host."""
+    good("up", "--delay-ms", "1")
     command = ["-n", "2", "hostfiles/localhost", "sh", "-c", "sleep 0.5; hostname"]
     assert good("run", "launch/run", *command) == "studio1\nstudio1\n"

@@ -9,6 +9,7 @@ import time
 import pytest
 from five_hosts import ROOT
 from launch_scripts import script
+from needs import needs
 from over_ssh import HostError, is_here, on_each, run_as_root, run_on
 
 pytestmark = pytest.mark.once
@@ -139,7 +140,7 @@ def test_sudo_gets_the_password_and_nobody_sees_it(somebody):
         run_as_root("localhost", "echo done it", ["ssh"], b"wrong\n")
 
 
-@pytest.mark.skipif(os.geteuid() != 0, reason="it takes root to be root")
+@needs("root")
 def test_root_takes_no_sudo(monkeypatch):
     monkeypatch.setenv("PATH", "/usr/bin:/bin")
     assert run_as_root("localhost", "id -u", ["ssh"], None) == "0\n"

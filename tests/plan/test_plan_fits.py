@@ -10,6 +10,7 @@ from pathlib import Path
 import mlx.core as mx
 import pytest
 from models import LLAMA_3_2_1B, make
+from needs import needs
 from wide_models import WIDE
 
 from mlxtp.partition.shares import as_shares
@@ -61,8 +62,9 @@ def here(limit_bytes: int) -> Machine:
     return Machine("here", "a CPU", 1 << 40, limit_bytes, 1e9, 1e9, 1e-6, 0.0)
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="RLIMIT_DATA is Linux's")
+@needs("linux")
 # A tenth of what is needed either way: working memory is estimated, and is less.
+@pytest.mark.slow
 @pytest.mark.parametrize("factor, fits", [(1.1, True), (0.9, False)])
 def test_the_verdict_is_that_of_a_real_run(
     small: Path, factor: float, fits: bool

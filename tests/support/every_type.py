@@ -18,6 +18,15 @@ EVEN_WORLDS = (1, 2, 3, 5)
 RUNNABLE = [t for t in zoo.model_types() if t not in zoo.UNAVAILABLE]
 
 
+# One of each kind of block, for a quick run: the table's commonest family, fused
+# projections, segments by head, latents, experts, state spaces, linear attention, short
+# convolutions, wide norms, keys of other layers, packed ternary layers.
+REPRESENTATIVES = [
+    *("llama", "bailing_moe", "gpt_neox", "deepseek_v3", "gpt_oss", "mamba2"),
+    *("qwen3_next", "jamba", "lfm2", "olmo2", "gemma3n", "bitnet", "gemma3_text"),
+]
+
+
 def check_logits(
     model_type: str, logits: list[mx.array], expected: list[np.ndarray]
 ) -> None:

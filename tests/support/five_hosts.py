@@ -1,12 +1,12 @@
 """The lab for tests: five hosts on this machine, where it can have them."""
 
 import os
-import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+from needs import skip_without
 
 ROOT = Path(__file__).parents[2]
 LAB = ROOT / "launch" / "lab"
@@ -14,19 +14,7 @@ HOSTFILE = ROOT / "hostfiles" / "studio5"
 HOSTS = [f"studio{k}" for k in range(1, 6)]
 
 
-def why_not():
-    """Return why this machine cannot have the lab; None if it can."""
-    if sys.platform != "linux":
-        return "it needs Linux"
-    if os.geteuid() != 0:
-        return "it needs root"
-    if shutil.which("ip") is None:
-        return "it needs the command ip (package iproute2)"
-    if not Path("/dev/net/tun").exists():
-        return "it needs /dev/net/tun"
-    if Path("/run/mlxtp-lab").exists():
-        return "a lab is up already: launch/lab down"
-    return None
+NEEDS = ("linux", "root", "ip", "tun")
 
 
 def lab(*arguments, timeout=60, **env):
@@ -67,8 +55,8 @@ def the_lab_can_be_built():
 
     It brings none up: every test, or a fixture that it takes, does so itself.
     """
-    reason = why_not()
-    if reason is not None:
-        pytest.skip(f"LAB NOT TESTED: {reason}")
+    skip_without(*NEEDS)
+    if Path("/run/mlxtp-lab").exists():
+        pytest.skip("a lab is up already: launch/lab down")
     yield
     good("down")

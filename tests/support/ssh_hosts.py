@@ -1,6 +1,5 @@
 """A real OpenSSH server on every host of the lab, and a client that knows them."""
 
-import os
 import shutil
 import subprocess
 import sys
@@ -9,10 +8,10 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-import pytest
 from five_hosts import HOSTS, LAB, good
+from needs import program, skip_without
 
-SSHD = shutil.which("sshd", path=f"{os.environ['PATH']}:/usr/sbin")
+SSHD = program("sshd")
 # Where it puts what it has to protect; Debian's service makes it, and is not started.
 SEPARATION = Path("/run/sshd")
 
@@ -38,13 +37,6 @@ Host {names}
   GlobalKnownHostsFile /dev/null
   StrictHostKeyChecking yes
 """
-
-
-def why_not() -> str | None:
-    """Return what is missing for ssh on the lab's hosts."""
-    if SSHD is None or shutil.which("ssh") is None:
-        return "it needs OpenSSH's server and client (package openssh-server)"
-    return None
 
 
 class Servers:
@@ -114,9 +106,7 @@ def servers(folder: Path) -> Iterator[Servers]:
 
     The lab is brought up, as a ring at 1 ms a hop.
     """
-    reason = why_not()
-    if reason is not None:
-        pytest.skip(f"SSH NOT TESTED: {reason}")
+    skip_without("sshd")
     made = not SEPARATION.exists()
     SEPARATION.mkdir(mode=0o755, exist_ok=True)
     good("up", "--delay-ms", "1")
