@@ -9,7 +9,7 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 import pytest
-from cables import goes_right
+from cabling import goes_right
 from mlx_lm.models.cache import make_prompt_cache
 from tiny import VOCABULARY, Tiny, made_by_rank_0
 
