@@ -28,6 +28,7 @@ from mlxtp.comm import launcher
 from mlxtp.comm.communicator import Communicator
 from mlxtp.comm.errors import UsageError
 from mlxtp.comm.same_start import check_same_start
+from mlxtp.dryrun.caches import cache_arrays
 from mlxtp.generation import standard_input
 from mlxtp.generation.prompt import encode, messages_of
 from mlxtp.generation.prompt_cache import SavedPrompt
@@ -236,9 +237,8 @@ def check_caches(
 
 
 def dims_of_caches(model: nn.Module) -> set[int]:
-    """The widths of the keys and values that the model caches, by trying it."""
-    caches = make_prompt_cache(model)
-    mx.eval(model(mx.zeros((1, 1), mx.int32), cache=caches))
+    """The widths of the keys and values that the model caches."""
+    caches = cache_arrays(model, tokens=1)
     quantizable = [cache for cache in caches if hasattr(cache, "to_quantized")]
     arrays = [x for _, x in tree_flatten([cache.state for cache in quantizable])]
     return {x.shape[-1] for x in arrays if isinstance(x, mx.array) and x.ndim == 4}

@@ -7,6 +7,7 @@ import time
 import traceback
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextvars import ContextVar
 from types import TracebackType
 from typing import Any
 
@@ -32,6 +33,9 @@ from mlxtp.comm.transports import (
 TIMEOUT_SECONDS = 60.0
 # No allreduce has it; MPI promises tags up to 32767.
 EXCHANGE_TAG = 32767
+
+# State of the calls of one thread: `Communicator.dry_run`.
+_IS_DRY_RUN: ContextVar[bool] = ContextVar("_IS_DRY_RUN", default=False)
 
 
 class Communicator:
@@ -170,7 +174,9 @@ class Communicator:
         Shapes: x (...) partial -> (...) replicated, of the same dtype.
         Communicates: one allreduce of x.size elements.
         """
-        return x if self._control is None else self._arrays.allreduce(x, at)
+        if self._control is None or _IS_DRY_RUN.get():
+            return x
+        return self._arrays.allreduce(x, at)
 
     def iallreduce(self, x: mx.array, at: str = "") -> Request:
         """Start to sum `x` over ranks; the request's `wait` returns the sum.
@@ -183,7 +189,7 @@ class Communicator:
         Shapes: x (...) partial -> (...) replicated, of the same dtype.
         Communicates: one allreduce of x.size elements.
         """
-        if self._control is None:
+        if self._control is None or _IS_DRY_RUN.get():
             alone = mx.reshape(x, x.shape)  # what changes x in place leaves it as it is
             return Request(lambda: alone)
         return self._arrays.iallreduce(x, at)
@@ -194,7 +200,24 @@ class Communicator:
         Shapes: x (..., sizes[rank]) sharded -> (..., sum(sizes)) replicated.
         Communicates: one allgather of x.size elements a rank.
         """
-        return x if self._control is None else self._arrays.allgather(x, sizes, at)
+        if self._control is None:
+            return x
+        if _IS_DRY_RUN.get():
+            return mx.zeros((*x.shape[:-1], sum(sizes)), x.dtype)
+        return self._arrays.allgather(x, sizes, at)
+
+    @contextmanager
+    def dry_run(self) -> Iterator[None]:
+        """Within it collectives on arrays send nothing and evaluate nothing.
+
+        What they return has the right shape and dtype, and no other meaning. It holds
+        for this thread's calls alone: other threads go on with true collectives.
+        """
+        token = _IS_DRY_RUN.set(True)
+        try:
+            yield
+        finally:
+            _IS_DRY_RUN.reset(token)
 
     def describe(self) -> str:
         """Tell how arrays are sent: the transport, and the measured algorithms."""

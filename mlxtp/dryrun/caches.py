@@ -1,33 +1,27 @@
-"""The caches of a rank's model, known without weights and without collectives."""
+"""The caches of a split model, known without reading weights and without sending."""
 
 from typing import Any
 
 import mlx.core as mx
+import mlx.nn as nn
 from mlx_lm.models.cache import make_prompt_cache
 
-from mlxtp.dryrun.passes import become_rank
-from mlxtp.model.skeleton import EmptyModel
-from mlxtp.sharding.table import SliceTable
 
+def cache_arrays(model: nn.Module, *, batch: int = 1, tokens: int = 8) -> list[Any]:
+    """Return this rank's caches after `tokens` tokens, one a layer, as mlx-lm has them.
 
-def cache_arrays(
-    empty: EmptyModel, table: SliceTable, rank: int, *, batch: int = 1, tokens: int = 8
-) -> list[Any]:
-    """Return a rank's caches after `tokens` tokens, one a layer, as mlx-lm makes them.
-
-    Their arrays are in MLX's graph and hold zeros: ask them for shapes and dtypes.
+    Their arrays are in MLX's graph and are not to be evaluated: ask them for shapes and
+    dtypes.
 
     Args:
-        empty: a freshly built model. It becomes the rank's and is of no other use.
-        table: the slice table, as a loaded model has it in `model.slice_table`.
-        rank: whose caches.
+        model: a split model, as `mlxtp.load` returns it.
         batch: sequences at once (B).
         tokens: tokens of each sequence (L).
 
     Shapes: keys and values (B, the rank's KV heads, L, D); states as the rank has them.
-    Communicates: nothing, so one rank alone can ask for any.
+    Communicates: nothing, so one rank alone can ask.
     """
-    become_rank(empty, table, rank)
-    caches: list[Any] = make_prompt_cache(empty.model)
-    empty.model(mx.zeros((batch, tokens), mx.int32), cache=caches)
+    caches: list[Any] = make_prompt_cache(model)
+    with model.comm.dry_run():
+        model(mx.zeros((batch, tokens), mx.int32), cache=caches)
     return caches

@@ -14,10 +14,10 @@ from mlx_lm.models.cache import (
     CacheList,
     QuantizedKVCache,
     load_prompt_cache,
-    make_prompt_cache,
 )
 
 from mlxtp.comm.communicator import Communicator
+from mlxtp.dryrun.caches import cache_arrays
 from mlxtp.partition.spans import Spans
 from mlxtp.sharding.table import SliceTable
 
@@ -67,19 +67,16 @@ class SavedPrompt:
 
         Shapes: keys and values (B, KV heads, L, D) -> (B, the rank's KV heads, L, D);
             states are cut on the axis on which the rank's own are shorter.
-        Communicates: what a prompt of 8 tokens does.
 
         Raises: UsageError if the caches are not of such a model.
         """
-        own = make_prompt_cache(model)
+        own = cache_arrays(model)
         with comm.agreement():
             if len(own) != len(self.caches):
                 raise ValueError(
                     f"the prompt cache has {len(self.caches)} layers, the model "
                     f"{len(own)}"
                 )
-        # A few tokens show the shapes that the rank's caches have.
-        mx.eval(model(mx.zeros((1, 8), mx.int32), cache=own))
         axes = _ShardedAxes.of_rank(model.slice_table, comm.rank)
         with comm.agreement():
             for cache, like in zip(_leaves(self.caches), _leaves(own), strict=True):

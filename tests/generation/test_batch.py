@@ -7,11 +7,13 @@ import mlx.nn as nn
 import mlx_lm
 import pytest
 import zoo
-from every_type import PROMPT, RUNNABLE
+from every_type import PROMPT, REPRESENTATIVES, RUNNABLE
+from kept import kept
 from metal_kernels import use_plain_operations
 from mlx_lm.generate import BatchResponse
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 from mlx_lm.utils import load_model, load_tokenizer
+from pyramid import sweep
 from reference import on_rank_0
 from saved_types import saved
 from tiny import save_tokenizer
@@ -53,38 +55,35 @@ def tokens(
     return response.token_ids
 
 
-@pytest.mark.parametrize("model_type", RUNNABLE)
+@pytest.mark.parametrize("model_type", sweep(RUNNABLE, REPRESENTATIVES))
 def test_equals_one_process(
-    model_type: str,
-    comm: Communicator,
-    shared_path: Path,
-    tokenizer: TokenizerWrapper,
+    model_type: str, comm: Communicator, tokenizer: TokenizerWrapper
 ) -> None:
+    folder = saved(model_type, comm)
+
     def alone() -> list[list[int]] | str:
-        model, _ = load_model(saved(model_type, shared_path))
+        model, _ = load_model(folder)
         try:
             return tokens(mlx_lm.batch_generate, model, tokenizer)
         except Exception as error:
             return str(error)
 
-    expected = on_rank_0(comm, alone)
+    expected = kept(comm, f"{model_type}-batch", lambda _: alone())
     if isinstance(expected, str):
         assert zoo.UNBATCHED.get(model_type, "no error") in expected
         pytest.skip(f"not in mlx-lm either: {expected}")
     assert model_type not in zoo.UNBATCHED
-    model, _ = mlxtp.load_model(shared_path / "types" / model_type, comm)
+    model, _ = mlxtp.load_model(folder, comm)
     assert tokens(mlxtp.batch_generate, model, tokenizer) == expected
     assert list(map(len, expected)) == STEPS
 
 
 def test_only_rank_0_shows_progress(
     comm: Communicator,
-    shared_path: Path,
     tokenizer: TokenizerWrapper,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    folder = on_rank_0(comm, lambda: saved("llama", shared_path))
-    model, _ = mlxtp.load_model(folder, comm)
+    model, _ = mlxtp.load_model(saved("llama", comm), comm)
     mlxtp.batch_generate(model, tokenizer, PROMPTS, verbose=True, max_tokens=2)
     shown = capsys.readouterr().out
     assert ("Generation: 6 tokens" in shown) == (comm.rank == 0)

@@ -12,7 +12,6 @@ from metal_kernels import use_plain_operations
 from mlx_lm.generate import generate_step
 from mlx_lm.models.cache import make_prompt_cache
 from mlx_lm.utils import load_tokenizer
-from reference import on_rank_0
 from saved_types import saved
 from tiny import Tiny, made_by_rank_0
 
@@ -48,7 +47,7 @@ def test_one_reads_while_another_decodes(
     model_type: str, comm: Communicator, shared_path: Path
 ) -> None:
     """A stream decodes a token between the pieces of the other's prompt."""
-    model, _ = load_model(on_rank_0(comm, lambda: saved(model_type, shared_path)), comm)
+    model, _ = load_model(saved(model_type, comm), comm)
     tokenizer = load_tokenizer(made_by_rank_0(Tiny(), shared_path / "tokenizer", comm))
     tokenizer.eos_token_ids = set()
     expected = greedy(model, PROMPT), greedy(model, OTHER)
@@ -84,7 +83,7 @@ def test_one_reads_while_another_decodes(
 def test_threads_have_calls_of_their_own(
     model_type: str, comm: Communicator, shared_path: Path
 ) -> None:
-    model, _ = load_model(on_rank_0(comm, lambda: saved(model_type, shared_path)), comm)
+    model, _ = load_model(saved(model_type, comm), comm)
     whole = model(mx.array([PROMPT]), cache=make_prompt_cache(model))
     mx.eval(whole)
     logits: list[Any] = []
@@ -135,7 +134,7 @@ def test_silent_is_what_no_cache_depends_on(
     model_type: str, silent: list[str], comm: Communicator, shared_path: Path
 ) -> None:
     noted = Noted(comm)
-    folder = on_rank_0(comm, lambda: saved(model_type, shared_path))
+    folder = saved(model_type, comm)
     model, _ = load_model(folder, noted)
 
     def called() -> list[str]:
@@ -156,7 +155,7 @@ def test_a_context_lasts_as_long_as_a_call(
     comm: Communicator, shared_path: Path
 ) -> None:
     """What is called for its caches alone leaves caches as whole as another's."""
-    folder = on_rank_0(comm, lambda: saved("llama", shared_path))
+    folder = saved("llama", comm)
     model, _ = load_model(folder, comm)
     caches = make_prompt_cache(model), make_prompt_cache(model)
     model(mx.array([PROMPT]), cache=caches[0])
