@@ -206,7 +206,7 @@ def test_the_prompt_from_standard_input_may_be_empty() -> None:
 def test_help_is_shown_once() -> None:
     done = generate(3, "--help")
     assert done.returncode == 0
-    assert done.stdout.count("usage: mpirun") == 1
+    assert done.stdout.count("usage: python -m mlxtp.generate") == 1
 
 
 def test_slices_that_do_not_fit_in_memory(tmp_path: Path) -> None:
