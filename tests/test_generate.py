@@ -216,7 +216,7 @@ def test_the_prompt_from_standard_input_may_be_empty() -> None:
 def test_help_is_shown_once() -> None:
     done = generate(3, "--help")
     assert done.returncode == 0
-    assert done.stdout.count("usage: mpirun") == 1
+    assert done.stdout.count("usage: python -m mlxtp.generate") == 1
 
 
 @pytest.mark.slow

@@ -8,6 +8,8 @@ from hypothesis import strategies as st
 
 from mlxtp.cluster import hostfile
 
+pytestmark = pytest.mark.once
+
 ROOT = Path(__file__).parents[2]
 
 NAMES = st.from_regex(r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,12}", fullmatch=True)

@@ -137,7 +137,10 @@ def test_up_twice_says_so_and_other_settings_are_refused(ring):
 
 def test_ending_run_ends_the_command(ring):
     job = subprocess.Popen([sys.executable, LAB, "run", "sleep", "1000"])
-    time.sleep(0.5)
+    deadline = time.monotonic() + 10
+    while not in_namespaces():
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
     assert len(in_namespaces()) == 1
     job.terminate()
     assert job.wait(timeout=5) == -signal.SIGTERM
