@@ -3,6 +3,8 @@
 import json
 import re
 import shutil
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -183,6 +185,35 @@ def test_too_little_memory_is_said_before_reading(
     monkeypatch.setattr("mlxtp.checkpoint.tensors.StoredTensor.plan", None)
     with pytest.raises(ValueError, match=r"take 0\.\d GB, and it has 0\.0 GB free"):
         mlxtp.load(folder, comm)
+
+
+def test_what_replaces_the_config(comm: Communicator, shared_path: Path) -> None:
+    """As mlx-lm's `model_config` and `return_config` do."""
+    folder = made_by_rank_0(Tiny(), shared_path / "replaced", comm)
+    other = {"num_hidden_layers": 2, "rope_theta": 3.0, "rms_norm_eps": 0.5}
+
+    def theirs() -> list[int]:
+        return greedy(mlx_lm.load(str(folder), model_config=other)[0])
+
+    expected = on_rank_0(comm, theirs)
+    model, tokenizer, config = mlxtp.load(
+        folder, comm, model_config=other, return_config=True
+    )
+    assert greedy(model) == expected != greedy(mlxtp.load(folder, comm)[0])
+    assert tokenizer.decode(tokenizer.encode("a")) is not None
+    assert other.items() <= config.items()
+    model, config = mlxtp.load_model(folder, comm, model_config=other)
+    assert greedy(model) == expected
+    assert other.items() <= config.items()
+
+
+@pytest.mark.once
+def test_importing_it_imports_no_transformers() -> None:
+    program = "import sys, mlxtp.loading; print('transformers' in sys.modules)"
+    done = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, check=True
+    )
+    assert done.stdout == "False\n"
 
 
 def test_available_memory_is_plausible() -> None:

@@ -75,6 +75,16 @@ def test_a_rank_needs_its_own_folder_alone(
         mlxtp.load(last, comm)
 
 
+def test_some_hosts_have_all_and_others_a_cut(
+    comm: Communicator, shared_path: Path
+) -> None:
+    folder = made_by_rank_0(Tiny(), shared_path / "mixed", comm)
+    expected = on_rank_0(comm, lambda: greedy(mlx_lm.load(str(folder))[0]))
+    output = cut_by_rank_0(folder, [1] * comm.size, comm)
+    model, _ = mlxtp.load(folder if comm.rank else output, comm)
+    assert greedy(model) == expected
+
+
 @once
 @pytest.mark.parametrize("case", sweep(published.CASES, ["split", "fp8"]))
 def test_published_checkpoints_are_cut(case: str, tmp_path: Path) -> None:

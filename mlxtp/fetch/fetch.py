@@ -15,7 +15,7 @@ from pathlib import Path
 import filelock
 import numpy as np
 
-from mlxtp.checkpoint import cut, verify
+from mlxtp.checkpoint import cut
 from mlxtp.checkpoint.cut import Origin, Shard
 from mlxtp.checkpoint.tensors import StoredTensor
 from mlxtp.comm.communicator import Communicator
@@ -59,8 +59,6 @@ def fill(
         is too small.
     """
     folder, show = repo.folder(), show and comm.rank == 0
-    with comm.agreement():
-        verify.drop_damaged(folder)
     if not any(comm.allgather_object(bool(_missing(folder, wanted)))):
         return
     with _locked(comm, folder / f"{shard.folder}.lock", repo.name):

@@ -5,7 +5,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TypeVar
 
-from mlxtp.checkpoint import cut
+from mlxtp.checkpoint import cut, verify
+from mlxtp.checkpoint.cut import Origin
 from mlxtp.checkpoint.headers import Checkpoint
 from mlxtp.comm.communicator import Communicator
 from mlxtp.comm.errors import UsageError
@@ -51,8 +52,9 @@ class Location:
     ) -> "Location":
         """A repository on the hub, of which each machine keeps slices in its cache.
 
-        Rank 0 asks the hub and tells the others; the headers come once. Where all
-        machines have all of it in the hub's cache, that is read.
+        Rank 0 asks the hub and tells the others; the headers come once. Slices that
+        were damaged since they came are removed. Where all machines have all of it in
+        the hub's cache, that is read.
 
         Raises: UsageError on every rank, with what the hub said.
         """
@@ -71,12 +73,15 @@ class Location:
         if snapshot is not None and all(is_whole for _, is_whole, _ in hosts):
             with comm.agreement():
                 return cls.of_folder(name, snapshot)
+        origin: Origin | None = None
         if not all(is_begun for *_, is_begun in hosts):
             small, origin = _from_root(comm, lambda: (small, hub.origin(repo, small)))
-            first_of_host = [host for host, *_ in hosts].index(comm.host)
-            with comm.agreement():
-                if comm.rank == first_of_host:
+        first_of_host = [host for host, *_ in hosts].index(comm.host)
+        with comm.agreement():
+            if comm.rank == first_of_host:
+                if origin:
                     cut.begin(folder, origin, small)
+                verify.drop_damaged(folder)
         with comm.agreement():
             return replace(cls.of_cut(name, folder), repo=repo)
 

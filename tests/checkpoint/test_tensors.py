@@ -148,7 +148,12 @@ def test_items_of_some_rows(folder: Path, data: st.DataObject) -> None:
     assert part.axis is not None
     file = folder / "items"
     file.write_bytes(whole.tobytes())
-    tensor = StoredTensor.whole("x", "I32", whole.shape, file, 0)
+    other = data.draw(st.integers(0, whole.ndim - 1))
+    pieces = (  # there twice, cut on two axes
+        Piece(file, 0, Slice(whole.shape, axis, Spans.whole(whole.shape[axis])))
+        for axis in (other, part.axis)
+    )
+    tensor = StoredTensor(Tensor("x", "I32", whole.shape), tuple(pieces))
     rows = tensor.tensor.seen_from(part.axis).rows
     first = data.draw(st.integers(0, rows - 1))
     some = Span(first, data.draw(st.integers(first + 1, rows)))

@@ -7,6 +7,7 @@ from typing import Any
 
 import mlx_lm
 import numpy as np
+import published
 import pytest
 from hub_server import Hub, Request
 from huggingface_hub import constants
@@ -17,11 +18,14 @@ from reference import greedy, on_rank_0
 from tiny import Tiny, made_by_rank_0
 
 import mlxtp
-from mlxtp import Communicator
+from mlxtp import Communicator, loading
 from mlxtp.checkpoint import verify
 from mlxtp.comm.errors import UsageError
 from mlxtp.fetch import hub
+from mlxtp.fetch.location import locate
 from mlxtp.loading import load_model
+from mlxtp.model import skeleton
+from mlxtp.shard import shard
 
 Q4 = {"group_size": 32, "bits": 4}
 NAME = "org/model"
@@ -183,13 +187,13 @@ def test_faults_that_last(
     client.use(url, tmp_path)
     answer, said = LASTING[fault]
     if server:
-        server.fault = lambda it: answer if is_of_weights(it) and it.number else None
+        server.fault = lambda r: answer if is_of_weights(r) and r.number else None
     with pytest.raises(UsageError, match=said):
         mlxtp.load(NAME, comm)
     assert not list(tmp_path.glob("assets/**/manifest.json"))
     comm.barrier()
     if server:
-        server.fault = lambda it: None
+        server.fault = lambda request: None
     comm.barrier()
     expected = alone(comm, model)
     split, _ = mlxtp.load(NAME, comm)
@@ -270,6 +274,13 @@ def test_a_damaged_file_is_fetched_again(
     asked[0] = 0
     load_model(NAME, comm)
     assert asked[0] == 0
+    # So is one that was cut short.
+    for file in tmp_path.glob("assets/**/rank-*/model.safetensors"):
+        if comm.rank == 0:
+            file.write_bytes(file.read_bytes()[:-8])
+    load_model(NAME, comm)
+    assert (asked[0] > 0) == (comm.rank == 0)
+    assert not verify.verify(folder)
 
 
 def test_other_shares_come_from_the_other_ranks(
@@ -336,3 +347,97 @@ def test_too_small_a_disk_is_said_before(
     ):
         load_model(NAME, comm)
     assert asked[0] == 0
+
+
+def test_a_revision(
+    comm: Communicator, model: Path, served: Served, client: Client, tmp_path: Path
+) -> None:
+    """A branch or a commit; one that the hub does not have is said."""
+    server, url = served
+    client.use(url, tmp_path)
+    if server:
+        server.branches = frozenset({"main", "v2"})
+    commit = comm.bcast_object(server and server.commit(NAME))
+    comm.barrier()
+    assert locate(NAME, comm, "v2").repo == hub.Repo(NAME, commit)
+    load_model(NAME, comm, revision=commit)
+    assert locate(model, comm, "v3").folder == model  # for a folder it says nothing
+    for unknown in ("v3", "0" * 40):
+        with pytest.raises(UsageError, match="or this revision of it, does not exist"):
+            load_model(NAME, comm, revision=unknown)
+
+
+def test_mistakes_name_what_was_given(
+    comm: Communicator, served: Served, client: Client, tmp_path: Path
+) -> None:
+    """Not the folder of the cache that it is kept in."""
+    client.use(served[1], tmp_path)
+    client.patch.setattr(loading.memory, "available_bytes", lambda: 1000)
+    with pytest.raises(UsageError, match="the slices of org/model for host-"):
+        load_model(NAME, comm)
+    client.patch.undo()
+    client.use(served[1], tmp_path)
+    with pytest.raises(UsageError, match="cannot build the model in org/model: "):
+        load_model(NAME, comm, model_config={"hidden_size": "many"})
+
+
+def test_few_collectives_find_a_model(
+    comm: Communicator, model: Path, served: Served, client: Client, tmp_path: Path
+) -> None:
+    calls: list[str] = []
+
+    def counted(name: str) -> None:
+        collective = getattr(comm, name)
+
+        def counting(*arguments: Any) -> Any:
+            calls.append(name)
+            return collective(*arguments)
+
+        client.patch.setattr(comm, name, counting)
+
+    for name in ("allgather_object", "bcast_object", "exchange", "barrier"):
+        counted(name)
+    client.use(served[1], tmp_path)
+    shard(model, [1] * comm.size, tmp_path / "cut")
+    for given, few in ((model, 1), (tmp_path / "cut", 1), (NAME, 6), (NAME, 5)):
+        calls.clear()
+        location = locate(given, comm)
+        assert len(calls) <= few, (given, calls)
+        assert location.name == str(given)
+        assert location.is_cut == (given != model)
+        assert (location.repo is not None) == (given == NAME)
+        assert location.checkpoint.tensors
+
+
+def test_built_and_traced_once(
+    comm: Communicator, client: Client, shared_path: Path, tmp_path: Path
+) -> None:
+    """Files that are fetched change where tensors lie, and no more."""
+    made = shared_path / "stacked"
+    if comm.rank == 0:
+        made.mkdir()
+    folder = on_rank_0(comm, lambda: published.published("stacked", made))
+    expected = on_rank_0(comm, lambda: greedy(mlx_lm.utils.load_model(Path(folder))[0]))
+    server = Hub({NAME: folder})
+    if comm.rank == 0:
+        server.__enter__()
+    client.use(comm.bcast_object(server.url if comm.rank == 0 else None), tmp_path)
+    counts = {"build": 0, "trace": 0}
+
+    def counted(module: Any, name: str) -> None:
+        function = getattr(module, name)
+
+        def counting(*arguments: Any, **options: Any) -> Any:
+            counts[name] += 1
+            return function(*arguments, **options)
+
+        client.patch.setattr(module, name, counting)
+
+    counted(loading, "build")
+    counted(skeleton, "trace")
+    model, _ = load_model(NAME, comm)
+    assert counts == {"build": 1, "trace": 1}
+    assert greedy(model) == expected
+    comm.barrier()
+    if comm.rank == 0:
+        server.__exit__()

@@ -39,6 +39,7 @@ class Hub:
     fault: Callable[[Request], int | str | None] = lambda request: None
     delay_seconds: float = 0.0
     token: str | None = None
+    branches: frozenset[str] = frozenset({"main"})  # all at the last commit
     sent: int = 0  # bytes of weights
     ranges: list[str] = field(default_factory=list)
 
@@ -178,8 +179,10 @@ class Hub:
 
     def is_now(self, path: str) -> bool:
         """Whether the commit in a path, if there is one, is the last one."""
-        found = re.search(r"/([0-9a-f]{40})(/|$)", path)
-        return not found or found[1] in map(self.commit, self.repos)
+        if commit := re.search(r"/([0-9a-f]{40})(/|$)", path):
+            return commit[1] in map(self.commit, self.repos)
+        branch = re.search(r"/revision/([^/]+)$", path)
+        return not branch or branch[1] in self.branches
 
     def commit(self, name: str) -> str:
         """Another one whenever a file has changed."""
