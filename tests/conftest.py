@@ -75,8 +75,10 @@ def pytest_collection_modifyitems(config: Config, items: list[pytest.Item]) -> N
     config.hook.pytest_deselected(items=left_out)
 
 
-def pytest_terminal_summary(terminalreporter: TerminalReporter) -> None:
-    """Say which tests this machine could not run, and what would bring them in."""
+@pytest.hookimpl(wrapper=True, tryfirst=True)
+def pytest_terminal_summary(terminalreporter: TerminalReporter) -> Iterator[None]:
+    """Say last which tests this machine could not run, and what would bring them in."""
+    yield
     reasons = [
         report.longrepr[2].removeprefix("Skipped: ")
         for report in terminalreporter.stats.get("skipped", [])

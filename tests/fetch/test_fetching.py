@@ -130,7 +130,10 @@ PASSING: dict[str, int | str] = {
 }
 
 
-@pytest.mark.parametrize("fault", sweep(PASSING, ["busy", "wrong bytes"]))
+# Each rank gets over them by itself: all of them on three ranks alone.
+@pytest.mark.parametrize(
+    "fault", sweep(PASSING, ["busy", "wrong bytes"], pytest.mark.ranks(3))
+)
 def test_faults_that_pass(
     fault: str,
     comm: Communicator,

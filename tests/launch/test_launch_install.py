@@ -10,14 +10,15 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from five_hosts import HOSTS, ROOT, lab
+from five_hosts import HOSTS, NEEDS, ROOT, lab
 from five_hosts import the_lab_can_be_built as the_lab_can_be_built
 from launch_scripts import module
+from needs import needs
 from ssh_hosts import Servers, lines, servers
 
 install = module("install")
 
-pytestmark = [pytest.mark.lab, pytest.mark.once]
+pytestmark = [pytest.mark.lab, pytest.mark.once, needs(*NEEDS, "sshd")]
 
 # Makes a .venv of one file of versions, with a python that can print and change them.
 # It fails where its host's name says so, and counts how often it was asked.

@@ -5,6 +5,7 @@ from math import ceil
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from pyramid import sweep
 
 from mlxtp.partition.heads import HeadShard, head_shards
 
@@ -45,7 +46,7 @@ def test_every_query_head_has_one_rank_and_its_kv_head(
     )
 
 
-@pytest.mark.parametrize("num_kv_heads", range(1, 16))
+@pytest.mark.parametrize("num_kv_heads", sweep(range(1, 16), [1, 2, 8]))
 def test_queries_are_even_when_ranks_share_kv_heads(num_kv_heads: int) -> None:
     """For every group up to 16 and the larger common ones, on up to 16 ranks."""
     for group in [*range(1, 17), 24, 32, 48, 64]:

@@ -141,6 +141,7 @@ def test_remedies_do_what_they_say(llama: PlannedModel) -> None:
                 assert fits(fewer, lacking)
 
 
+@pytest.mark.slow
 def test_only_a_gpu_has_a_limit_to_raise(llama: PlannedModel) -> None:
     macs = on([39.0] * 3, context=131072)
     others = replace(
@@ -164,6 +165,7 @@ def test_auto_gives_more_to_who_reads_faster(llama: PlannedModel) -> None:
     assert found.shares[0].mlp >= 1.5 * found.shares[2].mlp
 
 
+@pytest.mark.slow
 def test_auto_gives_less_to_who_has_less_memory(llama: PlannedModel) -> None:
     """The same speed: only memory tells them apart."""
     setting = on([64.0, 64.0, 16.0])

@@ -8,6 +8,7 @@ a machine that has everything can show what a fresh one does.
 import os
 import shutil
 import sys
+from collections import Counter
 from collections.abc import Callable
 from importlib.util import find_spec
 from pathlib import Path
@@ -16,6 +17,7 @@ from typing import NamedTuple
 import pytest
 
 PREFIX = "this machine lacks "
+SEPARATOR = "; "
 HIDDEN = "MLXTP_TESTS_WITHOUT"
 
 
@@ -25,6 +27,10 @@ class Need(NamedTuple):
     what: str
     is_here: Callable[[], object]
     brought_by: str = ""
+
+    def in_words(self) -> str:
+        """What it is, and who brings it."""
+        return f"{self.what} ({self.brought_by})" if self.brought_by else self.what
 
 
 def program(name: str) -> str | None:
@@ -52,13 +58,12 @@ NEEDS = {
 def missing(*names: str) -> str | None:
     """The reason for skipping what needs all of these, or None where all are here."""
     hidden = os.environ.get(HIDDEN, "").split()
-    for name in names:
-        need = NEEDS[name]
-        if name in hidden or not need.is_here():
-            return f"{PREFIX}{need.what}" + (
-                f" ({need.brought_by})" if need.brought_by else ""
-            )
-    return None
+    lacking = [
+        NEEDS[name].in_words()
+        for name in names
+        if name in hidden or not NEEDS[name].is_here()
+    ]
+    return PREFIX + SEPARATOR.join(lacking) if lacking else None
 
 
 def needs(*names: str) -> pytest.MarkDecorator:
@@ -76,17 +81,21 @@ def skip_without(*names: str) -> None:
 
 def summary(reasons: list[str]) -> list[str]:
     """Sentences for people about the tests that were skipped for these reasons."""
-    lacking = [reason.removeprefix(PREFIX) for reason in reasons if PREFIX in reason]
+    lacking = Counter(
+        what
+        for reason in reasons
+        if reason.startswith(PREFIX)
+        for what in reason.removeprefix(PREFIX).split(SEPARATOR)
+    )
     if not lacking:
         return []
-    counts = {what: lacking.count(what) for what in sorted(set(lacking))}
-    said = ", ".join(f"{count} for {what}" for what, count in counts.items())
-    lines = [f"Not tested, because this machine lacks something: {said}."]
-    packages = sorted(
+    said = "; ".join(f"{what}, {count} tests" for what, count in lacking.items())
+    lines = [f"Skipped, because this machine lacks: {said}."]
+    packages = [
         need.brought_by.removeprefix("package ")
         for need in NEEDS.values()
-        if need.brought_by.startswith("package ") and f"({need.brought_by})" in said
-    )
+        if need.in_words() in lacking and need.brought_by.startswith("package ")
+    ]
     if packages:
-        lines.append(f"As root: apt-get install {' '.join(packages)}")
+        lines.append(f"Debian brings them with: apt-get install {' '.join(packages)}")
     return lines

@@ -5,11 +5,15 @@ from typing import Any
 
 import pytest
 
-slow = pytest.mark.slow
 
+def sweep(
+    values: Iterable[Any], quick: Iterable[Any], *marks: pytest.MarkDecorator
+) -> list[Any]:
+    """The parameters of a test over all of `values`; those not in `quick` are slow.
 
-def sweep(values: Iterable[Any], quick: Iterable[Any]) -> list[Any]:
-    """The parameters of a test over all of `values`; those not in `quick` are slow."""
+    These get `marks` too: a `ranks` mark runs them in some worlds alone.
+    """
     values, quick = list(values), list(quick)
     assert all(v in values for v in quick), quick
-    return [v if v in quick else pytest.param(v, marks=slow) for v in values]
+    marks = (pytest.mark.slow, *marks)
+    return [v if v in quick else pytest.param(v, marks=marks) for v in values]
