@@ -12,7 +12,8 @@ from pathlib import Path
 import pytest
 
 from mlxtp import __main__ as command
-from mlxtp import generate, options
+from mlxtp import options
+from mlxtp.cluster import job
 
 pytestmark = pytest.mark.once
 
@@ -36,6 +37,7 @@ def two_ranks(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("OMPI_COMM_WORLD_SIZE", "2")
 
 
+@pytest.mark.slow
 def test_it_says_what_there_is() -> None:
     said = python("mlxtp")
     assert said.returncode == 0 and said.stderr == ""
@@ -80,6 +82,7 @@ def test_each_runs_its_module(name: str, monkeypatch: pytest.MonkeyPatch) -> Non
     assert ran == [(f"mlxtp.{name}", "__main__", True, ["--help", "x"])]
 
 
+@pytest.mark.slow
 def test_a_command_is_the_same_as_its_module() -> None:
     words = ["--model", "nowhere", "--ranks", "2"]
     said, direct = python("mlxtp", "plan", *words), python("mlxtp.plan", *words)
@@ -104,22 +107,7 @@ def test_generate_starts_itself_and_hands_its_input_to_the_ranks() -> None:
     assert line.endswith(f"{sys.executable} -m mlxtp.generate {' '.join(program)} -")
 
 
-@pytest.mark.parametrize(
-    "given, reads",
-    [
-        ("--prompt -", True),
-        ("-p - --seed 1", True),
-        ("--prompt=-", True),
-        ("--prompt text", False),
-        ("--prompt", False),
-        ("--prompt-cache-file - --seed 1", False),
-        ("", False),
-    ],
-)
-def test_whether_standard_input_is_read(given: str, reads: bool) -> None:
-    assert options.reads_input(given.split()) is reads
-
-
+@pytest.mark.slow
 def test_a_world_of_one_says_how_more_are_started() -> None:
     program = ["mlxtp.generate", "--max-tokens", "2"]
     says = "mlxtp.generate: one rank; --ranks N or --hostfile HOSTFILE starts more"
@@ -132,7 +120,7 @@ def test_a_wrong_number_is_one_line(
 ) -> None:
     monkeypatch.setattr(sys, "argv", ["mlxtp.generate", "--ranks", "0"])
     with pytest.raises(SystemExit) as ended:
-        generate.main()
+        runpy.run_module("mlxtp.generate", run_name="__main__")
     assert ended.value.code == 2
     mistake = "mlxtp.generate: error: the number of ranks is 0: wanted 1 or more\n"
     assert capsys.readouterr() == ("", mistake)
@@ -148,7 +136,7 @@ def test_mpirun_has_started_ranks_already(
     monkeypatch.setenv("OMPI_COMM_WORLD_RANK", str(rank))
     monkeypatch.setattr(sys, "argv", ["mlxtp.generate", "--ranks", "2"])
     with pytest.raises(SystemExit) as ended:
-        generate.main()
+        runpy.run_module("mlxtp.generate", run_name="__main__")
     assert ended.value.code == (0 if rank else 2)
     said = capsys.readouterr().err
     if rank:
@@ -158,10 +146,15 @@ def test_mpirun_has_started_ranks_already(
         assert said.count("\n") == 1
 
 
-def test_a_shortened_option_starts_nothing_and_says_so(
-    capsys: pytest.CaptureFixture[str],
+def test_a_shortened_option_is_taken_out_of_what_the_ranks_get(
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    with pytest.raises(SystemExit) as ended:
-        options.parse(["--rank", "3"])
-    assert ended.value.code == 2
-    assert "write the option's whole name" in capsys.readouterr().err
+    """argparse takes any beginning of an option that no other has."""
+    started: list[job.Job] = []
+    monkeypatch.setattr(job.Job, "exec", lambda self, **_: started.append(self))
+    arguments = ["--rank", "3", "--hostf=F", "--seed", "1"]
+    args = options.parse(arguments)
+    job.start_if_asked(args, arguments, "mlxtp.generate", started=0)
+    [one] = started
+    assert (one.ranks, one.hostfile) == (3, "F")
+    assert one.command == [sys.executable, "-m", "mlxtp.generate", "--seed", "1"]
