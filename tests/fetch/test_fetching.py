@@ -375,7 +375,7 @@ def test_mistakes_name_what_was_given(
 ) -> None:
     """Not the folder of the cache that it is kept in."""
     client.use(served[1], tmp_path)
-    client.patch.setattr(loading.memory, "available_bytes", lambda: 1000)
+    client.patch.setattr(loading.memory, "available_bytes", lambda _: 1000)
     with pytest.raises(UsageError, match="the slices of org/model for host-"):
         load_model(NAME, comm)
     client.patch.undo()
