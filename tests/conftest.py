@@ -24,6 +24,13 @@ LIMIT_SECONDS = 300
 
 WORLD = Communicator.world(timeout_seconds=LIMIT_SECONDS)
 
+# An example has no limit of its own: the machine may be busy.
+if WORLD.size == 1:  # where tests of properties run
+    from hypothesis import settings
+
+    settings.register_profile("tests", deadline=None)
+    settings.load_profile("tests")
+
 
 @pytest.fixture(scope="session")
 def comm() -> Communicator:

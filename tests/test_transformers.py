@@ -3,25 +3,24 @@
 Needs the extra `reference` of pyproject.toml; without it these tests are skipped.
 """
 
-from pathlib import Path
-
 import mlx.core as mx
 import numpy as np
 import pytest
-from reference import MODELS, PROMPT, STEPS, as_numpy, greedy, on_rank_0
-from tiny import made_by_rank_0
+from kept import kept_model
+from needs import missing
+from reference import PROMPT, STEPS, as_numpy, greedy, on_rank_0
 
 import mlxtp
 from mlxtp import Communicator
 
-torch = pytest.importorskip(
-    "torch", reason="PyTorch is not installed: extra `reference`"
-)
+if reason := missing("torch"):
+    pytest.skip(reason, allow_module_level=True)
+import torch
 
 
 @pytest.mark.parametrize("name", ["llama-8-2-biases", "llama-14-2-rope", "qwen2-14-2"])
-def test_equals_transformers(name: str, comm: Communicator, shared_path: Path) -> None:
-    folder = made_by_rank_0(MODELS[name], shared_path / name, comm)
+def test_equals_transformers(name: str, comm: Communicator) -> None:
+    folder = kept_model(comm, name)
 
     def reference() -> tuple[np.ndarray, list[int]]:
         from transformers import AutoModelForCausalLM

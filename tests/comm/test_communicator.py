@@ -82,20 +82,21 @@ if comm.rank == 0:
 """
 
 
+slow = pytest.mark.slow
+UNTIMED = "allreduce: direct-one-shot, direct-two-shot"
+IN_THE_GRAPH = "allreduce: gathers in the graph"
+
+
 @pytest.mark.once
 @pytest.mark.parametrize(
     ("arguments", "is_beating", "described"),
     [
         ("", True, "allreduce, ms "),
-        ("heartbeat=False", False, "allreduce, ms "),
-        (
-            "measure=False",
-            True,
-            UNTIMED := "allreduce: direct-one-shot, direct-two-shot",
-        ),
+        pytest.param("heartbeat=False", False, "allreduce, ms ", marks=slow),
+        pytest.param("measure=False", True, UNTIMED, marks=slow),
         ("measure=False, heartbeat=False", False, UNTIMED),
-        ("'ring', heartbeat=False", False, "allreduce: gathers in the graph"),
-        ("'mlx-mpi', heartbeat=False", False, "allreduce: gathers in the graph"),
+        pytest.param("'ring', heartbeat=False", False, IN_THE_GRAPH, marks=slow),
+        pytest.param("'mlx-mpi', heartbeat=False", False, IN_THE_GRAPH, marks=slow),
     ],
 )
 def test_what_world_installs(arguments: str, is_beating: bool, described: str) -> None:

@@ -41,7 +41,6 @@ def program(name: str) -> str | None:
 NEEDS = {
     "linux": Need("Linux", lambda: sys.platform == "linux"),
     "root": Need("root's rights", lambda: os.geteuid() == 0),
-    "no root": Need("an ordinary user's rights", lambda: os.geteuid() != 0),
     "tun": Need("/dev/net/tun", Path("/dev/net/tun").exists),
     "ip": Need("the command ip", lambda: program("ip"), "package iproute2"),
     "sshd": Need(
@@ -89,8 +88,8 @@ def summary(reasons: list[str]) -> list[str]:
     )
     if not lacking:
         return []
-    said = "; ".join(f"{what}, {count} tests" for what, count in lacking.items())
-    lines = [f"Skipped, because this machine lacks: {said}."]
+    said = "; ".join(f"{count} for {what}" for what, count in lacking.items())
+    lines = [f"Tests skipped for what this machine lacks: {said}."]
     packages = [
         need.brought_by.removeprefix("package ")
         for need in NEEDS.values()
