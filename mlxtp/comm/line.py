@@ -3,6 +3,8 @@
 MPI's data take the cables, so a broken cable would end a job before it could tell.
 mpirun has a channel of its own (it started the ranks through it): by that rank 0 lets
 the others know its addresses, all of them, and they call at the first that answers.
+Python's `multiprocessing.connection` would frame the messages, but waits without a time
+limit within one: a link that breaks there would hold up the doctor.
 """
 
 import json
