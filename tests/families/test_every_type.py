@@ -50,13 +50,11 @@ def test_float32(model_type: str, comm: Communicator) -> None:
     check(model_type, comm)
 
 
-# On five ranks; on fewer six types will do, for those of one kind are packed alike.
 @pytest.mark.parametrize(
     "model_type",
     sweep(
         [t for t in RUNNABLE if t not in zoo.QUANTIZED_FAILS],
         QUICK_QUANTIZED,
-        pytest.mark.ranks(5),
     ),
 )
 def test_quantized(model_type: str, comm: Communicator) -> None:

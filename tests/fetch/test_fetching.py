@@ -131,9 +131,7 @@ PASSING: dict[str, int | str] = {
 
 
 # Each rank gets over them by itself: all of them on three ranks alone.
-@pytest.mark.parametrize(
-    "fault", sweep(PASSING, ["busy", "wrong bytes"], pytest.mark.ranks(3))
-)
+@pytest.mark.parametrize("fault", sweep(PASSING, ["busy", "wrong bytes"]))
 def test_faults_that_pass(
     fault: str,
     comm: Communicator,
