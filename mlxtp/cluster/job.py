@@ -21,7 +21,7 @@ from typing import IO, Any, NoReturn
 
 from mlxtp.cluster import hostfile
 from mlxtp.cluster.addresses import RING_NETWORK, is_here, ring_address
-from mlxtp.cluster.verdict import VERDICT_MARK, VERDICT_VARIABLE, Verdict
+from mlxtp.cluster.verdict import VERDICT_VARIABLE, Verdict, VerdictFilter
 
 # Ends standard input (ASCII's end of transmission): mpirun of Open MPI 5.0.11 hands
 # its input to rank 0, but not the end of it
@@ -234,60 +234,6 @@ def _show(data: bytes) -> None:
     with suppress(OSError):
         while data:
             data = data[os.write(2, data) :]
-
-
-class VerdictFilter:
-    """Takes the line of the verdict out of what a job writes on standard error.
-
-    Ranks write at once, so the line may begin behind what another rank has begun (a
-    progress bar, say). The first `verdict` counts, but one of a rank that failed gives
-    way: it may have failed because another was lost.
-    """
-
-    MARK = VERDICT_MARK.encode()
-
-    def __init__(self) -> None:
-        self.verdict: Verdict | None = None
-        self._kept = b""
-
-    def feed(self, data: bytes) -> bytes:
-        """Return what is to be shown of `data`; the beginning of a mark is kept."""
-        self._kept += data
-        shown = b""
-        while (start := self._kept.find(self.MARK)) >= 0:
-            end = self._kept.find(b"\n", start)
-            if end < 0:
-                break
-            shown += self._kept[:start] + self._read(self._kept[start : end + 1])
-            self._kept = self._kept[end + 1 :]
-        else:
-            start = len(self._kept) - self._begun()
-        shown += self._kept[:start]
-        self._kept = self._kept[start:]
-        return shown
-
-    def close(self) -> bytes:
-        """Return what is left to be shown at the end of the stream."""
-        kept, self._kept = self._kept, b""
-        return self._read(kept)
-
-    def _begun(self) -> int:
-        """Return how many bytes at the end may be the beginning of a mark."""
-        longest = min(len(self.MARK), len(self._kept))
-        lengths = range(longest, 0, -1)
-        return next((n for n in lengths if self._kept.endswith(self.MARK[:n])), 0)
-
-    def _read(self, line: bytes) -> bytes:
-        """Take the verdict from its line; return the line if it holds none."""
-        if not line.startswith(self.MARK):
-            return line
-        try:
-            verdict = Verdict.from_json(line.removeprefix(self.MARK).decode())
-        except ValueError:
-            return line
-        if self.verdict is None or self.verdict.why == "failed":
-            self.verdict = verdict
-        return b""
 
 
 def find_mpirun() -> Path:

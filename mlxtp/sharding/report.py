@@ -1,16 +1,12 @@
 """The slice table as people read it."""
 
-from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from itertools import pairwise
-from typing import TYPE_CHECKING
 
 from tqdm import tqdm
 
 from mlxtp.partition.spans import Spans
-
-if TYPE_CHECKING:
-    from mlxtp.sharding.table import SliceTable
 
 
 @dataclass(frozen=True)
@@ -18,7 +14,7 @@ class Row:
     """A matrix that is cut: what a line says of it.
 
     Args:
-        path: with `{}` for the number of the layer, if it is in one.
+        path: of the matrix in the model; `report` leaves out the number of its layer.
         parts: what each rank holds of the axis that is cut.
         nbytes: what each rank holds of its parameters, quantization included.
     """
@@ -27,62 +23,36 @@ class Row:
     path: str
     style: str
     features: int
-    parts: tuple[str, ...]
+    parts: tuple[Spans, ...]
     nbytes: tuple[int, ...]
 
 
-def report(table: "SliceTable") -> str:
+def report(rows: Iterable[Row], uncut: Sequence[int]) -> str:
     """Write the matrices that are cut, each rank's part of each, and its bytes.
 
-    Layers that are alike share a line, which has the bytes of all of them.
+    Layers that are alike share a line, which has the bytes of all of them. `uncut` are
+    the bytes of what every rank holds whole.
     """
-    ranks = range(table.ranks)
-    held = [table.nbytes(rank) for rank in ranks]
-    rows = _folded(table, held)
+    folded: dict[Row, list[int | None]] = {}
+    for row in rows:
+        pattern, layer = _split_number(row.path)
+        folded.setdefault(replace(row, path=pattern), []).append(layer)
     cells = [
         ["block", "matrix", "style", "of"],
         *(
             [row.block, row.path.format(_ranges(layers)), row.style, str(row.features)]
-            for row, layers in rows.items()
+            for row, layers in folded.items()
         ),
         ["", "not cut, whole on every rank", "", ""],
         ["", "all", "", ""],
     ]
-    for rank in ranks:
-        whole = sum(n for name, n in held[rank].items() if not table.matrix_of(name))
-        sizes = [row.nbytes[rank] * len(layers) for row, layers in rows.items()]
-        parts = [f"rank {rank}", *(row.parts[rank] for row in rows), "", ""]
-        totals = [_size(n) for n in (*sizes, whole, sum(held[rank].values()))]
+    for rank, whole in enumerate(uncut):
+        sizes = [row.nbytes[rank] * len(layers) for row, layers in folded.items()]
+        parts = [f"rank {rank}", *(_part(row.parts[rank]) for row in folded), "", ""]
+        totals = [_size(n) for n in (*sizes, whole, sum(sizes) + whole)]
         for line, part, size in zip(cells, parts, ["bytes", *totals], strict=True):
             line += [part, size]
     return "\n".join(_aligned(cells))
-
-
-def _folded(
-    table: "SliceTable", held: list[dict[str, int]]
-) -> dict[Row, list[int | None]]:
-    """Rows, each with the layers that it is said of."""
-    sizes: list[dict[str, int]] = []
-    for of_rank in held:
-        of_matrices = dict.fromkeys(table.matrices, 0)
-        for name, nbytes in of_rank.items():
-            if matrix := table.matrix_of(name):
-                of_matrices[matrix.path] += nbytes
-        sizes.append(of_matrices)
-    rows: dict[Row, list[int | None]] = {}
-    for path, matrix in table.matrices.items():
-        pattern, layer = _split_number(path)
-        parts = matrix.covered if matrix.cut.style == "row" else matrix.spans
-        row = Row(
-            matrix.block.block.name,
-            pattern,
-            matrix.cut.style,
-            matrix.features,
-            tuple(_part(spans) for spans in parts),
-            tuple(of_matrices[path] for of_matrices in sizes),
-        )
-        rows.setdefault(row, []).append(layer)
-    return rows
 
 
 def _split_number(path: str) -> tuple[str, int | None]:

@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 
 from mlxtp.families.blocks import BlockShards, Cut, Family, along
 from mlxtp.partition.spans import Slice, Spans, keeps_groups_whole
-from mlxtp.sharding.report import report
+from mlxtp.sharding.report import Row, report
 
 # The axis of each parameter that a cut divides, by the parameter's last name. Weights
 # are (..., out, in), lora_a (in, r), lora_b (r, out), m (out). What is missing here is
@@ -100,7 +100,25 @@ class SliceTable:
 
     def __str__(self) -> str:
         """A table for people: blocks, matrices, styles, every rank's part, bytes."""
-        return report(self)
+        held = [self.nbytes(rank) for rank in range(self.ranks)]
+        sizes = {path: [0] * self.ranks for path in self.matrices}
+        uncut = [0] * self.ranks
+        for rank, of_rank in enumerate(held):
+            for name, nbytes in of_rank.items():
+                matrix = self.matrix_of(name)
+                (sizes[matrix.path] if matrix else uncut)[rank] += nbytes
+        rows = (
+            Row(
+                matrix.block.block.name,
+                path,
+                matrix.cut.style,
+                matrix.features,
+                matrix.covered if matrix.cut.style == "row" else matrix.spans,
+                tuple(sizes[path]),
+            )
+            for path, matrix in self.matrices.items()
+        )
+        return report(rows, uncut)
 
     def unexplained(self) -> list[str]:
         """Matrices that are neither cut nor named as shared."""

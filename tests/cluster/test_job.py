@@ -15,8 +15,8 @@ from hypothesis import strategies as st
 from processes import is_running
 
 from mlxtp.cluster import job
-from mlxtp.cluster.job import Job, JobError, Outcome, VerdictFilter, find_mpirun
-from mlxtp.cluster.verdict import RankOnHost, Verdict
+from mlxtp.cluster.job import Job, JobError, Outcome, find_mpirun
+from mlxtp.cluster.verdict import RankOnHost, Verdict, VerdictFilter
 from mlxtp.doctor import __main__ as doctor
 
 pytestmark = pytest.mark.once
