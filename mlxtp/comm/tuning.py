@@ -8,6 +8,7 @@ from itertools import groupby
 import numpy as np
 
 from mlxtp.cluster.curve import interpolate
+from mlxtp.cluster.units import binary_size
 from mlxtp.comm.allreduce import Collectives
 from mlxtp.comm.transports import Transport
 
@@ -58,11 +59,11 @@ class Tuning:
     def __str__(self) -> str:
         """Tell what was timed, and which algorithm is taken from which size on."""
         ranges = groupby((2**power for power in range(8, 25)), self.algorithm)
-        taken = [f"{name} from {_in_words(next(sizes))}" for name, sizes in ranges]
+        taken = [f"{name} from {binary_size(next(sizes))}" for name, sizes in ranges]
         taken[0] = taken[0].rpartition(" from")[0]
         if not self.sizes:
             return f"allreduce: {', '.join(taken)}"
-        lines = ["".join(f"{_in_words(size):>10}" for size in self.sizes)]
+        lines = ["".join(f"{binary_size(size):>10}" for size in self.sizes)]
         lines += [
             "".join(f"{1000 * seconds:10.3f}" for seconds in row)
             for row in self.seconds.values()
@@ -129,8 +130,3 @@ class _Timer:
                 self._collectives.allreduce(part, name)
                 mine[call, place] = time.perf_counter() - begin
         return np.max(self._transport.allgather_object(mine), axis=0)
-
-
-def _in_words(nbytes: int) -> str:
-    kib = nbytes / 1024
-    return f"{kib / 1024:g} MiB" if kib >= 1024 else f"{kib:g} KiB"

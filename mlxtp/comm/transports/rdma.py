@@ -7,12 +7,12 @@ missing, and takes the order of the hosts in a ring from the cables, not from th
 """
 
 import json
-import subprocess
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import combinations
 
+from mlxtp.cluster.commands import output
 from mlxtp.comm.transports import Transport
 
 # For each rank the devices that lead to each other rank; none where no cable is.
@@ -69,15 +69,15 @@ def ports(profile: str, hardware_ports: str, ibv_devices: str) -> list[Port]:
 
 def own_device_names() -> set[str]:
     """Return the RDMA devices of this host."""
-    return device_names(_output("ibv_devices"))
+    return device_names(output("ibv_devices"))
 
 
 def own_ports() -> list[Port]:
     """Return the ports of this host that have an RDMA device."""
     return ports(
-        _output("system_profiler", "SPThunderboltDataType", "-json"),
-        _output("networksetup", "-listallhardwareports"),
-        _output("ibv_devices"),
+        output("system_profiler", "SPThunderboltDataType", "-json"),
+        output("networksetup", "-listallhardwareports"),
+        output("ibv_devices"),
     )
 
 
@@ -145,12 +145,3 @@ def _cables(
 
 def _pair(a: int, b: int) -> tuple[int, int]:
     return min(a, b), max(a, b)
-
-
-def _output(*command: str) -> str:
-    """Return what a command prints; nothing where the command is not there."""
-    try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=30)
-    except (OSError, subprocess.TimeoutExpired):
-        return ""
-    return done.stdout
