@@ -71,5 +71,12 @@ def test_generate_outside_the_checkout(installed, tmp_path):
     where = run(installed, "-c", "import mlxtp; print(mlxtp.__file__)", cwd=tmp_path)
     assert Path(where.strip()).is_relative_to(installed.parents[1])
     options = ["--prompt", "One day", "--max-tokens", "5", "--json"]
-    answer = run(installed, "-m", "mlxtp.generate", *options, cwd=tmp_path)
-    assert len(json.loads(answer)["tokens"]) == 5
+    for program in (
+        (installed, "-m", "mlxtp.generate"),
+        (
+            installed.parent / "mlxtp",
+            "generate",
+        ),
+    ):
+        answer = run(*program, *options, cwd=tmp_path)
+        assert len(json.loads(answer)["tokens"]) == 5
