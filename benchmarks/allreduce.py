@@ -18,6 +18,7 @@ import mlx.core as mx
 import numpy as np
 from ranks import HOSTFILE, measured
 
+from mlxtp.cluster.units import binary_size
 from mlxtp.comm.allreduce import ALGORITHMS, OneShot, TwoShot, algorithms
 from mlxtp.comm.eager import EagerCollectives
 from mlxtp.comm.gathers import Gather
@@ -193,7 +194,7 @@ def sums_in_graph(transport: Any, progress: Progress, name: str) -> dict[str, An
 
 def report(args: argparse.Namespace, ranks: int, times: Times) -> None:
     print(f"\n{ranks} ranks, milliseconds; medians of {args.rounds} rounds")
-    print(f"{'':26}" + "".join(f"{words(size):>10}" for size in args.sizes))
+    print(f"{'':26}" + "".join(f"{binary_size(size):>10}" for size in args.sizes))
     for name, row in times.items():
         cells = "".join(f"{1000 * row[str(size)]:10.3f}" for size in args.sizes)
         print(f"{name:26}{cells}")
@@ -212,10 +213,6 @@ def report(args: argparse.Namespace, ranks: int, times: Times) -> None:
         best = {size: min(row[str(size)] for row in theirs) for size in args.sizes}
         cells = "".join(f"{ours[str(s)] / best[s]:10.2f}" for s in args.sizes)
         print(f"{'auto / best of Open MPI':26}{cells}", flush=True)
-
-
-def words(size: int) -> str:
-    return f"{size // 2**20} MiB" if size >= 2**20 else f"{size // 1024} KiB"
 
 
 if __name__ == "__main__":

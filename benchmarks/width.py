@@ -58,7 +58,7 @@ def on_ranks(folder: Path, ranks: int) -> dict[str, Any]:
     wanted, got = (np.load(file) for file in files)
     result["whole"] = one["ranks"][0]
     result["error"] = float(np.sqrt(((got - wanted) ** 2).mean() / wanted.var()))
-    result["same_words"] = float((got.argmax(-1) == wanted.argmax(-1)).mean())
+    result["same_tokens"] = float((got.argmax(-1) == wanted.argmax(-1)).mean())
     return result
 
 
@@ -82,7 +82,7 @@ def report(name: str, result: dict[str, Any]) -> None:
     )
     print(
         f"  logits: {result['error']:.1e} of their standard deviation from one "
-        f"rank's; {100 * result['same_words']:.0f} % of the first words the same",
+        f"rank's; {100 * result['same_tokens']:.0f} % of the likeliest tokens alike",
         flush=True,
     )
 
@@ -119,7 +119,7 @@ def measure(folder: Path, logits_file: Path) -> None:
         np.save(logits_file, np.array(logits.astype(mx.float32)))
         made = table.collectives() if comm.size > 1 else []
         parts = {"allreduce": comm.size, "allgather": 1}  # of all ranks, in wholes
-        sent = sum(parts[it.kind] * it.elements for it in made) * ITEM_BYTES
+        sent = sum(parts[one.kind] * one.elements for one in made) * ITEM_BYTES
         print(json.dumps({"ranks": ranks, "calls": len(made), "bytes": sent}))
 
 

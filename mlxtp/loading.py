@@ -154,10 +154,10 @@ def load_model(
 
 @dataclass(frozen=True)
 class _Plan:
-    """What a rank is going to read: nothing that was given stands against it.
+    """What a rank is going to read; all that was given has been checked.
 
-    `tensors` are the slices of tensors that `slices` of parameters take; only of a cut
-    checkpoint they are known.
+    `tensors` are the slices of tensors from which `slices` of parameters are made; they
+    are known for a cut checkpoint only, and empty for others.
     """
 
     location: Location
@@ -267,7 +267,7 @@ def _load_tokenizer(
 
 
 def _fetch(plan: _Plan, comm: Communicator, fetch: Fetch, *, show: bool) -> Checkpoint:
-    """Fetch what this machine lacks; where all that the rank reads lies then."""
+    """Fetch what this machine lacks; return where all lies that the rank reads."""
     location = plan.location
     if location.repo is None:
         return plan.empty.checkpoint

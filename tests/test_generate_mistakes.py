@@ -43,7 +43,6 @@ MISTAKES: dict[str, tuple[list[str], str]] = {
         ["--transport", "ring", "--allreduce", "ring"],
         "--allreduce and --wire go with --transport mpi",
     ),
-    "no CUDA": (["--transport", "nccl"], "invalid choice: 'nccl'"),
     "no cache": (["--prompt-cache-file", "x"], "x is no prompt cache of"),
 }
 

@@ -122,7 +122,7 @@ MISTAKES: dict[str, tuple[Callable[[Path], object], str]] = {
     ),
     "unexpected": (
         lambda d: _rewrite(d, lambda t: t.update({"model.extra": t[DOWN]})),
-        r"has model\.extra, which its model has not",
+        r"has model\.extra, which the model does not have",
     ),
     "broken index": (
         lambda d: (d / "model.safetensors.index.json").write_text("{}"),

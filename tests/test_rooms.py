@@ -20,7 +20,7 @@ FLOORS: list[set[str]] = [
     {"loading"},
     {"generation"},
     {"options"},
-    {"generate", "chat", "shard", "serve", "plan", "doctor"},
+    {"generate", "shard", "plan", "doctor"},
     {"__main__"},
 ]
 FLOOR_OF = {name: number for number, names in enumerate(FLOORS) for name in names}

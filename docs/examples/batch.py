@@ -2,7 +2,7 @@
 
     mpirun -hostfile HOSTFILE python docs/examples/batch.py --model MODEL PROMPT ...
 
-Prompts may differ in length: each text is what the prompt gives alone.
+Prompts may differ in length.
 """
 
 import argparse

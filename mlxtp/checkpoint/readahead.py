@@ -15,8 +15,8 @@ from mlxtp.checkpoint.tensors import Tensor
 from mlxtp.partition.spans import Slice
 
 READERS = 4
-# A slice is begun while fewer bytes than this are under way: no more of what will be
-# converted lies in memory besides.
+# The next slice is begun while fewer bytes than this are being read or wait to be
+# converted.
 AHEAD_BYTES = 32 * 1024 * 1024
 
 

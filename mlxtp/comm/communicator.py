@@ -250,6 +250,8 @@ class Communicator:
     def exchange(self, to: Sequence[np.ndarray], sizes: Sequence[int]) -> list[Any]:
         """Send each rank a message, and receive one of `sizes[rank]` bytes from each.
 
+        (MPI's alltoallv.)
+
         Shapes: messages (n,) uint8; empty ones are not sent. Its own message comes
         back to a rank as it is.
         Communicates: one message to each other rank.

@@ -14,9 +14,10 @@ from mlxtp.comm.verdict import Peer
 # Whoever reads the output may have stopped: a flush is not waited for any longer.
 FLUSH_SECONDS = 0.5
 
-# How long a rank that mpirun ends looks for the one that died, also once it has found
-# one and waits for others to answer, and then stays for those who look. mpirun asks,
-# and kills a second later, or a quarter of a second where one has gone.
+# mpirun ends ranks by SIGTERM, and kills them a second later, or a quarter of a second
+# after one of them has gone. Until then a rank looks for the one that died; once it
+# has found one it looks on for a shorter time; then it stays, to answer those who
+# look. The last is how long it waits for each answer.
 LAST_LOOK_SECONDS = 0.4
 FOUND_SECONDS = 0.1
 STAY_SECONDS = 0.4

@@ -1,4 +1,4 @@
-"""How every rank gets every rank's part: the gathers under an allreduce.
+"""How every rank gets every rank's part: the allgathers under an allreduce.
 
 ring     to both neighbours, which pass on: floor(N/2) hops, and every cable
          carries each part once in each direction at most
@@ -23,7 +23,7 @@ PIECE_BYTES = 512 * 1024
 
 
 class Gather(ABC):
-    """Everyone's part to everyone, of fixed sizes: counts[rank] bytes each.
+    """Everyone's part to everyone (MPI's allgatherv): counts[rank] bytes each.
 
     `parts` are views of one buffer, `joined`, in rank order. A gather fills all but
     the rank's own.
@@ -44,7 +44,10 @@ class Gather(ABC):
 
     @abstractmethod
     def start(self, mine: np.ndarray) -> None:
-        """Begin to send this rank's part; it stays as it is until `finish`."""
+        """Begin to send this rank's part; it stays as it is until `finish`.
+
+        Shapes: mine (counts[rank],) uint8.
+        """
 
     @abstractmethod
     def finish(self) -> None:

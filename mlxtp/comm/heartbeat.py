@@ -1,8 +1,8 @@
 """Every rank tells every other once a second that it lives and what it does.
 
-It does so in a datagram, from a thread of its own. So a rank that died, was stopped
-or is cut off is missed whatever the transport, while it loads as well as while it
-waits, and however long others compute. Where there is a ring of cables the datagrams
+It does so in a datagram, from a thread of its own. So the others notice
+a rank that died, was stopped or is cut off: over every transport, while it loads or
+waits, and however long they compute. Where there is a ring of cables the datagrams
 go through it, like the data.
 """
 
@@ -28,7 +28,7 @@ from mlxtp.comm.verdict import Limits, Peer, ThisRank
 
 BEAT_SECONDS = 1.0
 
-# How long a rank that misses another leaves it to the lowest rank to say so.
+# How long a rank that misses another waits for the lowest rank to report that.
 LEAVE_SECONDS = 1.5
 
 LONGEST_DATAGRAM = 65536

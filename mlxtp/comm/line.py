@@ -121,7 +121,7 @@ class Line:
         line.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         self._lines[rank] = line
 
-    def gather(self, value: Any) -> list[Any]:
+    def allgather_object(self, value: Any) -> list[Any]:
         """Give every rank the object of every rank, in rank order."""
         if self.rank > 0:
             self._send(0, self._lines[0], value)
@@ -136,7 +136,7 @@ class Line:
 
     def barrier(self) -> None:
         """Wait until every rank has come here."""
-        self.gather(None)
+        self.allgather_object(None)
 
     def clocks(self) -> list[float]:
         """Return by how many seconds each rank's clock is ahead of rank 0's."""
@@ -154,7 +154,7 @@ class Line:
                     self._receive(0, self._lines[0])
                     self._send(0, self._lines[0], time.time())
             ahead.append(best[1])
-        of_rank_0: list[float] = self.gather(ahead)[0]
+        of_rank_0: list[float] = self.allgather_object(ahead)[0]
         return of_rank_0
 
     def close(self) -> None:

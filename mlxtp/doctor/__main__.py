@@ -69,11 +69,11 @@ def examine(args: argparse.Namespace) -> int:
     line, mpi_version = meet(here, args.timeout)
     check_file(line, args.json)
 
-    address = own_address(line.gather(socket.gethostname()))
+    address = own_address(line.allgather_object(socket.gethostname()))
     me = describe(line.rank, address, here, mpi_version, Path(HF_HUB_CACHE))
-    machines = line.gather(me)
+    machines = line.allgather_object(me)
     others = {machine.address for machine in machines if machine.host != me.host}
-    routes = line.gather({address: route(address) for address in others})
+    routes = line.allgather_object({address: route(address) for address in others})
     clocks = line.clocks()
     need_bytes = args.need_gb and args.need_gb * 1e9
     findings = Findings(machines, routes, clocks, {}, [], args.transport, need_bytes)
@@ -145,7 +145,7 @@ def check_file(line: Line, file: Path | None) -> None:
     mistake = None
     if file is not None and line.rank == 0 and not file.parent.is_dir():
         mistake = f"--json {file}: there is no folder {file.parent}"
-    mistake = line.gather(mistake)[0]
+    mistake = line.allgather_object(mistake)[0]
     if mistake is not None:
         raise UsageError(mistake)
 
@@ -164,12 +164,12 @@ def measure_links(sockets: Sockets, findings: Findings) -> Findings:
 
 def measure_speeds(line: Line, dtype: str, findings: Findings) -> Findings:
     """Measure the speeds of all ranks; if one seems slow, all compute again."""
-    speeds = line.gather(speed.measure(dtype, line.barrier))
+    speeds = line.allgather_object(speed.measure(dtype, line.barrier))
     findings = replace(findings, speeds=speeds)
     for _ in range(SECOND_LOOKS):
         if not slow_ranks(findings):
             break
-        again = line.gather(speed.measure(dtype, line.barrier))
+        again = line.allgather_object(speed.measure(dtype, line.barrier))
         pairs = zip(findings.speeds, again, strict=True)
         best = [max(pair, key=lambda one: one.bytes_per_second) for pair in pairs]
         findings = replace(findings, speeds=best)

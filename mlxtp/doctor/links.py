@@ -72,7 +72,7 @@ class Sockets:
         self.rank, self.size = line.rank, line.size
         self._to: dict[int, socket.socket] = {}
         with socket.create_server((address, 0)) as server:
-            servers = line.gather(server.getsockname())
+            servers = line.allgather_object(server.getsockname())
             threads = [
                 threading.Thread(
                     target=self._connect, args=(rank, address, servers[rank])
@@ -84,7 +84,7 @@ class Sockets:
             self._accept(server)
             for thread in threads:
                 thread.join()
-        reached = line.gather(set(self._to))
+        reached = line.allgather_object(set(self._to))
         self.reached = {
             (a, b)
             for a, b in combinations(range(self.size), 2)
@@ -127,7 +127,7 @@ class Sockets:
                 mine = _measure(self._to[b])
             elif self.rank == b:
                 _answer(self._to[a])
-            link = self._line.gather(mine)[a]
+            link = self._line.allgather_object(mine)[a]
             if link is not None:
                 links[a, b] = link
             if link is None or link.bytes_per_second is None:
@@ -145,11 +145,11 @@ class Sockets:
         rate: float | None = None
         with suppress(OSError):
             lap = self._laps(following, previous)
-        if None in self._line.gather(lap):
+        if None in self._line.allgather_object(lap):
             return None
         with suppress(OSError):
             rate = _send_and_receive(following, previous)
-        laps, rates = zip(*self._line.gather((lap, rate)), strict=True)
+        laps, rates = zip(*self._line.allgather_object((lap, rate)), strict=True)
         return None if None in rates else Ring(laps[0], min(rates))
 
     def _laps(self, following: socket.socket, previous: socket.socket) -> float:

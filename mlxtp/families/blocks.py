@@ -29,7 +29,6 @@ class Cut:
         layout: what lies on the axis that is cut (`partition.layouts`).
         axis: the axis of every array, for "along".
         inner: the block needs the sum inside, so it is made there; for "row".
-        gated: the norm takes a gate too; for "norm".
         groups: the attribute that says in how many groups the axis is normed; for
             "norm".
     """
@@ -38,7 +37,6 @@ class Cut:
     layout: str
     axis: int = 0
     inner: bool = False
-    gated: bool = False
     groups: str = ""
 
 
@@ -57,9 +55,9 @@ def along(layout: str, axis: int = 0) -> Cut:
     return Cut("along", layout, axis)
 
 
-def norm(layout: str, *, gated: bool = False, groups: str = "") -> Cut:
+def norm(layout: str, *, groups: str = "") -> Cut:
     """A part of the weight of a norm over the whole axis."""
-    return Cut("norm", layout, gated=gated, groups=groups)
+    return Cut("norm", layout, groups=groups)
 
 
 LOOKUP = Cut("lookup", "v")
@@ -187,8 +185,8 @@ class Family:
     Args:
         blocks: the more particular first: a child belongs to the first block.
         shared: modules that every rank holds whole wherever they are, and why.
-        loops: the last layer's output reaches a cache all the same: it is called
-            again, or another cache stands behind its sums.
+        loops: a cache depends on the last layer's output as well: the layer is called
+            again, or another cache comes after its sums.
     """
 
     blocks: tuple[Block, ...]

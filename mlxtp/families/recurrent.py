@@ -18,13 +18,13 @@ MAMBA2 = Block(
         "dt_bias": along("q"),
         "A_log": along("q"),
         "D": along("q"),
-        "norm": norm("q", gated=True),
+        "norm": norm("q"),
         "out_proj": row("q"),
     },
     sizes={"intermediate_size": "q", "conv_dim": _STATES, "heads_per_group": "q/kv"},
 )
 MAMBA2_GROUP_NORM = MAMBA2.but(
-    cuts={"norm": norm("q", gated=True, groups="n_groups")},
+    cuts={"norm": norm("q", groups="n_groups")},
 )
 # What decides the steps is projected from all channels: one more allreduce.
 MAMBA = Block(

@@ -1,6 +1,6 @@
 """Embeddings and heads, cut by rows, and what is common to whole layers.
 
-One allreduce for the embedding of a token, one gather of its logits.
+One allreduce for the embedding of a token, one allgather of its logits.
 """
 
 from mlxtp.families.blocks import HEAD, LOOKUP, Block, VocabularyRows, along

@@ -29,8 +29,8 @@ from mlxtp.partition.spans import Slice, Spans
 
 logger = logging.getLogger(__name__)
 
-# How often a file is fetched whose bytes are not what the hub's hash says: what stands
-# between may have changed them.
+# How many times a file is fetched if its bytes do not match the hub's hash: a proxy on
+# the way may have changed them.
 ATTEMPTS = 2
 
 

@@ -87,7 +87,7 @@ class Location:
 
     @property
     def is_cut(self) -> bool:
-        """Whether it holds slices, and so perhaps not all of a rank's."""
+        """Whether it is a cut checkpoint, which may lack slices of a rank."""
         return cut.is_cut(self.folder)
 
     def reopened(self) -> "Location":

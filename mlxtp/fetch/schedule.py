@@ -18,8 +18,8 @@ from mlxtp.partition.spans import Span, Spans
 
 # The most that one move has.
 MOVE_BYTES = 8 * 1024 * 1024
-# About as many bytes come in the time that a request takes: parts that are shorter are
-# not asked for by themselves. Less where a rank's share is small, to keep them even.
+# About as many bytes arrive in the time that one request takes, so shorter parts get no
+# request of their own. It is less where ranks fetch little, to keep them even.
 REQUEST_BYTES = 256 * 1024
 REQUESTS_OF_RANK = 16
 

@@ -28,6 +28,14 @@ def stream_generate(
 
     Every rank samples for itself, from the same logits. A `sampler` that draws
     needs the same `mx.random.seed` on all of them.
+
+    Args:
+        model: as `mlxtp.load` gives it.
+        tokenizer: the model's.
+        prompt: text, or tokens (L,).
+        kwargs: those of `mlx_lm.stream_generate`, such as `max_tokens`.
+
+    Yields: mlx-lm's responses, one for each token.
     """
     told = kwargs.pop("prompt_progress_callback", None)
     reads_prompt = False

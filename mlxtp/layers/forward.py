@@ -17,7 +17,7 @@ def change_forward(
 
     `former` is the method as it was, which takes the module first. The module keeps
     its place, its attributes and its type, of which it gets a subclass of its own:
-    Python looks `__call__` up there. What `forward` needs besides it holds itself.
+    Python looks `__call__` up there. `forward` itself holds whatever else it needs.
     """
     kind = type(module)
     former = getattr(kind, method)

@@ -38,7 +38,11 @@ class NormShard:
     def normed(
         self, x: mx.array, squares: mx.array, eps: float, weight: mx.array | None
     ) -> mx.array:
-        """x / sqrt(mean of squares + eps) * weight, of x's dtype."""
+        """x / sqrt(mean of squares + eps) * weight, of x's dtype.
+
+        Shapes: x (..., local features), squares of all ranks (..., groups), weight
+            (local features,) -> (..., local features).
+        """
         scale = mx.rsqrt(squares / self.size + eps) @ self._member.T
         y = x.astype(mx.float32) * scale
         return (y if weight is None else y * weight).astype(x.dtype)

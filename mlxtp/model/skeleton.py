@@ -257,7 +257,7 @@ def _check_parameters(
         raise ValueError(f"the checkpoint in {name} lacks {_some(missing)}")
     if extra := sorted(weights.keys() - expected.keys()):
         raise ValueError(
-            f"the checkpoint in {name} has {_some(extra)}, which its model has not"
+            f"the checkpoint in {name} has {_some(extra)}, which the model does not have"
         )
     _check_shapes(model, weights, name)
 
@@ -300,7 +300,7 @@ def _add_adapter(model: nn.Module, adapter: Path) -> Checkpoint:
     added = Checkpoint.of_files([adapter / "adapters.safetensors"])
     expected = dict(tree_flatten(model.parameters()))
     if extra := sorted(added.tensors.keys() - expected.keys()):
-        raise ValueError(f"{adapter} has {_some(extra)}, which its model has not")
+        raise ValueError(f"{adapter} has {_some(extra)}, which the model does not have")
     return added
 
 

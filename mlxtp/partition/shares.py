@@ -78,6 +78,8 @@ def cut_axis(
 
     Cuts fall on multiples of `granule`, which must divide `length`; `minimum` is in
     granules.
+
+    Raises: ValueError if it does not, or there are too few granules for `minimum`.
     """
     if length % granule:
         raise ValueError(f"{length} is no multiple of {granule}")

@@ -136,7 +136,9 @@ def _network(
     if own and (args.hop_us is None or args.gbps is None or args.gbps <= 0):
         raise ValueError("--hop-us and --gbps go together, in µs and above 0 Gb/s")
     if sum((own, args.link is not None, measured is not None)) > 1:
-        raise ValueError("--link, --hop-us with --gbps, and --measured exclude others")
+        raise ValueError(
+            "--link, --hop-us with --gbps, and --measured exclude each other"
+        )
     if own:
         link = Link(args.hop_us / 1e6, args.gbps * 1e9 / 8, "ring")
         return Network(ranks, link, args.topology or "ring")

@@ -15,7 +15,7 @@ CONTEXT = 64
 def measured_machines(hosts: Sequence[Host]) -> list[Machine]:
     """Turn what doctor measured into machines.
 
-    From the token that doctor timed the reading of weights is subtracted. What is left
+    The time of reading weights is subtracted from that of doctor's token. What is left
     is, on a CPU, the time of MLX's operations; on a GPU, the waits for it after each
     evaluation, beside the starts of kernels.
     """

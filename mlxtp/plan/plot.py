@@ -14,7 +14,9 @@ def plot(plan: Plan, file: Path) -> None:
     try:
         from matplotlib.figure import Figure
     except ImportError:
-        raise ValueError("--plot needs matplotlib: pip install mlxtp[plot]") from None
+        raise ValueError(
+            "--plot needs matplotlib: pip install 'matplotlib>=3.8,<4'"
+        ) from None
     figure = Figure(figsize=(10, 4), layout="constrained")
     memory, time = figure.subplots(1, 2)
     ranks = [str(need.rank) for need in plan.needs]

@@ -516,7 +516,7 @@ def test_a_line_and_what_is_measured_over_loopback() -> None:
 
     def work(rank: int) -> None:
         line = ends[rank]
-        texts = line.gather(f"of {rank}")
+        texts = line.allgather_object(f"of {rank}")
         clocks = line.clocks()
         sockets = Sockets(line, "127.0.0.1")
         seen[rank] = texts, clocks, sockets.measure([(0, 1), (1, 2)]), sockets.ring()

@@ -120,8 +120,8 @@ def end_mpi(group: mx.distributed.Group) -> None:
 def _start_ring(control: Transport, hosts: list[str]) -> mx.distributed.Group:
     address = own_address(hosts)
     with _held_port(address) as port:
-        nodes = control.allgather_object([f"{address}:{port}"])
-        with _json_file(nodes) as path:
+        addresses = control.allgather_object([f"{address}:{port}"])
+        with _json_file(addresses) as path:
             os.environ["MLX_HOSTFILE"] = path
             control.barrier()
             if control.rank == control.size - 1:  # it connects before it listens

@@ -1,7 +1,8 @@
 """Texts that ranks leave for each other with mpirun, over its own channel.
 
-It reached every host to start the ranks there, so it works where MPI's data, which
-take other ways, may not. Importing this starts MPI and sends nothing over it.
+mpirun has reached every host by that channel to start the ranks, so it works even
+where MPI's data, which take other links, do not pass. Importing this starts MPI and
+sends nothing over it.
 """
 
 import re
