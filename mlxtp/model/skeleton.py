@@ -257,7 +257,8 @@ def _check_parameters(
         raise ValueError(f"the checkpoint in {name} lacks {_some(missing)}")
     if extra := sorted(weights.keys() - expected.keys()):
         raise ValueError(
-            f"the checkpoint in {name} has {_some(extra)}, which the model does not have"
+            f"the checkpoint in {name} has {_some(extra)}, which the model does not "
+            "have"
         )
     _check_shapes(model, weights, name)
 
