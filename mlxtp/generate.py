@@ -63,7 +63,8 @@ def connect(arguments: list[str]) -> tuple[argparse.Namespace, Communicator]:
         args = options.parse(arguments)
     except UsageError:
         # What one rank alone refuses, one of another version say, the others wait for.
-        check_same_start(Communicator.world(), arguments)
+        connection = options.connection_alone(arguments)
+        check_same_start(Communicator.world(**connection), arguments)
         raise
     job.start_if_asked(
         args,
@@ -74,12 +75,7 @@ def connect(arguments: list[str]) -> tuple[argparse.Namespace, Communicator]:
     )
     if not (launcher.size() or args.quiet or args.json):
         print(f"mlxtp.generate: {job.ALONE}", file=sys.stderr)
-    comm = Communicator.world(
-        args.transport,
-        allreduce=args.allreduce,
-        wire=args.wire,
-        timeout_seconds=args.timeout,
-    )
+    comm = Communicator.world(**options.connection(args))
     check_same_start(comm, arguments)
     return args, comm
 
@@ -309,7 +305,7 @@ def run(
 
 if __name__ == "__main__":
     main()
-else:
+elif __name__ != "__mp_main__":  # multiprocessing's name of it in a new process
     # As a submodule of `mlxtp` it would take the place of the function.
     raise ImportError(
         "mlxtp.generate is a program, started by python -m mlxtp.generate; the "

@@ -80,6 +80,31 @@ def parse(arguments: list[str]) -> Args:
     return args
 
 
+def connection(args: Args) -> dict[str, Any]:
+    """The arguments of `Communicator.world`."""
+    return {
+        "transport": args.transport,
+        "allreduce": args.allreduce,
+        "wire": args.wire,
+        "timeout_seconds": args.timeout,
+    }
+
+
+def connection_alone(arguments: list[str]) -> dict[str, Any]:
+    """The same of a command line that is refused; nothing where it is wrong there.
+
+    So a rank that alone refuses its command line connects as the others do.
+    """
+    parser = _Parser(add_help=False)
+    _add_connection(parser)
+    try:
+        args, _ = parser.parse_known_args(arguments)
+        _check_limits(args)
+    except UsageError:
+        return {}
+    return connection(args)
+
+
 def check(args: Args) -> None:
     """Check what the options hold against the rules above.
 
@@ -88,13 +113,18 @@ def check(args: Args) -> None:
     for name, reason in REFUSED.items():
         if getattr(args, name):
             raise UsageError(f"{_flag(name)}: {reason}")
-    for name, (wanted, is_allowed) in LIMITS.items():
-        value = getattr(args, name)
-        if value is not None and not is_allowed(value):
-            raise UsageError(f"{_flag(name)} is {value!r}: wanted {wanted}")
+    _check_limits(args)
     for is_given, message in CONFLICTS:
         if is_given(args):
             raise UsageError(message.format(args=args))
+
+
+def _check_limits(args: Args) -> None:
+    """Compare the values of the options that there are with `LIMITS`."""
+    for name, (wanted, is_allowed) in LIMITS.items():
+        value = getattr(args, name, None)
+        if value is not None and not is_allowed(value):
+            raise UsageError(f"{_flag(name)} is {value!r}: wanted {wanted}")
 
 
 def shares(text: str) -> list[int]:
@@ -174,7 +204,14 @@ def _parser() -> argparse.ArgumentParser:
         action="store_true",
         help="Print one JSON object: text, tokens, figures",
     )
-    ranks = result.add_argument_group("between the ranks")
+    _add_connection(result)
+    result.set_defaults(prompt="Once upon a time")
+    return result
+
+
+def _add_connection(parser: argparse.ArgumentParser) -> None:
+    """Add the options by which ranks connect."""
+    ranks = parser.add_argument_group("between the ranks")
     ranks.add_argument(
         "--transport",
         choices=TRANSPORTS,
@@ -205,5 +242,3 @@ def _parser() -> argparse.ArgumentParser:
         help="End the job when a rank is silent or a collective waits for so long; "
         f"the time to load does not count. Default: {TIMEOUT_SECONDS:g}.",
     )
-    result.set_defaults(prompt="Once upon a time")
-    return result

@@ -2,6 +2,7 @@
 
 import faulthandler
 import io
+import os
 import signal
 import sys
 from collections.abc import Iterator
@@ -97,11 +98,19 @@ def pytest_terminal_summary(terminalreporter: TerminalReporter) -> Iterator[None
 
 @contextmanager
 def limited(item: pytest.Item) -> Iterator[None]:
-    """Fail the test that is in the main thread after LIMIT_SECONDS, and go on."""
+    """Fail the test that is in the main thread after LIMIT_SECONDS, and go on.
+
+    With several ranks the job ends: a rank that left a collective in the middle would
+    be out of step with the others.
+    """
 
     def fail(*_: Any) -> None:
         faulthandler.dump_traceback(file=sys.__stderr__)
-        pytest.fail(f"{item.nodeid} has not ended after {LIMIT_SECONDS} s")
+        says = f"{item.nodeid} has not ended after {LIMIT_SECONDS} s"
+        if WORLD.size > 1:
+            os.write(2, f"rank {WORLD.rank}: {says}: all ranks end\n".encode())
+            os._exit(1)
+        pytest.fail(says)
 
     before = signal.signal(signal.SIGALRM, fail)
     signal.setitimer(signal.ITIMER_REAL, LIMIT_SECONDS)
@@ -114,9 +123,20 @@ def limited(item: pytest.Item) -> Iterator[None]:
 
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_setup(item: pytest.Item) -> Iterator[None]:
-    """Limit the time of fixtures."""
-    with limited(item):
-        return (yield)
+    """Limit the time of fixtures, and let a test begin on all ranks or on none."""
+    failure = None
+    try:
+        with limited(item):
+            return (yield)
+    except BaseException as error:
+        failure = error
+        raise
+    finally:
+        begins = WORLD.allgather_object(failure is None)
+        if failure is None and not all(begins):
+            pytest.fail(
+                f"not set up on ranks {[r for r, b in enumerate(begins) if not b]}"
+            )
 
 
 @pytest.hookimpl(wrapper=True)

@@ -146,6 +146,21 @@ def test_mpirun_has_started_ranks_already(
         assert said.count("\n") == 1
 
 
+@pytest.mark.parametrize(
+    "given, transport",
+    [
+        ("--transport ring --no-such-option", "ring"),
+        ("--transport ring --temp -1", "ring"),
+        ("--transport pigeon --temp -1", None),
+        ("--transport ring --timeout 0", None),
+    ],
+)
+def test_a_refused_command_line_tells_how_the_others_connect(
+    given: str, transport: str | None
+) -> None:
+    assert options.connection_alone(given.split()).get("transport") == transport
+
+
 def test_a_shortened_option_is_taken_out_of_what_the_ranks_get(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:

@@ -20,6 +20,8 @@ from tiny import Tiny, made_by_rank_0
 import mlxtp
 from mlxtp import Communicator
 from mlxtp.checkpoint import writing
+from mlxtp.checkpoint.cut import manifest_of, rank_folders, stamp
+from mlxtp.checkpoint.verify import drop_damaged
 from mlxtp.comm.errors import UsageError
 from mlxtp.model.skeleton import build
 from mlxtp.shard import main, report, shard
@@ -244,6 +246,19 @@ def test_what_has_changed_is_found(
     file.unlink()
     with pytest.raises(ValueError, match=r"model\.safetensors is not there"):
         mlxtp.load(cut, Communicator())
+
+
+@once
+def test_a_sound_file_with_another_time_is_hashed_once(tmp_path: Path) -> None:
+    """A copy has other times; its hashes are compared, and its new time is kept."""
+    Tiny().save(tmp_path / "model")
+    shard(tmp_path / "model", [1, 1], tmp_path / "cut")
+    [part, _] = rank_folders(tmp_path / "cut")
+    file = part / "model.safetensors"
+    os.utime(file, (0, 0))
+    drop_damaged(tmp_path / "cut")
+    [entry] = manifest_of(part)["files"].values()
+    assert entry["stamp"] == stamp(file)
 
 
 @once

@@ -259,7 +259,8 @@ def manifest_of(part: Path) -> dict[str, Any]:
             content[key]
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise ValueError(
-            f"{part / MANIFEST} is no manifest of slices: {error!r}"
+            f"{part / MANIFEST} is no manifest of slices: {error!r}; "
+            "remove its folder, and cut or fetch the slices again"
         ) from None
     return content
 

@@ -65,10 +65,14 @@ def drop_damaged(folder: Path) -> None:
     """
     for part in rank_folders(folder):
         manifest = manifest_of(part)
-        kept = {
-            file: entry
+        stamps = {
+            file: _stamp_if_sound(part, file, entry)
             for file, entry in manifest["files"].items()
-            if _is_sound(part, file, entry)
+        }
+        kept = {
+            file: {**manifest["files"][file], "stamp": found}
+            for file, found in stamps.items()
+            if found
         }
         if kept != manifest["files"]:
             for file in manifest["files"].keys() - kept.keys():
@@ -76,19 +80,19 @@ def drop_damaged(folder: Path) -> None:
             write_json(part / MANIFEST, {**manifest, "files": kept})
 
 
-def _is_sound(part: Path, file: str, entry: dict[str, Any]) -> bool:
-    """Whether a file is what its manifest says; if so, with the time that it has."""
+def _stamp_if_sound(part: Path, file: str, entry: dict[str, Any]) -> list[int] | None:
+    """The stamp that a file has now, if it is what its manifest says."""
     try:
         now = stamp(part / file)
         if now == entry["stamp"]:
-            return True
+            return now
         tensors = read_header(part / file).tensors
     except (OSError, ValueError):
-        return False
-    entry["stamp"] = now
-    return all(
+        return None
+    is_sound = all(
         name in tensors
         and sha256(tensors[name], Slice(tensors[name].tensor.shape))
         == written["sha256"]
         for name, written in entry["slices"].items()
     )
+    return now if is_sound else None

@@ -148,7 +148,8 @@ class Job:
     def run(self, **streams: Any) -> Outcome:
         """Start the job and wait for its end, as `start` and `RunningJob.wait` do.
 
-        SIGINT, SIGTERM and SIGHUP end it on all hosts. Called in the main thread.
+        SIGINT, SIGTERM and SIGHUP end it on all hosts; mpirun is killed if it has not
+        ended `END_SECONDS` later. Called in the main thread.
         """
         job: RunningJob | None = None
         asked = False
@@ -158,6 +159,9 @@ class Job:
             asked = True
             if job is not None:
                 job.process.terminate()
+                limit = threading.Timer(END_SECONDS, job.process.kill)
+                limit.daemon = True
+                limit.start()
 
         with _signals_call(end):
             job = self.start(**streams)
@@ -302,8 +306,15 @@ def start_if_asked(
 
 @contextmanager
 def _signals_call(end: Callable[[], None]) -> Iterator[None]:
-    """Call `end` when a signal asks this process to end, as long as the block runs."""
-    ending = signal.SIGINT, signal.SIGTERM, signal.SIGHUP
+    """Call `end` when a signal asks this process to end, as long as the block runs.
+
+    A signal that is ignored stays so: nohup lets a process outlive its terminal.
+    """
+    ending = [
+        number
+        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+        if signal.getsignal(number) not in (signal.SIG_IGN, None)
+    ]
     before = {number: signal.signal(number, lambda *_: end()) for number in ending}
     try:
         yield

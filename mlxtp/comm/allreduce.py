@@ -166,13 +166,17 @@ def algorithms(size: int, name: str = "auto") -> list[str]:
     ]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class StartedSum:
-    """An allreduce that has been started: its buffers, and what they are kept under."""
+    """An allreduce that has been started: its buffers, and what they are kept under.
+
+    `sent` is the memory that is being sent.
+    """
 
     key: Key
     nbytes: int
     plan: Sum
+    sent: np.ndarray
 
 
 class Collectives:
@@ -189,6 +193,8 @@ class Collectives:
         # What is not in use, by what it is for; what was used last stands last.
         self._kept: OrderedDict[Key, list[_Kept]] = OrderedDict()
         self._kept_bytes = 0
+        # MPI reads and writes their memory, whether or not anybody waits for them.
+        self._started: set[StartedSum] = set()
 
     def allreduce(self, x: np.ndarray, algorithm: str) -> np.ndarray:
         """Sum `x` over ranks, by one of `ALGORITHMS`.
@@ -209,12 +215,15 @@ class Collectives:
         nbytes = x.nbytes * (self._transport.size + 1 if kind is OneShot else 2)
         key = (algorithm, x.size, x.dtype)
         plan = self._take(key, nbytes, prepare)
+        started = StartedSum(key, nbytes, plan, x)
+        self._started.add(started)
         plan.start(x)
-        return StartedSum(key, nbytes, plan)
+        return started
 
     def finish_allreduce(self, started: StartedSum) -> np.ndarray:
         """Wait for an allreduce that was started and return the sum (n,)."""
         total = started.plan.finish()
+        self._started.remove(started)
         self._keep(started.key, started.nbytes, started.plan)
         return total
 

@@ -15,6 +15,7 @@ import mlx.core as mx
 import numpy as np
 
 from mlxtp.comm import launcher
+from mlxtp.comm.allreduce import ALGORITHMS
 from mlxtp.comm.eager import EagerCollectives
 from mlxtp.comm.errors import UsageError
 from mlxtp.comm.graph import GraphCollectives
@@ -23,6 +24,7 @@ from mlxtp.comm.progress import Progress
 from mlxtp.comm.request import Request
 from mlxtp.comm.traffic import Traffic
 from mlxtp.comm.transports import (
+    TRANSPORTS,
     GraphTransport,
     MessageTransport,
     Transport,
@@ -35,7 +37,7 @@ TIMEOUT_SECONDS = 60.0
 EXCHANGE_TAG = 32767
 
 # State of the calls of one thread: `Communicator.dry_run`.
-_IS_DRY_RUN: ContextVar[bool] = ContextVar("_IS_DRY_RUN", default=False)
+_DRY_RUNS: ContextVar[tuple["Communicator", ...]] = ContextVar("_DRY_RUNS", default=())
 
 
 class Communicator:
@@ -137,9 +139,11 @@ class Communicator:
                 limit for MPI to start remains.
 
         Raises:
-            UsageError: if the transport is not available.
+            UsageError: for a name that does not exist, or if the transport is not
+                available.
             RuntimeError: if mpirun and mpi4py belong to different MPIs.
         """
+        _check_names(transport, allreduce, wire)
         started = launcher.size()
         if started == 0:
             return cls()
@@ -174,7 +178,7 @@ class Communicator:
         Shapes: x (...) partial -> (...) replicated, of the same dtype.
         Communicates: one allreduce of x.size elements.
         """
-        if self._control is None or _IS_DRY_RUN.get():
+        if self._control is None or self in _DRY_RUNS.get():
             return x
         return self._arrays.allreduce(x, at)
 
@@ -189,7 +193,7 @@ class Communicator:
         Shapes: x (...) partial -> (...) replicated, of the same dtype.
         Communicates: one allreduce of x.size elements.
         """
-        if self._control is None or _IS_DRY_RUN.get():
+        if self._control is None or self in _DRY_RUNS.get():
             alone = mx.reshape(x, x.shape)  # what changes x in place leaves it as it is
             return Request(lambda: alone)
         return self._arrays.iallreduce(x, at)
@@ -202,7 +206,7 @@ class Communicator:
         """
         if self._control is None:
             return x
-        if _IS_DRY_RUN.get():
+        if self in _DRY_RUNS.get():
             return mx.zeros((*x.shape[:-1], sum(sizes)), x.dtype)
         return self._arrays.allgather(x, sizes, at)
 
@@ -213,11 +217,11 @@ class Communicator:
         What they return has the right shape and dtype, and no other meaning. It holds
         for this thread's calls alone: other threads go on with true collectives.
         """
-        token = _IS_DRY_RUN.set(True)
+        token = _DRY_RUNS.set((*_DRY_RUNS.get(), self))
         try:
             yield
         finally:
-            _IS_DRY_RUN.reset(token)
+            _DRY_RUNS.reset(token)
 
     def describe(self) -> str:
         """Tell how arrays are sent: the transport, and the measured algorithms."""
@@ -335,3 +339,19 @@ class Communicator:
         # The others may have failed alike: the first to print ends them all.
         time.sleep(launcher.report_delay_seconds())
         self._heartbeat.fail("".join(traceback.format_exception(kind, error, trace)))
+
+
+def _check_names(transport: str, allreduce: str, wire: str) -> None:
+    """Compare names with those that exist.
+
+    Raises: UsageError, with what is wanted.
+    """
+    wires = ("plain", "int8")
+    families = ("auto", "ring", "direct", *ALGORITHMS)
+    for what, name, known in (
+        ("transport", transport, TRANSPORTS),
+        ("allreduce", allreduce, families),
+        ("wire", wire, wires),
+    ):
+        if name not in known:
+            raise UsageError(f"{what} {name!r}: wanted one of {', '.join(known)}")

@@ -74,12 +74,10 @@ class EagerCollectives:
         with self._counted(flat, "iallreduce", at) as part:
             algorithm = self._algorithm(part.nbytes)
             started = self._collectives.start_allreduce(part, algorithm)
-        return Request(lambda: self._finish(started, flat, x.shape, at))
+        return Request(lambda: self._finish(started, x.shape, at))
 
-    def _finish(
-        self, started: StartedSum, sent: mx.array, shape: tuple[int, ...], at: str
-    ) -> mx.array:
-        """Return the sum; `sent` is kept until then, as it is being sent."""
+    def _finish(self, started: StartedSum, shape: tuple[int, ...], at: str) -> mx.array:
+        """Wait for the sum and return it."""
         begin = time.perf_counter()
         with self._progress.collective("iallreduce", at):
             total = self._collectives.finish_allreduce(started)

@@ -62,11 +62,12 @@ def end_process(verdict: Verdict, trace: str = "") -> NoReturn:
     os._exit(1)
 
 
-def wake_on_sigterm() -> socket.socket:
+def wake_on_sigterm() -> tuple[socket.socket, socket.socket]:
     """Return a socket that becomes readable when mpirun ends this process.
 
     So a thread can answer for a main thread that is deep in MLX or MPI. A handler of
-    SIGTERM that stands already is left alone; then nothing comes.
+    SIGTERM that stands already is left alone; then nothing comes. The second socket is
+    the other end, to be kept as long as the first.
     """
     awake, wake = socket.socketpair()
     in_main_thread = threading.current_thread() is threading.main_thread()
@@ -75,7 +76,14 @@ def wake_on_sigterm() -> socket.socket:
         signal.set_wakeup_fd(wake.fileno(), warn_on_full_buffer=False)
         number = bytes([signal.SIGTERM])
         signal.signal(signal.SIGTERM, lambda *_: wake.send(number) and None)
-    return awake
+        os.register_at_fork(after_in_child=_forget_sigterm)
+    return awake, wake
+
+
+def _forget_sigterm() -> None:
+    """Let SIGTERM end a forked child, which has its parent's handler and socket."""
+    signal.set_wakeup_fd(-1)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
 
 def last_look(listener: Listener) -> NoReturn:

@@ -61,7 +61,7 @@ class Heartbeat:
         self._listening.bind(("", 0))
         self._listening.setblocking(False)
         self._key = ""  # of this job
-        self._terminated = ending.wake_on_sigterm()
+        self._terminated, self._wake = ending.wake_on_sigterm()
         threading.Thread(target=self._run, name="heartbeat", daemon=True).start()
         with progress.collective("the first exchange"):
             self._connect(transport)

@@ -16,6 +16,7 @@ from mlx.utils import tree_flatten, tree_unflatten
 from mlx_lm.models.cache import make_prompt_cache
 
 from mlxtp.comm.communicator import Communicator
+from mlxtp.comm.request import Request
 from mlxtp.dryrun.calls import Call, record_calls
 from mlxtp.layers.parallelize import parallelize
 from mlxtp.layers.sums import outputs_unread
@@ -141,6 +142,11 @@ class DryRunCommunicator(Communicator):
         """Record an allreduce of `x` and return zeros of its shape."""
         self._record("allreduce", x, at)
         return mx.zeros(x.shape, x.dtype)
+
+    def iallreduce(self, x: mx.array, at: str = "") -> Request:
+        """Record an allreduce, and return a request that is done."""
+        y = self.allreduce(x, at)
+        return Request(lambda: y)
 
     def allgather(self, x: mx.array, sizes: Sequence[int], at: str = "") -> mx.array:
         """Record an allgather of `x` and return zeros of the joined shape."""

@@ -58,8 +58,11 @@ def fill(
     Raises: UsageError on every rank if the hub does not give something, or a disk
         is too small.
     """
-    folder, show = repo.folder(), show and comm.rank == 0
-    if not any(comm.allgather_object(bool(_missing(folder, wanted)))):
+    show = show and comm.rank == 0
+    with comm.agreement():
+        folder = repo.folder()
+        lacks = bool(_missing(folder, wanted))
+    if not any(comm.allgather_object(lacks)):
         return
     with _locked(comm, folder / f"{shard.folder}.lock", repo.name):
         with comm.agreement():  # another job may have fetched some
@@ -133,11 +136,12 @@ def _locked(comm: Communicator, file: Path, name: str) -> Iterator[None]:
     lock = filelock.FileLock(file)
     waiting = False
     while True:
-        try:
-            lock.acquire(blocking=False)
-            mine = None
-        except filelock.Timeout:
-            mine = comm.host
+        mine: str | None = None
+        with comm.agreement():
+            try:
+                lock.acquire(blocking=False)
+            except filelock.Timeout:
+                mine = comm.host
         busy = next(filter(None, comm.allgather_object(mine)), None)
         if busy is None:
             break
@@ -204,7 +208,8 @@ def _check_disks(comm: Communicator, folder: Path, bytes_to_write: int) -> None:
 
     Raises: UsageError, with the numbers of a host that lacks space.
     """
-    free = shutil.disk_usage(folder).free
+    with comm.agreement():
+        free = shutil.disk_usage(folder).free
     everyone = comm.allgather_object((comm.host, bytes_to_write, free))
     for host in dict.fromkeys(host for host, *_ in everyone):
         wanted = sum(size for other, size, _ in everyone if other == host)

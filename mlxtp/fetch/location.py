@@ -1,5 +1,6 @@
 """Where a model lies: in a folder, whole or cut, or on the hub."""
 
+import os
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -107,7 +108,8 @@ def locate(
     """
     name, path = str(path_or_hf_repo), Path(path_or_hf_repo).expanduser()
     is_local = name.startswith((".", "/", "~"))
-    if not (is_local or any(comm.allgather_object(path.exists()))):
+    # os.path: what may not be looked at is not there, either.
+    if not (is_local or any(comm.allgather_object(os.path.exists(path)))):
         return Location.of_hub(name, comm, revision)
     with comm.agreement():
         if not path.exists():

@@ -197,6 +197,24 @@ def test_the_last_line_may_have_no_end() -> None:
     assert reader.close() == b"" and reader.verdict == DIED
 
 
+def test_run_kills_an_mpirun_that_does_not_end(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(job, "END_SECONDS", 0.3)
+    script = "trap '' TERM; kill -TERM $PPID; exec sleep 30"
+    assert fake(tmp_path, script).run().status == 128 + signal.SIGKILL
+
+
+def test_what_is_ignored_stays_ignored(tmp_path: Path) -> None:
+    """nohup lets a process, and the job that it has started, outlive its terminal."""
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        assert fake(tmp_path, "kill -HUP $PPID; sleep 0.2").run().status == 0
+        assert signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGHUP, before)
+
+
 def test_a_signal_that_ends_mpirun_is_its_status(tmp_path: Path) -> None:
     assert fake(tmp_path, "kill -9 $$").run().status == 128 + signal.SIGKILL
 

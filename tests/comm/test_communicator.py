@@ -108,6 +108,16 @@ def test_what_world_installs(arguments: str, is_beating: bool, described: str) -
 
 
 @pytest.mark.once
+@pytest.mark.parametrize(
+    "wrong", [{"transport": "nccl"}, {"allreduce": "mpi"}, {"wire": "int4"}]
+)
+def test_names_that_do_not_exist(wrong: dict[str, str]) -> None:
+    [(what, name)] = wrong.items()
+    with pytest.raises(UsageError, match=f"{what} '{name}': wanted one of "):
+        Communicator.world(**wrong)
+
+
+@pytest.mark.once
 def test_one_process_needs_no_mpi() -> None:
     program = """
 import sys

@@ -106,6 +106,17 @@ def test_results_stay(comm: Communicator) -> None:
     assert [x[7].item() for x in totals] == [comm.size * (k + 1) for k in range(3)]
 
 
+def test_buffers_are_kept_as_long_as_mpi_uses_them(comm: Communicator) -> None:
+    """Whether or not somebody keeps the request."""
+    if comm.size == 1:
+        pytest.skip("one rank sends nothing")
+    under_way = comm._arrays._collectives._started
+    request = comm.iallreduce(mx.ones(1000))
+    assert len(under_way) == 1
+    request.wait()
+    assert not under_way
+
+
 def test_of_what_is_not_contiguous_and_of_scalars(comm: Communicator) -> None:
     x = mx.arange(24).reshape(4, 6)
     assert mx.array_equal(comm.iallreduce(x.T[1::2]).wait(), x.T[1::2] * comm.size)

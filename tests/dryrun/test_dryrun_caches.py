@@ -13,6 +13,7 @@ from tiny import made_by_rank_0
 
 from mlxtp import Communicator
 from mlxtp.dryrun.caches import cache_arrays
+from mlxtp.dryrun.passes import DryRunCommunicator
 from mlxtp.loading import load_model
 
 use_plain_operations()
@@ -71,3 +72,11 @@ def test_one_rank_alone_can_ask(comm: Communicator, shared_path: Path) -> None:
         own = next(s.parts for s in model.slice_table.blocks if "kv" in s.counts)
         assert heads == own[comm.rank].size("kv")
     assert comm.allreduce(mx.array([1.0])).item() == comm.size
+
+
+def test_another_communicator_goes_on() -> None:
+    one, other = DryRunCommunicator(0, 2), DryRunCommunicator(1, 3)
+    with one.dry_run():
+        other.iallreduce(mx.zeros(8), "somewhere").wait()
+    [step] = other.script.take()
+    assert (step.kind, step.path, step.part_bytes) == ("allreduce", "somewhere", 32)
