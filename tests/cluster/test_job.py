@@ -233,9 +233,12 @@ def test_a_job_that_does_not_end_is_killed(
 
 
 SUPERVISOR = """
-import sys
+import signal, sys
 from pathlib import Path
 from mlxtp.cluster.job import Job
+# The tests may have been started by nohup, say, which ignores some of them.
+for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+    signal.signal(number, signal.SIG_DFL)
 words = sys.argv[2:]
 sys.exit(Job(words, ranks=2, mpirun=Path(sys.argv[1]), verdict=True).run().status)
 """
