@@ -12,7 +12,7 @@ from mlx_lm.generate import setup_arg_parser
 
 from mlxtp.cluster import job
 from mlxtp.comm import launcher
-from mlxtp.comm.allreduce import ALGORITHMS
+from mlxtp.comm.allreduce import CHOICES
 from mlxtp.comm.communicator import TIMEOUT_SECONDS
 from mlxtp.comm.errors import UsageError
 from mlxtp.comm.transports import TRANSPORTS
@@ -220,7 +220,7 @@ def _add_connection(parser: argparse.ArgumentParser) -> None:
     )
     ranks.add_argument(
         "--allreduce",
-        choices=["auto", "ring", "direct", *ALGORITHMS],
+        choices=CHOICES,
         default="auto",
         metavar="NAME",
         help="Over --transport mpi, the algorithm of an allreduce: ring or direct, "

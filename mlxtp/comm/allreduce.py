@@ -146,6 +146,8 @@ ALGORITHMS: dict[str, tuple[type[OneShot] | type[TwoShot], type[Gather]]] = {
     "direct-one-shot": (OneShot, DirectGather),
     "direct-two-shot": (TwoShot, DirectGather),
 }
+# What `algorithms` takes: one of them, or several among which the fastest is taken.
+CHOICES = ("auto", "ring", "direct", *ALGORITHMS)
 
 
 def algorithms(size: int, name: str = "auto") -> list[str]:

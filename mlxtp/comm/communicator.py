@@ -15,7 +15,7 @@ import mlx.core as mx
 import numpy as np
 
 from mlxtp.comm import launcher
-from mlxtp.comm.allreduce import ALGORITHMS
+from mlxtp.comm.allreduce import CHOICES
 from mlxtp.comm.eager import EagerCollectives
 from mlxtp.comm.errors import UsageError
 from mlxtp.comm.graph import GraphCollectives
@@ -347,10 +347,9 @@ def _check_names(transport: str, allreduce: str, wire: str) -> None:
     Raises: UsageError, with what is wanted.
     """
     wires = ("plain", "int8")
-    families = ("auto", "ring", "direct", *ALGORITHMS)
     for what, name, known in (
         ("transport", transport, TRANSPORTS),
-        ("allreduce", allreduce, families),
+        ("allreduce", allreduce, CHOICES),
         ("wire", wire, wires),
     ):
         if name not in known:
