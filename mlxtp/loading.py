@@ -110,19 +110,18 @@ def load(
         given does not make a model or its slices do not fit in memory, before a
         weight is fetched or read.
     """
-    with comm.unlimited():
-        location = locate(path_or_hf_repo, comm, revision)
-        plan = _plan(
-            location, comm, shares, adapter_path, model_config, trust_remote_code
-        )
-        with comm.agreement():
-            tokenizer = _load_tokenizer(
-                location, tokenizer_config, plan.empty.config, trust_remote_code
-            )
-        checkpoint = _fetch(plan, comm, fetch, show=progress)
-        model = _read(plan, checkpoint, comm, show=progress)
-    config = plan.empty.config
-    return (model, tokenizer, config) if return_config else (model, tokenizer)
+    prepared = prepare(
+        path_or_hf_repo,
+        comm,
+        shares=shares,
+        adapter_path=adapter_path,
+        model_config=model_config,
+        revision=revision,
+        trust_remote_code=trust_remote_code,
+    )
+    tokenizer = prepared.load_tokenizer(tokenizer_config)
+    model = prepared.load(fetch=fetch, progress=progress)
+    return (model, tokenizer, prepared.config) if return_config else (model, tokenizer)
 
 
 def load_model(
@@ -143,60 +142,118 @@ def load_model(
 
     Returns: the model, split, and its config.
     """
-    with comm.unlimited():
-        location = locate(path_or_hf_repo, comm, revision)
-        plan = _plan(
-            location, comm, shares, adapter_path, model_config, trust_remote_code
-        )
-        checkpoint = _fetch(plan, comm, fetch, show=progress)
-        return _read(plan, checkpoint, comm, show=progress), plan.empty.config
+    prepared = prepare(
+        path_or_hf_repo,
+        comm,
+        shares=shares,
+        adapter_path=adapter_path,
+        model_config=model_config,
+        revision=revision,
+        trust_remote_code=trust_remote_code,
+    )
+    return prepared.load(fetch=fetch, progress=progress), prepared.config
 
 
 @dataclass(frozen=True)
-class _Plan:
-    """What a rank is going to read; all that was given has been checked.
+class Prepared:
+    """A model that is known and checked, before a weight is fetched or read.
 
-    `tensors` are the slices of tensors from which `slices` of parameters are made; they
-    are known for a cut checkpoint only, and empty for others.
+    `empty` is mlx-lm's whole model without weights, `slices` are this rank's slices of
+    its parameters, and `tensors` those of tensors from which they are made: known for a
+    cut checkpoint only, and empty for others.
     """
 
+    comm: Communicator
     location: Location
     empty: EmptyModel
     table: SliceTable
     shard: Shard
     slices: dict[str, Slice]
     tensors: dict[Tensor, Slice]
+    trust_remote_code: bool
+
+    @property
+    def config(self) -> dict[str, Any]:
+        """The model's config."""
+        return self.empty.config
+
+    @property
+    def name(self) -> str:
+        """What messages call the model."""
+        return self.location.name
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of this rank's slices."""
+        return self.empty.bytes_of(self.slices)
+
+    def load_tokenizer(
+        self, tokenizer_config: dict[str, Any] | None = None
+    ) -> "TokenizerWrapper":
+        """Load the model's tokenizer, with more arguments for it.
+
+        Raises: UsageError if it does not load.
+        """
+        with self.comm.unlimited(), self.comm.agreement():
+            return _load_tokenizer(
+                self.location, tokenizer_config, self.config, self.trust_remote_code
+            )
+
+    def load(self, *, fetch: Fetch = "all", progress: bool = False) -> nn.Module:
+        """Fetch and read this rank's slices, and return the split model.
+
+        Once only: afterwards `empty` holds the slices. Arguments are those of `load`.
+        """
+        with self.comm.unlimited():
+            checkpoint = _fetch(self, self.comm, fetch, show=progress)
+            return _read(self, checkpoint, self.comm, show=progress)
 
 
-def _plan(
-    location: Location,
+def prepare(
+    path_or_hf_repo: str | Path,
     comm: Communicator,
-    shares: Sequence[int | Share] | None,
-    adapter_path: str | Path | None,
-    model_config: dict[str, Any] | None,
-    trust_remote_code: bool,
-) -> _Plan:
-    """Build the model, decide what is whose, and see whether it is there and fits."""
-    with comm.agreement():
-        rank_shares = _checked_shares(shares, comm)
-        empty = build(
-            location.folder,
-            Path(adapter_path) if adapter_path is not None else None,
-            checkpoint=location.checkpoint,
-            name=location.name,
-            model_config=model_config,
-            trust_remote_code=trust_remote_code,
+    *,
+    shares: Sequence[int | Share] | None = None,
+    adapter_path: str | Path | None = None,
+    model_config: dict[str, Any] | None = None,
+    revision: str | None = None,
+    trust_remote_code: bool = False,
+    beside: Prepared | None = None,
+) -> Prepared:
+    """Build the model, decide what is whose, and see whether it is there and fits.
+
+    Arguments are those of `load`. `beside` is another model that has to fit in memory
+    at the same time.
+
+    Raises: UsageError as `load` does; no weight has been fetched or read.
+    """
+    with comm.unlimited():
+        location = locate(path_or_hf_repo, comm, revision)
+        with comm.agreement():
+            rank_shares = _checked_shares(shares, comm)
+            empty = build(
+                location.folder,
+                Path(adapter_path) if adapter_path is not None else None,
+                checkpoint=location.checkpoint,
+                name=location.name,
+                model_config=model_config,
+                trust_remote_code=trust_remote_code,
+            )
+            table = slice_table(empty.model, rank_shares)
+            slices = table.slices(comm.rank)
+            tensors = needed(empty.sources, slices) if location.is_cut else {}
+            if location.repo is None:
+                _check_here(tensors, empty.checkpoint, location)
+        if table.remark and comm.rank == 0:
+            logger.warning(table.remark)
+        shard = Shard(rank_shares, comm.rank)
+        prepared = Prepared(
+            comm, location, empty, table, shard, slices, tensors, trust_remote_code
         )
-        table = slice_table(empty.model, rank_shares)
-        slices = table.slices(comm.rank)
-        tensors = needed(empty.sources, slices) if location.is_cut else {}
-        if location.repo is None:
-            _check_here(tensors, empty.checkpoint, location)
-    if table.remark and comm.rank == 0:
-        logger.warning(table.remark)
-    check_memory(comm, empty.bytes_of(slices), location.name)
-    shard = Shard(rank_shares, comm.rank)
-    return _Plan(location, empty, table, shard, slices, tensors)
+        both = [prepared] if beside is None else [beside, prepared]
+        names = " and ".join(model.name for model in both)
+        check_memory(comm, sum(model.nbytes for model in both), names)
+    return prepared
 
 
 def _checked_shares(shares: Sequence[int | Share] | None, comm: Communicator) -> Shares:
@@ -266,7 +323,9 @@ def _load_tokenizer(
         ) from error
 
 
-def _fetch(plan: _Plan, comm: Communicator, fetch: Fetch, *, show: bool) -> Checkpoint:
+def _fetch(
+    plan: Prepared, comm: Communicator, fetch: Fetch, *, show: bool
+) -> Checkpoint:
     """Fetch what this machine lacks; return where all lies that the rank reads."""
     location = plan.location
     if location.repo is None:
@@ -279,7 +338,7 @@ def _fetch(plan: _Plan, comm: Communicator, fetch: Fetch, *, show: bool) -> Chec
 
 
 def _read(
-    plan: _Plan, checkpoint: Checkpoint, comm: Communicator, *, show: bool
+    plan: Prepared, checkpoint: Checkpoint, comm: Communicator, *, show: bool
 ) -> nn.Module:
     """Read this rank's slices and make the model compute with them."""
     from mlxtp.layers.parallelize import parallelize
