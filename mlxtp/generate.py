@@ -6,33 +6,34 @@ is the function of that name.
 """
 
 import argparse
+import copy
 import json
 import os
 import secrets
 import sys
+import textwrap
 import time
 from dataclasses import dataclass
 from typing import Any, TextIO
 
 import mlx.core as mx
 import mlx.nn as nn
-from mlx.utils import tree_flatten
-from mlx_lm.models.cache import RotatingKVCache, make_prompt_cache
 from mlx_lm.sample_utils import make_logits_processors, make_sampler
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 
 import mlxtp
-from mlxtp import options
+from mlxtp import loading, options
 from mlxtp.cluster import job
 from mlxtp.comm import launcher
 from mlxtp.comm.communicator import Communicator
 from mlxtp.comm.errors import UsageError
 from mlxtp.comm.same_start import check_same_start
-from mlxtp.dryrun.caches import cache_arrays
+from mlxtp.dryrun.loops import try_options
 from mlxtp.generation import standard_input
-from mlxtp.generation.prompt import encode, messages_of
+from mlxtp.generation.prompt import check_tokens, encode, messages_of
 from mlxtp.generation.prompt_cache import SavedPrompt
 from mlxtp.generation.text import figures
+from mlxtp.loading import Prepared
 from mlxtp.stories import PATH as STORIES
 
 
@@ -102,73 +103,43 @@ class Task:
 
 
 def prepare(args: argparse.Namespace, comm: Communicator) -> Task:
-    """Read the prompt, load the models, and encode the prompt.
+    """Read the prompt, check all that was given, and load the models.
 
-    Raises: UsageError for whatever was given wrong.
+    Raises: UsageError for whatever was given wrong, before a weight is read.
     """
     text = standard_input.read(args.prompt, comm)
     with comm.agreement():
         saved = open_prompt_cache(args)
-    seed_sampling(args.seed, comm)
-
-    show = not (args.quiet or args.json)
     default = saved.model if saved else STORIES
-    model, tokenizer = mlxtp.load(
+    target = loading.prepare(
         args.model or default,
         comm,
         shares=args.shares,
         adapter_path=args.adapter_path,
-        tokenizer_config=saved.tokenizer_config if saved else None,
         trust_remote_code=args.trust_remote_code,
-        fetch=args.fetch,
-        progress=show,
     )
-    draft_model = None
+    tokenizer = target.load_tokenizer(saved.tokenizer_config if saved else None)
+    draft = None
     if args.draft_model:
-        draft_model, draft_tokenizer = mlxtp.load(
-            args.draft_model,
-            comm,
-            shares=args.shares,
-            fetch=args.fetch,
-            progress=show,
+        draft = loading.prepare(
+            args.draft_model, comm, shares=args.shares, beside=target
         )
+        check_vocabularies(target, tokenizer, draft, draft.load_tokenizer(), comm)
 
-    cached_dims = dims_of_caches(model) if args.kv_bits else set()
-    with comm.agreement():
-        if draft_model and draft_tokenizer.vocab_size != tokenizer.vocab_size:
-            raise ValueError(
-                f"--draft-model knows {draft_tokenizer.vocab_size} tokens, the model "
-                f"{tokenizer.vocab_size}: they do not fit together"
-            )
-        check_caches(args, model, cached_dims)
+    with comm.unlimited(), comm.agreement():
         for token in args.extra_eos_token:
             tokenizer.add_eos_token(token)
-        prompt = encode_prompt(text, args, tokenizer)
+        prompt = encode_prompt(text, args, tokenizer, target)
+        check_options(args, target, draft, tokenizer, prompt, saved)
 
-    sampler = make_sampler(
-        args.temp,
-        args.top_p,
-        args.min_p,
-        args.min_tokens_to_keep,
-        top_k=args.top_k,
-        xtc_probability=args.xtc_probability,
-        xtc_threshold=args.xtc_threshold,
-        xtc_special_tokens=[*tokenizer.encode("\n"), *tokenizer.eos_token_ids],
-    )
-    generation = dict(
-        max_tokens=args.max_tokens,
-        sampler=sampler,
-        logits_processors=make_logits_processors(
-            repetition_penalty=args.repetition_penalty
-        ),
-        max_kv_size=args.max_kv_size,
-        prefill_step_size=args.prefill_step_size,
+    show = not (args.quiet or args.json)
+    model = target.load(fetch=args.fetch, progress=show)
+    draft_model = draft.load(fetch=args.fetch, progress=show) if draft else None
+    generation = generation_options(args, tokenizer, target.table.vocabulary_rows)
+    generation |= dict(
+        seed=shared_seed(args.seed, comm),
         prompt_cache=saved.shard(model, comm) if saved else None,
-        kv_bits=args.kv_bits,
-        kv_group_size=args.kv_group_size,
-        quantized_kv_start=args.quantized_kv_start,
         draft_model=draft_model,
-        num_draft_tokens=args.num_draft_tokens,
     )
     return Task(model, tokenizer, prompt, generation)
 
@@ -189,55 +160,143 @@ def open_prompt_cache(args: argparse.Namespace) -> SavedPrompt | None:
     return saved
 
 
-def seed_sampling(seed: int | None, comm: Communicator) -> None:
-    """Seed MLX's random numbers alike on all ranks: with rank 0's choice, or `seed`."""
-    chosen = secrets.randbits(64) if seed is None else seed
-    mx.random.seed(comm.bcast_object(chosen))
+def shared_seed(seed: int | None, comm: Communicator) -> int:
+    """The seed of all ranks: `seed`, or what rank 0 chooses."""
+    return int(comm.bcast_object(secrets.randbits(64) if seed is None else seed))
 
 
-def encode_prompt(
-    text: str, args: argparse.Namespace, tokenizer: TokenizerWrapper
-) -> list[int]:
-    """Encode the prompt as the options ask for.
-
-    Raises: ValueError if the tokenizer has no chat template and one is needed.
-    """
-    if args.use_default_chat_template and not tokenizer.has_chat_template:
-        raise ValueError("--use-default-chat-template: the tokenizer has no template")
-    return encode(
-        messages_of(text, args.system_prompt),
-        tokenizer,
-        ignore_chat_template=args.ignore_chat_template,
-        chat_template_config=args.chat_template_config,
-        prefill=args.prefill_response,
-        continues=bool(args.prompt_cache_file),
-    )
-
-
-def check_caches(
-    args: argparse.Namespace, model: nn.Module, cached_dims: set[int]
+def check_vocabularies(
+    target: Prepared,
+    tokenizer: TokenizerWrapper,
+    draft: Prepared,
+    draft_tokenizer: TokenizerWrapper,
+    comm: Communicator,
 ) -> None:
-    """Raise ValueError if the model's caches cannot be what the options ask for."""
-    caches = make_prompt_cache(model)
-    slides = any(isinstance(cache, RotatingKVCache) for cache in caches)
-    if args.kv_bits and slides:
-        raise ValueError("--kv-bits: mlx-lm does not quantize sliding windows")
-    if args.draft_model and slides:
-        raise ValueError("--draft-model: a sliding window cannot take drafts back")
-    for dims in sorted(cached_dims):
-        if dims % args.kv_group_size:
+    """Compare what tokens a model and its draft know.
+
+    Raises: UsageError if the tokenizers differ in size, or if the draft lacks a token
+        that the model has and its tokenizer knows.
+    """
+    known = 1 + max(tokenizer.get_vocab().values())
+    needed = min(known, target.table.vocabulary_rows)
+    rows = draft.table.vocabulary_rows
+    with comm.agreement():
+        if draft_tokenizer.vocab_size != tokenizer.vocab_size:
             raise ValueError(
-                f"--kv-group-size is {args.kv_group_size}: it does not divide the "
-                f"model's heads of {dims}; without --kv-bits nothing is quantized"
+                f"--draft-model knows {draft_tokenizer.vocab_size} tokens, the model "
+                f"{tokenizer.vocab_size}: they do not fit together"
+            )
+        if rows < needed:
+            raise ValueError(
+                f"--draft-model {draft.name} has an embedding of {rows} rows, the "
+                f"model's tokens are {needed}: they do not fit together"
             )
 
 
-def dims_of_caches(model: nn.Module) -> set[int]:
-    """The widths of the keys and values that the model caches."""
-    caches = cache_arrays(model, tokens=1)
-    quantizable = [cache for cache in caches if hasattr(cache, "to_quantized")]
-    arrays = [x for _, x in tree_flatten([cache.state for cache in quantizable])]
-    return {x.shape[-1] for x in arrays if isinstance(x, mx.array) and x.ndim == 4}
+def encode_prompt(
+    text: str, args: argparse.Namespace, tokenizer: TokenizerWrapper, target: Prepared
+) -> list[int]:
+    """Encode the prompt as the options ask for.
+
+    Raises: ValueError if no prompt comes of them, or one that the model has no rows
+        for. It says which change would help.
+    """
+    if args.use_default_chat_template and not tokenizer.has_chat_template:
+        raise ValueError("--use-default-chat-template: the tokenizer has no template")
+
+    def encoded(args: argparse.Namespace) -> list[int]:
+        tokens = encode(
+            messages_of(text, args.system_prompt),
+            tokenizer,
+            ignore_chat_template=args.ignore_chat_template,
+            chat_template_config=args.chat_template_config,
+            prefill=args.prefill_response,
+            continues=bool(args.prompt_cache_file),
+        )
+        check_tokens(tokens, target.table.vocabulary_rows, tokenizer)
+        return tokens
+
+    try:
+        return encoded(args)
+    except ValueError as error:
+        changes: dict[str, Any] = {"system_prompt": None, "prefill_response": None}
+        changes |= {"chat_template_config": {}, "ignore_chat_template": True}
+        helps = options.what_helps(args, changes, encoded)
+        raise ValueError(f"{target.name}: {error}{helps}") from error
+
+
+def generation_options(
+    args: argparse.Namespace, tokenizer: TokenizerWrapper, rows: int
+) -> dict[str, Any]:
+    """The options of `mlxtp.stream_generate` that the command line tells alone.
+
+    `rows` is the number of tokens that the model knows.
+    """
+    never_excluded = [*tokenizer.encode("\n"), *tokenizer.eos_token_ids]
+    return dict(
+        max_tokens=args.max_tokens,
+        sampler=make_sampler(
+            args.temp,
+            args.top_p,
+            args.min_p,
+            args.min_tokens_to_keep,
+            top_k=args.top_k,
+            xtc_probability=args.xtc_probability,
+            xtc_threshold=args.xtc_threshold,
+            xtc_special_tokens=[token for token in never_excluded if token < rows],
+        ),
+        logits_processors=make_logits_processors(
+            repetition_penalty=args.repetition_penalty
+        ),
+        max_kv_size=args.max_kv_size,
+        prefill_step_size=args.prefill_step_size,
+        kv_bits=args.kv_bits,
+        kv_group_size=args.kv_group_size,
+        quantized_kv_start=args.quantized_kv_start,
+        num_draft_tokens=args.num_draft_tokens,
+    )
+
+
+def check_options(
+    args: argparse.Namespace,
+    target: Prepared,
+    draft: Prepared | None,
+    tokenizer: TokenizerWrapper,
+    prompt: list[int],
+    saved: SavedPrompt | None,
+) -> None:
+    """Generate a few tokens with these options and no weights.
+
+    Raises: ValueError if that fails. It says which change would help.
+    """
+    rows = target.table.vocabulary_rows
+
+    def generated(args: argparse.Namespace) -> None:
+        models = [target]
+        if draft and args.draft_model:
+            models.append(draft)
+        caches = saved.caches if saved and args.prompt_cache_file else None
+        try_options(
+            mlxtp.stream_generate,
+            [(model.empty.model, model.table) for model in models],
+            tokenizer,
+            generation_options(args, tokenizer, rows)
+            | dict(seed=0, prompt_cache=copy.deepcopy(caches)),
+            token=prompt[-1],
+            length=len(prompt) + args.max_tokens,
+        )
+
+    try:
+        generated(args)
+    except Exception as error:  # mlx-lm and MLX name no errors for it
+        unset = vars(options.defaults())
+        changes = {name: unset[name] for name in options.OF_LOOPS}
+        helps = options.what_helps(args, changes, generated)
+        said = textwrap.shorten(f"{type(error).__name__}: {error}", 300)
+        raise ValueError(
+            f"{target.name} cannot generate with these options, mlx-lm raises "
+            f"{said}{helps}"
+        ) from error
 
 
 def run(

@@ -5,7 +5,7 @@ The rules stand first: what an option may be, and what does not go together.
 
 import argparse
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, NoReturn
 
 from mlx_lm.generate import setup_arg_parser
@@ -57,14 +57,20 @@ CONFLICTS: list[tuple[Callable[[Args], bool], str]] = [
         "--allreduce and --wire go with --transport mpi",
     ),
     (
-        lambda args: args.max_kv_size is not None and args.kv_bits is not None,
-        "--kv-bits: mlx-lm does not quantize what --max-kv-size makes",
-    ),
-    (
         lambda args: args.draft_model and args.prompt_cache_file,
         "--prompt-cache-file holds no cache of the --draft-model: give one of them",
     ),
 ]
+
+
+# Options that mlx-lm's loops take. What does not go together among them, or with a
+# model, mlx-lm says in a dry run.
+OF_LOOPS = (
+    *("max_tokens", "top_p", "min_p", "top_k", "min_tokens_to_keep"),
+    *("xtc_probability", "xtc_threshold", "repetition_penalty"),
+    *("max_kv_size", "kv_bits", "kv_group_size", "prompt_cache_file"),
+    *("draft_model", "num_draft_tokens"),
+)
 
 
 def parse(arguments: list[str]) -> Args:
@@ -117,6 +123,35 @@ def check(args: Args) -> None:
     for is_given, message in CONFLICTS:
         if is_given(args):
             raise UsageError(message.format(args=args))
+
+
+def defaults() -> Args:
+    """The options of a command line that gives none."""
+    return parse([])
+
+
+def what_helps(
+    args: Args, changes: Mapping[str, Any], attempt: Callable[[Args], Any]
+) -> str:
+    """Say which single change of the options lets `attempt` pass; "" if none does.
+
+    `changes` are options, and what they are to be instead.
+    """
+    unset, helps = vars(defaults()), []
+    for name, value in changes.items():
+        was = getattr(args, name)
+        if value == was:
+            continue
+        try:
+            attempt(Args(**{**vars(args), name: value}))
+        except Exception:  # whatever it is: the change does not help
+            continue
+        if value == unset[name]:
+            given = "" if isinstance(was, dict) else f" {was}"
+            helps.append(f"leave out {_flag(name)}{given}")
+        else:
+            helps.append(f"give {_flag(name)}")
+    return f": {' or '.join(helps)}" if helps else ""
 
 
 def _check_limits(args: Args) -> None:

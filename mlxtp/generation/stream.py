@@ -10,6 +10,8 @@ import mlx_lm
 from mlx_lm.generate import GenerationResponse
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 
+from mlxtp.generation.prompt import check_tokens, tokens_of
+from mlxtp.generation.sampling import seeded, tokens_in
 from mlxtp.layers.forward import Forward, change_forward, twin
 from mlxtp.layers.sums import outputs_unread
 
@@ -18,6 +20,8 @@ def stream_generate(
     model: nn.Module,
     tokenizer: TokenizerWrapper,
     prompt: str | mx.array | list[int],
+    *,
+    seed: int | None = None,
     **kwargs: Any,
 ) -> Generator[GenerationResponse, None, None]:
     """Generate text on every rank: `mlx_lm.stream_generate`, with its arguments.
@@ -26,17 +30,25 @@ def stream_generate(
     between its steps: the layers that no cache depends on do not communicate then.
     That is known to this stream alone: streams of one model may take turns.
 
-    Every rank samples for itself, from the same logits. A `sampler` that draws
-    needs the same `mx.random.seed` on all of them.
+    Every rank samples for itself, from the same logits. With a `seed` what a `sampler`
+    draws follows from the seed and the position of the token alone. Without one it
+    draws from MLX's stream, which needs the same `mx.random.seed` on all ranks.
 
     Args:
         model: as `mlxtp.load` gives it.
         tokenizer: the model's.
         prompt: text, or tokens (L,).
+        seed: 64 bits, the same on every rank.
         kwargs: those of `mlx_lm.stream_generate`, such as `max_tokens`.
 
     Yields: mlx-lm's responses, one for each token.
+
+    Raises: ValueError for a token of the prompt that the model has no row for.
     """
+    tokens = tokens_of(prompt, tokenizer)
+    check_tokens(tokens, model.slice_table.vocabulary_rows, tokenizer)
+    start = tokens_in(kwargs.get("prompt_cache")) + len(tokens)
+    kwargs = seeded(kwargs, seed, start)
     told = kwargs.pop("prompt_progress_callback", None)
     reads_prompt = False
 
@@ -54,5 +66,9 @@ def stream_generate(
     stream = twin(model)
     change_forward(stream, call)
     yield from mlx_lm.stream_generate(
-        stream, tokenizer, prompt, prompt_progress_callback=progress, **kwargs
+        stream,
+        tokenizer,
+        mx.array(tokens),
+        prompt_progress_callback=progress,
+        **kwargs,
     )

@@ -98,6 +98,12 @@ class SliceTable:
         """The number of ranks that the model is split over."""
         return len(next(iter(self.matrices.values())).spans)
 
+    @property
+    def vocabulary_rows(self) -> int:
+        """The rows of the embedding: tokens of the model are below this number."""
+        lookups = (m for m in self.matrices.values() if m.cut.style == "lookup")
+        return next(lookups).features
+
     def __str__(self) -> str:
         """A table for people: blocks, matrices, styles, every rank's part, bytes."""
         held = [self.nbytes(rank) for rank in range(self.ranks)]

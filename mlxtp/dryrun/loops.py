@@ -1,0 +1,165 @@
+"""mlx-lm's loops on models without weights: what options raise, before one is read."""
+
+import contextlib
+import copy
+import io
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from itertools import cycle, islice
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+from mlx_lm.models.cache import can_trim_prompt_cache, make_prompt_cache
+from mlx_lm.tokenizer_utils import TokenizerWrapper
+
+from mlxtp.comm.communicator import Communicator
+from mlxtp.layers.forward import Forward, change_forward
+from mlxtp.sharding.table import SliceTable
+
+# A short run reads a prompt of so many tokens, in chunks of so many, and makes so many.
+PROMPT_TOKENS = 5
+CHUNK_TOKENS = 2
+MADE_TOKENS = 3
+# A long run is no longer than this: the windows of all models are shorter.
+LONGEST = 1 << 20
+
+
+def try_options(
+    stream_generate: Callable[..., Iterator[Any]],
+    models: Sequence[tuple[nn.Module, SliceTable]],
+    tokenizer: TokenizerWrapper,
+    options: Mapping[str, Any],
+    *,
+    token: int,
+    length: int,
+) -> None:
+    """Take options through mlx-lm's loops, on models without weights.
+
+    Every call of a model is put into MLX's graph, with layers, masks and caches, and is
+    not evaluated: what is sampled from has the logits' shape and dtype, and is cut off
+    from the graph. Caches are quantized from the start. Drafts are accepted and
+    rejected, at the start and behind `length` tokens.
+
+    Args:
+        stream_generate: mlxtp's.
+        models: mlx-lm's whole model without weights and its table, then those of the
+            draft if there is one. They stay as they are.
+        tokenizer: the model's.
+        options: those of `stream_generate`, but for the draft.
+        token: one of the tokenizer's, that all models have a row for.
+        length: tokens of the prompt and of the text.
+
+    Raises: ValueError where mlx-lm does not take rejected drafts back; what mlx-lm
+        raises for everything else.
+    Communicates: nothing.
+    """
+    other = int(token == 0)
+
+    def run(prompt_tokens: int, chunk_tokens: int) -> None:
+        # The draft is right now and then, so that some are taken back and some not.
+        favourites = [cycle([token]), cycle([token, other])]
+        stand_ins = [
+            _StandIn(model, table, tokens)
+            for (model, table), tokens in zip(models, favourites, strict=False)
+        ]
+        target, *drafts = stand_ins
+        changes: dict[str, Any] = {"prefill_step_size": chunk_tokens}
+        changes |= {"quantized_kv_start": 0}
+        if drafts:
+            changes["draft_model"] = drafts[0].module
+        prompt = mx.full((prompt_tokens,), token)
+        responses = stream_generate(
+            target.module, tokenizer, prompt, **{**options, **changes}
+        )
+        for _ in islice(responses, MADE_TOKENS):
+            pass
+        if drafts:
+            for stand_in in stand_ins:
+                _check_trimmable(stand_in.caches)
+
+    with _nothing_evaluated(), _endless(tokenizer):
+        run(PROMPT_TOKENS, CHUNK_TOKENS)
+        if len(models) > 1:
+            length = min(length, LONGEST)
+            run(length, length)
+
+
+class _StandIn:
+    """A model whose calls put the forward pass of another into the graph.
+
+    `module` is called as the model is. In each call its logits favour the next of the
+    tokens `favourites`. `caches` are those that it was called with last.
+    """
+
+    def __init__(
+        self, model: nn.Module, table: SliceTable, favourites: Iterator[int]
+    ) -> None:
+        self._favourites, self._rows = favourites, table.vocabulary_rows
+        self._is_dry = not _reads_values(model)
+        self.caches: list[Any] = []
+        # A copy, for some models keep what they compute of their weights.
+        self.module = copy.deepcopy(model)
+        self.module.slice_table, self.module.comm = table, Communicator()
+        change_forward(self.module, self._call)
+
+    def _call(
+        self, former: Forward, model: nn.Module, tokens: mx.array, cache: list[Any]
+    ) -> mx.array:
+        """Tokens (B, L) -> logits (B, L, V) that depend on nothing."""
+        self.caches = cache
+        shape, dtype = (*tokens.shape, self._rows), mx.float32
+        if self._is_dry:
+            y = former(model, tokens, cache=cache)
+            shape, dtype = y.shape, y.dtype
+        row = mx.where(mx.arange(shape[-1]) == next(self._favourites), 0, -mx.inf)
+        return mx.broadcast_to(row.astype(dtype), shape)
+
+
+def _reads_values(model: nn.Module) -> bool:
+    """Whether a forward pass decides by values, as dbrx does: then it cannot be dry."""
+    model = copy.deepcopy(model)
+
+    def trace(tokens: mx.array) -> mx.array:
+        model(tokens, cache=make_prompt_cache(model))
+        return tokens
+
+    try:
+        mx.compile(trace)(mx.zeros((1, 1), mx.int32))
+    except Exception as error:  # the run that follows says what else there is
+        return "during function transformations" in str(error)
+    return False
+
+
+def _check_trimmable(caches: list[Any]) -> None:
+    """Raise ValueError if mlx-lm leaves rejected drafts in the caches, in silence."""
+    if not can_trim_prompt_cache(caches):
+        kinds = sorted({type(c).__name__ for c in caches if not c.is_trimmable()})
+        raise ValueError(
+            f"rejected drafts cannot be taken back from {', '.join(kinds)}"
+        )
+
+
+@contextlib.contextmanager
+def _nothing_evaluated() -> Iterator[None]:
+    """Let mlx-lm's loops evaluate nothing but what they ask the values of.
+
+    What mlx-lm prints, of models that are large, concerns none that is loaded.
+    """
+    kept = mx.eval, mx.async_eval
+    mx.eval = mx.async_eval = lambda *_: None
+    try:
+        with contextlib.redirect_stdout(io.StringIO()):
+            yield
+    finally:
+        mx.eval, mx.async_eval = kept
+
+
+@contextlib.contextmanager
+def _endless(tokenizer: TokenizerWrapper) -> Iterator[None]:
+    """Let no token end a text."""
+    ends = tokenizer.eos_token_ids
+    tokenizer.eos_token_ids = set()
+    try:
+        yield
+    finally:
+        tokenizer.eos_token_ids = ends
