@@ -270,6 +270,8 @@ def check_options(
     Raises: ValueError if that fails. It says which change would help.
     """
     rows = target.table.vocabulary_rows
+    if saved:
+        saved.check_layers(target.empty.model)
 
     def generated(args: argparse.Namespace) -> None:
         models = [target]

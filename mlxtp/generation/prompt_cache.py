@@ -14,6 +14,7 @@ from mlx_lm.models.cache import (
     CacheList,
     QuantizedKVCache,
     load_prompt_cache,
+    make_prompt_cache,
 )
 
 from mlxtp.comm.communicator import Communicator
@@ -62,6 +63,17 @@ class SavedPrompt:
                 f"{first.group_size}; asked for: {kv_bits} in groups of {kv_group_size}"
             )
 
+    def check_layers(self, model: nn.Module) -> None:
+        """Compare the number of caches with that of a model, split or not.
+
+        Raises: ValueError if they differ.
+        """
+        layers = len(make_prompt_cache(model))
+        if layers != len(self.caches):
+            raise ValueError(
+                f"the prompt cache has {len(self.caches)} layers, the model {layers}"
+            )
+
     def shard(self, model: nn.Module, comm: Communicator) -> list[Any]:
         """Keep this rank's heads and channels of the caches, for a sharded `model`.
 
@@ -70,13 +82,9 @@ class SavedPrompt:
 
         Raises: UsageError if the caches are not of such a model.
         """
-        own = cache_arrays(model)
         with comm.agreement():
-            if len(own) != len(self.caches):
-                raise ValueError(
-                    f"the prompt cache has {len(self.caches)} layers, the model "
-                    f"{len(own)}"
-                )
+            self.check_layers(model)
+        own = cache_arrays(model)
         axes = _ShardedAxes.of_rank(model.slice_table, comm.rank)
         with comm.agreement():
             for cache, like in zip(_leaves(self.caches), _leaves(own), strict=True):
