@@ -4,14 +4,43 @@ The ranks of the tests run the program themselves; that mpirun ends with that st
 is in test_generate.py.
 """
 
+import json
 from pathlib import Path
+from typing import Any
 
 import pytest
+import zoo
+from kept import kept
+from mlx_lm.utils import load_tokenizer, save_config, save_model
 from program import run
-from reference import MODELS
-from tiny import made_by_rank_0
+from reference import MODELS, heads
+from tiny import Tiny, save_tokenizer
 
-from mlxtp import Communicator
+from mlxtp import Communicator, loading
+from mlxtp.shard import shard
+
+TURNS = "{% for m in messages %}[{{ m['role'] }}]{{ m['content'] }}{% endfor %}"
+# Models that the options name, by what makes them special.
+TINY = {
+    "LLAMA": MODELS["llama-8-4-tied"],
+    "SLIDING": MODELS["llama-sliding"],
+    "WIDE-HEADS": Tiny(heads(8, 2, model_type="qwen3", head_dim=32)),
+    "FEW-ROWS": Tiny({"vocab_size": 100, "eos_token_id": 99}),
+}
+TYPES = {
+    "STATES": ("mamba2", {}),
+    "LATENTS": ("deepseek_v3", {"kv_lora_rank": 64, "qk_rope_head_dim": 32}),
+}
+TEMPLATES = {
+    "NO-SYSTEM": "{% if messages[0]['role'] == 'system' %}"
+    "{{ raise_exception('no system role here') }}{% endif %}" + TURNS,
+    "RAISING": "{{ raise_exception('no user query') }}",
+    "UNDEFINED": "{{ strftime_soon('%d') }}" + TURNS,
+    "UNENDED": "{% if messages %}" + TURNS,
+    "DIVIDING": "{{ 1 // 0 }}" + TURNS,
+    "FIXED-TEXT": "{{ bos_token }}fixed text",
+    "NO-PREFILL": "[user]{{ messages[0]['content'] }}",
+}
 
 MISTAKES: dict[str, tuple[list[str], str]] = {
     "no such folder": (["--model", "./nowhere"], "there is no model folder nowhere"),
@@ -23,18 +52,89 @@ MISTAKES: dict[str, tuple[list[str], str]] = {
     "no object": (["--chat-template-config", "[1]"], "'[1]': wanted a JSON object"),
     "images": (["--image", "cat.png"], "--image: mlxtp splits language models"),
     "no template": (["--system-prompt", "Be kind"], "need a chat template"),
-    "kv groups": (["--kv-bits", "8"], "it does not divide the model's heads of 12"),
+    "kv groups": (["--kv-bits", "8"], "size 64. However the provided matrix has"),
+    "other kv groups": (
+        ["--model", "WIDE-HEADS", "--kv-bits", "8"],
+        "leave out --kv-bits 8",
+    ),
     "cache and draft": (
         ["--prompt-cache-file", "x", "--draft-model", "y"],
         "holds no cache of the --draft-model",
     ),
     "no quantized rotation": (
-        ["--kv-bits", "8", "--max-kv-size", "64"],
-        "mlx-lm does not quantize what --max-kv-size makes",
+        "--model WIDE-HEADS --kv-bits 8 --kv-group-size 32 --max-kv-size 64".split(),
+        "Quantization NYI: leave out --max-kv-size 64 or leave out --kv-bits 8",
     ),
     "drafts in a window": (
         ["--model", "SLIDING", "--draft-model", "SLIDING"],
-        "--draft-model: a sliding window cannot take drafts back",
+        "cannot be taken back from RotatingKVCache: leave out --draft-model",
+    ),
+    "states that drafts leave": (
+        ["--model", "STATES", "--draft-model", "LLAMA"],
+        "a trimmable prompt cache (got {'ArraysCache'}).: leave out --draft-model",
+    ),
+    "states of a draft": (
+        ["--model", "LLAMA", "--draft-model", "STATES"],
+        "cannot be taken back from ArraysCache: leave out --draft-model",
+    ),
+    "drafts without an end": (
+        ["--model", "LLAMA", "--draft-model", "LLAMA", "--max-tokens", "-1"],
+        "leave out --max-tokens -1 or leave out --draft-model",
+    ),
+    "a draft with fewer rows": (
+        ["--model", "LLAMA", "--draft-model", "FEW-ROWS"],
+        "FEW-ROWS has an embedding of 100 rows, the model's tokens are 131",
+    ),
+    "quantized latents": (
+        ["--model", "LATENTS", "--kv-bits", "4", "--kv-group-size", "32"],
+        "leave out --kv-bits 4",
+    ),
+    "all of the vocabulary": (
+        ["--model", "LLAMA", "--temp", "1", "--top-k", "131"],
+        "but is 131.: leave out --top-k 131",
+    ),
+    "all of it, of a cut model": (
+        ["--model", "CUT", "--temp", "1", "--top-k", "131"],
+        "but is 131.: leave out --top-k 131",
+    ),
+    "more than the vocabulary": (
+        [
+            "--model",
+            "LLAMA",
+            "--temp",
+            "1",
+            "--min-p",
+            ".1",
+            "--min-tokens-to-keep",
+            "132",
+        ],
+        "leave out --min-tokens-to-keep 132",
+    ),
+    "a token without a row": (
+        ["--model", "NEW-TOKEN", "--prompt", "Hi<|new|>x"],
+        "token 131 of the prompt ('<|new|>') is none of the model's",
+    ),
+    "a system prompt that the template refuses": (
+        ["--model", "NO-SYSTEM", "--system-prompt", "x"],
+        "TemplateError: no system role here: leave out --system-prompt x",
+    ),
+    "a template that raises": (
+        ["--model", "RAISING"],
+        "TemplateError: no user query: give --ignore-chat-template",
+    ),
+    "an undefined function": (
+        ["--model", "UNDEFINED"],
+        "UndefinedError: 'strftime_soon' is undefined: give --ignore-chat-template",
+    ),
+    "no template by its syntax": (["--model", "UNENDED"], "raises TemplateSyntaxError"),
+    "a template that divides": (["--model", "DIVIDING"], "raises ZeroDivisionError"),
+    "a template without the prompt": (
+        ["--model", "FIXED-TEXT"],
+        "the chat template leaves the prompt out: give --ignore-chat-template",
+    ),
+    "a template without the prefill": (
+        ["--model", "NO-PREFILL", "--prefill-response", "y"],
+        "leave out --prefill-response y",
     ),
     "no such transport": (["--transport", "pigeon"], "invalid choice: 'pigeon'"),
     "no such algorithm": (["--allreduce", "two-shot"], "invalid choice: 'two-shot'"),
@@ -47,14 +147,55 @@ MISTAKES: dict[str, tuple[list[str], str]] = {
 }
 
 
+def made(name: str, comm: Communicator) -> Path:
+    """The folder of one of the models, for all ranks."""
+
+    def make(folder: Path) -> Path:
+        if name in TYPES:
+            save_type(*TYPES[name], folder)
+        elif name == "CUT":
+            shard(made("LLAMA", Communicator()), [1] * comm.size, folder)
+        else:
+            TINY.get(name, Tiny()).save(folder)
+        if name in TEMPLATES:
+            file = folder / "tokenizer_config.json"
+            config = json.loads(file.read_text())
+            file.write_text(json.dumps({**config, "chat_template": TEMPLATES[name]}))
+        if name == "NEW-TOKEN":
+            tokenizer = load_tokenizer(folder)._tokenizer
+            tokenizer.add_special_tokens({"additional_special_tokens": ["<|new|>"]})
+            tokenizer.save_pretrained(folder)
+        return folder
+
+    ranks = f"-{comm.size}" if name == "CUT" else ""
+    return kept(comm, f"mistaken-{name}{ranks}", make)
+
+
+def save_type(model_type: str, changes: dict[str, Any], folder: Path) -> None:
+    """Save a tiny model of a type, with other entries in its config."""
+    config = zoo.tiny_config(model_type) | changes
+    model_class, args_class = zoo._get_classes(config)
+    model = model_class(args_class.from_dict(config))
+    save_model(folder, model)
+    save_config(config, folder / "config.json")
+    save_tokenizer(folder)
+
+
 @pytest.mark.parametrize("mistake", MISTAKES)
-def test_mistakes(mistake: str, comm: Communicator, shared_path: Path) -> None:
+def test_mistakes(
+    mistake: str, comm: Communicator, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nothing has been fetched or read when they are said."""
+
+    def load(*_: Any, **__: Any) -> None:
+        raise AssertionError("the mistake was not seen before")
+
+    monkeypatch.setattr(loading.Prepared, "load", load)
     arguments, message = MISTAKES[mistake]
-    if "SLIDING" in arguments:
-        folder = made_by_rank_0(
-            MODELS["llama-sliding"], shared_path / "llama-sliding", comm
-        )
-        arguments = [str(folder) if word == "SLIDING" else word for word in arguments]
+    models = {"CUT", "NEW-TOKEN", *TINY, *TYPES, *TEMPLATES}
+    arguments = [
+        str(made(word, comm)) if word in models else word for word in arguments
+    ]
     done = run("mlxtp.generate", arguments, comm)
     assert done.statuses == [2] * comm.size
     assert done.stdouts == [""] * comm.size

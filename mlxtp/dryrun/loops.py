@@ -54,13 +54,16 @@ def try_options(
     Communicates: nothing.
     """
     other = int(token == 0)
+    read_values = [_reads_values(model) for model, _ in models]
 
     def run(prompt_tokens: int, chunk_tokens: int) -> None:
         # The draft is right now and then, so that some are taken back and some not.
         favourites = [cycle([token]), cycle([token, other])]
         stand_ins = [
-            _StandIn(model, table, tokens)
-            for (model, table), tokens in zip(models, favourites, strict=False)
+            _StandIn(model, table, tokens, reads_values)
+            for (model, table), tokens, reads_values in zip(
+                models, favourites, read_values, strict=False
+            )
         ]
         target, *drafts = stand_ins
         changes: dict[str, Any] = {"prefill_step_size": chunk_tokens}
@@ -79,7 +82,8 @@ def try_options(
 
     with _nothing_evaluated(), _endless(tokenizer):
         run(PROMPT_TOKENS, CHUNK_TOKENS)
-        if len(models) > 1:
+        # Models that read values do so token by token: a long run would take long.
+        if len(models) > 1 and not any(read_values):
             length = min(length, LONGEST)
             run(length, length)
 
@@ -92,13 +96,18 @@ class _StandIn:
     """
 
     def __init__(
-        self, model: nn.Module, table: SliceTable, favourites: Iterator[int]
+        self,
+        model: nn.Module,
+        table: SliceTable,
+        favourites: Iterator[int],
+        reads_values: bool,
     ) -> None:
-        self._favourites, self._rows = favourites, table.vocabulary_rows
-        self._is_dry = not _reads_values(model)
+        self._favourites = favourites
         self.caches: list[Any] = []
         # A copy, for some models keep what they compute of their weights.
         self.module = copy.deepcopy(model)
+        if reads_values:
+            _cut_off_weights(self.module)
         self.module.slice_table, self.module.comm = table, Communicator()
         change_forward(self.module, self._call)
 
@@ -107,16 +116,13 @@ class _StandIn:
     ) -> mx.array:
         """Tokens (B, L) -> logits (B, L, V) that depend on nothing."""
         self.caches = cache
-        shape, dtype = (*tokens.shape, self._rows), mx.float32
-        if self._is_dry:
-            y = former(model, tokens, cache=cache)
-            shape, dtype = y.shape, y.dtype
-        row = mx.where(mx.arange(shape[-1]) == next(self._favourites), 0, -mx.inf)
-        return mx.broadcast_to(row.astype(dtype), shape)
+        y = former(model, tokens, cache=cache)
+        row = mx.where(mx.arange(y.shape[-1]) == next(self._favourites), 0, -mx.inf)
+        return mx.broadcast_to(row.astype(y.dtype), y.shape)
 
 
 def _reads_values(model: nn.Module) -> bool:
-    """Whether a forward pass decides by values, as dbrx does: then it cannot be dry."""
+    """Whether a forward pass asks for values, as that of dbrx does for its experts."""
     model = copy.deepcopy(model)
 
     def trace(tokens: mx.array) -> mx.array:
@@ -128,6 +134,17 @@ def _reads_values(model: nn.Module) -> bool:
     except Exception as error:  # the run that follows says what else there is
         return "during function transformations" in str(error)
     return False
+
+
+def _cut_off_weights(model: nn.Module) -> None:
+    """Let every layer with weights return zeros, whose values may be asked for."""
+
+    def call(former: Forward, layer: nn.Module, *args: Any, **options: Any) -> mx.array:
+        return mx.zeros_like(former(layer, *args, **options))
+
+    for _, module in model.named_modules():
+        if any(isinstance(value, mx.array) for value in module.values()):
+            change_forward(module, call)
 
 
 def _check_trimmable(caches: list[Any]) -> None:
