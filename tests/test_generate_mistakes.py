@@ -62,7 +62,16 @@ MISTAKES: dict[str, tuple[list[str], str]] = {
         "holds no cache of the --draft-model",
     ),
     "no quantized rotation": (
-        "--model WIDE-HEADS --kv-bits 8 --kv-group-size 32 --max-kv-size 64".split(),
+        [
+            "--model",
+            "WIDE-HEADS",
+            "--kv-bits",
+            "8",
+            "--kv-group-size",
+            "32",
+            "--max-kv-size",
+            "64",
+        ],
         "Quantization NYI: leave out --max-kv-size 64 or leave out --kv-bits 8",
     ),
     "drafts in a window": (

@@ -442,3 +442,17 @@ def test_built_and_traced_once(
     comm.barrier()
     if comm.rank == 0:
         server.__exit__()
+
+
+def test_nothing_is_fetched_before_all_is_checked(
+    comm: Communicator, model: Path, served: Served, client: Client, tmp_path: Path
+) -> None:
+    """Prepared, a model has its tokenizer and table, and none of its weights."""
+    _, url = served
+    client.use(url, tmp_path)
+    asked = client.count()
+    prepared = loading.prepare(NAME, comm)
+    assert prepared.load_tokenizer().vocab_size == prepared.table.vocabulary_rows
+    assert asked == [0] and prepared.nbytes > 0
+    assert greedy(prepared.load()) == alone(comm, model)
+    assert asked[0] > 0
