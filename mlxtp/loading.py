@@ -22,7 +22,7 @@ from mlxtp.comm.communicator import Communicator
 from mlxtp.comm.errors import UsageError
 from mlxtp.fetch.fetch import fill
 from mlxtp.fetch.location import Location, locate
-from mlxtp.model.skeleton import EmptyModel, build
+from mlxtp.model.skeleton import EmptyModel, build, check_values
 from mlxtp.model.sources import Computed, needed
 from mlxtp.model.turns import compute_for_all
 from mlxtp.partition.shares import Share, Shares, as_shares
@@ -293,6 +293,7 @@ def _read(
     with progress_bar("Loading", plan.empty.bytes_of(plan.slices), show=show) as bar:
         with comm.agreement():
             read_slices(plan.empty, checkpoint, plan.slices, bar.update)
+            check_values(plan.empty.model)
         compute_slices(plan.empty, checkpoint, plan.slices, comm, bar.update)
     parallelize(plan.empty.model, plan.table, comm)
     return plan.empty.model

@@ -111,13 +111,23 @@ def build(
 def _unread(checkpoint: Checkpoint) -> dict[str, mx.array]:
     """Arrays that stand for the tensors, wherever they lie; nobody evaluates them.
 
-    They are ones: so the signs of prism_hadamard_qwen35, the only values that mlx-lm
-    looks at before it has loaded them, are what it wants.
+    They are ones: mlx-lm looks at values of one type, prism_hadamard_qwen35, and takes
+    ones. `check_values` looks at what was read.
     """
     return {
         name: mx.ones(stored.tensor.shape, stored.tensor.dtype)
         for name, stored in checkpoint.tensors.items()
     }
+
+
+def check_values(model: nn.Module) -> None:
+    """Look at the values that mlx-lm looks at while it loads, once they are there.
+
+    Raises: ValueError for signs of a rotation that are not signs.
+    """
+    for name, array in tree_flatten(model.parameters()):
+        if name.endswith(".signs") and mx.any(mx.abs(array) != 1).item():
+            raise ValueError(f"{name} has other values than -1 and +1")
 
 
 def _by_identity(
@@ -239,16 +249,15 @@ def unloaded(config: dict[str, Any]) -> nn.Module:
     try:
         return model_class(args_class.from_dict(config))  # type: ignore[attr-defined]
     except (KeyError, TypeError) as error:
-        if lacking := _lacking(error, config):
+        if lacking := _lacking(error):
             raise ValueError(f"config.json lacks {', '.join(lacking)}") from error
         raise
 
 
-def _lacking(error: KeyError | TypeError, config: dict[str, Any]) -> list[str]:
+def _lacking(error: KeyError | TypeError) -> list[str]:
     """The fields without which a model's arguments cannot be made, if that is it."""
     if isinstance(error, KeyError):
-        key = str(error.args[0])  # or a value of the config that mlx-lm does not know
-        return [] if f'"{key}"' in json.dumps(config) else [key]
+        return [str(error.args[0])]
     missing = re.search(r"__init__\(\) missing \d+ required .*: (.*)", str(error))
     return re.findall(r"'(\w+)'", missing[1]) if missing else []
 
