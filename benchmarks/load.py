@@ -12,6 +12,7 @@ that of mlx-lm's loading in one process; imports and tokenizers count for neithe
 
 import argparse
 import json
+import math
 import statistics
 import tempfile
 import time
@@ -30,7 +31,9 @@ from mlxtp.checkpoint.runs import PAGE_BYTES
 from mlxtp.checkpoint.tensors import StoredTensor, Tensor
 from mlxtp.layers import parallelize as parallelize  # not timed: load imports it
 from mlxtp.loading import load_model
+from mlxtp.model import sources
 from mlxtp.model.skeleton import EmptyModel, build
+from mlxtp.model.sources import Computed
 from mlxtp.partition.spans import Slice
 from mlxtp.sharding.decide import slice_table
 
@@ -45,11 +48,19 @@ def main() -> None:
         action="store_true",
         help="the shapes of Qwen3 30B-A3B, a tensor for each expert, 2 layers",
     )
+    parser.add_argument(
+        "--computed",
+        action="store_true",
+        help="follow no weight transform: with --experts the ranks compute "
+        "each stack of experts in turn, one rank for all",
+    )
     parser.add_argument("--turns", type=int, default=5, help="of the timing")
     parser.add_argument("--folder", type=Path, help="keep the checkpoint here")
     sides = {"memory": measure, "mlxtp": time_mlxtp, "mlx-lm": time_mlx_lm}
     parser.add_argument("--side", choices=sides, help=argparse.SUPPRESS)
     args = parser.parse_args()
+    if args.computed:
+        sources.PRIMITIVES = {}
     if args.side:
         sides[args.side](args.folder)
         return
@@ -63,7 +74,9 @@ def main() -> None:
             take_experts_apart(args.folder)
 
         def side(name: str, ranks: int) -> dict[str, Any]:
-            return measured(ranks, __file__, "--side", name, "--folder", args.folder)
+            more = ["--computed"] if args.computed else []
+            options = ["--side", name, "--folder", args.folder, *more]
+            return measured(ranks, __file__, *options)
 
         result = side("memory", args.ranks)
         turns = [
@@ -82,7 +95,7 @@ def report(args: argparse.Namespace, result: dict[str, Any]) -> None:
         f"{'least to read':>14} {'read/least':>11}"
     )
     for number, rank in enumerate(ranks):
-        allowed = 1.2 * rank["slices_mb"] + 64
+        allowed = 1.2 * rank["slices_mb"] + 64 + rank["computed_mb"]
         print(
             f"{number:4} {rank['slices_mb']:8.1f} {rank['peak_mb']:12.1f} "
             f"{allowed:8.1f} {rank['read_mb']:8.1f} {rank['floor_mb']:14.1f} "
@@ -106,6 +119,14 @@ def measure(folder: Path) -> None:
     slices = slice_table(empty.model, [1] * comm.size).slices(comm.rank)
     slice_bytes = empty.bytes_of(slices)
     floor = floor_bytes(empty, slices)
+    computed = max(
+        (
+            math.prod(source.shape) * source.dtype.size
+            for source in empty.sources.values()
+            if isinstance(source, Computed)
+        ),
+        default=0,
+    )
     del empty
     with PeakMemory() as memory:
         model, _ = mlxtp.load(folder, comm)
@@ -114,6 +135,8 @@ def measure(folder: Path) -> None:
         "peak_mb": memory.above_bytes / 1e6,
         "read_mb": memory.read_bytes / 1e6,
         "floor_mb": floor / 1e6,
+        # The largest parameter that is computed whole, and the tensors behind it.
+        "computed_mb": 2 * computed / 1e6,
     }
     ranks = comm.allgather_object(figures)
     assert model is not None

@@ -14,7 +14,7 @@ from mlxtp.checkpoint import cut
 from mlxtp.checkpoint.cut import Shard
 from mlxtp.checkpoint.headers import Checkpoint
 from mlxtp.checkpoint.memory import gpu_limit_bytes
-from mlxtp.checkpoint.progress import progress_bar
+from mlxtp.checkpoint.progress import Advance, ignore, progress_bar
 from mlxtp.checkpoint.readahead import ReadAhead
 from mlxtp.checkpoint.tensors import Tensor, bytes_of
 from mlxtp.cluster import memory
@@ -22,8 +22,9 @@ from mlxtp.comm.communicator import Communicator
 from mlxtp.comm.errors import UsageError
 from mlxtp.fetch.fetch import fill
 from mlxtp.fetch.location import Location, locate
-from mlxtp.model.skeleton import EmptyModel, build
-from mlxtp.model.sources import needed
+from mlxtp.model.skeleton import EmptyModel, build, check_values
+from mlxtp.model.sources import Computed, needed
+from mlxtp.model.turns import compute_for_all
 from mlxtp.partition.shares import Share, Shares, as_shares
 from mlxtp.partition.spans import Slice
 from mlxtp.sharding.decide import slice_table
@@ -241,7 +242,11 @@ def prepare(
             )
             table = slice_table(empty.model, rank_shares)
             slices = table.slices(comm.rank)
-            tensors = needed(empty.sources, slices) if location.is_cut else {}
+            tensors = (
+                needed(empty.sources, slices, comm.rank, comm.size)
+                if location.is_cut
+                else {}
+            )
             if location.repo is None:
                 _check_here(tensors, empty.checkpoint, location)
         if table.remark and comm.rank == 0:
@@ -343,36 +348,70 @@ def _read(
     """Read this rank's slices and make the model compute with them."""
     from mlxtp.layers.parallelize import parallelize
 
-    with comm.agreement():
-        read_slices(plan.empty, checkpoint, plan.slices, show=show and comm.rank == 0)
+    show = show and comm.rank == 0
+    with progress_bar("Loading", plan.empty.bytes_of(plan.slices), show=show) as bar:
+        with comm.agreement():
+            read_slices(plan.empty, checkpoint, plan.slices, bar.update)
+            check_values(plan.empty.model)
+        compute_slices(plan.empty, checkpoint, plan.slices, comm, bar.update)
     parallelize(plan.empty.model, plan.table, comm)
     return plan.empty.model
 
 
 def read_slices(
-    empty: EmptyModel, checkpoint: Checkpoint, slices: dict[str, Slice], *, show: bool
+    empty: EmptyModel,
+    checkpoint: Checkpoint,
+    slices: dict[str, Slice],
+    advance: Advance = ignore,
 ) -> None:
-    """Put this rank's slices into the model, in the order of the files.
+    """Put the slices that this rank reads into the model, in the order of the files.
 
-    Sources are let go of as they are read: some hold what they computed.
+    What has to be computed whole is left to `compute_slices`.
 
     Raises: OSError if a file cannot be read.
     """
-    reads = {name: list(empty.sources[name].reads(slices[name])) for name in slices}
+    reads = {
+        name: list(source.reads(slices[name]))
+        for name, source in empty.sources.items()
+        if not isinstance(source, Computed)
+    }
 
     def position(name: str) -> tuple[str, int]:
         return min(
             (checkpoint.position(tensor) for tensor, _ in reads[name]), default=("", 0)
         )
 
-    order = sorted(slices, key=position)
+    order = sorted(reads, key=position)
     wanted = [tensor_and_part for name in order for tensor_and_part in reads[name]]
-    with (
-        ReadAhead(checkpoint, wanted) as reader,
-        progress_bar("Loading", empty.bytes_of(slices), show=show) as bar,
-    ):
+    with ReadAhead(checkpoint, wanted) as reader:
         for name in order:
-            array = empty.sources.pop(name).read(slices[name], reader.read)
+            array = empty.sources[name].read(slices[name], reader.read)
             mx.eval(array)
             empty.model.update(tree_unflatten([(name, array)]))
-            bar.update(array.nbytes)
+            advance(array.nbytes)
+
+
+def compute_slices(
+    empty: EmptyModel,
+    checkpoint: Checkpoint,
+    slices: dict[str, Slice],
+    comm: Communicator,
+    advance: Advance = ignore,
+) -> None:
+    """Put the slices of what has to be computed whole into the model.
+
+    The ranks take turns with the parameters, in the order of their names.
+
+    Communicates: what `compute_for_all` does, for each parameter.
+    Raises: UsageError as `compute_for_all`.
+    """
+    computed = {
+        name: source
+        for name, source in sorted(empty.sources.items())
+        if isinstance(source, Computed)
+    }
+    for number, (name, source) in enumerate(computed.items()):
+        root = number % comm.size
+        array = compute_for_all(comm, root, source, checkpoint, slices[name])
+        empty.model.update(tree_unflatten([(name, array)]))
+        advance(array.nbytes)

@@ -71,14 +71,15 @@ def shard(
     empty = build(folder, checkpoint=checkpoint, name=name)
     shares = as_shares(shares)
     table = slice_table(empty.model, shares)
-    ranks = [needed(empty.sources, table.slices(r)) for r in range(len(shares))]
+    size = len(shares)
+    ranks = [needed(empty.sources, table.slices(r), r, size) for r in range(size)]
     of_ranks = [{tensor.name: part for tensor, part in r.items()} for r in ranks]
     origin = Origin(folder.name, None, dict(checkpoint.headers))
     of_nobody = writing.rest(origin, of_ranks)
     cut.begin(output, origin, cut.small_files(folder))
     rest = {checkpoint.tensors[name].tensor: part for name, part in of_nobody.items()}
-    size = sum(map(bytes_of, [*ranks, rest]))
-    with progress_bar("Cutting", size, show=show) as bar:
+    total = sum(map(bytes_of, [*ranks, rest]))
+    with progress_bar("Cutting", total, show=show) as bar:
         parts = [(Shard(shares, rank), s) for rank, s in enumerate(of_ranks)]
         if of_nobody:
             parts.append((Shard(shares, None), of_nobody))

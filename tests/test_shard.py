@@ -285,17 +285,6 @@ def test_killed_while_it_cuts(tmp_path: Path) -> None:
 
 
 @once
-def test_what_cannot_be_followed_is_not_cut(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    folder = published.published("stacked", tmp_path)
-    monkeypatch.setattr("mlxtp.model.sources.PRIMITIVES", {})
-    with pytest.raises(ValueError, match="in a way that mlxtp cannot follow"):
-        shard(folder, [1, 1], tmp_path / "cut")
-    assert not (tmp_path / "cut").exists()
-
-
-@once
 def test_a_rank_has_the_bytes_of_its_slices(tmp_path: Path) -> None:
     folder, output = tmp_path / "model", tmp_path / "cut"
     folder.mkdir()

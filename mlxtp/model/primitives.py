@@ -60,6 +60,95 @@ def _each(function: Callable[..., mx.array]) -> Callable[..., Needed]:
     return rule
 
 
+def _numbered(*functions: Callable[..., mx.array]) -> Callable[..., Needed]:
+    """Primitives of one name that work on each element: the argument tells which."""
+
+    def rule(node: Any, region: Region) -> Needed:
+        return _each(functions[int(node.arguments[0])])(node, region)
+
+    return rule
+
+
+def _reduced(*functions: Callable[..., mx.array]) -> Callable[..., Needed]:
+    """Primitives of one name that make one element of all that lie on some axes.
+
+    Arguments: which one, and the axes, or an axis.
+    """
+
+    def rule(node: Any, region: Region) -> Needed:
+        number, axes = node.arguments[:2]
+        axes = [axes] if isinstance(axes, int) else list(axes)
+        inner = tuple(
+            Spans.whole(size) if axis in axes else spans
+            for axis, (size, spans) in enumerate(
+                zip(node.inputs[0].shape, region, strict=True)
+            )
+        )
+        axis = axes[0] if len(axes) == 1 else axes
+        function = functions[int(number)]
+        return Needed([inner], lambda inputs: function(inputs[0], axis, keepdims=True))
+
+    return rule
+
+
+def _arange(node: Any, region: Region) -> Needed:
+    start, stop, step = node.arguments
+    everything = mx.arange(start, stop, step, dtype=node.dtype)
+    return Needed([], lambda inputs: take(everything, whole(node.shape), region))
+
+
+def _gather(node: Any, region: Region) -> Needed | None:
+    """What lies at some places of one axis; the places have the first axes."""
+    axes, sizes = node.arguments
+    source, *places = node.inputs
+    rest = [n if i not in axes else 1 for i, n in enumerate(source.shape)]
+    if len(axes) != 1 or list(sizes) != rest:
+        return None
+    (axis,) = axes
+    count = len(places[0].shape)
+    inner = list(region[count:])
+    inner[axis] = Spans.whole(source.shape[axis])
+
+    def compute(inputs: list[mx.array]) -> mx.array:
+        taken = mx.take(inputs[0], inputs[1], axis)
+        first = range(axis, axis + count)
+        others = (i for i in range(taken.ndim) if i not in first)
+        return taken.transpose(*first, *others).reshape(shape_of(region))
+
+    return Needed([tuple(inner), region[:count]], compute)
+
+
+# In the order of MLX's numbers.
+MODES = ("affine", "mxfp4", "mxfp8", "nvfp4")
+
+
+def _quantize(node: Any, region: Region) -> Needed | None:
+    """Quantizing and dequantizing: whole groups of the last axis."""
+    group, bits, number, undo = node.arguments
+    mode, words = MODES[int(number)], group * bits // 32
+    tensors = 3 if mode == "affine" else 2  # packed weights, scales, biases
+    if len(node.inputs) != (tensors if undo else 1):
+        return None
+    length = group if undo else (words, 1, 1)[node.output]  # of a group in the output
+    *outer, last = region
+    held = last.aligned(length)
+    groups = Spans((a // length, b // length) for a, b in held)
+    inner = [groups.scaled(n) for n in ((words, 1, 1) if undo else (group,))]
+
+    def compute(inputs: list[mx.array]) -> mx.array:
+        if undo:
+            packed, scales = inputs[:2]
+            biases = inputs[2] if mode == "affine" else None
+            made = mx.dequantize(
+                packed, scales, biases, group, bits, mode, dtype=node.dtype
+            )
+        else:
+            made = mx.quantize(inputs[0], group, bits, mode)[node.output]
+        return take(made, (*outer, held), region)
+
+    return Needed([(*outer, spans) for spans in inner[: len(node.inputs)]], compute)
+
+
 def _as_type(node: Any, region: Region) -> Needed:
     return Needed([region], lambda inputs: inputs[0].astype(node.dtype))
 
@@ -237,22 +326,57 @@ def _linear(sizes: Sequence[int], region: Region) -> list[int]:
 PRIMITIVES: dict[str, Callable[[Any, Region], Needed | None]] = {
     "Abs": _each(mx.abs),
     "Add": _each(mx.add),
+    "Arange": _arange,
     "ArcSinh": _decoded_fp8,
+    "ArgReduce": _reduced(mx.argmin, mx.argmax),
     "AsType": _as_type,
+    "BitwiseBinary": _numbered(
+        mx.bitwise_and, mx.bitwise_or, mx.bitwise_xor, mx.left_shift, mx.right_shift
+    ),
     "Broadcast": _broadcast,
+    "Ceil": _each(mx.ceil),
     "Concatenate": _concatenate,
     "Divide": _each(mx.divide),
+    "Equal": _each(mx.equal),
+    "Exp": _each(mx.exp),
     "ExpandDims": _reshape,
+    "Expm1": _each(mx.expm1),
     "Flatten": _reshape,
+    "Floor": _each(mx.floor),
+    "Full": _each(lambda value: value),
+    "Gather": _gather,
+    "Greater": _each(mx.greater),
+    "GreaterEqual": _each(mx.greater_equal),
+    "Less": _each(mx.less),
+    "LessEqual": _each(mx.less_equal),
+    "Log": _numbered(mx.log2, mx.log10, mx.log),
+    "Log1p": _each(mx.log1p),
+    "LogicalAnd": _each(mx.logical_and),
+    "LogicalNot": _each(mx.logical_not),
+    "LogicalOr": _each(mx.logical_or),
+    "Maximum": _each(mx.maximum),
+    "Minimum": _each(mx.minimum),
     "Multiply": _each(mx.multiply),
     "Negative": _each(mx.negative),
+    "NotEqual": _each(mx.not_equal),
     "Pad": _pad,
+    "Power": _each(mx.power),
+    "Quantize": _quantize,
+    "Reduce": _reduced(mx.all, mx.any, mx.sum, mx.prod, mx.min, mx.max),
+    "Remainder": _each(mx.remainder),
     "Reshape": _reshape,
+    "Round": _each(mx.round),
+    "Select": _each(mx.where),
+    "Sigmoid": _each(mx.sigmoid),
+    "Sign": _each(mx.sign),
     "Slice": _slice,
     "Split": _split,
+    "Sqrt": _numbered(mx.sqrt, mx.rsqrt),
     "Square": _each(mx.square),
     "Squeeze": _reshape,
+    "StopGradient": _each(lambda x: x),
     "Subtract": _each(mx.subtract),
+    "Tanh": _each(mx.tanh),
     "Transpose": _transpose,
     "Unflatten": _reshape,
     "View": _view,

@@ -4,8 +4,11 @@ import contextlib
 import dataclasses
 import io
 import json
-from collections.abc import Callable, Mapping
+import re
+from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import mlx.core as mx
@@ -71,8 +74,6 @@ def build(
         model of mlx-lm, and for parameters that are missing, unexpected or of
         another shape than the model's.
     """
-    from mlx_lm.utils import load_model
-
     name = name or str(folder)
     given = read_json(folder / "config.json", needed=["model_type"])
     if trust_remote_code and "model_file" in given:
@@ -81,28 +82,17 @@ def build(
             "mlxtp does not know how to split it"
         )
     checkpoint = checkpoint or open_checkpoint(folder)
-    # mlx-lm gets arrays that read themselves when they are evaluated, which nobody
-    # does: their identity tells which parameter comes from which tensor.
-    unread = _unread(checkpoint)
-    hook = _LoadHook(unread)
+    loader = _Loader(folder, model_config, _unread(checkpoint))
     try:
-        model, config = load_model(
-            folder,
-            lazy=True,
-            strict=False,  # what is wrong with the weights we say ourselves
-            model_config=model_config,
-            get_model_classes=hook.classes,
-            trust_remote_code=trust_remote_code,
-        )
+        model, config, weights = loader.load({})
     except Exception as error:  # all that mlx-lm may stumble over in a config
         reason = str(error) if isinstance(error, ValueError) else repr(error)
         raise ValueError(
             f"mlx-lm cannot build the model in {name}: {reason}"
         ) from error
-    del model.sanitize, model.load_weights  # they hold on to what is computed
-    _check_parameters(model, hook.weights, name)
-    model.update(tree_unflatten(list(hook.weights.items())))
-    tensors = _by_identity(unread, checkpoint)
+    _check_parameters(model, weights, name)
+    model.update(tree_unflatten(list(weights.items())))
+    tensors = _by_identity(loader.unread, checkpoint)
     if adapter is not None:
         added = _add_adapter(model, adapter)
         adapted = _unread(added)
@@ -114,21 +104,30 @@ def build(
         tensors |= _by_identity(adapted, added)
         checkpoint = checkpoint.updated(added)
     parameters = dict(tree_flatten(model.parameters()))
-    sources = _sources(parameters, tensors, hook)
+    sources = _sources(parameters, tensors, loader, weights)
     return EmptyModel(model, config, sources, checkpoint)
 
 
 def _unread(checkpoint: Checkpoint) -> dict[str, mx.array]:
-    """Arrays that are read when they are evaluated; zeros for what lies in pieces."""
-    stored = checkpoint.tensors
-    files = {s.pieces[0].file for s in stored.values() if s.is_whole}
-    loaded: dict[Path, Any] = {file: mx.load(str(file)) for file in sorted(files)}
+    """Arrays that stand for the tensors, wherever they lie; nobody evaluates them.
+
+    They are ones: mlx-lm looks at values of one type, prism_hadamard_qwen35, and takes
+    ones. `check_values` looks at what was read.
+    """
     return {
-        name: loaded[s.pieces[0].file][name]
-        if s.is_whole
-        else mx.zeros(s.tensor.shape, s.tensor.dtype)
-        for name, s in stored.items()
+        name: mx.ones(stored.tensor.shape, stored.tensor.dtype)
+        for name, stored in checkpoint.tensors.items()
     }
+
+
+def check_values(model: nn.Module) -> None:
+    """Look at the values that mlx-lm looks at while it loads, once they are there.
+
+    Raises: ValueError for signs of a rotation that are not signs.
+    """
+    for name, array in tree_flatten(model.parameters()):
+        if name.endswith(".signs") and mx.any(mx.abs(array) != 1).item():
+            raise ValueError(f"{name} has other values than -1 and +1")
 
 
 def _by_identity(
@@ -141,96 +140,126 @@ def _by_identity(
 def _sources(
     parameters: Mapping[str, mx.array],
     tensors: Mapping[int, Tensor],
-    hook: "_LoadHook",
+    loader: "_Loader",
+    weights: Mapping[str, mx.array],
 ) -> dict[str, Source]:
     """Where each parameter comes from: a tensor, or what mlx-lm computes of some.
 
-    `tensors` are those that unread arrays stand for, by the identity of the array.
+    `tensors` are those that unread arrays stand for, by the identity of the array;
+    `weights` is what mlx-lm loads into the model before it gets an adapter.
     """
     sources: dict[str, Source] = {
         name: tensors[id(parameter)]
         for name, parameter in parameters.items()
         if id(parameter) in tensors
     }
-    # By the names that they have after mlx-lm's renaming.
-    names = {id(array): name for name, array in hook.sanitized.items()}
+    names = {id(array): name for name, array in weights.items()}
     computed = {
         name: names[id(parameter)]
         for name, parameter in parameters.items()
-        if name not in sources and id(parameter) in names
-    }
-    if computed:
-        given = {name: tensors[id(array)] for name, array in hook.unread.items()}
-        traced = trace(hook.sanitize_again, given, sorted(set(computed.values())))
-        sources |= {
-            name: traced[inner] for name, inner in computed.items() if inner in traced
-        }
-    return sources | {
-        name: Computed(parameter)
-        for name, parameter in parameters.items()
         if name not in sources
     }
+    if not computed:
+        return sources
+    given = {name: tensors[id(array)] for name, array in loader.unread.items()}
+    traced = trace(loader.weights, given, sorted(set(computed.values())))
+    for name, inner in computed.items():
+        array = weights[inner]
+        sources[name] = traced.get(inner) or Computed(
+            tuple(given[tensor] for tensor in loader.behind(array)),
+            partial(loader.weight, inner),
+            array.shape,
+            array.dtype,
+        )
+    return sources
 
 
-class _LoadHook:
-    """Stands between mlx-lm's `load_model` and its models, and sees what passes.
+class _Loader:
+    """Runs mlx-lm's `load_model` with other arrays than those of the files.
 
-    Its models take the arrays `unread` for the checkpoint. `sanitized` is what mlx-lm
-    makes of them, `weights` is what it would load into the model.
+    `unread` stand for the tensors that `load` is not given.
     """
 
-    def __init__(self, unread: Mapping[str, mx.array]) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        model_config: dict[str, Any] | None,
+        unread: dict[str, mx.array],
+    ) -> None:
+        self._folder = folder
+        self._model_config = model_config
         self.unread = unread
-        self.sanitized: dict[str, mx.array] = {}
-        self.weights: dict[str, mx.array] = {}
-        self._make: Callable[[], nn.Module] | None = None
 
-    def classes(
-        self, config: dict[str, Any]
-    ) -> tuple[Callable[[Any], nn.Module], type]:
-        """Give `load_model` the classes of a config: a model's maker, its arguments'.
+    def load(
+        self, tensors: Mapping[str, mx.array]
+    ) -> tuple[nn.Module, dict[str, Any], dict[str, mx.array]]:
+        """Build the model, and let mlx-lm make its weights of `tensors`.
 
-        Raises: ValueError if the config lacks what mlx-lm has no default for.
+        Returns: the model without weights, its config, and the weights by name.
+
+        Raises: ValueError if the config lacks something; whatever mlx-lm raises.
         """
-        model_class, args_class = _imported(config)
-        missing = [
-            field.name
-            for field in dataclasses.fields(args_class)
-            if field.name not in config
-            and field.default is dataclasses.MISSING
-            and field.default_factory is dataclasses.MISSING
-        ]
-        if missing:
-            raise ValueError(f"config.json lacks {', '.join(missing)}")
+        from mlx_lm.utils import load_model
 
-        def hooked(args: Any) -> nn.Module:
-            self._make = lambda: model_class(args)
-            model = model_class(args)
+        weights: dict[str, mx.array] = {}
+        as_it_is = SimpleNamespace(from_dict=lambda config: config)
+
+        def model_of(config: dict[str, Any]) -> nn.Module:
+            model = unloaded(config)
             sanitize = getattr(model, "sanitize", dict)
-
-            def sanitize_unread(_: Any) -> dict[str, mx.array]:
-                self.sanitized = sanitize(dict(self.unread))
-                return self.sanitized
-
-            model.sanitize = sanitize_unread
-            model.load_weights = lambda pairs, strict: self.weights.update(pairs)
+            model.sanitize = lambda _: sanitize({**self.unread, **tensors})
+            model.load_weights = lambda pairs, strict: weights.update(pairs)
             return model
 
-        return hooked, args_class
+        model, config = load_model(
+            self._folder,
+            lazy=True,
+            strict=False,  # what is wrong with the weights we say ourselves
+            model_config=self._model_config,
+            get_model_classes=lambda config: (model_of, as_it_is),
+        )
+        del model.sanitize, model.load_weights  # they hold on to the arrays
+        return model, config, weights
 
-    def sanitize_again(self, weights: dict[str, mx.array]) -> dict[str, mx.array]:
-        """Let mlx-lm sanitize other `weights`, by a model that has seen none yet."""
-        assert self._make is not None
-        return self._make().sanitize(weights)
+    def weights(self, tensors: dict[str, mx.array]) -> dict[str, mx.array]:
+        """What mlx-lm makes of `tensors`: weights by name."""
+        return self.load(tensors)[2]
+
+    def weight(self, name: str, tensors: dict[str, mx.array]) -> mx.array:
+        """What mlx-lm makes of `tensors`: the weight `name`."""
+        return self.load(tensors)[2][name]
+
+    def behind(self, array: mx.array) -> list[str]:
+        """The tensors that an array is made of, if it is made of `unread` ones."""
+        names = {f"unread {i}": name for i, name in enumerate(self.unread)}
+        marks = dict(zip(names, self.unread.values(), strict=True))
+        graph = io.StringIO()
+        mx.export_to_dot(graph, array, **marks)
+        named = re.findall(r'^"(unread \d+)" ->', graph.getvalue(), re.MULTILINE)
+        return [names[mark] for mark in dict.fromkeys(named)]
 
 
 def unloaded(config: dict[str, Any]) -> nn.Module:
     """Make the model of a config as mlx-lm makes it, before any weights.
 
-    Raises: ValueError if mlx-lm cannot import its type; what it raises for others.
+    Raises: ValueError if mlx-lm cannot import its type, or the config lacks what
+        mlx-lm has no default for; what mlx-lm raises for others.
     """
     model_class, args_class = _imported(config)
-    return model_class(args_class.from_dict(config))  # type: ignore[attr-defined]
+    try:
+        return model_class(args_class.from_dict(config))  # type: ignore[attr-defined]
+    except (KeyError, TypeError) as error:
+        if lacking := _lacking(error):
+            raise ValueError(f"config.json lacks {', '.join(lacking)}") from error
+        raise
+
+
+def _lacking(error: KeyError | TypeError) -> list[str]:
+    """The fields without which a model's arguments cannot be made, if that is it."""
+    if isinstance(error, KeyError):
+        return [str(error.args[0])]
+    missing = re.search(r"__init__\(\) missing \d+ required .*: (.*)", str(error))
+    return re.findall(r"'(\w+)'", missing[1]) if missing else []
 
 
 def _imported(config: dict[str, Any]) -> tuple[type, type]:

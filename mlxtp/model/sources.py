@@ -1,11 +1,13 @@
 """Where a model's parameters come from, and how slices of them are read.
 
-A parameter is a tensor of the checkpoint, or mlx-lm's `sanitize` computes it: stacks
+A parameter is a tensor of the checkpoint, or mlx-lm computes it of some: stacks
 experts, transposes, splits, dequantizes. That is a *weight transform*. It is traced
 once as a graph of MLX's primitives, through which a slice of the parameter is followed
-backwards to slices of tensors. Tensors are known by name here, wherever they lie.
+backwards to slices of tensors. What cannot be followed is `Computed`, of whole tensors.
+Tensors are known by name here, wherever they lie.
 """
 
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -43,27 +45,35 @@ class Source(Protocol):
 
 @dataclass(frozen=True)
 class Computed:
-    """A parameter that mlx-lm can only compute whole: a slice is kept of it."""
+    """A parameter that can only be computed of whole `tensors`, by mlx-lm's own code.
 
-    array: mx.array
+    `compute` is given these by name. Of several ranks one computes the parameter for
+    all (`turns.compute_for_all`), and each keeps a band of the tensors.
+    """
 
-    @property
-    def shape(self) -> tuple[int, ...]:
-        """The shape of the whole parameter."""
-        return self.array.shape
-
-    @property
-    def dtype(self) -> mx.Dtype:
-        """The type of the parameter."""
-        return self.array.dtype
+    tensors: tuple[Tensor, ...]
+    compute: Callable[[dict[str, mx.array]], mx.array]
+    shape: tuple[int, ...]
+    dtype: mx.Dtype
 
     def read(self, part: Slice, read_tensor: ReadTensor) -> mx.array:
-        """Compute the parameter from whole files, and take a slice of it."""
-        return mx.contiguous(take(self.array, whole(self.shape), _region(part)))
+        """Read whole tensors, and take a slice of what mlx-lm makes of them."""
+        reads = self.reads(part)
+        tensors = {tensor.name: read_tensor(tensor, all_) for tensor, all_ in reads}
+        return cut_out(self.compute(tensors), part)
 
     def reads(self, part: Slice) -> Iterator[tuple[Tensor, Slice]]:
-        """Say which slices of tensors are asked for: none, MLX reads the files."""
-        return iter(())
+        """Say which tensors `read` asks for: whatever the slice, the same."""
+        for tensor in self.tensors:
+            yield tensor, Slice(tensor.shape)
+
+    def band(self, tensor: Tensor, rank: int, size: int) -> Slice:
+        """The rows of a tensor that one of `size` ranks keeps."""
+        if not tensor.shape:
+            return Slice(tensor.shape)  # one element, on every rank
+        rows = tensor.shape[0]
+        edges = rows * rank // size, rows * (rank + 1) // size
+        return Slice(tensor.shape, 0, Spans([edges]))
 
 
 @dataclass(frozen=True)
@@ -87,13 +97,15 @@ class Node:
 
     def read(self, part: Slice, read_tensor: ReadTensor) -> mx.array:
         """Read a slice of the output. Errors as in `Source.read`."""
-        array = _read_region(self, _region(part), read_tensor)
+        array = _Reading(self, region_of(part), read_tensor).result
         mx.eval(array)
         return array
 
     def reads(self, part: Slice) -> Iterator[tuple[Tensor, Slice]]:
         """Say which slices of tensors `read` asks for, one after the other."""
-        return _reads(self, _region(part))
+        for source, region in _uses(self, region_of(part)):
+            if isinstance(source, Tensor):
+                yield source, _outermost(source, region)
 
     def needed(self, region: Region) -> Needed | None:
         """What of the inputs a region takes; None if it cannot be had by itself."""
@@ -105,33 +117,46 @@ class Node:
         assert needed is not None
         return needed
 
+    def parts_of(
+        self, needed: Needed
+    ) -> list[tuple["Node | Tensor | mx.array", Region]]:
+        """The inputs of which something is needed, and what."""
+        return [
+            (source, region)
+            for source, region in zip(self.inputs, needed.regions, strict=True)
+            if region is not None
+        ]
+
+    def parts(self, region: Region) -> list[tuple["Node | Tensor | mx.array", Region]]:
+        """The regions of inputs that a region takes."""
+        return self.parts_of(self.needed(region) or self.needed_for_all())
+
 
 def needed(
-    sources: Mapping[str, Source], slices: Mapping[str, Slice]
+    sources: Mapping[str, Source], slices: Mapping[str, Slice], rank: int, size: int
 ) -> dict[Tensor, Slice]:
-    """The slices of tensors that reading `slices` of parameters takes.
+    """The slices of tensors that one of `size` ranks keeps to have its parameters.
 
-    Raises: ValueError for a parameter that can only be computed whole.
+    `slices` are those of its parameters. Of what can only be computed whole it keeps
+    bands of the tensors.
     """
     result: dict[Tensor, Slice] = {}
     for name, part in slices.items():
         source = sources[name]
+        reads = source.reads(part)
         if isinstance(source, Computed):
-            raise ValueError(
-                f"mlx-lm computes {name} of the checkpoint in a way that mlxtp cannot "
-                "follow: it cannot be cut, and is only read from a whole one"
-            )
-        for tensor, wanted in source.reads(part):
+            reads = ((t, source.band(t, rank, size)) for t in source.tensors)
+        for tensor, wanted in reads:
             result[tensor] = result.get(tensor, wanted).union(wanted)
     return result
 
 
 def trace(
-    sanitize: Callable[[dict[str, mx.array]], Mapping[str, mx.array]],
+    load: Callable[[dict[str, mx.array]], Mapping[str, mx.array]],
     tensors: Mapping[str, Tensor],
     wanted: Sequence[str],
-) -> dict[str, Node]:
-    """Trace how `sanitize` makes the `wanted` parameters out of `tensors`.
+) -> dict[str, Source]:
+    """Trace how `load` makes the `wanted` parameters out of `tensors`.
 
     Returns: the parameters of which every step is known; others are left out.
     """
@@ -139,13 +164,13 @@ def trace(
     arrays = [mx.zeros(tensor.shape, tensor.dtype) for tensor in tensors.values()]
     events: list[dict[str, Any]] = []
 
-    def sanitized(*arrays: mx.array) -> list[mx.array]:
-        made = sanitize(dict(zip(names, arrays, strict=True)))
+    def loaded(*arrays: mx.array) -> list[mx.array]:
+        made = load(dict(zip(names, arrays, strict=True)))
         return [made[name] for name in wanted]
 
     try:
         with _exportable():
-            mx.export_function(events.append, sanitized, *arrays)
+            mx.export_function(events.append, loaded, *arrays)
     except Exception:  # it looks at values, or does what cannot be exported
         return {}
     known: dict[str, Node | Tensor | mx.array] = {}
@@ -161,10 +186,17 @@ def trace(
         elif event["type"] == "primitive":
             known.update(_nodes(event, known))
     return {
-        name: node
+        name: _as_source(known[key])
         for name, (key, *_) in zip(wanted, outputs, strict=True)
-        if isinstance(node := known.get(key), Node)
+        if key in known
     }
+
+
+def _as_source(made: "Node | Tensor | mx.array") -> Source:
+    """What a parameter is; an array that depends on no tensor becomes a node."""
+    if isinstance(made, mx.array):
+        return Node("Full", (), (made,), (made.shape,), made.dtype)
+    return made
 
 
 def _nodes(
@@ -197,64 +229,102 @@ def _exportable() -> Iterator[None]:
         mx.contiguous, mx.from_fp8 = contiguous, from_fp8
 
 
-def _read_region(
-    source: "Node | Tensor | mx.array", region: Region, read_tensor: ReadTensor
-) -> mx.array:
-    """Compute a region of a source, reading what it takes."""
-    if isinstance(source, mx.array):
-        return take(source, whole(source.shape), region)
-    if isinstance(source, Tensor):
-        part = _outermost(source, region)
-        return take(read_tensor(source, part), _region(part), region)
-    if (needed := source.needed(region)) is not None:
-        return _compute(source, needed, read_tensor)
-    # Not to be had by itself: all of it, from whole inputs.
-    whole_array = _compute(source, source.needed_for_all(), read_tensor)
-    return mx.contiguous(take(whole_array, whole(source.shape), region))
+def _uses(
+    source: "Node | Tensor | mx.array", region: Region, again: bool = False
+) -> Iterator[tuple["Node | Tensor | mx.array", Region]]:
+    """What a region takes, itself first: each region of each source once.
+
+    With `again`, as often as it is used.
+    """
+    seen = set()
+    waiting = [(source, region)]
+    while waiting:
+        source, region = waiting.pop()
+        key = id(source), region
+        if key in seen:
+            if again:
+                yield source, region
+            continue
+        seen.add(key)
+        yield source, region
+        if isinstance(source, Node):
+            waiting += reversed(source.parts(region))
 
 
-def _compute(node: Node, needed: Needed, read_tensor: ReadTensor) -> mx.array:
-    parts = [
-        (source, region)
-        for source, region in zip(node.inputs, needed.regions, strict=True)
-        if region is not None
-    ]
-    if node.name == "Concatenate" and node.arguments[0] == 0 and len(parts) > 1:
-        return _join_rows(parts, node.dtype, read_tensor)
-    return needed.compute(
-        [_read_region(source, region, read_tensor) for source, region in parts]
-    )
+class _Reading:
+    """One read of a region of a node; what several nodes use is made once.
+
+    `result` is an array of the region.
+    """
+
+    def __init__(self, node: Node, region: Region, read_tensor: ReadTensor) -> None:
+        self._read_tensor = read_tensor
+        uses = _uses(node, region, again=True)
+        self._uses_left = Counter((id(source), region) for source, region in uses)
+        self._made: dict[tuple[int, Region], mx.array] = {}
+        self.result = self._region(node, region)
+
+    def _region(self, source: "Node | Tensor | mx.array", region: Region) -> mx.array:
+        """Compute a region of a source, reading what it takes."""
+        key = id(source), region
+        self._uses_left[key] -= 1
+        array = self._made.pop(key, None)
+        if array is None:
+            array = self._new_region(source, region)
+        if self._uses_left[key]:
+            self._made[key] = array
+        return array
+
+    def _new_region(
+        self, source: "Node | Tensor | mx.array", region: Region
+    ) -> mx.array:
+        if isinstance(source, mx.array):
+            return take(source, whole(source.shape), region)
+        if isinstance(source, Tensor):
+            part = _outermost(source, region)
+            return take(self._read_tensor(source, part), region_of(part), region)
+        if (needed := source.needed(region)) is not None:
+            return self._computed(source, needed)
+        # Not to be had by itself: all of it, from whole inputs.
+        everything = self._computed(source, source.needed_for_all())
+        return mx.contiguous(take(everything, whole(source.shape), region))
+
+    def _computed(self, node: Node, needed: Needed) -> mx.array:
+        parts = node.parts_of(needed)
+        if node.name == "Concatenate" and node.arguments[0] == 0 and len(parts) > 1:
+            return self._joined_rows(parts, node.dtype)
+        return needed.compute([self._region(*part) for part in parts])
+
+    def _joined_rows(
+        self,
+        parts: Sequence[tuple["Node | Tensor | mx.array", Region]],
+        dtype: mx.Dtype,
+    ) -> mx.array:
+        """Join on the first axis; no two parts lie in memory besides the result."""
+        shapes = [shape_of(region) for _, region in parts]
+        length = sum(shape[0] for shape in shapes)
+        array, memory = allocate((length, *shapes[0][1:]), dtype)
+        filled = 0
+        for source, region in parts:
+            part = bytes_in(mx.contiguous(self._region(source, region)))
+            memory[filled : filled + part.size] = part
+            filled += part.size
+        return array
 
 
-def _join_rows(
-    parts: Sequence[tuple["Node | Tensor | mx.array", Region]],
-    dtype: mx.Dtype,
-    read_tensor: ReadTensor,
-) -> mx.array:
-    """Join on the first axis, so that no two parts lie in memory besides the result."""
-    shapes = [shape_of(region) for _, region in parts]
-    length = sum(shape[0] for shape in shapes)
-    array, memory = allocate((length, *shapes[0][1:]), dtype)
-    filled = 0
-    for source, region in parts:
-        part = mx.contiguous(_read_region(source, region, read_tensor))
-        part_bytes = part.reshape(-1).view(mx.uint8)
-        memory[filled : filled + part_bytes.size] = np.asarray(part_bytes)
-        filled += part_bytes.size
-    return array
+def bytes_in(array: mx.array) -> np.ndarray:
+    """The memory of a contiguous array.
+
+    Shapes: array (...) -> (n,) uint8.
+    """
+    return np.asarray(array.reshape(-1).view(mx.uint8))
 
 
-def _reads(
-    source: "Node | Tensor | mx.array", region: Region
-) -> Iterator[tuple[Tensor, Slice]]:
-    """The slices of tensors that `_read_region` asks for, one after the other."""
-    if isinstance(source, Tensor):
-        yield source, _outermost(source, region)
-    elif isinstance(source, Node):
-        needed = source.needed(region) or source.needed_for_all()
-        for inner, inner_region in zip(source.inputs, needed.regions, strict=True):
-            if inner_region is not None:
-                yield from _reads(inner, inner_region)
+def cut_out(array: mx.array, part: Slice) -> mx.array:
+    """A slice of a whole array, in memory of its own."""
+    piece = mx.contiguous(take(array, whole(array.shape), region_of(part)))
+    mx.eval(piece)
+    return piece
 
 
 def _outermost(tensor: Tensor, region: Region) -> Slice:
@@ -264,7 +334,7 @@ def _outermost(tensor: Tensor, region: Region) -> Slice:
     return Slice(tensor.shape, cut, Spans() if cut is None else region[cut])
 
 
-def _region(part: Slice) -> Region:
+def region_of(part: Slice) -> Region:
     """The region that a slice is."""
     full = whole(part.full_shape)
     if part.axis is None:

@@ -12,7 +12,6 @@ from mlx_lm.utils import load_model
 from published import CASES, published
 
 from mlxtp.checkpoint.tensors import Tensor
-from mlxtp.loading import read_slices
 from mlxtp.model.skeleton import build
 from mlxtp.model.sources import Computed
 from mlxtp.sharding.decide import slice_table
@@ -70,24 +69,6 @@ def test_reads_own_bytes(
         # What a block of FP8 has in common with others is read by all of them.
         slack = 1.3 if case != "fp8" else 2.5
         assert read - before <= slack * share * source + 128, (name, made.shape)
-
-
-def test_what_is_computed_whole_is_let_go(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Without a graph, one parameter at a time is there besides what is held."""
-    folder = published("stacked", tmp_path)
-    monkeypatch.setattr("mlxtp.model.sources.PRIMITIVES", {})
-    empty = build(folder)
-    largest = max(a.nbytes for _, a in tree_flatten(empty.model.parameters()))
-    slices = slice_table(empty.model, [1] * RANKS).slices(0)
-    assert any(isinstance(source, Computed) for source in empty.sources.values())
-    before = mx.get_active_memory()
-    mx.reset_peak_memory()
-    read_slices(empty, empty.checkpoint, slices, show=False)
-    held = sum(array.nbytes for _, array in tree_flatten(empty.model.parameters()))
-    # The tensors that a parameter is made of, and the parameter before it is cut.
-    assert mx.get_peak_memory() - before <= held + 2 * largest
 
 
 def _bytes_behind(source: Any) -> list[np.ndarray]:

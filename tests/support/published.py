@@ -106,6 +106,55 @@ def mxfp4(tensors: Tensors) -> Tensors:
     return made
 
 
+def as_converted(tensors: Tensors) -> Tensors:
+    return tensors
+
+
+def keys_and_values_together(tensors: Tensors) -> Tensors:
+    """DeepSeek as it was converted before mlx-lm split kv_b_proj, in 4 bits."""
+    made = {}
+    for name, tensor in tensors.items():
+        if ".embed_q." in name:
+            values = tensors[name.replace("embed_q", "unembed_out")]
+            both = mx.concatenate([tensor.swapaxes(1, 2), values], axis=1)
+            stem = name.replace("embed_q.weight", "kv_b_proj")
+            packed = mx.quantize(both.flatten(0, 1), 32, 4)
+            leaves = ("weight", "scales", "biases")
+            made |= {
+                f"{stem}.{leaf}": x for leaf, x in zip(leaves, packed, strict=True)
+            }
+        elif ".unembed_out." not in name:
+            made[name] = tensor
+    return made
+
+
+def awq(tensors: Tensors) -> Tensors:
+    """(in, out / 8): eight outputs in an integer, and so the zeros of each group."""
+    made = {}
+    for name, tensor in tensors.items():
+        if not name.endswith("_proj.weight"):
+            made[name] = tensor
+            continue
+        stem, (outputs, inputs) = name.removesuffix(".weight"), tensor.shape
+        for leaf, rows in (("qweight", inputs), ("qzeros", inputs // 32)):
+            key = mx.random.key(len(made))
+            bits = mx.random.randint(0, 2**31 - 1, (rows, outputs // 8), key=key)
+            made[f"{stem}.{leaf}"] = bits
+        scales = 0.01 + 0.01 * mx.random.uniform(shape=(inputs // 32, outputs))
+        made[f"{stem}.scales"] = scales.astype(mx.float16)
+    return made
+
+
+def gptq(tensors: Tensors) -> Tensors:
+    """As AWQ, symmetric: without zeros."""
+    return {n: t for n, t in awq(tensors).items() if not n.endswith(".qzeros")}
+
+
+def quantization(method: str) -> dict[str, Any]:
+    given = {"quant_method": method, "bits": 4, "group_size": 32}
+    return {"quantization_config": given}
+
+
 CASES: dict[str, tuple[str, Callable[[Tensors], Tensors], dict[str, Any]]] = {
     "stacked": ("qwen3_moe", experts_apart, {}),
     "split": ("llama4", gates_and_ups_together, {}),
@@ -114,6 +163,15 @@ CASES: dict[str, tuple[str, Callable[[Tensors], Tensors], dict[str, Any]]] = {
     "added": ("qwen3_next", around_one, {}),
     "fp8": ("deepseek_v3", fp8, {}),
     "mxfp4": ("gpt_oss", mxfp4, {"quantization_config": {"quant_method": "mxfp4"}}),
+    "awq": ("llama", awq, quantization("awq")),
+    "gptq": ("qwen2", gptq, quantization("gptq")),
+    "kv_b": (
+        "glm4_moe_lite",
+        keys_and_values_together,
+        {"quantization": {"group_size": 32, "bits": 4}},
+    ),
+    "normed": ("baichuan_m1", as_converted, {}),
+    "reshaped": ("rwkv7", as_converted, {}),
 }
 
 

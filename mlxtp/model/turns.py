@@ -1,0 +1,106 @@
+"""Parameters that can only be computed whole: one rank computes each for all.
+
+Each rank keeps a band of rows of the tensors behind such a parameter. In turn the ranks
+gather the bands, let mlx-lm compute the parameter, hand its slices out, and keep
+nothing of it. So no rank holds more of a model than its slices, beside the tensors of
+one parameter and the parameter itself.
+"""
+
+import mlx.core as mx
+import numpy as np
+
+from mlxtp.checkpoint.headers import Checkpoint
+from mlxtp.checkpoint.memory import allocate
+from mlxtp.checkpoint.tensors import Tensor
+from mlxtp.comm.communicator import Communicator
+from mlxtp.model.sources import Computed, bytes_in, cut_out
+from mlxtp.partition.spans import Slice
+
+# The longest message.
+CHUNK_BYTES = 8 * 1024 * 1024
+
+
+def compute_for_all(
+    comm: Communicator, root: int, source: Computed, checkpoint: Checkpoint, part: Slice
+) -> mx.array:
+    """Let `root` compute a parameter of the ranks' bands, and give each its slice.
+
+    `checkpoint` has this rank's bands, `part` is its slice.
+
+    Communicates: the bytes of the bands to `root`, the bytes of the slices from it.
+
+    Raises: UsageError on every rank if a file cannot be read, or mlx-lm refuses the
+        tensors.
+    """
+    with comm.agreement():
+        bands = [
+            checkpoint.read(tensor, source.band(tensor, comm.rank, comm.size))
+            for tensor in source.tensors
+        ]
+    gathered = {
+        tensor.name: _gather(comm, root, source, tensor, band)
+        for tensor, band in zip(source.tensors, bands, strict=True)
+    }
+    del bands
+    array = None
+    with comm.agreement():
+        if comm.rank == root:
+            array = source.compute(gathered)
+            mx.eval(array)
+    del gathered
+    return _scatter(comm, root, array, part, source.dtype)
+
+
+def _gather(
+    comm: Communicator, root: int, source: Computed, tensor: Tensor, band: mx.array
+) -> mx.array:
+    """Put the bands of a tensor together on `root`; others get their band back."""
+    if not tensor.shape:
+        return band
+    is_root = comm.rank == root
+    array, memory = allocate(tensor.shape, tensor.dtype) if is_root else (band, None)
+    filled = 0
+    for rank in range(comm.size):
+        size = tensor.bytes_of(source.band(tensor, rank, comm.size))
+        target = memory[filled : filled + size] if memory is not None else None
+        _move(comm, rank, root, size, bytes_in(band), target)
+        filled += size
+    return array
+
+
+def _scatter(
+    comm: Communicator, root: int, array: mx.array | None, part: Slice, dtype: mx.Dtype
+) -> mx.array:
+    """Give each rank its `part` of the array that `root` has."""
+    mine, memory = allocate(part.shape, dtype)
+    for rank, wanted in enumerate(comm.allgather_object(part)):
+        data = None if array is None else bytes_in(cut_out(array, wanted))
+        _move(comm, root, rank, wanted.size * dtype.size, data, memory)
+    return mine
+
+
+def _move(
+    comm: Communicator,
+    source: int,
+    target: int,
+    size: int,
+    data: np.ndarray | None,
+    memory: np.ndarray | None,
+) -> None:
+    """Send `size` bytes from one rank's `data` into another's `memory`.
+
+    Communicates: one exchange a chunk, in which one rank sends.
+    """
+    for start in range(0, size, CHUNK_BYTES):
+        stop = min(start + CHUNK_BYTES, size)
+        to = [np.empty(0, np.uint8)] * comm.size
+        if comm.rank == source:
+            assert data is not None
+            to[target] = data[start:stop]
+        sizes = [0] * comm.size
+        if comm.rank == target:
+            sizes[source] = stop - start
+        received = comm.exchange(to, sizes)
+        if comm.rank == target:
+            assert memory is not None
+            memory[start:stop] = received[source]
