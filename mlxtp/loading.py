@@ -190,6 +190,7 @@ def _plan(
         )
         table = slice_table(empty.model, rank_shares)
         slices = table.slices(comm.rank)
+        empty.settle(slices)
         tensors = (
             needed(empty.sources, slices, comm.rank, comm.size)
             if location.is_cut
