@@ -242,6 +242,7 @@ def prepare(
             )
             table = slice_table(empty.model, rank_shares)
             slices = table.slices(comm.rank)
+            empty.settle(slices)
             tensors = (
                 needed(empty.sources, slices, comm.rank, comm.size)
                 if location.is_cut

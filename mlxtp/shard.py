@@ -71,6 +71,7 @@ def shard(
     empty = build(folder, checkpoint=checkpoint, name=name)
     shares = as_shares(shares)
     table = slice_table(empty.model, shares)
+    empty.settle(table.slices(0))
     size = len(shares)
     ranks = [needed(empty.sources, table.slices(r), r, size) for r in range(size)]
     of_ranks = [{tensor.name: part for tensor, part in r.items()} for r in ranks]

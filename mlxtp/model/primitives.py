@@ -323,6 +323,9 @@ def _linear(sizes: Sequence[int], region: Region) -> list[int]:
     return places
 
 
+# Those that take all of an axis, however little of the output is wanted.
+WIDENING = {"ArgReduce", "Gather", "Reduce"}
+
 PRIMITIVES: dict[str, Callable[[Any, Region], Needed | None]] = {
     "Abs": _each(mx.abs),
     "Add": _each(mx.add),

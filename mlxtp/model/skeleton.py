@@ -18,7 +18,7 @@ from mlx.utils import tree_flatten, tree_unflatten
 from mlxtp.checkpoint.cut import open_checkpoint
 from mlxtp.checkpoint.headers import Checkpoint
 from mlxtp.checkpoint.tensors import ReadTensor, Tensor
-from mlxtp.model.sources import Computed, Source, trace
+from mlxtp.model.sources import Computed, Source, trace, uncuttable
 from mlxtp.partition.spans import Slice
 
 # mlx-lm imports transformers, which takes seconds: it comes when a model is built.
@@ -41,6 +41,13 @@ class EmptyModel:
     ) -> mx.array:
         """Read a slice of the parameter `name`. Errors as in `Source.read`."""
         return self.sources[name].read(part, read_tensor or self.checkpoint.read)
+
+    def settle(self, slices: Mapping[str, Slice]) -> None:
+        """Have what cannot be cut as `slices` are computed whole, on every rank alike.
+
+        `slices` are those of any rank.
+        """
+        self.sources.update(uncuttable(self.sources, slices))
 
     def bytes_of(self, slices: Mapping[str, Slice]) -> int:
         """Bytes of slices of parameters."""

@@ -17,8 +17,16 @@ import mlx.core as mx
 import numpy as np
 
 from mlxtp.checkpoint.memory import allocate
-from mlxtp.checkpoint.tensors import ReadTensor, Tensor
-from mlxtp.model.primitives import PRIMITIVES, Needed, Region, shape_of, take, whole
+from mlxtp.checkpoint.tensors import ReadTensor, Tensor, bytes_of
+from mlxtp.model.primitives import (
+    PRIMITIVES,
+    WIDENING,
+    Needed,
+    Region,
+    shape_of,
+    take,
+    whole,
+)
 from mlxtp.partition.spans import Slice, Spans
 
 
@@ -127,6 +135,32 @@ class Node:
             if region is not None
         ]
 
+    def widens(self) -> bool:
+        """Whether something on the way takes all of an axis."""
+        return any(
+            isinstance(source, Node) and source.name in WIDENING
+            for source, _ in _uses(self, whole(self.shape))
+        )
+
+    def bytes_behind(self, part: Slice | None = None) -> int:
+        """Bytes of the tensors that a slice takes; of the whole output by default."""
+        taken: dict[Tensor, Slice] = {}
+        for tensor, wanted in self.reads(part or Slice(self.shape)):
+            taken[tensor] = taken.get(tensor, wanted).union(wanted)
+        return bytes_of(taken)
+
+    def computed_whole(self) -> "Computed":
+        """The same, to be computed of whole tensors."""
+        tensors = dict.fromkeys(tensor for tensor, _ in self.reads(Slice(self.shape)))
+
+        def compute(arrays: dict[str, mx.array]) -> mx.array:
+            def read(tensor: Tensor, part: Slice) -> mx.array:
+                return cut_out(arrays[tensor.name], part)
+
+            return self.read(Slice(self.shape), read)
+
+        return Computed(tuple(tensors), compute, self.shape, self.dtype)
+
     def parts(self, region: Region) -> list[tuple["Node | Tensor | mx.array", Region]]:
         """The regions of inputs that a region takes."""
         return self.parts_of(self.needed(region) or self.needed_for_all())
@@ -149,6 +183,32 @@ def needed(
         for tensor, wanted in reads:
             result[tensor] = result.get(tensor, wanted).union(wanted)
     return result
+
+
+def uncuttable(
+    sources: Mapping[str, Source], slices: Mapping[str, Slice]
+) -> dict[str, Computed]:
+    """What has to be computed whole because of the axis that `slices` cut it on.
+
+    Half of such a parameter takes more than three quarters of the tensors behind it. A
+    head that is divided by norms over its rows is one. The answer is the same for the
+    slices of all ranks.
+    """
+    return {
+        name: source.computed_whole()
+        for name, part in slices.items()
+        if isinstance(source := sources[name], Node)
+        and part.axis is not None
+        and source.widens()
+        and source.bytes_behind(_half(part)) > 0.75 * source.bytes_behind()
+    }
+
+
+def _half(part: Slice) -> Slice:
+    """The first half of the axis that a slice is cut on."""
+    assert part.axis is not None
+    spans = Spans.whole(part.full_shape[part.axis] // 2)
+    return Slice(part.full_shape, part.axis, spans)
 
 
 def trace(

@@ -56,7 +56,10 @@ def save(model_type: str, folder: Path) -> Any:
 @pytest.mark.parametrize(
     "model_type",
     # Ranks have nothing to do with it: one of them shows that.
-    [pytest.param(t, marks=[] if t == "qwen3_5" else pytest.mark.once) for t in WRAPPED],
+    [
+        pytest.param(t, marks=[] if t == "qwen3_5" else pytest.mark.once)
+        for t in WRAPPED
+    ],
 )
 def test_fields_at_another_place(
     model_type: str, comm: Communicator, shared_path: Path

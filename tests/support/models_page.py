@@ -46,9 +46,9 @@ mlx-lm loads as others: {aliases}.
 Read is whatever mlx-lm reads: what it writes itself, older conversions (such as those
 with an unsplit `kv_b_proj`, plain or quantized), the published forms that it converts
 while it loads, AWQ and GPTQ with and without zeros; the language model's fields at the
-top of config.json or inside it, as mlx-lm takes them. All of it from a folder, cut ahead
-of time, or by name from the hub. What mlx-lm refuses is refused in its words: AWQ and
-GPTQ with indices of groups (`g_idx`), for instance, a quantized `kv_b_proj` of
+top of config.json or inside it, as mlx-lm takes them. All of it from a folder, cut
+ahead of time, or by name from the hub. What mlx-lm refuses is refused in its words: AWQ
+and GPTQ with indices of groups (`g_idx`), for instance, a quantized `kv_b_proj` of
 bailing_moe_v3, any of kimi_vl.
 
 A type that is not in the table is recognised from its modules where these can be cut in

@@ -171,6 +171,7 @@ CASES: dict[str, tuple[str, Callable[[Tensors], Tensors], dict[str, Any]]] = {
         {"quantization": {"group_size": 32, "bits": 4}},
     ),
     "normed": ("baichuan_m1", as_converted, {}),
+    "norm_head": ("bailing_moe", as_converted, {"norm_head": True}),
     "reshaped": ("rwkv7", as_converted, {}),
 }
 
