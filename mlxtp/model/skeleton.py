@@ -4,7 +4,7 @@ import contextlib
 import dataclasses
 import io
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping, Set
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +13,12 @@ import mlx.nn as nn
 from mlx.utils import tree_flatten, tree_unflatten
 
 from mlxtp.checkpoint.cut import open_checkpoint
-from mlxtp.checkpoint.headers import Checkpoint
+from mlxtp.checkpoint.headers import (
+    Checkpoint,
+    absent_files,
+    index_of,
+    unlisted,
+)
 from mlxtp.checkpoint.tensors import ReadTensor, Tensor
 from mlxtp.model.sources import Computed, Source, trace
 from mlxtp.partition.spans import Slice
@@ -85,22 +90,30 @@ def build(
     # does: their identity tells which parameter comes from which tensor.
     unread = _unread(checkpoint)
     hook = _LoadHook(unread)
+    index = index_of(folder)
     try:
-        model, config = load_model(
-            folder,
-            lazy=True,
-            strict=False,  # what is wrong with the weights we say ourselves
-            model_config=model_config,
-            get_model_classes=hook.classes,
-            trust_remote_code=trust_remote_code,
-        )
+        with _no_files():
+            model, config = load_model(
+                folder,
+                lazy=True,
+                strict=False,  # what is wrong with the weights we say ourselves
+                model_config=model_config,
+                get_model_classes=hook.classes,
+                trust_remote_code=trust_remote_code,
+            )
     except Exception as error:  # all that mlx-lm may stumble over in a config
+        if isinstance(error, KeyError) and (
+            files := absent_files(error.args, checkpoint.headers, index)
+        ):
+            raise ValueError(_lacks(name, list(error.args), files)) from error
         reason = str(error) if isinstance(error, ValueError) else repr(error)
         raise ValueError(
             f"mlx-lm cannot build the model in {name}: {reason}"
         ) from error
     del model.sanitize, model.load_weights  # they hold on to what is computed
-    _check_parameters(model, hook.weights, name)
+    others = {id(unread[tensor]) for tensor in unlisted(checkpoint.headers, index)}
+    _leave_out(others, model, hook.weights)
+    _check_parameters(model, hook.weights, name, checkpoint, index)
     model.update(tree_unflatten(list(hook.weights.items())))
     tensors = _by_identity(unread, checkpoint)
     if adapter is not None:
@@ -115,6 +128,7 @@ def build(
         checkpoint = checkpoint.updated(added)
     parameters = dict(tree_flatten(model.parameters()))
     sources = _sources(parameters, tensors, hook)
+    _check_types(sources, checkpoint)
     return EmptyModel(model, config, sources, checkpoint)
 
 
@@ -122,10 +136,17 @@ def _unread(checkpoint: Checkpoint) -> dict[str, mx.array]:
     """Arrays that are read when they are evaluated; zeros for what lies in pieces."""
     stored = checkpoint.tensors
     files = {s.pieces[0].file for s in stored.values() if s.is_whole}
-    loaded: dict[Path, Any] = {file: mx.load(str(file)) for file in sorted(files)}
+    of_mlx = {
+        file
+        for file in files
+        if all(
+            s.tensor.is_readable for s in checkpoint.headers[file.name].tensors.values()
+        )
+    }
+    loaded: dict[Path, Any] = {file: mx.load(str(file)) for file in sorted(of_mlx)}
     return {
         name: loaded[s.pieces[0].file][name]
-        if s.is_whole
+        if s.is_whole and s.pieces[0].file in of_mlx
         else mx.zeros(s.tensor.shape, s.tensor.dtype)
         for name, s in stored.items()
     }
@@ -248,19 +269,75 @@ def _imported(config: dict[str, Any]) -> tuple[type, type]:
         ) from error
 
 
+@contextlib.contextmanager
+def _no_files() -> Iterator[None]:
+    """Keep mlx-lm from opening files of weights: it is given others, and MLX refuses a
+    file for the type of one tensor in it, used or not."""
+    load = mx.load
+    mx.load = lambda *_, **__: {}
+    try:
+        yield
+    finally:
+        mx.load = load
+
+
+def _leave_out(
+    others: Set[int], model: nn.Module, weights: dict[str, mx.array]
+) -> None:
+    """Take from `weights` those that are not the model's if they are among `others`."""
+    for name in weights.keys() - dict(tree_flatten(model.parameters())).keys():
+        if id(weights[name]) in others:
+            del weights[name]
+
+
 def _check_parameters(
-    model: nn.Module, weights: Mapping[str, mx.array], name: str
+    model: nn.Module,
+    weights: Mapping[str, mx.array],
+    name: str,
+    checkpoint: Checkpoint,
+    index: Mapping[str, str],
 ) -> None:
     """Compare the names and shapes of weights with the model's parameters."""
     expected = dict(tree_flatten(model.parameters()))
     if missing := sorted(expected.keys() - weights.keys()):
-        raise ValueError(f"the checkpoint in {name} lacks {_some(missing)}")
+        files = absent_files(missing, checkpoint.headers, index)
+        raise ValueError(_lacks(name, missing, files))
     if extra := sorted(weights.keys() - expected.keys()):
         raise ValueError(
             f"the checkpoint in {name} has {_some(extra)}, which the model does not "
             "have"
         )
     _check_shapes(model, weights, name)
+
+
+def _lacks(name: str, missing: list[str], files: list[str]) -> str:
+    """What an error says of missing tensors, which should be in `files`."""
+    line = f"the checkpoint in {name} lacks {_some(missing)}"
+    if not files:
+        return line
+    return (
+        f"{line}: its index has them in {', '.join(files)}, and there is no such file; "
+        "fetch the checkpoint again"
+    )
+
+
+def _check_types(sources: Mapping[str, Source], checkpoint: Checkpoint) -> None:
+    """See that MLX reads the type of every tensor that a parameter is made of."""
+    if all(stored.tensor.is_readable for stored in checkpoint.tensors.values()):
+        return
+    files = {
+        stored: file
+        for file, header in checkpoint.headers.items()
+        for stored in header.tensors.values()
+    }
+    for source in sources.values():
+        for tensor, _ in source.reads(Slice(source.shape)):
+            if not tensor.is_readable:
+                file = files.get(checkpoint.tensors[tensor.name], "the adapter")
+                raise ValueError(
+                    f"{tensor.name} in {file} is of type {tensor.kind}, which MLX does "
+                    "not read: take a checkpoint of another type"
+                )
 
 
 def _check_shapes(model: nn.Module, weights: Mapping[str, mx.array], name: str) -> None:

@@ -16,16 +16,14 @@ from mlx_lm.utils import quantize_model
 
 from mlxtp.checkpoint import cut
 from mlxtp.checkpoint.cut import Origin
-from mlxtp.checkpoint.headers import WEIGHTS, Header
-from mlxtp.checkpoint.tensors import DTYPES, StoredTensor
+from mlxtp.checkpoint.headers import Header, files_of
+from mlxtp.checkpoint.tensors import StoredTensor, kind_of
 from mlxtp.comm.communicator import Communicator
 from mlxtp.fetch import hub
 from mlxtp.fetch.location import locate
 from mlxtp.model import skeleton
 from mlxtp.model.skeleton import EmptyModel
 
-# The names that safetensors gives to types; mlx-lm reads FP8 as bytes.
-KINDS = {dtype: kind for kind, dtype in DTYPES.items() if kind != "F8_E4M3"}
 GROUP_SIZE = 64
 
 
@@ -62,7 +60,7 @@ def open_model(
         file = Path(model).expanduser()
         if file.is_file():
             raise ValueError(f"{model} is a config alone: say with how many --bits")
-        if file.is_dir() and not any(file.glob(WEIGHTS)) and not cut.is_cut(file):
+        if file.is_dir() and not files_of(file) and not cut.is_cut(file):
             raise ValueError(f"{model} has no weights: say with how many --bits")
         folder = locate(model, Communicator()).folder
         config = skeleton.read_json(folder / "config.json", needed=["model_type"])
@@ -99,7 +97,8 @@ def model_of_config(
     Raises: ValueError if mlx-lm cannot build or quantize it.
     """
     headers, config = _headers(config, bits, group_size)
-    origin = Origin(name, None, {"model.safetensors": headers})
+    files = dict.fromkeys(headers.tensors, "model.safetensors")
+    origin = Origin(name, None, {"model.safetensors": headers}, files)
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary) / "model"
         small = {"config.json": json.dumps(config).encode()}
@@ -127,7 +126,7 @@ def _headers(
     tensors, offset = {}, 0
     for name, array in tree_flatten(model.parameters()):
         where = Path("model.safetensors")
-        kind = KINDS[array.dtype]
+        kind = kind_of(array.dtype)
         tensors[name] = StoredTensor.whole(name, kind, array.shape, where, offset)
         offset += array.nbytes
     return Header({"format": "mlx"}, tensors), config
