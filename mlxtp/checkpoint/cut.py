@@ -16,7 +16,13 @@ from dataclasses import astuple, dataclass
 from pathlib import Path
 from typing import Any
 
-from mlxtp.checkpoint.headers import Checkpoint, Header, read_header, tensors_in
+from mlxtp.checkpoint.headers import (
+    Checkpoint,
+    Header,
+    header_of,
+    read_header,
+    tensors_in,
+)
 from mlxtp.checkpoint.tensors import Piece, StoredTensor, Tensor
 from mlxtp.partition.shares import Share, Shares
 from mlxtp.partition.spans import Slice, Spans
@@ -74,18 +80,7 @@ class Origin:
             "source": self.source,
             "revision": self.revision,
             "files": {
-                file: {
-                    "metadata": header.metadata,
-                    "sha256": header.sha256,
-                    "tensors": {
-                        name: {
-                            "dtype": stored.tensor.kind,
-                            "shape": stored.tensor.shape,
-                            "offset": stored.pieces[0].offset,
-                        }
-                        for name, stored in header.tensors.items()
-                    },
-                }
+                file: {"header": header.beginning[8:].decode(), "sha256": header.sha256}
                 for file, header in self.headers.items()
             },
             "copies": {
@@ -102,32 +97,20 @@ class Origin:
     def from_json(cls, content: Mapping[str, Any]) -> "Origin":
         """Read what `to_json` has written.
 
-        Raises: KeyError, TypeError or AttributeError for anything else.
+        Raises: ValueError, KeyError, TypeError or AttributeError for anything else.
         """
-        headers = {
-            file: Header(
-                header["metadata"],
-                {
-                    name: StoredTensor.whole(
-                        name,
-                        tensor["dtype"],
-                        tensor["shape"],
-                        Path(file),
-                        tensor["offset"],
-                    )
-                    for name, tensor in header["tensors"].items()
-                },
-                header["sha256"],
-            )
-            for file, header in content["files"].items()
-        }
+        headers = {}
+        for file, entry in content["files"].items():
+            text = entry["header"].encode()
+            beginning = len(text).to_bytes(8, "little") + text
+            headers[file] = header_of(Path(file), beginning, sha256=entry["sha256"])
         files: dict[str, str] = {}
         for file, header in headers.items():
             for name in header.tensors:
                 files[name] = content["copies"][name]["read"] if name in files else file
         different = (
             (file, name)
-            for name, copies in content.get("copies", {}).items()
+            for name, copies in content["copies"].items()
             for file in copies["different"]
         )
         return cls(
@@ -184,7 +167,7 @@ def open_cut(folder: Path) -> Checkpoint:
             pieces.setdefault((file, name), []).append(piece)
     headers = {
         file: Header(
-            header.metadata,
+            header.beginning,
             {
                 name: StoredTensor(
                     stored.tensor,
@@ -236,7 +219,11 @@ def begin(folder: Path, origin: Origin, small: Mapping[str, bytes]) -> None:
 def small_files(folder: Path) -> dict[str, bytes]:
     """Read what of a model's folder goes with its weights: contents by name."""
     files = {file for pattern in SMALL_FILES for file in folder.glob(pattern)}
-    return {file.name: file.read_bytes() for file in files if file.name != CHECKPOINT}
+    return {
+        file.name: file.read_bytes()
+        for file in files
+        if file.name != CHECKPOINT and file.is_file()
+    }
 
 
 def stamp(file: Path) -> list[int]:

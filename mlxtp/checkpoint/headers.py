@@ -24,17 +24,13 @@ MOST_HEADER_BYTES = 100_000_000
 class Header:
     """What a safetensors file says of itself; tensors in the order they lie in.
 
-    `sha256` is what the hub says that the whole file hashes to.
+    `beginning` are the file's bytes before the first tensor. `sha256` is what the hub
+    says that the whole file hashes to.
     """
 
-    metadata: dict[str, str]
+    beginning: bytes
     tensors: dict[str, StoredTensor]
     sha256: str | None = None
-
-    @property
-    def data_start(self) -> int:
-        """Bytes before the first tensor."""
-        return min((t.pieces[0].offset for t in self.tensors.values()), default=0)
 
 
 @dataclass(frozen=True)
@@ -122,13 +118,14 @@ def files_of(folder: Path) -> list[Path]:
 
 def no_weights(where: str, index: Mapping[str, str]) -> str:
     """What an error says of a place without weights."""
+    line = f"there is no {WEIGHTS} in {where}"
     if not index:
-        return f"there is no {WEIGHTS} in {where}"
-    promised = ", ".join(sorted(set(index.values())))
-    return (
-        f"there is no {WEIGHTS} in {where}, and its index names {promised}: fetch the "
-        "checkpoint again"
-    )
+        return line
+    named = sorted(set(index.values()))
+    line += f", and its index names {', '.join(named)}"
+    if any(Path(file).name == file for file in named):
+        return f"{line}: fetch the checkpoint again"
+    return f"{line}: weights are read from the folder itself alone"
 
 
 def tensor_files(
@@ -255,15 +252,15 @@ def header_bytes(beginning: bytes) -> int:
 
 
 def header_of(
-    file: Path, beginning: bytes, size: int, sha256: str | None = None
+    file: Path, beginning: bytes, size: int | None = None, sha256: str | None = None
 ) -> Header:
-    """Read the `beginning` of a file of `size` bytes: all before the first tensor.
+    """Read the `beginning` of a file: all before the first tensor.
 
-    Raises: ValueError if it is no header, or tells of another size.
+    Raises: ValueError if it is no header, or tells of a file that has not `size` bytes.
     """
     try:
-        content = json.loads(beginning[8:])
-        metadata = content.pop("__metadata__", None) or {}
+        content = json.loads(beginning[8:].decode())
+        content.pop("__metadata__", None)
         order = sorted(content.items(), key=lambda item: item[1]["data_offsets"])
         tensors, end = {}, 0
         for name, entry in order:
@@ -275,10 +272,10 @@ def header_of(
             if start != end or (stop - start) * 8 != prod(shape) * item_bits(kind):
                 raise ValueError(f"{name} is not as long as it should be")
             end = stop
-        if len(beginning) + end != size:
-            raise ValueError(f"it has {size} bytes of {len(beginning) + end}")
+        if size not in (None, len(beginning) + end):
+            raise ValueError(f"it has {size} bytes, not {len(beginning) + end}")
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise ValueError(
             f"{file} is no whole safetensors file ({error}); fetch it again"
         ) from None
-    return Header(metadata, tensors, sha256)
+    return Header(beginning, tensors, sha256)

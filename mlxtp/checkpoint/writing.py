@@ -51,7 +51,8 @@ def write(
         wanted = {tensor: part for tensor, part in of_file.items() if part.size}
         if wanted:
             header = checkpoint.headers[file]
-            hashes = _write_file(partial / file, header, wanted, advance)
+            beginning, _ = layout(wanted)
+            hashes = _write_file(partial / file, beginning, header, wanted, advance)
             files[file] = (wanted, hashes)
     write_manifest(partial, shard, origin, files)
     shutil.rmtree(final, ignore_errors=True)
@@ -127,7 +128,7 @@ def join(folder: Path, output: Path, advance: Advance = ignore) -> None:
         (output / name).write_bytes(content)
     for file, header in checkpoint.headers.items():
         whole = {s.tensor: Slice(s.tensor.shape) for s in header.tensors.values()}
-        _write_file(output / file, header, whole, advance, header.metadata)
+        _write_file(output / file, header.beginning, header, whole, advance)
 
 
 def absent_bytes(checkpoint: Checkpoint) -> int:
@@ -140,14 +141,12 @@ def absent_bytes(checkpoint: Checkpoint) -> int:
     )
 
 
-def layout(
-    slices: Mapping[Tensor, Slice], metadata: Mapping[str, str] | None = None
-) -> tuple[bytes, dict[str, int]]:
+def layout(slices: Mapping[Tensor, Slice]) -> tuple[bytes, dict[str, int]]:
     """Lay out a safetensors file of slices.
 
     Returns: the bytes before the first slice, and the offset of each in the file.
     """
-    header: dict[str, Any] = {"__metadata__": metadata} if metadata else {}
+    header: dict[str, Any] = {}
     begins, end = {}, 0
     for tensor, part in slices.items():
         begin, end = end, end + tensor.bytes_of(part)
@@ -166,15 +165,15 @@ def layout(
 
 def _write_file(
     file: Path,
+    beginning: bytes,
     source: Header,
     slices: Mapping[Tensor, Slice],
     advance: Advance,
-    metadata: Mapping[str, str] | None = None,
 ) -> dict[str, str]:
     """Write a file of slices of what `source` has, block by block; each one's hash."""
     hashes = {}
     with open(file, "wb") as out:
-        out.write(layout(slices, metadata)[0])
+        out.write(beginning)
         for tensor, part in slices.items():
             digest = hashlib.sha256()
             for block in source.tensors[tensor.name].blocks(part):

@@ -31,6 +31,7 @@ from mlxtp.checkpoint.cut import SMALL_FILES, Origin
 from mlxtp.checkpoint.headers import (
     INDEX,
     WEIGHTS,
+    files_of,
     header_bytes,
     header_of,
     no_weights,
@@ -76,7 +77,7 @@ class Repo:
 def whole(repo: Repo) -> Path | None:
     """Its folder in the hub's cache, if it is there with all weights."""
     try:
-        return Path(
+        folder = Path(
             snapshot_download(
                 repo.name,
                 revision=repo.commit,
@@ -86,6 +87,7 @@ def whole(repo: Repo) -> Path | None:
         )
     except (OSError, ValueError):
         return None
+    return folder if files_of(folder) else None
 
 
 def download(repo: Repo, weights: Iterable[str]) -> Path:

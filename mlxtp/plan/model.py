@@ -14,15 +14,16 @@ import mlx.core as mx
 from mlx.utils import tree_flatten
 from mlx_lm.utils import quantize_model
 
-from mlxtp.checkpoint import cut
+from mlxtp.checkpoint import cut, writing
 from mlxtp.checkpoint.cut import Origin
-from mlxtp.checkpoint.headers import Header, files_of
-from mlxtp.checkpoint.tensors import StoredTensor, kind_of
+from mlxtp.checkpoint.headers import Header, files_of, header_of
+from mlxtp.checkpoint.tensors import Tensor, kind_of
 from mlxtp.comm.communicator import Communicator
 from mlxtp.fetch import hub
 from mlxtp.fetch.location import locate
 from mlxtp.model import skeleton
 from mlxtp.model.skeleton import EmptyModel
+from mlxtp.partition.spans import Slice
 
 GROUP_SIZE = 64
 
@@ -123,10 +124,9 @@ def _headers(
         raise ValueError(
             f"mlx-lm cannot make a model of {bits} bits of the config: {reason}"
         ) from error
-    tensors, offset = {}, 0
-    for name, array in tree_flatten(model.parameters()):
-        where = Path("model.safetensors")
-        kind = kind_of(array.dtype)
-        tensors[name] = StoredTensor.whole(name, kind, array.shape, where, offset)
-        offset += array.nbytes
-    return Header({"format": "mlx"}, tensors), config
+    tensors = {
+        Tensor(name, kind_of(array.dtype), array.shape): Slice(array.shape)
+        for name, array in tree_flatten(model.parameters())
+    }
+    beginning, _ = writing.layout(tensors)
+    return header_of(Path("model.safetensors"), beginning), config
