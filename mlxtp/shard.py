@@ -80,7 +80,7 @@ def shard(
     of_ranks = [{tensor.name: part for tensor, part in r.items()} for r in ranks]
     headers = dict(checkpoint.headers)
     files, different = tensor_files(
-        headers, index_of(folder), equal_on_disk, compare_all=True
+        headers, index_of(folder).files, equal_on_disk, compare_all=True
     )
     origin = Origin(folder.name, None, headers, files, different)
     of_nobody = writing.rest(origin, of_ranks)

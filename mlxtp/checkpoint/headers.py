@@ -4,7 +4,7 @@ import fnmatch
 import json
 import os
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from math import prod
 from pathlib import Path
 
@@ -34,6 +34,14 @@ class Header:
 
 
 @dataclass(frozen=True)
+class Index:
+    """What an index says: which tensor is in which file, and all files' bytes."""
+
+    files: dict[str, str] = field(default_factory=dict)
+    total_bytes: int | None = None
+
+
+@dataclass(frozen=True)
 class Checkpoint:
     """The tensors of a checkpoint by name, and where on this machine they lie.
 
@@ -60,7 +68,7 @@ class Checkpoint:
     @classmethod
     def of_folder(cls, folder: Path) -> "Checkpoint":
         """Read the headers of a folder's weights. Errors as in `of_files`."""
-        index = index_of(folder)
+        index = index_of(folder).files
         if not (files := files_of(folder)):
             raise ValueError(no_weights(str(folder), index))
         return cls.of_files(files, index)
@@ -113,7 +121,8 @@ def weight_files(there: Iterable[str], index: Mapping[str, str]) -> list[str]:
 
 def files_of(folder: Path) -> list[Path]:
     """The files in a folder that hold weights."""
-    return [folder / n for n in weight_files(os.listdir(folder), index_of(folder))]
+    names = weight_files(os.listdir(folder), index_of(folder).files)
+    return [folder / name for name in names]
 
 
 def no_weights(where: str, index: Mapping[str, str]) -> str:
@@ -188,37 +197,42 @@ def equal_on_disk(one: StoredTensor, other: StoredTensor) -> bool:
     return all(np.array_equal(a, b) for a, b in blocks)
 
 
-def index_of(folder: Path) -> dict[str, str]:
-    """Which tensor is in which file, as the index in a folder says; {} without one."""
+def index_of(folder: Path) -> Index:
+    """Read the index in a folder: one that says nothing where there is none."""
     try:
         return parse_index((folder / INDEX).read_bytes())
     except OSError:
-        return {}
+        return Index()
 
 
-def parse_index(content: bytes) -> dict[str, str]:
-    """Read which tensor is in which file: {} of what is no index.
+def parse_index(content: bytes) -> Index:
+    """Read an index: what is none says nothing.
 
     The files themselves say what they hold, so a broken index is no reason to stop.
     """
     try:
-        files = json.loads(content)["weight_map"].items()
+        index = json.loads(content)
+        files = {n: f for n, f in index["weight_map"].items() if isinstance(f, str)}
+        return Index(files, (index.get("metadata") or {}).get("total_size"))
     except (ValueError, KeyError, TypeError, AttributeError):
-        return {}
-    return {name: file for name, file in files if isinstance(file, str)}
+        return Index()
 
 
-def unlisted(headers: Mapping[str, Header], index: Mapping[str, str]) -> set[str]:
+def unlisted(headers: Mapping[str, Header], index: Index) -> set[str]:
     """Tensors that are not the model's by the word of an index which can be trusted.
 
-    It can where every tensor that it names is in the file that it says.
+    It can where every tensor that it names is in the file that it says, and all of them
+    have the bytes that it says.
     """
-    names = {name for header in headers.values() for name in header.tensors}
+    tensors = [t for header in headers.values() for t in header.tensors.values()]
     is_right = all(
         file in headers and name in headers[file].tensors
-        for name, file in index.items()
+        for name, file in index.files.items()
     )
-    return names - index.keys() if index and is_right else set()
+    total = sum(t.tensor.bytes_of(Slice(t.tensor.shape)) for t in tensors)
+    if not index.files or not is_right or index.total_bytes not in (None, total):
+        return set()
+    return {stored.tensor.name for stored in tensors} - index.files.keys()
 
 
 def absent_files(

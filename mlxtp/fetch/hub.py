@@ -139,7 +139,7 @@ def origin(repo: Repo, small: dict[str, bytes]) -> Origin:
             if isinstance(file, RepoFile)
         },
     )
-    index = parse_index(small.get(INDEX, b""))
+    index = parse_index(small.get(INDEX, b"")).files
     names = weight_files(there, index)
     if not names:
         raise ValueError(no_weights(f"{repo.name} on the hub", index))

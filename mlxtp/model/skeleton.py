@@ -103,7 +103,7 @@ def build(
             )
     except Exception as error:  # all that mlx-lm may stumble over in a config
         if isinstance(error, KeyError) and (
-            files := absent_files(error.args, checkpoint.headers, index)
+            files := absent_files(error.args, checkpoint.headers, index.files)
         ):
             raise ValueError(_lacks(name, list(error.args), files)) from error
         reason = str(error) if isinstance(error, ValueError) else repr(error)
@@ -113,7 +113,7 @@ def build(
     del model.sanitize, model.load_weights  # they hold on to what is computed
     others = {id(unread[tensor]) for tensor in unlisted(checkpoint.headers, index)}
     _leave_out(others, model, hook.weights)
-    _check_parameters(model, hook.weights, name, checkpoint, index)
+    _check_parameters(model, hook.weights, name, checkpoint, index.files)
     model.update(tree_unflatten(list(hook.weights.items())))
     tensors = _by_identity(unread, checkpoint)
     if adapter is not None:

@@ -11,6 +11,7 @@ import pytest
 from mlxtp.checkpoint.headers import (
     Checkpoint,
     Header,
+    Index,
     absent_files,
     header_of,
     parse_index,
@@ -96,14 +97,20 @@ def test_which_copy(
 
 
 def test_what_an_index_says() -> None:
-    assert parse_index(b'{"weight_map": {"a": "f", "b": 3}}') == {"a": "f"}
+    said = parse_index(b'{"weight_map": {"a": "f", "b": 3}, "metadata": null}')
+    assert said == Index({"a": "f"})
+    said = parse_index(
+        b'{"weight_map": {"a": "f", "b": 3}, "metadata": {"total_size": 5}}'
+    )
+    assert said == Index({"a": "f"}, 5)
     for content in (b"", b"{", b"[]", b"{}", b'{"weight_map": ["a"]}', b"\xff"):
-        assert parse_index(content) == {}
+        assert parse_index(content) == Index()
     headers = {"f": header("f", {"a": "F32", "b": "F32"})}
-    assert unlisted(headers, {"a": "f"}) == {"b"}
-    assert unlisted(headers, {}) == set()
-    for stale in ({"a": "f", "c": "f"}, {"a": "g"}):
-        assert unlisted(headers, stale) == set()
+    assert unlisted(headers, Index({"a": "f"})) == {"b"}
+    assert unlisted(headers, Index({"a": "f"}, 32)) == {"b"}
+    for stale in ({}, {"a": "f", "c": "f"}, {"a": "g"}):
+        assert unlisted(headers, Index(stale)) == set()
+    assert unlisted(headers, Index({"a": "f"}, 16)) == set()  # not of these files
     index = {"a": "f", "c": "g", "d": "f", "e": "h"}
     assert absent_files(["a", "c", "d", "x"], headers, index) == ["g"]
 
