@@ -1,7 +1,7 @@
 """Cut checkpoints: folders with slices of a checkpoint's tensors, rank by rank.
 
     config.json, tokenizer.json, …      as they were
-    checkpoint.json                     every tensor of the whole, and its source
+    checkpoint.json                     the headers of the whole, and its source
     rank-0-of-5/model.safetensors       slices by the names of the tensors, a file
                                         for each of the checkpoint's
     rank-0-of-5/manifest.json           which slices, and their hashes; written last

@@ -20,10 +20,11 @@ from test_fetching import Client
 from tiny import Tiny
 
 from mlxtp import Communicator
-from mlxtp.checkpoint import cut, verify, writing
+from mlxtp.checkpoint import cut, runs, verify, writing
 from mlxtp.checkpoint.cut import manifest_of, rank_folders
 from mlxtp.checkpoint.headers import INDEX, read_header
 from mlxtp.comm.errors import UsageError
+from mlxtp.fetch import hub
 from mlxtp.loading import load_model
 from mlxtp.plan.model import open_model
 from mlxtp.shard import report, shard
@@ -318,6 +319,8 @@ def test_one_line_in_every_form(
 ) -> None:
     folder = expected[0] / make.__name__
     client.patch.setattr("mlxtp.checkpoint.tensors.StoredTensor.read", None)
+    client.patch.setattr(runs, "BLOCK_BYTES", 1000)  # copies are compared in parts
+    client.patch.setattr(hub, "COMPARE_BYTES", 10_000)
     lines = set()
     for form in (str(folder), f"org/{folder.name}"):
         with pytest.raises(UsageError, match=WRONG[make]) as raised:
