@@ -13,7 +13,12 @@ from pathlib import Path
 from mlxtp import options
 from mlxtp.checkpoint import cut, verify, writing
 from mlxtp.checkpoint.cut import Origin, Shard
-from mlxtp.checkpoint.headers import Checkpoint
+from mlxtp.checkpoint.headers import (
+    Checkpoint,
+    equal_on_disk,
+    index_of,
+    tensor_files,
+)
 from mlxtp.checkpoint.progress import progress_bar
 from mlxtp.checkpoint.tensors import bytes_of
 from mlxtp.comm.communicator import Communicator
@@ -64,7 +69,7 @@ def shard(
     location = locate(path_or_hf_repo, Communicator())
     name, folder = location.name, location.folder
     if location.repo is not None:
-        folder = hub.download(location.repo)
+        folder = hub.download(location.repo, location.checkpoint.headers)
     elif location.is_cut:
         raise ValueError(f"{name} is cut already: join it first")
     checkpoint = Checkpoint.of_folder(folder)
@@ -75,17 +80,25 @@ def shard(
     size = len(shares)
     ranks = [needed(empty.sources, table.slices(r), r, size) for r in range(size)]
     of_ranks = [{tensor.name: part for tensor, part in r.items()} for r in ranks]
-    origin = Origin(folder.name, None, dict(checkpoint.headers))
+    headers = dict(checkpoint.headers)
+    files, different = tensor_files(
+        headers, index_of(folder).files, equal_on_disk, compare_all=True
+    )
+    origin = Origin(folder.name, None, headers, files, different)
     of_nobody = writing.rest(origin, of_ranks)
     cut.begin(output, origin, cut.small_files(folder))
-    rest = {checkpoint.tensors[name].tensor: part for name, part in of_nobody.items()}
-    total = sum(map(bytes_of, [*ranks, rest]))
+    parts = [
+        (Shard(shares, rank), origin.by_file(slices))
+        for rank, slices in enumerate(of_ranks)
+    ]
+    if any(of_nobody.values()):
+        parts.append((Shard(shares, None), of_nobody))
+    total = sum(
+        bytes_of(of_file) for _, by_file in parts for of_file in by_file.values()
+    )
     with progress_bar("Cutting", total, show=show) as bar:
-        parts = [(Shard(shares, rank), s) for rank, s in enumerate(of_ranks)]
-        if of_nobody:
-            parts.append((Shard(shares, None), of_nobody))
-        for owner, slices in parts:
-            writing.write(output, owner, origin, checkpoint, slices, bar.update)
+        for owner, by_file in parts:
+            writing.write(output, owner, origin, checkpoint, by_file, bar.update)
 
 
 def report(folder: Path, *, show: bool = False) -> bool:
@@ -103,11 +116,14 @@ def report(folder: Path, *, show: bool = False) -> bool:
         print(line)
     names = ", ".join(shard.folder for shard in cut.shards(folder))
     print(f"{folder} holds {names or 'no slices'}: {size:,} bytes")
-    tensors = [stored.tensor for stored in checkpoint.tensors.values()]
-    whole = {tensor: Slice(tensor.shape) for tensor in tensors}
-    absent = bytes_of(checkpoint.missing(whole))
+    whole = sum(
+        stored.tensor.bytes_of(Slice(stored.tensor.shape))
+        for header in checkpoint.headers.values()
+        for stored in header.tensors.values()
+    )
+    absent = writing.absent_bytes(checkpoint)
     print(
-        f"{absent:,} of {bytes_of(whole):,} bytes of the checkpoint are not here"
+        f"{absent:,} of {whole:,} bytes of the checkpoint are not here"
         if absent
         else "together they are the whole checkpoint"
     )

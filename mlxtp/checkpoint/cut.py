@@ -1,7 +1,7 @@
 """Cut checkpoints: folders with slices of a checkpoint's tensors, rank by rank.
 
     config.json, tokenizer.json, …      as they were
-    checkpoint.json                     every tensor of the whole, and its source
+    checkpoint.json                     the headers of the whole, and its source
     rank-0-of-5/model.safetensors       slices by the names of the tensors, a file
                                         for each of the checkpoint's
     rank-0-of-5/manifest.json           which slices, and their hashes; written last
@@ -16,7 +16,13 @@ from dataclasses import astuple, dataclass
 from pathlib import Path
 from typing import Any
 
-from mlxtp.checkpoint.headers import Checkpoint, Header, read_header, tensors_of
+from mlxtp.checkpoint.headers import (
+    Checkpoint,
+    Header,
+    header_of,
+    read_header,
+    tensors_in,
+)
 from mlxtp.checkpoint.tensors import Piece, StoredTensor, Tensor
 from mlxtp.partition.shares import Share, Shares
 from mlxtp.partition.spans import Slice, Spans
@@ -33,37 +39,57 @@ SMALL_FILES = ["*.json", "*.model", "*.tiktoken", "*.txt", "*.jinja", "*.py"]
 class Origin:
     """What was cut: its name, on the hub the commit, and the headers of its files.
 
-    Tensors lie where they do in the source's files.
+    Tensors lie where they do in the source's files. `files` says from which of them
+    each tensor is read. Copies of it in others have the same bytes, except for those
+    in `different`, by file and name: nobody reads these.
     """
 
     source: str
     revision: str | None
     headers: dict[str, Header]
+    files: dict[str, str]
+    different: frozenset[tuple[str, str]] = frozenset()
 
     @property
     def tensors(self) -> dict[str, StoredTensor]:
-        """The tensors, as they lie in the source's files."""
-        return tensors_of(self.headers)
+        """The tensors that are read, as they lie in the source's files."""
+        return tensors_in(self.headers, self.files)
+
+    def by_file(self, slices: Mapping[str, Slice]) -> dict[str, dict[Tensor, Slice]]:
+        """Sort slices of tensors, by name, into the files that these are read from."""
+        return {
+            file: {
+                stored.tensor: slices[name]
+                for name, stored in header.tensors.items()
+                if name in slices and self.files[name] == file
+            }
+            for file, header in self.headers.items()
+        }
+
+    def stored_in(self, file: str, name: str) -> str:
+        """The file in whose place the bytes of a tensor in `file` are kept."""
+        return file if (file, name) in self.different else self.files[name]
 
     def to_json(self) -> dict[str, Any]:
         """Write it as checkpoint.json has it."""
+        files_of: dict[str, list[str]] = {}
+        for file, header in self.headers.items():
+            for name in header.tensors:
+                files_of.setdefault(name, []).append(file)
         return {
             "source": self.source,
             "revision": self.revision,
             "files": {
-                file: {
-                    "metadata": header.metadata,
-                    "sha256": header.sha256,
-                    "tensors": {
-                        name: {
-                            "dtype": stored.tensor.kind,
-                            "shape": stored.tensor.shape,
-                            "offset": stored.pieces[0].offset,
-                        }
-                        for name, stored in header.tensors.items()
-                    },
-                }
+                file: {"header": header.beginning[8:].decode(), "sha256": header.sha256}
                 for file, header in self.headers.items()
+            },
+            "copies": {
+                name: {
+                    "read": self.files[name],
+                    "different": [f for f in files if (f, name) in self.different],
+                }
+                for name, files in files_of.items()
+                if len(files) > 1
             },
         }
 
@@ -71,28 +97,28 @@ class Origin:
     def from_json(cls, content: Mapping[str, Any]) -> "Origin":
         """Read what `to_json` has written.
 
-        Raises: KeyError, TypeError or AttributeError for anything else.
+        Raises: ValueError, KeyError, TypeError or AttributeError for anything else.
         """
+        headers = {}
+        for file, entry in content["files"].items():
+            text = entry["header"].encode()
+            beginning = len(text).to_bytes(8, "little") + text
+            headers[file] = header_of(Path(file), beginning, sha256=entry["sha256"])
+        files: dict[str, str] = {}
+        for file, header in headers.items():
+            for name in header.tensors:
+                files[name] = content["copies"][name]["read"] if name in files else file
+        different = (
+            (file, name)
+            for name, copies in content["copies"].items()
+            for file in copies["different"]
+        )
         return cls(
             content["source"],
             content["revision"],
-            {
-                file: Header(
-                    header["metadata"],
-                    {
-                        name: StoredTensor.whole(
-                            name,
-                            tensor["dtype"],
-                            tensor["shape"],
-                            Path(file),
-                            tensor["offset"],
-                        )
-                        for name, tensor in header["tensors"].items()
-                    },
-                    header["sha256"],
-                )
-                for file, header in content["files"].items()
-            },
+            headers,
+            files,
+            frozenset(different),
         )
 
 
@@ -135,15 +161,25 @@ def open_cut(folder: Path) -> Checkpoint:
     Raises: ValueError, with the file, if one is missing, cut short or broken.
     """
     origin = origin_of(folder)
-    tensors = {name: stored.tensor for name, stored in origin.tensors.items()}
-    pieces: dict[str, list[Piece]] = {name: [] for name in tensors}
+    pieces: dict[tuple[str, str], list[Piece]] = {}
     for part in rank_folders(folder):
-        for name, piece in _pieces(part, tensors):
-            pieces[name].append(piece)
-    return Checkpoint(
-        origin.headers,
-        {name: StoredTensor(t, tuple(pieces[name])) for name, t in tensors.items()},
-    )
+        for file, name, piece in _pieces(part, origin):
+            pieces.setdefault((file, name), []).append(piece)
+    headers = {
+        file: Header(
+            header.beginning,
+            {
+                name: StoredTensor(
+                    stored.tensor,
+                    tuple(pieces.get((origin.stored_in(file, name), name), ())),
+                )
+                for name, stored in header.tensors.items()
+            },
+            header.sha256,
+        )
+        for file, header in origin.headers.items()
+    }
+    return Checkpoint(headers, tensors_in(headers, origin.files))
 
 
 def origin_of(folder: Path) -> Origin:
@@ -157,7 +193,8 @@ def origin_of(folder: Path) -> Origin:
         return Origin.from_json(json.loads((folder / CHECKPOINT).read_text()))
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise ValueError(
-            f"{folder / CHECKPOINT} does not describe a checkpoint: {error!r}"
+            f"{folder / CHECKPOINT} does not describe a checkpoint: {error!r}; cut or "
+            "fetch it again"
         ) from None
 
 
@@ -167,7 +204,8 @@ def begin(folder: Path, origin: Origin, small: Mapping[str, bytes]) -> None:
     Raises: ValueError if it holds slices of another checkpoint.
     """
     if is_cut(folder):
-        if origin_of(folder).to_json()["files"] != origin.to_json()["files"]:
+        there, wanted = origin_of(folder).to_json(), origin.to_json()
+        if any(there[key] != wanted[key] for key in ("files", "copies")):
             raise ValueError(f"{folder} holds slices of another checkpoint")
         return
     if folder.exists() and any(folder.iterdir()):
@@ -181,7 +219,11 @@ def begin(folder: Path, origin: Origin, small: Mapping[str, bytes]) -> None:
 def small_files(folder: Path) -> dict[str, bytes]:
     """Read what of a model's folder goes with its weights: contents by name."""
     files = {file for pattern in SMALL_FILES for file in folder.glob(pattern)}
-    return {file.name: file.read_bytes() for file in files if file.name != CHECKPOINT}
+    return {
+        file.name: file.read_bytes()
+        for file in files
+        if file.name != CHECKPOINT and file.is_file()
+    }
 
 
 def stamp(file: Path) -> list[int]:
@@ -265,14 +307,23 @@ def manifest_of(part: Path) -> dict[str, Any]:
     return content
 
 
-def _pieces(part: Path, tensors: Mapping[str, Tensor]) -> Iterator[tuple[str, Piece]]:
-    """What lies in a rank's folder, by tensor."""
+def _pieces(part: Path, origin: Origin) -> Iterator[tuple[str, str, Piece]]:
+    """What lies in a rank's folder: the file that it is of, the tensor and the piece.
+
+    Raises: ValueError if a file does not hold what its manifest promises.
+    """
     for file, entry in manifest_of(part)["files"].items():
         header = read_header(part / file)
+        wanted = origin.headers[file].tensors if file in origin.headers else {}
         for name, written in entry["slices"].items():
-            if name not in tensors or name not in header.tensors:
+            if name not in wanted or name not in header.tensors:
                 raise ValueError(f"{part / file} does not hold {name}, as it should")
-            tensor, stored = tensors[name], header.tensors[name]
+            if (holder := origin.stored_in(file, name)) != file:
+                raise ValueError(
+                    f"{part / file} holds {name}, which is read from {holder}: remove "
+                    "its folder, and cut or fetch the slices again"
+                )
+            tensor, stored = wanted[name].tensor, header.tensors[name]
             held = Slice(tensor.shape, written["axis"], Spans(written["spans"]))
             actual = stored.tensor.kind, stored.tensor.shape
             if actual != (tensor.kind, held.shape):
@@ -280,7 +331,7 @@ def _pieces(part: Path, tensors: Mapping[str, Tensor]) -> Iterator[tuple[str, Pi
                     f"{part / file}: {name} is {actual[0]} {actual[1]}, not the "
                     f"{tensor.kind} {held.shape} that its manifest promises"
                 )
-            yield name, Piece(part / file, stored.pieces[0].offset, held)
+            yield file, name, Piece(part / file, stored.pieces[0].offset, held)
 
 
 def write_json(file: Path, content: Mapping[str, Any]) -> None:

@@ -1,86 +1,77 @@
 """A checkpoint's tensors, and what its safetensors files say of themselves."""
 
+import fnmatch
 import json
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, replace
+import os
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field, replace
 from math import prod
 from pathlib import Path
 
 import mlx.core as mx
-from huggingface_hub import parse_local_safetensors_file_metadata
-from huggingface_hub.errors import SafetensorsParsingError
-from huggingface_hub.utils import SafetensorsFileMetadata
-from safetensors import SafetensorError, safe_open
+import numpy as np
 
-from mlxtp.checkpoint.tensors import DTYPES, StoredTensor, Tensor
+from mlxtp.checkpoint.tensors import StoredTensor, Tensor, item_bits
 from mlxtp.partition.spans import Slice
 
 INDEX = "model.safetensors.index.json"
 WEIGHTS = "model*.safetensors"
+# As safetensors has it: no file's header is longer.
+MOST_HEADER_BYTES = 100_000_000
 
 
 @dataclass(frozen=True)
 class Header:
     """What a safetensors file says of itself; tensors in the order they lie in.
 
-    `sha256` is what the hub says that the whole file hashes to.
+    `beginning` are the file's bytes before the first tensor. `sha256` is what the hub
+    says that the whole file hashes to.
     """
 
-    metadata: dict[str, str]
+    beginning: bytes
     tensors: dict[str, StoredTensor]
     sha256: str | None = None
 
-    @property
-    def data_start(self) -> int:
-        """Bytes before the first tensor."""
-        return min((t.pieces[0].offset for t in self.tensors.values()), default=0)
+
+@dataclass(frozen=True)
+class Index:
+    """What an index says: which tensor is in which file, and all files' bytes."""
+
+    files: dict[str, str] = field(default_factory=dict)
+    total_bytes: int | None = None
 
 
 @dataclass(frozen=True)
 class Checkpoint:
     """The tensors of a checkpoint by name, and where on this machine they lie.
 
-    `headers` are those of its files, or, where it was cut, of the files that it had.
+    `headers` are those of its files, or, where it was cut, of the files that it had,
+    with all that is in them. `tensors` are read: of copies in several files, one.
     """
 
     headers: Mapping[str, Header]
     tensors: Mapping[str, StoredTensor]
 
     @classmethod
-    def of_files(cls, files: Iterable[Path]) -> "Checkpoint":
-        """Read the headers of `files`.
+    def of_files(
+        cls, files: Iterable[Path], index: Mapping[str, str] | None = None
+    ) -> "Checkpoint":
+        """Read the headers of `files`; of copies, what `tensor_files` chooses.
 
-        Raises: ValueError, with the file, if one is missing, cut short or broken.
+        Raises: ValueError, with the file, if one is missing, cut short or broken; with
+            the tensor, if copies contradict each other.
         """
         headers = {file.name: read_header(file) for file in files}
-        return cls(headers, tensors_of(headers))
+        chosen, _ = tensor_files(headers, index or {}, equal_on_disk)
+        return cls(headers, tensors_in(headers, chosen))
 
     @classmethod
     def of_folder(cls, folder: Path) -> "Checkpoint":
-        """Read the headers of the files that an index names, or of model*.safetensors.
-
-        Raises: ValueError, with the file, if one is missing, cut short or broken, or
-            is not what the index says.
-        """
-        index = folder / INDEX
-        if not index.exists():
-            files = sorted(folder.glob(WEIGHTS))
-            if not files:
-                raise ValueError(f"no {WEIGHTS} in {folder}")
-            return cls.of_files(files)
-        promised = weight_map(index.read_bytes(), str(index))
-        names = sorted(set(promised.values()))
-        missing = [name for name in names if not (folder / name).is_file()]
-        if missing:
-            raise ValueError(
-                f"{index} names {', '.join(missing)}, which is not in {folder}; "
-                "fetch the checkpoint again"
-            )
-        checkpoint = cls.of_files([folder / name for name in names])
-        for name, file in promised.items():
-            if name not in checkpoint.tensors:
-                raise ValueError(f"{index} promises {name} in {file}: it is not there")
-        return checkpoint
+        """Read the headers of a folder's weights. Errors as in `of_files`."""
+        index = index_of(folder).files
+        if not (files := files_of(folder)):
+            raise ValueError(no_weights(str(folder), index))
+        return cls.of_files(files, index)
 
     def read(self, tensor: Tensor, part: Slice) -> mx.array:
         """Read a slice of one of the tensors. Errors as in `StoredTensor.read`."""
@@ -117,29 +108,138 @@ class Checkpoint:
         )
 
 
-def tensors_of(headers: Mapping[str, Header]) -> dict[str, StoredTensor]:
-    """The tensors of several files, by name: of copies, that of the last file."""
-    return {
-        name: stored
-        for header in headers.values()
-        for name, stored in header.tensors.items()
-    }
+def weight_files(there: Iterable[str], index: Mapping[str, str]) -> list[str]:
+    """Which of the files that are there hold weights.
+
+    model*.safetensors, as for mlx-lm, whatever the index says; where there are none,
+    the files that the index names.
+    """
+    there = set(there)
+    usual = fnmatch.filter(there, WEIGHTS)
+    return sorted(usual or there.intersection(index.values()))
 
 
-def weight_map(index: bytes, where: str) -> dict[str, str]:
-    """Read which tensor is in which file, as an index says.
+def files_of(folder: Path) -> list[Path]:
+    """The files in a folder that hold weights."""
+    names = weight_files(os.listdir(folder), index_of(folder).files)
+    return [folder / name for name in names]
 
-    `where` is what an error calls the index.
 
-    Raises: ValueError if it says nothing of the kind.
+def no_weights(where: str, index: Mapping[str, str]) -> str:
+    """What an error says of a place without weights."""
+    line = f"there is no {WEIGHTS} in {where}"
+    if not index:
+        return line
+    named = sorted(set(index.values()))
+    line += f", and its index names {', '.join(named)}"
+    if any(Path(file).name == file for file in named):
+        return f"{line}: fetch the checkpoint again"
+    return f"{line}: weights are read from the folder itself alone"
+
+
+def tensor_files(
+    headers: Mapping[str, Header],
+    index: Mapping[str, str],
+    are_equal: Callable[[StoredTensor, StoredTensor], bool],
+    *,
+    compare_all: bool = False,
+) -> tuple[dict[str, str], frozenset[tuple[str, str]]]:
+    """Decide from which of the files each tensor is read: the rule for copies.
+
+    It is the file that the index names. Where that does not have it, all copies have to
+    be equal, and one of them is read. `are_equal` compares the bytes of two tensors of
+    the same type and shape; it is asked only where it matters, or with `compare_all`
+    of every copy.
+
+    Returns: the file of each tensor; the file and name of copies that are known to
+        differ from it.
+
+    Raises: ValueError if copies differ and the index does not say which is right.
+    """
+    holders: dict[str, list[str]] = {}
+    for file, header in headers.items():
+        for name in header.tensors:
+            holders.setdefault(name, []).append(file)
+    chosen: dict[str, str] = {}
+    different: set[tuple[str, str]] = set()
+    for name, files in holders.items():
+        named = index.get(name)
+        first = chosen[name] = named if named in files else files[0]
+        for file in files:
+            if file == first or (first == named and not compare_all):
+                continue
+            one, other = headers[first].tensors[name], headers[file].tensors[name]
+            if one.tensor == other.tensor and are_equal(one, other):
+                continue
+            if first != named:
+                raise ValueError(
+                    f"{name} is in {first} and in {file}, and they differ; no {INDEX} "
+                    "says which is right: remove one of the two"
+                )
+            different.add((file, name))
+    return chosen, frozenset(different)
+
+
+def tensors_in(
+    headers: Mapping[str, Header], chosen: Mapping[str, str]
+) -> dict[str, StoredTensor]:
+    """The tensors of several files by name, each from the file chosen for it."""
+    return {name: headers[file].tensors[name] for name, file in chosen.items()}
+
+
+def equal_on_disk(one: StoredTensor, other: StoredTensor) -> bool:
+    """Whether two tensors of the same type and shape have the same bytes.
+
+    Raises: OSError if a file cannot be read.
+    """
+    whole = Slice(one.tensor.shape)
+    blocks = zip(one.blocks(whole), other.blocks(whole), strict=True)
+    return all(np.array_equal(a, b) for a, b in blocks)
+
+
+def index_of(folder: Path) -> Index:
+    """Read the index in a folder: one that says nothing where there is none."""
+    try:
+        return parse_index((folder / INDEX).read_bytes())
+    except OSError:
+        return Index()
+
+
+def parse_index(content: bytes) -> Index:
+    """Read an index: what is none says nothing.
+
+    The files themselves say what they hold, so a broken index is no reason to stop.
     """
     try:
-        files = json.loads(index)["weight_map"]
-        return {str(name): str(file) for name, file in files.items()}
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise ValueError(
-            f"{where} is no index of safetensors files: {error!r}"
-        ) from None
+        index = json.loads(content)
+        files = {n: f for n, f in index["weight_map"].items() if isinstance(f, str)}
+        return Index(files, (index.get("metadata") or {}).get("total_size"))
+    except (ValueError, KeyError, TypeError, AttributeError):
+        return Index()
+
+
+def unlisted(headers: Mapping[str, Header], index: Index) -> set[str]:
+    """Tensors that are not the model's by the word of an index which can be trusted.
+
+    It can where every tensor that it names is in the file that it says, and all of them
+    have the bytes that it says.
+    """
+    tensors = [t for header in headers.values() for t in header.tensors.values()]
+    is_right = all(
+        file in headers and name in headers[file].tensors
+        for name, file in index.files.items()
+    )
+    total = sum(t.tensor.bytes_of(Slice(t.tensor.shape)) for t in tensors)
+    if not index.files or not is_right or index.total_bytes not in (None, total):
+        return set()
+    return {stored.tensor.name for stored in tensors} - index.files.keys()
+
+
+def absent_files(
+    names: Iterable[str], headers: Mapping[str, Header], index: Mapping[str, str]
+) -> list[str]:
+    """The files that should have tensors, as the index says, and that are not there."""
+    return sorted({index[n] for n in names if n in index} - headers.keys())
 
 
 def read_header(file: Path) -> Header:
@@ -148,38 +248,48 @@ def read_header(file: Path) -> Header:
     Raises: ValueError if the file is missing, cut short or broken.
     """
     try:
-        with safe_open(file, framework="numpy"):
-            pass  # checks the header and that the file is as long as it says
-        metadata = parse_local_safetensors_file_metadata(file)
+        with open(file, "rb") as opened:
+            beginning = opened.read(8)
+            beginning += opened.read(header_bytes(beginning) - 8)
+            size = os.fstat(opened.fileno()).st_size
     except FileNotFoundError:
         raise ValueError(f"{file} is not there") from None
-    except (SafetensorError, SafetensorsParsingError) as error:
-        raise ValueError(
-            f"{file} is no whole safetensors file ({error}); fetch it again"
-        ) from None
-    return header_of(file, metadata, file.stat().st_size)
+    except OSError as error:
+        raise ValueError(f"{file} cannot be read: {error.strerror}") from None
+    return header_of(file, beginning, size)
+
+
+def header_bytes(beginning: bytes) -> int:
+    """How long a file's header is, by its first 8 bytes; 8 where it cannot be."""
+    length = int.from_bytes(beginning[:8], "little")
+    return 8 + (length if length <= MOST_HEADER_BYTES else 0)
 
 
 def header_of(
-    file: Path, parsed: SafetensorsFileMetadata, size: int, sha256: str | None = None
+    file: Path, beginning: bytes, size: int | None = None, sha256: str | None = None
 ) -> Header:
-    """Take what huggingface-hub has read of a file of `size` bytes.
+    """Read the `beginning` of a file: all before the first tensor.
 
-    Raises: ValueError if MLX does not know a type, or the sizes do not fit together.
+    Raises: ValueError if it is no header, or tells of a file that has not `size` bytes.
     """
-    order = sorted(parsed.tensors.items(), key=lambda item: item[1].data_offsets)
-    # Nothing lies behind the tensors.
-    data_start = size - max((t.data_offsets[1] for _, t in order), default=0)
-    tensors = {}
-    for name, info in order:
-        if info.dtype not in DTYPES:
-            raise ValueError(f"{file}: {name} is of type {info.dtype}, unknown to MLX")
-        begin, end = info.data_offsets
-        stored = StoredTensor.whole(
-            name, info.dtype, info.shape, file, data_start + begin
-        )
-        item_bytes = stored.tensor.dtype.size
-        if data_start < 8 or end - begin != prod(info.shape) * item_bytes:
-            raise ValueError(f"{file} is no whole safetensors file; fetch it again")
-        tensors[name] = stored
-    return Header(parsed.metadata, tensors, sha256)
+    try:
+        content = json.loads(beginning[8:].decode())
+        content.pop("__metadata__", None)
+        order = sorted(content.items(), key=lambda item: item[1]["data_offsets"])
+        tensors, end = {}, 0
+        for name, entry in order:
+            kind, shape, (start, stop) = (
+                entry[key] for key in ("dtype", "shape", "data_offsets")
+            )
+            where = len(beginning) + start
+            tensors[name] = StoredTensor.whole(name, kind, shape, file, where)
+            if start != end or (stop - start) * 8 != prod(shape) * item_bits(kind):
+                raise ValueError(f"{name} is not as long as it should be")
+            end = stop
+        if size not in (None, len(beginning) + end):
+            raise ValueError(f"it has {size} bytes, not {len(beginning) + end}")
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ValueError(
+            f"{file} is no whole safetensors file ({error}); fetch it again"
+        ) from None
+    return Header(beginning, tensors, sha256)

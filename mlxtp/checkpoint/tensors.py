@@ -4,13 +4,17 @@ From a slice to its bytes it is two steps: `StoredTensor.plan` says which runs o
 files they are, and the plan's `fill` reads them.
 """
 
+import io
+import json
+import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache
 from itertools import groupby
 from math import prod
 from operator import itemgetter
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple, cast
 
 import mlx.core as mx
 import numpy as np
@@ -19,22 +23,43 @@ from mlxtp.checkpoint.memory import allocate
 from mlxtp.checkpoint.runs import ReadPlan, Run
 from mlxtp.partition.spans import Slice, Span, Spans
 
-# What MLX makes of the types of a safetensors file.
-DTYPES = {
-    "BOOL": mx.bool_,
-    "U8": mx.uint8,
-    "I8": mx.int8,
-    "U16": mx.uint16,
-    "I16": mx.int16,
-    "U32": mx.uint32,
-    "I32": mx.int32,
-    "U64": mx.uint64,
-    "I64": mx.int64,
-    "F16": mx.float16,
-    "BF16": mx.bfloat16,
-    "F32": mx.float32,
-    "F8_E4M3": mx.uint8,
-}
+
+@cache
+def dtype_of(kind: str) -> mx.Dtype | None:
+    """Ask MLX as what it reads a type of safetensors; None where it does not read it.
+
+    `kind` is the type in the words of safetensors. Of those that MLX has no arithmetic
+    for it reads some as bytes: float8, for instance.
+    """
+    entry = {"x": {"dtype": kind, "shape": [0], "data_offsets": [0, 0]}}
+    text = json.dumps(entry).encode()
+    file = io.BytesIO(len(text).to_bytes(8, "little") + text)
+    try:
+        loaded: Any = mx.load(file, format="safetensors")
+    except RuntimeError:
+        return None
+    return cast(mx.Dtype, loaded["x"].dtype)
+
+
+def kind_of(dtype: mx.Dtype) -> str:
+    """Ask MLX as which type of safetensors it saves an array."""
+    file = io.BytesIO()
+    mx.save_safetensors(file, {"x": mx.zeros((0,), dtype)})
+    content = file.getvalue()
+    header = json.loads(content[8 : 8 + int.from_bytes(content[:8], "little")])
+    return str(header["x"]["dtype"])
+
+
+def item_bits(kind: str) -> int:
+    """Bits of an element of a type of safetensors, which its name says: F4, BF16.
+
+    Raises: ValueError if it says none.
+    """
+    if dtype := dtype_of(kind):
+        return dtype.size * 8
+    if bits := re.match(r"[A-Z]+(\d+)", kind):
+        return int(bits[1])
+    raise ValueError(f"{kind} is no type of safetensors")
 
 
 class Stack(NamedTuple):
@@ -54,7 +79,8 @@ class Stack(NamedTuple):
 class Tensor:
     """An array of a checkpoint, wherever it lies.
 
-    `kind` is its type in the words of safetensors.
+    `kind` is its type in the words of safetensors. One of a type that MLX does not read
+    can be copied as a whole, and no more.
     """
 
     name: str
@@ -62,18 +88,23 @@ class Tensor:
     shape: tuple[int, ...]
 
     @property
+    def is_readable(self) -> bool:
+        """Whether MLX reads its type."""
+        return dtype_of(self.kind) is not None
+
+    @property
     def dtype(self) -> mx.Dtype:
-        """The type that MLX reads it as."""
-        return DTYPES[self.kind]
+        """The type that MLX reads it as; uint8 stands for types that it does not."""
+        return dtype_of(self.kind) or mx.uint8
 
     def bytes_of(self, part: Slice) -> int:
         """Bytes of a slice."""
-        return part.size * self.dtype.size
+        return part.size * item_bits(self.kind) // 8
 
     def seen_from(self, axis: int) -> Stack:
         """See it as rows of items: an item is what lies at one place of `axis`."""
         items = self.shape[axis] if self.shape else 1
-        item_bytes = prod(self.shape[axis + 1 :]) * self.dtype.size
+        item_bytes = prod(self.shape[axis + 1 :]) * item_bits(self.kind) // 8
         return Stack(prod(self.shape[:axis]), items, item_bytes)
 
     def read(self, part: Slice, read_tensor: "ReadTensor") -> mx.array:
@@ -151,9 +182,14 @@ class StoredTensor:
 
         Raises: OSError if a piece is not here.
         """
-        cut = self._axis_of_pieces(part)
         if not part.size:
             return ReadPlan(1, 0, ())
+        if part.axis is None and self.is_whole:  # items may be less than a byte
+            size, piece = self.tensor.bytes_of(part), self.pieces[0]
+            everything = Spans.whole(size)
+            run = Run(piece.file, piece.offset, size, everything, Span(0, 1), 0)
+            return ReadPlan(1, size, (run,))
+        cut = self._axis_of_pieces(part)
         if part.axis in (None, cut):
             return self._plan_columns(part, cut)
         return self._plan_across(part, part.axis, cut)

@@ -13,7 +13,7 @@ from mlxtp.checkpoint.cut import (
     stamp,
     write_json,
 )
-from mlxtp.checkpoint.headers import read_header
+from mlxtp.checkpoint.headers import Header, read_header
 from mlxtp.checkpoint.progress import Advance, ignore
 from mlxtp.checkpoint.tensors import StoredTensor
 from mlxtp.partition.spans import Slice
@@ -32,15 +32,18 @@ def sha256(stored: StoredTensor, part: Slice, advance: Advance = ignore) -> str:
 
 
 def verify(folder: Path, advance: Advance = ignore) -> list[str]:
-    """Compare every slice in `folder` with its hash.
+    """Compare every slice in `folder` with its hash: as it lies, and as it is read.
 
-    Returns: what is wrong, a line for each slice.
+    They differ where slices of several ranks overlap: of those one is read. Files that
+    are here as a whole are compared with the hub's hashes, where these are known.
+
+    Returns: what is wrong, a line for each slice or file.
 
     Raises: ValueError if a file is missing, cut short or broken.
     """
-    tensors = open_cut(folder).tensors
+    headers = open_cut(folder).headers
     checks = [
-        (part / file, tensors[name], written["sha256"])
+        (part / file, headers[file].tensors[name], written["sha256"])
         for part in rank_folders(folder)
         for file, entry in manifest_of(part)["files"].items()
         for name, written in entry["slices"].items()
@@ -50,12 +53,32 @@ def verify(folder: Path, advance: Advance = ignore) -> list[str]:
         file, stored, expected = check
         piece = next(piece for piece in stored.pieces if piece.file == file)
         alone = StoredTensor(stored.tensor, (piece,))
-        if sha256(alone, piece.part, advance) == expected:
-            return None
-        return f"{file}: {stored.tensor.name} has changed since it was written"
+        if sha256(alone, piece.part, advance) != expected:
+            return f"{file}: {stored.tensor.name} has changed since it was written"
+        others = {run.file for run in stored.plan(piece.part).runs} - {file}
+        if others and sha256(stored, piece.part) != expected:
+            where = ", ".join(sorted(map(str, others)))
+            return f"{file}: {stored.tensor.name} is not what is read from {where}"
+        return None
 
     with ThreadPoolExecutor() as pool:
-        return [line for line in pool.map(fault, checks) if line]
+        of_slices = pool.map(fault, checks)
+        of_files = pool.map(_file_fault, headers, headers.values())
+        return [line for line in (*of_slices, *of_files) if line]
+
+
+def _file_fault(file: str, header: Header) -> str | None:
+    """What is wrong with a file of the checkpoint, if all of it is here."""
+    whole = [(s, Slice(s.tensor.shape)) for s in header.tensors.values()]
+    if header.sha256 is None or any(stored.missing(part) for stored, part in whole):
+        return None
+    digest = hashlib.sha256(header.beginning)
+    for stored, part in whole:
+        for block in stored.blocks(part):
+            digest.update(block.data)
+    if digest.hexdigest() == header.sha256:
+        return None
+    return f"{file} as it is read is not what the hub's SHA-256 says"
 
 
 def drop_damaged(folder: Path) -> None:
@@ -70,9 +93,9 @@ def drop_damaged(folder: Path) -> None:
             for file, entry in manifest["files"].items()
         }
         kept = {
-            file: {**manifest["files"][file], "stamp": found}
-            for file, found in stamps.items()
-            if found
+            file: {**manifest["files"][file], "stamp": now}
+            for file, now in stamps.items()
+            if now
         }
         if kept != manifest["files"]:
             for file in manifest["files"].keys() - kept.keys():

@@ -14,14 +14,13 @@ from mlxtp.checkpoint.cut import (
     Origin,
     Shard,
     open_cut,
-    origin_of,
     shards,
     small_files,
     write_manifest,
 )
-from mlxtp.checkpoint.headers import Checkpoint, read_header
+from mlxtp.checkpoint.headers import Checkpoint, Header, read_header
 from mlxtp.checkpoint.progress import Advance, ignore
-from mlxtp.checkpoint.tensors import Tensor, bytes_of
+from mlxtp.checkpoint.tensors import Tensor
 from mlxtp.checkpoint.verify import sha256
 from mlxtp.partition.spans import Slice
 
@@ -31,10 +30,10 @@ def write(
     shard: Shard,
     origin: Origin,
     checkpoint: Checkpoint,
-    slices: Mapping[str, Slice],
+    slices: Mapping[str, Mapping[Tensor, Slice]],
     advance: Advance = ignore,
 ) -> Path:
-    """Cut the `slices` of tensors of a checkpoint that lies on this machine.
+    """Cut the `slices` of the tensors of each file of a checkpoint on this machine.
 
     In memory is a block of half a MB at a time. What was there before stays until all
     of it is written.
@@ -48,14 +47,12 @@ def write(
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir()
     files = {}
-    for file, header in origin.headers.items():
-        wanted = {
-            stored.tensor: slices[name]
-            for name, stored in header.tensors.items()
-            if name in slices and slices[name].size
-        }
+    for file, of_file in slices.items():
+        wanted = {tensor: part for tensor, part in of_file.items() if part.size}
         if wanted:
-            hashes = _write_file(partial / file, checkpoint, wanted, advance)
+            header = checkpoint.headers[file]
+            beginning, _ = layout(wanted)
+            hashes = _write_file(partial / file, beginning, header, wanted, advance)
             files[file] = (wanted, hashes)
     write_manifest(partial, shard, origin, files)
     shutil.rmtree(final, ignore_errors=True)
@@ -87,8 +84,10 @@ def seal(
     partial.rename(next(path for path in chain([final], others) if not path.exists()))
 
 
-def rest(origin: Origin, slices: Iterable[Mapping[str, Slice]]) -> dict[str, Slice]:
-    """What no rank has, by tensor.
+def rest(
+    origin: Origin, slices: Iterable[Mapping[str, Slice]]
+) -> dict[str, dict[Tensor, Slice]]:
+    """What no rank has, by file; copies that nobody reads are among it.
 
     `slices` gives for each rank its slices of tensors, by name.
     """
@@ -96,16 +95,19 @@ def rest(origin: Origin, slices: Iterable[Mapping[str, Slice]]) -> dict[str, Sli
     for of_rank in slices:
         for name, part in of_rank.items():
             held[name] = held.get(name, part).union(part)
-    result = {}
-    for header in origin.headers.values():
-        for name, stored in header.tensors.items():
-            whole, of_ranks = Slice(stored.tensor.shape), held.get(name)
-            if of_ranks is None:
-                result[name] = whole
-            elif of_ranks.axis is not None:
-                left = whole.on(of_ranks.axis).difference(of_ranks.spans)
-                result[name] = Slice(whole.full_shape, of_ranks.axis, left)
-    return {name: part for name, part in result.items() if part.size}
+    left: dict[str, Slice] = {}
+    for name, stored in origin.tensors.items():
+        whole, of_ranks = Slice(stored.tensor.shape), held.get(name)
+        if of_ranks is None:
+            left[name] = whole
+        elif of_ranks.axis is not None:
+            spans = whole.on(of_ranks.axis).difference(of_ranks.spans)
+            left[name] = Slice(whole.full_shape, of_ranks.axis, spans)
+    result = origin.by_file({name: part for name, part in left.items() if part.size})
+    for file, name in sorted(origin.different):
+        tensor = origin.headers[file].tensors[name].tensor
+        result[file][tensor] = Slice(tensor.shape)
+    return result
 
 
 def join(folder: Path, output: Path, advance: Advance = ignore) -> None:
@@ -113,12 +115,8 @@ def join(folder: Path, output: Path, advance: Advance = ignore) -> None:
 
     Raises: ValueError if slices are missing, or `output` is not empty.
     """
-    origin, checkpoint = origin_of(folder), open_cut(folder)
-    everything = {
-        stored.tensor: Slice(stored.tensor.shape)
-        for stored in checkpoint.tensors.values()
-    }
-    if absent := bytes_of(checkpoint.missing(everything)):
+    checkpoint = open_cut(folder)
+    if absent := absent_bytes(checkpoint):
         here = ", ".join(shard.folder for shard in shards(folder)) or "nothing"
         raise ValueError(
             f"{absent:,} bytes of the checkpoint are not in {folder}: there is {here}"
@@ -128,19 +126,27 @@ def join(folder: Path, output: Path, advance: Advance = ignore) -> None:
     output.mkdir(parents=True, exist_ok=True)
     for name, content in small_files(folder).items():
         (output / name).write_bytes(content)
-    for file, header in origin.headers.items():
+    for file, header in checkpoint.headers.items():
         whole = {s.tensor: Slice(s.tensor.shape) for s in header.tensors.values()}
-        _write_file(output / file, checkpoint, whole, advance, header.metadata)
+        _write_file(output / file, header.beginning, header, whole, advance)
 
 
-def layout(
-    slices: Mapping[Tensor, Slice], metadata: Mapping[str, str] | None = None
-) -> tuple[bytes, dict[str, int]]:
+def absent_bytes(checkpoint: Checkpoint) -> int:
+    """Bytes of a checkpoint's files that are not on this machine."""
+    return sum(
+        stored.tensor.bytes_of(missing)
+        for header in checkpoint.headers.values()
+        for stored in header.tensors.values()
+        if (missing := stored.missing(Slice(stored.tensor.shape)))
+    )
+
+
+def layout(slices: Mapping[Tensor, Slice]) -> tuple[bytes, dict[str, int]]:
     """Lay out a safetensors file of slices.
 
     Returns: the bytes before the first slice, and the offset of each in the file.
     """
-    header: dict[str, Any] = {"__metadata__": metadata} if metadata else {}
+    header: dict[str, Any] = {}
     begins, end = {}, 0
     for tensor, part in slices.items():
         begin, end = end, end + tensor.bytes_of(part)
@@ -159,18 +165,18 @@ def layout(
 
 def _write_file(
     file: Path,
-    checkpoint: Checkpoint,
+    beginning: bytes,
+    source: Header,
     slices: Mapping[Tensor, Slice],
     advance: Advance,
-    metadata: Mapping[str, str] | None = None,
 ) -> dict[str, str]:
-    """Write a safetensors file of slices, block by block; the hash of each."""
+    """Write a file of slices of what `source` has, block by block; each one's hash."""
     hashes = {}
     with open(file, "wb") as out:
-        out.write(layout(slices, metadata)[0])
+        out.write(beginning)
         for tensor, part in slices.items():
             digest = hashlib.sha256()
-            for block in checkpoint.tensors[tensor.name].blocks(part):
+            for block in source.tensors[tensor.name].blocks(part):
                 out.write(block.data)
                 digest.update(block.data)
                 advance(block.size)

@@ -5,12 +5,14 @@ together once more, a chunk after another, and one of them hashes it as it passe
 """
 
 import hashlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence, Set
+from contextlib import nullcontext
 from dataclasses import dataclass
 from itertools import zip_longest
 
 import numpy as np
 
+from mlxtp.checkpoint.cut import Origin
 from mlxtp.checkpoint.headers import Header
 from mlxtp.checkpoint.progress import progress_bar
 from mlxtp.checkpoint.tensors import Stack, StoredTensor
@@ -26,7 +28,8 @@ CHUNK_BYTES = 32 * 1024 * 1024
 class Chunk:
     """Items `span` of some rows of a tensor in a file, as seen from an axis.
 
-    `parts` says which of the items come from which rank.
+    `parts` says which of the items come from which rank. Of a copy that nobody reads
+    the items are bytes, and rank 0 gets them from the hub, from `offset` on.
     """
 
     file: str
@@ -36,6 +39,7 @@ class Chunk:
     span: Span
     item_bytes: int
     parts: tuple[tuple[int, Spans], ...]
+    offset: int | None = None
 
     @property
     def bytes(self) -> int:
@@ -54,17 +58,18 @@ class Chunk:
 def wrong_files(
     comm: Communicator,
     repo: Repo,
-    headers: Mapping[str, Header],
+    origin: Origin,
+    files: Collection[str],
     tensors: Mapping[str, StoredTensor],
     *,
     show: bool = False,
 ) -> list[str]:
-    """Those of the files of `headers` whose bytes are not what the hub's hash says.
+    """Those of `files` whose bytes are not what the hub's hash says.
 
-    `tensors` have the pieces that are on this machine. Files for which the hub has no
-    hash, or of which no rank has some part, are left out.
+    `tensors` have the pieces that are on this machine, as they will be read. Files for
+    which the hub has no hash, or of which no rank has some part, are left out.
 
-    Raises: UsageError on every rank if the hub does not give the files' beginnings.
+    Raises: UsageError on every rank if the hub does not give copies that nobody reads.
     """
     has = comm.allgather_object(
         {n: [p.part for p in t.pieces] for n, t in tensors.items() if t.pieces}
@@ -72,45 +77,49 @@ def wrong_files(
     turns: list[list[Chunk]] = [[] for _ in range(comm.size)]  # of each rank
     sizes = [0] * comm.size
     hashers: dict[str, int] = {}
-    for file, header in headers.items():
-        chunks = _chunks(file, header, has)
-        if header.sha256 and chunks is not None:
+    for file, header in origin.headers.items():
+        if file not in files or not header.sha256:
+            continue
+        if (chunks := _chunks(file, header, has, origin.different)) is not None:
             rank = hashers[file] = sizes.index(min(sizes))
             turns[rank] += chunks
             sizes[rank] += sum(chunk.bytes for chunk in chunks)
-    beginnings: dict[str, np.ndarray] = {}
-    with comm.agreement():
-        if comm.rank == 0:
-            for file in hashers:
-                beginnings[file] = np.empty(headers[file].data_start, np.uint8)
-                hub.fetch(repo, file, 0, beginnings[file])
-    beginnings = comm.bcast_object(beginnings)
     digests = {
-        file: hashlib.sha256(beginnings[file].data)
+        file: hashlib.sha256(origin.headers[file].beginning)
         for file, rank in hashers.items()
         if rank == comm.rank
     }
     with progress_bar("Comparing with the hub", sum(sizes), show=show) as bar:
         for turn in zip_longest(*turns):
-            together = _together(comm, tensors, turn)
+            together = _together(comm, repo, tensors, turn)
             if (chunk := turn[comm.rank]) is not None:
                 digests[chunk.file].update(together.data)
             bar.update(sum(chunk.bytes for chunk in turn if chunk is not None))
     wrong = [
         file
         for file, digest in digests.items()
-        if digest.hexdigest() != headers[file].sha256
+        if digest.hexdigest() != origin.headers[file].sha256
     ]
     return sorted(file for files in comm.allgather_object(wrong) for file in files)
 
 
 def _chunks(
-    file: str, header: Header, has: Sequence[Mapping[str, Sequence[Slice]]]
+    file: str,
+    header: Header,
+    has: Sequence[Mapping[str, Sequence[Slice]]],
+    different: Set[tuple[str, str]],
 ) -> list[Chunk] | None:
     """A file's tensors in chunks; None if no rank has some part of one."""
     chunks: list[Chunk] = []
     for name, stored in header.tensors.items():
         if 0 in stored.tensor.shape:
+            continue
+        if (file, name) in different:
+            size = stored.tensor.bytes_of(Slice(stored.tensor.shape))
+            for row, span in _steps(Stack(1, size, 1)):
+                from_root = ((0, Spans([span])),)
+                offset = stored.pieces[0].offset
+                chunks.append(Chunk(file, name, 0, row, span, 1, from_root, offset))
             continue
         parts = [of_rank.get(name, ()) for of_rank in has]
         axes = {part.axis for of_rank in parts for part in of_rank} - {None}
@@ -148,16 +157,15 @@ def _steps(stack: Stack) -> Iterator[tuple[Span, Span]]:
 
 def _together(
     comm: Communicator,
+    repo: Repo,
     tensors: Mapping[str, StoredTensor],
     turn: Sequence[Chunk | None],
 ) -> np.ndarray:
     """Send each rank the parts of its chunk; the bytes of this rank's: (n,) uint8."""
-    messages = []
-    for chunk in turn:
-        message = np.empty(0, np.uint8)
-        if chunk and (spans := chunk.spans_of(comm.rank)):
-            message = tensors[chunk.name].items(chunk.axis, chunk.rows, spans)
-        messages.append(message)
+    ours = [chunk if chunk and chunk.spans_of(comm.rank) else None for chunk in turn]
+    asks_hub = any(chunk and chunk.offset is not None for chunk in turn)
+    with comm.agreement() if asks_hub else nullcontext():
+        messages = [_message(comm.rank, repo, tensors, chunk) for chunk in ours]
     mine = turn[comm.rank]
     sizes = [mine.bytes_of(rank) if mine else 0 for rank in range(comm.size)]
     received = comm.exchange(messages, sizes)
@@ -173,3 +181,20 @@ def _together(
             together[:, column : column + width] = data[:, done : done + width]
             done += width
     return together.reshape(-1)
+
+
+def _message(
+    rank: int, repo: Repo, tensors: Mapping[str, StoredTensor], chunk: Chunk | None
+) -> np.ndarray:
+    """What comes of a chunk from this rank: (n,) uint8.
+
+    Raises: ValueError if the hub does not give it.
+    """
+    if chunk is None:
+        return np.empty(0, np.uint8)
+    if chunk.offset is None:
+        stored = tensors[chunk.name]
+        return stored.items(chunk.axis, chunk.rows, chunk.spans_of(rank))
+    data = np.empty(chunk.bytes, np.uint8)
+    hub.fetch(repo, chunk.file, chunk.offset + chunk.span.start, data)
+    return data

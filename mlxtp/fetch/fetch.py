@@ -100,9 +100,8 @@ def _confirmed(
 ) -> list[str]:
     """Files of which something came wrong; the journal forgets what came of them."""
     touched = set[str]().union(*comm.allgather_object(journal.files))
-    headers = {file: h for file, h in origin.headers.items() if file in touched}
     wrong = confirm.wrong_files(
-        comm, repo, headers, journal.tensors(tensors), show=show
+        comm, repo, origin, touched, journal.tensors(tensors), show=show
     )
     if wrong:
         with comm.agreement():

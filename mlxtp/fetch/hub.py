@@ -4,7 +4,7 @@ Through huggingface-hub's client, with its endpoint, token, cache and offline se
 """
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,9 +28,26 @@ from huggingface_hub.utils import (
 
 from mlxtp.checkpoint import cut
 from mlxtp.checkpoint.cut import SMALL_FILES, Origin
-from mlxtp.checkpoint.headers import INDEX, WEIGHTS, Header, header_of, weight_map
+from mlxtp.checkpoint.headers import (
+    INDEX,
+    WEIGHTS,
+    files_of,
+    header_bytes,
+    header_of,
+    no_weights,
+    parse_index,
+    tensor_files,
+    weight_files,
+)
 from mlxtp.checkpoint.progress import Advance, ignore
+from mlxtp.checkpoint.tensors import StoredTensor
+from mlxtp.partition.spans import Slice
 
+# Most headers are shorter: they come with the first request.
+BEGINNING_BYTES = 100_001
+# Copies of tensors are compared in parts of this size.
+COMPARE_BYTES = 8 * 1024 * 1024
+CONNECTIONS = 8
 # How often something is asked for that breaks off or comes wrong, and the first wait.
 ATTEMPTS = 5
 WAIT_SECONDS = 0.5
@@ -60,7 +77,7 @@ class Repo:
 def whole(repo: Repo) -> Path | None:
     """Its folder in the hub's cache, if it is there with all weights."""
     try:
-        return Path(
+        folder = Path(
             snapshot_download(
                 repo.name,
                 revision=repo.commit,
@@ -70,16 +87,17 @@ def whole(repo: Repo) -> Path | None:
         )
     except (OSError, ValueError):
         return None
+    return folder if files_of(folder) else None
 
 
-def download(repo: Repo) -> Path:
-    """Fetch what is missing of all of it into the hub's cache.
+def download(repo: Repo, weights: Iterable[str]) -> Path:
+    """Fetch what is missing of the files `weights`, and what goes with them.
 
     Returns: its folder there, with all weights.
 
     Raises: ValueError with what the hub said.
     """
-    return _snapshot(repo.name, repo.commit, [WEIGHTS, *SMALL_FILES])
+    return _snapshot(repo.name, repo.commit, [*weights, *SMALL_FILES])
 
 
 def small_files(
@@ -121,30 +139,48 @@ def origin(repo: Repo, small: dict[str, bytes]) -> Origin:
             if isinstance(file, RepoFile)
         },
     )
-    if INDEX in small:
-        files = set(weight_map(small[INDEX], f"{INDEX} of {repo.name}").values())
-    else:
-        files = {name for name in there if Path(name).match(WEIGHTS)}
-    if not files or not files <= there.keys():
-        lacking = ", ".join(sorted(files - there.keys())) or WEIGHTS
-        raise ValueError(f"{lacking} is not in {repo.name} on the hub")
+    index = parse_index(small.get(INDEX, b"")).files
+    names = weight_files(there, index)
+    if not names:
+        raise ValueError(no_weights(f"{repo.name} on the hub", index))
 
-    def header(file: str) -> Header:
-        parsed = _ask(
-            repo.name,
-            lambda: api.parse_safetensors_file_metadata(
-                repo.name, file, revision=repo.commit
-            ),
-        )
+    def beginning(file: str) -> bytes:
+        """All of a file before its first tensor; less of what is no such file."""
+        start = np.empty(min(there[file].size, BEGINNING_BYTES), np.uint8)
+        fetch(repo, file, 0, start)
+        length = min(header_bytes(start[:8].tobytes()), there[file].size)
+        more = np.empty(max(0, length - start.size), np.uint8)
+        fetch(repo, file, start.size, more)
+        return start.tobytes()[:length] + more.tobytes()
+
+    with ThreadPoolExecutor(CONNECTIONS) as pool:
+        beginnings = list(pool.map(beginning, names))
+    headers = {}
+    for file, content in zip(names, beginnings, strict=True):
         lfs = there[file].lfs
-        return header_of(
-            Path(file), parsed, there[file].size, lfs.sha256 if lfs else None
+        headers[file] = header_of(
+            Path(file), content, there[file].size, lfs.sha256 if lfs else None
         )
 
-    with ThreadPoolExecutor(8) as pool:
-        names = sorted(files)
-        headers = dict(zip(names, pool.map(header, names), strict=True))
-    return Origin(repo.name, repo.commit, headers)
+    def are_equal(one: StoredTensor, other: StoredTensor) -> bool:
+        return _are_equal(repo, one, other)
+
+    files, different = tensor_files(headers, index, are_equal, compare_all=True)
+    return Origin(repo.name, repo.commit, headers, files, different)
+
+
+def _are_equal(repo: Repo, one: StoredTensor, other: StoredTensor) -> bool:
+    """Fetch two tensors of the same type and shape, and compare their bytes."""
+    size = one.tensor.bytes_of(Slice(one.tensor.shape))
+
+    def part_is_equal(start: int) -> bool:
+        parts = np.empty((2, min(COMPARE_BYTES, size - start)), np.uint8)
+        for part, (piece,) in zip(parts, (one.pieces, other.pieces), strict=True):
+            fetch(repo, piece.file.name, piece.offset + start, part)
+        return np.array_equal(parts[0], parts[1])
+
+    with ThreadPoolExecutor(CONNECTIONS) as pool:
+        return all(pool.map(part_is_equal, range(0, size, COMPARE_BYTES)))
 
 
 def fetch(

@@ -13,7 +13,7 @@ import numpy as np
 
 from mlxtp.checkpoint import writing
 from mlxtp.checkpoint.cut import Origin, Shard
-from mlxtp.checkpoint.tensors import Piece, StoredTensor, Tensor, bytes_of
+from mlxtp.checkpoint.tensors import Piece, StoredTensor, bytes_of
 from mlxtp.partition.spans import Slice, Span, Spans
 
 LAYOUT = "layout.json"
@@ -32,14 +32,7 @@ class Journal:
         """Go on with what an earlier job began for the same slices, if one did."""
         self._shard, self._origin, self._slices = shard, origin, dict(slices)
         self._path = folder / f"{shard.folder}.partial"
-        self._files: dict[str, dict[Tensor, Slice]] = {
-            file: {
-                stored.tensor: slices[name]
-                for name, stored in header.tensors.items()
-                if name in slices
-            }
-            for file, header in origin.headers.items()
-        }
+        self._files = origin.by_file(slices)
         self._tensors = {t.name: t for of_file in self._files.values() for t in of_file}
         self._goes_on = self._is_ours()
         self.missing = self._slices
@@ -121,7 +114,7 @@ class Journal:
 
     def forget(self, files: Iterable[str]) -> None:
         """Take what has come of some files for missing."""
-        gone = {t.name for file in files for t in self._files.get(file, ())}
+        gone = {name for file in files for name in self._origin.headers[file].tensors}
         kept = [line for line in self._read_journal() if line[0] not in gone]
         self._noted = kept
         (self._path / JOURNAL).write_text("")

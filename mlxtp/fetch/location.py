@@ -1,6 +1,7 @@
 """Where a model lies: in a folder, whole or cut, or on the hub."""
 
 import os
+import shutil
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -69,7 +70,7 @@ class Location:
         repo = _from_root(comm, ask_commit)
         snapshot, folder = hub.whole(repo), repo.folder()
         hosts = comm.allgather_object(
-            (comm.host, snapshot is not None, cut.is_cut(folder))
+            (comm.host, snapshot is not None, _is_begun(folder))
         )
         if snapshot is not None and all(is_whole for _, is_whole, _ in hosts):
             with comm.agreement():
@@ -81,6 +82,8 @@ class Location:
         with comm.agreement():
             if comm.rank == first_of_host:
                 if origin:
+                    if not _is_begun(folder):
+                        shutil.rmtree(folder, ignore_errors=True)
                     cut.begin(folder, origin, small)
                 verify.drop_damaged(folder)
         with comm.agreement():
@@ -119,6 +122,15 @@ def locate(
         if cut.is_cut(path):
             return Location.of_cut(name, path)
         return Location.of_folder(name, path)
+
+
+def _is_begun(folder: Path) -> bool:
+    """Whether slices can be put into `folder`: it says whose, and of what."""
+    try:
+        cut.origin_of(folder)
+    except ValueError:
+        return False
+    return True
 
 
 def _from_root(comm: Communicator, make: Callable[[], T]) -> T:

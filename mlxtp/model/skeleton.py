@@ -5,7 +5,7 @@ import dataclasses
 import io
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Set
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
@@ -16,7 +16,12 @@ import mlx.nn as nn
 from mlx.utils import tree_flatten, tree_unflatten
 
 from mlxtp.checkpoint.cut import open_checkpoint
-from mlxtp.checkpoint.headers import Checkpoint
+from mlxtp.checkpoint.headers import (
+    Checkpoint,
+    absent_files,
+    index_of,
+    unlisted,
+)
 from mlxtp.checkpoint.tensors import ReadTensor, Tensor
 from mlxtp.model.sources import Computed, Source, trace, uncuttable
 from mlxtp.partition.spans import Slice
@@ -90,14 +95,23 @@ def build(
         )
     checkpoint = checkpoint or open_checkpoint(folder)
     loader = _Loader(folder, model_config, _unread(checkpoint))
+    index = index_of(folder)
     try:
         model, config, weights = loader.load({})
     except Exception as error:  # all that mlx-lm may stumble over in a config
+        if isinstance(error, KeyError) and (
+            files := absent_files(error.args, checkpoint.headers, index.files)
+        ):
+            raise ValueError(_lacks(name, list(error.args), files)) from error
         reason = str(error) if isinstance(error, ValueError) else repr(error)
         raise ValueError(
             f"mlx-lm cannot build the model in {name}: {reason}"
         ) from error
-    _check_parameters(model, weights, name)
+    unlisted_arrays = {
+        id(loader.unread[tensor]) for tensor in unlisted(checkpoint.headers, index)
+    }
+    _leave_out(unlisted_arrays, model, weights)
+    _check_parameters(model, weights, name, checkpoint, index.files)
     model.update(tree_unflatten(list(weights.items())))
     tensors = _by_identity(loader.unread, checkpoint)
     if adapter is not None:
@@ -112,6 +126,7 @@ def build(
         checkpoint = checkpoint.updated(added)
     parameters = dict(tree_flatten(model.parameters()))
     sources = _sources(parameters, tensors, loader, weights)
+    _check_types(sources, checkpoint)
     return EmptyModel(model, config, sources, checkpoint)
 
 
@@ -218,13 +233,14 @@ class _Loader:
             model.load_weights = lambda pairs, strict: weights.update(pairs)
             return model
 
-        model, config = load_model(
-            self._folder,
-            lazy=True,
-            strict=False,  # what is wrong with the weights we say ourselves
-            model_config=self._model_config,
-            get_model_classes=lambda config: (model_of, as_it_is),
-        )
+        with _no_files():
+            model, config = load_model(
+                self._folder,
+                lazy=True,
+                strict=False,  # what is wrong with the weights we say ourselves
+                model_config=self._model_config,
+                get_model_classes=lambda config: (model_of, as_it_is),
+            )
         del model.sanitize, model.load_weights  # they hold on to the arrays
         return model, config, weights
 
@@ -284,19 +300,75 @@ def _imported(config: dict[str, Any]) -> tuple[type, type]:
         ) from error
 
 
+@contextlib.contextmanager
+def _no_files() -> Iterator[None]:
+    """Keep mlx-lm from opening files of weights: it is given others, and MLX refuses a
+    file for the type of one tensor in it, used or not."""
+    load = mx.load
+    mx.load = lambda *_, **__: {}
+    try:
+        yield
+    finally:
+        mx.load = load
+
+
+def _leave_out(
+    others: Set[int], model: nn.Module, weights: dict[str, mx.array]
+) -> None:
+    """Take from `weights` those that are not the model's if they are among `others`."""
+    for name in weights.keys() - dict(tree_flatten(model.parameters())).keys():
+        if id(weights[name]) in others:
+            del weights[name]
+
+
 def _check_parameters(
-    model: nn.Module, weights: Mapping[str, mx.array], name: str
+    model: nn.Module,
+    weights: Mapping[str, mx.array],
+    name: str,
+    checkpoint: Checkpoint,
+    index: Mapping[str, str],
 ) -> None:
     """Compare the names and shapes of weights with the model's parameters."""
     expected = dict(tree_flatten(model.parameters()))
     if missing := sorted(expected.keys() - weights.keys()):
-        raise ValueError(f"the checkpoint in {name} lacks {_some(missing)}")
+        files = absent_files(missing, checkpoint.headers, index)
+        raise ValueError(_lacks(name, missing, files))
     if extra := sorted(weights.keys() - expected.keys()):
         raise ValueError(
             f"the checkpoint in {name} has {_some(extra)}, which the model does not "
             "have"
         )
     _check_shapes(model, weights, name)
+
+
+def _lacks(name: str, missing: list[str], files: list[str]) -> str:
+    """What an error says of missing tensors, which should be in `files`."""
+    line = f"the checkpoint in {name} lacks {_some(missing)}"
+    if not files:
+        return line
+    return (
+        f"{line}: its index has them in {', '.join(files)}, and there is no such file; "
+        "fetch the checkpoint again"
+    )
+
+
+def _check_types(sources: Mapping[str, Source], checkpoint: Checkpoint) -> None:
+    """See that MLX reads the type of every tensor that a parameter is made of."""
+    if all(stored.tensor.is_readable for stored in checkpoint.tensors.values()):
+        return
+    files = {
+        stored: file
+        for file, header in checkpoint.headers.items()
+        for stored in header.tensors.values()
+    }
+    for source in sources.values():
+        for tensor, _ in source.reads(Slice(source.shape)):
+            if not tensor.is_readable:
+                file = files.get(checkpoint.tensors[tensor.name], "the adapter")
+                raise ValueError(
+                    f"{tensor.name} in {file} is of type {tensor.kind}, which MLX does "
+                    "not read: take a checkpoint of another type"
+                )
 
 
 def _check_shapes(model: nn.Module, weights: Mapping[str, mx.array], name: str) -> None:

@@ -14,18 +14,17 @@ import mlx.core as mx
 from mlx.utils import tree_flatten
 from mlx_lm.utils import quantize_model
 
-from mlxtp.checkpoint import cut
+from mlxtp.checkpoint import cut, writing
 from mlxtp.checkpoint.cut import Origin
-from mlxtp.checkpoint.headers import WEIGHTS, Header
-from mlxtp.checkpoint.tensors import DTYPES, StoredTensor
+from mlxtp.checkpoint.headers import Header, files_of, header_of
+from mlxtp.checkpoint.tensors import Tensor, kind_of
 from mlxtp.comm.communicator import Communicator
 from mlxtp.fetch import hub
 from mlxtp.fetch.location import locate
 from mlxtp.model import skeleton
 from mlxtp.model.skeleton import EmptyModel
+from mlxtp.partition.spans import Slice
 
-# The names that safetensors gives to types; mlx-lm reads FP8 as bytes.
-KINDS = {dtype: kind for kind, dtype in DTYPES.items() if kind != "F8_E4M3"}
 GROUP_SIZE = 64
 
 
@@ -62,7 +61,7 @@ def open_model(
         file = Path(model).expanduser()
         if file.is_file():
             raise ValueError(f"{model} is a config alone: say with how many --bits")
-        if file.is_dir() and not any(file.glob(WEIGHTS)) and not cut.is_cut(file):
+        if file.is_dir() and not files_of(file) and not cut.is_cut(file):
             raise ValueError(f"{model} has no weights: say with how many --bits")
         folder = locate(model, Communicator()).folder
         config = skeleton.read_json(folder / "config.json", needed=["model_type"])
@@ -99,7 +98,8 @@ def model_of_config(
     Raises: ValueError if mlx-lm cannot build or quantize it.
     """
     headers, config = _headers(config, bits, group_size)
-    origin = Origin(name, None, {"model.safetensors": headers})
+    files = dict.fromkeys(headers.tensors, "model.safetensors")
+    origin = Origin(name, None, {"model.safetensors": headers}, files)
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary) / "model"
         small = {"config.json": json.dumps(config).encode()}
@@ -124,10 +124,9 @@ def _headers(
         raise ValueError(
             f"mlx-lm cannot make a model of {bits} bits of the config: {reason}"
         ) from error
-    tensors, offset = {}, 0
-    for name, array in tree_flatten(model.parameters()):
-        where = Path("model.safetensors")
-        kind = KINDS[array.dtype]
-        tensors[name] = StoredTensor.whole(name, kind, array.shape, where, offset)
-        offset += array.nbytes
-    return Header({"format": "mlx"}, tensors), config
+    tensors = {
+        Tensor(name, kind_of(array.dtype), array.shape): Slice(array.shape)
+        for name, array in tree_flatten(model.parameters())
+    }
+    beginning, _ = writing.layout(tensors)
+    return header_of(Path("model.safetensors"), beginning), config

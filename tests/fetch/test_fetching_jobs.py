@@ -145,10 +145,10 @@ def test_killed_in_the_middle_goes_on(
 
 def children(pid: int) -> list[int]:
     """The ranks that an mpirun has started here."""
-    found = subprocess.run(
+    listed = subprocess.run(
         ["ps", "-o", "pid=", "--ppid", str(pid)], capture_output=True, text=True
     )
-    return [int(word) for word in found.stdout.split()]
+    return [int(word) for word in listed.stdout.split()]
 
 
 @pytest.mark.slow
@@ -159,8 +159,8 @@ def test_two_jobs_on_the_same_machines(
     hub.delay_seconds = 0.05
     jobs = [start(hub, tmp_path, 2, 100_000) for _ in range(2)]
     results = [result(job) for job in jobs]
-    assert [it["tokens"] for it in results] == [expected, expected]
+    assert [result["tokens"] for result in results] == [expected, expected]
     whole = (model / "model.safetensors").stat().st_size
-    assert sum(sum(it["fetched"]) for it in results) < 1.1 * whole
+    assert sum(sum(result["fetched"]) for result in results) < 1.1 * whole
     for folder in tmp_path.glob("**/checkpoint.json"):
         assert not verify.verify(folder.parent)

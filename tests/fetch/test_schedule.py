@@ -14,10 +14,10 @@ from mlxtp.partition.spans import Spans
 pytestmark = pytest.mark.once
 
 
-def come_to(demand: Demand, found: list[Move]) -> list[Counter[tuple[int, int]]]:
+def come_to(demand: Demand, moves: list[Move]) -> list[Counter[tuple[int, int]]]:
     """How often each item of each row comes to each rank."""
     come: list[Counter[tuple[int, int]]] = [Counter() for _ in demand.lacks]
-    for move in found:
+    for move in moves:
         for rank, parts in move.targets:
             for row in range(*move.rows):
                 for start, stop in parts:
@@ -34,11 +34,11 @@ def demands(draw: st.DrawFn) -> Demand:
 
     def part() -> Spans:
         cuts = sorted(draw(edges))
-        found = zip(cuts[::2], cuts[1::2], strict=False)
-        return Spans((a, b) for a, b in found if a < b).merged()
+        pairs = zip(cuts[::2], cuts[1::2], strict=False)
+        return Spans((a, b) for a, b in pairs if a < b).merged()
 
     has = tuple(part() if draw(st.booleans()) else () for _ in range(ranks))
-    lacks = tuple(part().difference(it) for it in has)
+    lacks = tuple(part().difference(spans) for spans in has)
     return Demand("x", 1, rows, items, draw(st.sampled_from([1, 64])), lacks, has)
 
 
@@ -48,9 +48,9 @@ def test_all_comes_once(given: list[Demand], only_root: bool) -> None:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(schedule, "REQUEST_BYTES", 100)
         patch.setattr(schedule, "MOVE_BYTES", 300)
-        found = plan(given, only_root=only_root)
+        moves = plan(given, only_root=only_root)
     (demand,) = given
-    for rank, come in enumerate(come_to(demand, found)):
+    for rank, come in enumerate(come_to(demand, moves)):
         wanted = {
             (row, item)
             for row in range(demand.rows)
@@ -58,7 +58,7 @@ def test_all_comes_once(given: list[Demand], only_root: bool) -> None:
             for item in range(start, stop)
         }
         assert come.keys() == wanted and set(come.values()) <= {1}
-    for move in found:
+    for move in moves:
         if not move.from_hub:
             assert not Spans([move.span]).difference(demand.has[move.source])
         elif only_root:
@@ -91,51 +91,59 @@ def llama(ranks: int, has: list[list[Spans]] | None = None) -> list[Demand]:
     return made
 
 
-def from_hub(demands: list[Demand], found: list[Move]) -> Counter[int]:
+def from_hub(demands: list[Demand], moves: list[Move]) -> Counter[int]:
     """Bytes that each rank fetches."""
     by_name = {demand.name: demand for demand in demands}
     fetched: Counter[int] = Counter()
-    for move in found:
-        it = by_name[move.name]
-        between = (move.rows.length - 1) * it.items + move.span.length
-        fetched[move.source] += between * it.item_bytes * move.from_hub
+    for move in moves:
+        demand = by_name[move.name]
+        between = (move.rows.length - 1) * demand.items + move.span.length
+        fetched[move.source] += between * demand.item_bytes * move.from_hub
     return fetched
 
 
 @pytest.mark.parametrize("ranks", [1, 2, 3, 5, 8])
 def test_each_rank_fetches_its_share(ranks: int) -> None:
     wanted = llama(ranks)
-    found = plan(wanted)
-    whole = sum(it.rows * it.items * it.item_bytes for it in wanted)
-    fetched = from_hub(wanted, found)
+    moves = plan(wanted)
+    whole = sum(demand.rows * demand.items * demand.item_bytes for demand in wanted)
+    fetched = from_hub(wanted, moves)
     assert sum(fetched.values()) == whole
     assert max(fetched.values()) < 1.05 * whole / ranks
     # Columns come in bands: not a request for each row.
-    assert len(found) < 1.5 * whole / schedule.MOVE_BYTES + 6 * ranks
+    assert len(moves) < 1.5 * whole / schedule.MOVE_BYTES + 6 * ranks
 
 
 @pytest.mark.parametrize("ranks", [4, 3, 5, 7])
 def test_another_world_moves_what_is_missing_and_no_more(ranks: int) -> None:
     """From five ranks to others: nothing from the hub while all five are there."""
-    before = [list(it.lacks) for it in llama(5)]
-    wanted = llama(ranks, [list(it) for it in before])
-    found = plan(wanted)
-    lacked = sum(it.rows * p.length * it.item_bytes for it in wanted for p in it.lacks)
+    before = [list(demand.lacks) for demand in llama(5)]
+    wanted = llama(ranks, [list(lacks) for lacks in before])
+    moves = plan(wanted)
+    lacked = sum(
+        demand.rows * p.length * demand.item_bytes
+        for demand in wanted
+        for p in demand.lacks
+    )
     moved = sum(
         m.rows.length * p.length * wanted[int(m.name)].item_bytes
-        for m in found
+        for m in moves
         for _, p in m.targets
     )
     assert moved == lacked
     # From the hub comes what no machine has; columns with what lies between them.
     gone = {
-        it.name: Spans.whole(it.items).difference(s for part in it.has for s in part)
-        for it in wanted
+        demand.name: Spans.whole(demand.items).difference(
+            s for part in demand.has for s in part
+        )
+        for demand in wanted
     }
     least = sum(
-        it.rows * (it.items if it.rows > 1 else gone[it.name].length) * it.item_bytes
-        for it in wanted
-        if gone[it.name]
+        demand.rows
+        * (demand.items if demand.rows > 1 else gone[demand.name].length)
+        * demand.item_bytes
+        for demand in wanted
+        if gone[demand.name]
     )
-    assert sum(from_hub(wanted, found).values()) <= least
+    assert sum(from_hub(wanted, moves).values()) <= least
     assert bool(least) == (ranks < 5)
