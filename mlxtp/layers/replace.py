@@ -126,7 +126,10 @@ def norm(site: Site) -> nn.Module:
     """Norm over an axis of which every rank has a part."""
     matrix, comm = site.matrix, site.comm
     shard = NormShard(matrix.features, matrix.spans, comm.rank, matrix.groups)
-    return RMSNormOverRanks(site.target, shard, comm, matrix.path)
+    is_in_groups = bool(matrix.cut.groups)
+    return RMSNormOverRanks(
+        site.target, shard, comm, matrix.path, is_in_groups=is_in_groups
+    )
 
 
 def items(site: Site) -> list[Any]:
