@@ -214,7 +214,8 @@ class VocabParallelEmbedding(VocabParallel):
     """Look tokens up where they are held and sum over ranks.
 
     y = allreduce(E[token] where the rank holds it, else 0); partial where the sum is
-    made later.
+    made later. A token that no rank holds has no row: y is NaN, on every number of
+    ranks. (MLX reads whatever lies in memory there.)
 
     Shapes: tokens (B, L) replicated -> y (B, L, D) replicated, or partial.
     Communicates: one allreduce of B*L*D elements, or nothing if partial; as a tied
@@ -240,7 +241,9 @@ class VocabParallelEmbedding(VocabParallel):
         start, stop = self._span
         held = (tokens >= start) & (tokens < stop)
         rows = self.embedding(mx.where(held, tokens - start, 0))
-        rows = mx.where(held[..., None], rows, 0)
+        exists = (tokens >= 0) & (tokens < sum(self._sizes))
+        others = mx.where(exists, 0, mx.nan).astype(rows.dtype)
+        rows = mx.where(held[..., None], rows, others[..., None])
         return self._sum(rows) if self._sum is not None else rows
 
     def as_linear(self, x: mx.array) -> mx.array:
