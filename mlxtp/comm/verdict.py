@@ -12,6 +12,8 @@ from mlxtp.comm.progress import Blocks
 # A rank that has not been heard for so many beats is not heard at the moment.
 UNHEARD_BEATS = 3
 
+NO_BLOCKS = Blocks()
+
 
 @dataclass
 class Peer:
@@ -28,7 +30,7 @@ class Peer:
     gone: bool = False
     left: bool = False
     number: int = 0
-    blocks: Blocks = Blocks()
+    blocks: Blocks = NO_BLOCKS
 
 
 @dataclass(frozen=True)
@@ -46,7 +48,7 @@ class ThisRank:
     last_call: CollectiveCall | None = None
     waiting_since: float | None = None
     limited: bool = True
-    blocks: Blocks = Blocks()
+    blocks: Blocks = NO_BLOCKS
 
 
 @dataclass(frozen=True)
@@ -105,14 +107,13 @@ def judge_raised(
     """
     raised = [peer for peer in peers if _has_raised(peer, this)]
     went_on = any(
-        peer.left
-        or peer.number > this.number
-        or peer.blocks.ended >= this.blocks.ended
+        peer.left or peer.number > this.number or peer.blocks.ended >= this.blocks.ended
         for peer in peers
         if peer not in raised
     )
     if went_on or (this.limited and now - since > limits.timeout_seconds):
-        ranks = sorted([*raised, this], key=lambda rank: rank.rank)
+        ranks: list[Peer | ThisRank] = [*raised, this]
+        ranks.sort(key=lambda rank: rank.rank)
         return replace(_verdict("raised", ranks, limits, this), error=error)
     return None
 
