@@ -110,6 +110,55 @@ class _Scaled(nn.Module):
         return y * self._scale.astype(x.dtype)
 
 
+class InputGather:
+    """Put inputs together of which every rank has a part.
+
+    Shapes: x_r (..., in_r) sharded -> x (..., in) replicated.
+    Communicates: one allgather of (...)*in elements.
+    """
+
+    def __init__(self, spans: Sequence[Spans], comm: Communicator, path: str) -> None:
+        """Take all ranks' `spans` of the inputs of the layer at `path`."""
+        order = [place for part in spans for place in part.indices]
+        self._back = mx.array(sorted(range(len(order)), key=order.__getitem__))
+        self._sizes = [part.length for part in spans]
+        self._comm, self._path = comm, path
+
+    def __call__(self, x: mx.array) -> mx.array:
+        """Gather this rank's part and the others'."""
+        whole = self._comm.allgather(x, self._sizes, self._path)
+        return whole[..., self._back]
+
+
+class RowParallelQuantized(RowParallelLinear):
+    """A row-parallel layer that quantizes its inputs in groups, of which some are cut.
+
+    y = allreduce(Q(x)_g @ W_g.T), where g are the groups of the rank, each whole.
+
+    Shapes: x_r (..., in_r) sharded -> y (..., out) replicated, or partial.
+    Communicates: what `RowParallelLinear` does, and before it one allgather of
+        (...)*in elements.
+    """
+
+    def __init__(
+        self,
+        linear: nn.Module,
+        comm: Communicator,
+        groups: Spans,
+        sum_over_ranks: Sum | None,
+        gather: InputGather,
+    ) -> None:
+        """Wrap `linear`, which holds the inputs `groups` of W."""
+        super().__init__(linear, comm, sum_over_ranks=sum_over_ranks)
+        self._groups = mx.array(groups.indices)
+        self._gather = gather
+
+    def __call__(self, x: mx.array, *which: mx.array, **options: Any) -> mx.array:
+        """Gather, quantize and multiply."""
+        x = self._gather(x)[..., self._groups]
+        return super().__call__(x, *which, **options)
+
+
 class RowParallelRotated(RowParallelLinear):
     """A row-parallel layer whose inputs are rotated in blocks (Hadamard).
 
@@ -141,20 +190,16 @@ class RowParallelRotated(RowParallelLinear):
         if is_aligned:
             linear.signs = linear.signs[mx.array(mine.indices)]
             return
-        order = [place for part in spans for place in part.indices]
-        self._back = [order.index(place) for place in range(len(order))]
-        self._sizes = [part.length for part in spans]
         self._mine = mine.indices
+        self._gather = InputGather(spans, comm, path)
         self._rotate, self._block, self._signs = rotate, linear.block, linear.signs
-        self.comm, self._path = comm, path
         linear.block = 0
 
     def __call__(self, x: mx.array, *which: mx.array, **options: Any) -> mx.array:
         """Rotate and multiply."""
         if not self.linear.block:
-            whole = self.comm.allgather(x, self._sizes, self._path)
-            whole = whole[..., mx.array(self._back)]
-            x = self._rotate(whole, self._block, self._signs)[..., mx.array(self._mine)]
+            whole = self._rotate(self._gather(x), self._block, self._signs)
+            x = whole[..., mx.array(self._mine)]
         return super().__call__(x, *which, **options)
 
 
