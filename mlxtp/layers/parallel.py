@@ -286,10 +286,25 @@ class VocabParallelEmbedding(VocabParallel):
         start, stop = self._span
         held = (tokens >= start) & (tokens < stop)
         rows = self.embedding(mx.where(held, tokens - start, 0))
-        exists = (tokens >= 0) & (tokens < sum(self._sizes))
-        others = mx.where(exists, 0, mx.nan).astype(rows.dtype)
-        rows = mx.where(held[..., None], rows, others[..., None])
+        rows = mx.where(held[..., None], rows, self._elsewhere(tokens, rows.dtype))
         return self._sum(rows) if self._sum is not None else rows
+
+    def _elsewhere(self, tokens: mx.array, dtype: mx.Dtype) -> mx.array | float:
+        """What this rank gives for tokens whose rows it does not hold.
+
+        Zero, but NaN from the first rank for negative tokens, and from the last for
+        those beyond all rows.
+
+        Shapes: tokens (B, L) -> (B, L, 1), or one number for all.
+        """
+        start, stop = self._span
+        is_first, is_last = start == 0, stop == sum(self._sizes)
+        if is_first and is_last:
+            return mx.nan
+        if not is_first and not is_last:
+            return 0.0
+        has_no_row = tokens < 0 if is_first else tokens >= stop
+        return mx.where(has_no_row, mx.nan, 0).astype(dtype)[..., None]
 
     def as_linear(self, x: mx.array) -> mx.array:
         """Multiply by the embedding: x (..., D) -> logits (..., V) replicated."""
