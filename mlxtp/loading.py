@@ -240,6 +240,7 @@ def prepare(
                 model_config=model_config,
                 trust_remote_code=trust_remote_code,
             )
+            _check_quantized_activations(empty.model)
             table = slice_table(empty.model, rank_shares)
             slices = table.slices(comm.rank)
             empty.settle(slices)
@@ -260,6 +261,31 @@ def prepare(
         names = " and ".join(model.name for model in both)
         check_memory(comm, sum(model.nbytes for model in both), names)
     return prepared
+
+
+def _check_quantized_activations(model: nn.Module) -> None:
+    """Try MLX's product of quantized activations, which not every device has.
+
+    mlx-lm finds out in the middle of a prompt.
+
+    Raises: ValueError, with the first layer that needs it.
+    """
+    layers = (
+        (path, module)
+        for path, module in model.named_modules()
+        if isinstance(module, nn.QQLinear)
+    )
+    for path, layer in layers:
+        x, kind = mx.zeros((32, 128)), (layer.group_size, layer.bits, layer.mode)
+        weight, scales, *_ = mx.quantize(x, *kind)
+        try:
+            mx.eval(mx.qqmm(x, weight, scales, *kind))
+        except RuntimeError as error:
+            raise ValueError(
+                f"config.json asks for quantize_activations, as in {path}, and MLX "
+                f"cannot on this device ({error}): set it to false there"
+            ) from error
+        return
 
 
 def _checked_shares(shares: Sequence[int | Share] | None, comm: Communicator) -> Shares:

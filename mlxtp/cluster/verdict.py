@@ -5,7 +5,7 @@ environment variable `VERDICT_VARIABLE` is "1" it writes one line more: `VERDICT
 and the verdict as JSON. What started the job sets the variable and reads the line.
 
 There may be several lines: where a rank is lost, others may fail because of it. So a
-verdict whose `why` is not "failed" counts before one whose `why` is.
+verdict whose `why` is neither "failed" nor "raised" counts before one whose `why` is.
 """
 
 import json
@@ -26,7 +26,10 @@ Why = Literal[
     "not started",  # MPI did not start on all ranks within the limit
     "not ended",  # the others did not end within the limit
     "failed",  # an exception that nothing caught
+    "raised",  # a forward pass raised on some ranks only
 ]
+# What gives way to other reasons, of which it may be a consequence; the first most.
+_GIVE_WAY = ("failed", "raised")
 
 
 @dataclass(frozen=True)
@@ -69,7 +72,8 @@ class Verdict:
 
     `lost` is empty where nobody can say which ranks they are. `reporter` is the rank
     that noticed, and `collective` the last one that it called. `limit_seconds` is
-    the limit of time that was exceeded, if the reason is a limit.
+    the limit of time that was exceeded, if the reason is a limit. `error` is what was
+    raised, in one line, if `why` is "raised".
     """
 
     why: Why
@@ -77,6 +81,7 @@ class Verdict:
     reporter: RankOnHost
     collective: CollectiveCall | None
     limit_seconds: float
+    error: str = ""
 
     def sentence(self) -> str:
         """Say it to people, in one line."""
@@ -94,6 +99,8 @@ class Verdict:
                     f"mlxtp: MPI did not start on {self.reporter.host} {within}: "
                     "a rank has not come, or its host is not reached"
                 )
+            case "raised":
+                what = f"{lost} raised {self.error}, where others did not"
             case "died":
                 what = f"{lost} died"
             case "silent":
@@ -139,6 +146,7 @@ class Verdict:
                 RankOnHost(**content["reporter"]),
                 None if collective is None else CollectiveCall(**collective),
                 content["limit_seconds"],
+                content["error"],
             )
         except (KeyError, TypeError) as error:
             raise ValueError(f"not a verdict: {text}") from error
@@ -147,12 +155,18 @@ class Verdict:
         return verdict
 
 
+def _weight(verdict: Verdict) -> int:
+    """How much a verdict counts beside others of the same job."""
+    why = verdict.why
+    return _GIVE_WAY.index(why) if why in _GIVE_WAY else len(_GIVE_WAY)
+
+
 class VerdictFilter:
     """Takes the line of the verdict out of what a job writes on standard error.
 
     Ranks write at once, so the line may begin behind what another rank has begun (a
-    progress bar, say). The first `verdict` counts, but one of a rank that failed gives
-    way: it may have failed because another was lost.
+    progress bar, say). The first `verdict` counts, but one of a rank that failed or
+    raised gives way: it may have because another was lost.
     """
 
     MARK = VERDICT_MARK.encode()
@@ -196,6 +210,6 @@ class VerdictFilter:
             verdict = Verdict.from_json(line.removeprefix(self.MARK).decode())
         except ValueError:
             return line
-        if self.verdict is None or self.verdict.why == "failed":
+        if self.verdict is None or _weight(verdict) > _weight(self.verdict):
             self.verdict = verdict
         return b""

@@ -323,6 +323,28 @@ class Communicator:
             message = f"rank {reporting[0]} on {host}: {message}"
         raise UsageError(message) from mistake
 
+    @contextmanager
+    def raising_together(self) -> Iterator[None]:
+        """Let an exception leave the block on all ranks or on none.
+
+        For a block of collectives, as a forward pass is. A rank that raises waits until
+        all others have raised in their block, after as many collectives; then the
+        exception goes on its way. If another rank goes on instead, or none comes within
+        the time limit, the job ends, and the message says which ranks raised what. A
+        block that does not raise costs nothing. Without a heartbeat nothing is waited
+        for.
+        """
+        try:
+            yield
+        except Exception as error:
+            if self._control is not None and self not in _DRY_RUNS.get():
+                self._progress.end_block(raised=True)
+                if self._heartbeat is not None:
+                    self._heartbeat.wait_until_all_raise(error)
+            raise
+        if self._control is not None and self not in _DRY_RUNS.get():
+            self._progress.end_block(raised=False)
+
     def _close(self, *transports: Transport) -> None:
         with self._heartbeat.finish() if self._heartbeat else nullcontext():
             for transport in transports:

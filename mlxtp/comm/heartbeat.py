@@ -14,15 +14,16 @@ import signal
 import socket
 import threading
 import time
+import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from typing import Any, NoReturn
 
 from mlxtp.cluster.addresses import own_address
 from mlxtp.cluster.verdict import Verdict
-from mlxtp.comm import ending
+from mlxtp.comm import ending, launcher
 from mlxtp.comm import verdict as verdicts
-from mlxtp.comm.progress import Progress
+from mlxtp.comm.progress import Blocks, Progress
 from mlxtp.comm.transports import Transport
 from mlxtp.comm.verdict import Limits, Peer, ThisRank
 
@@ -32,6 +33,11 @@ BEAT_SECONDS = 1.0
 LEAVE_SECONDS = 1.5
 
 LONGEST_DATAGRAM = 65536
+
+# How often a rank that has raised looks whether the others have, and how much of its
+# exception a verdict says.
+LOOK_SECONDS = 0.005
+LONGEST_ERROR = 500
 
 
 class Heartbeat:
@@ -100,6 +106,23 @@ class Heartbeat:
         """End the job because of an exception, whose `trace` is printed."""
         self.end_job(verdicts.failed(self._limits, self._this_rank()), trace)
 
+    def wait_until_all_raise(self, error: Exception) -> None:
+        """Wait until all ranks have left a block with an exception, as this one has.
+
+        Ends the job if a rank goes on without, or does not come within the limit.
+        """
+        self._tell()
+        since = time.monotonic()
+        text = " ".join(f"{type(error).__name__}: {error}".split())[:LONGEST_ERROR]
+        while not verdicts.have_all_raised(self.peers, this := self._this_rank()):
+            verdict = verdicts.judge_raised(
+                self.peers, time.monotonic(), since, self._limits, this, text
+            )
+            if verdict is not None:
+                time.sleep(launcher.report_delay_seconds())
+                self.end_job(verdict, "".join(traceback.format_exception(error)))
+            time.sleep(LOOK_SECONDS)
+
     def end_job(self, verdict: Verdict, trace: str = "") -> NoReturn:
         """Say good-bye to the peers and end this process; mpirun then ends all."""
         with self._speaking:
@@ -130,6 +153,7 @@ class Heartbeat:
             progress.last_call(),
             progress.waiting_since,
             progress.limited,
+            progress.blocks,
         )
 
     def _run(self) -> None:
@@ -165,7 +189,8 @@ class Heartbeat:
         state = {
             "key": self._key,
             "rank": self._rank,
-            "number": self._progress.number,
+            "number": self._progress.number,  # before the blocks, which go first
+            "blocks": self._progress.blocks,
             **more,
         }
         for peer in [to] if to else self.peers:
@@ -190,6 +215,8 @@ class Heartbeat:
             peer = next(p for p in self.peers if p.rank == state["rank"])
             peer.heard, peer.gone = time.monotonic(), False
             peer.number = state["number"]
+            # A datagram may be overtaken by a later one.
+            peer.blocks = max(peer.blocks, Blocks(*state["blocks"]))
             peer.left = peer.left or state.get("left", False)
             if state.get("asks"):
                 self._tell(peer)

@@ -7,9 +7,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from mlxtp.cluster.verdict import CollectiveCall, RankOnHost, Verdict, Why
+from mlxtp.comm.progress import Blocks
 
 # A rank that has not been heard for so many beats is not heard at the moment.
 UNHEARD_BEATS = 3
+
+NO_BLOCKS = Blocks()
 
 
 @dataclass
@@ -18,7 +21,7 @@ class Peer:
 
     `heard` is when it was heard last, 0 before the first time. `gone`: its host says
     that nobody listens there any more. `left`: it said good-bye. `number` counts the
-    collectives that it has begun.
+    collectives that it has begun, `blocks` those that it has left.
     """
 
     rank: int
@@ -27,6 +30,7 @@ class Peer:
     gone: bool = False
     left: bool = False
     number: int = 0
+    blocks: Blocks = NO_BLOCKS
 
 
 @dataclass(frozen=True)
@@ -35,7 +39,7 @@ class ThisRank:
 
     `number` counts the collectives that it has begun, `last_call` is the last of
     them. `waiting_since` is when its wait there began, None if it is in none.
-    `limited` says whether the wait has a limit.
+    `limited` says whether the wait has a limit. `blocks` are those that it has left.
     """
 
     rank: int
@@ -44,6 +48,7 @@ class ThisRank:
     last_call: CollectiveCall | None = None
     waiting_since: float | None = None
     limited: bool = True
+    blocks: Blocks = NO_BLOCKS
 
 
 @dataclass(frozen=True)
@@ -79,6 +84,46 @@ def judge(
     if late := [peer for peer in peers if peer.number < this.number]:
         return _verdict("late", late, limits, this)
     return _verdict("undelivered", [], limits, this)
+
+
+def have_all_raised(peers: Sequence[Peer], this: ThisRank) -> bool:
+    """Whether all ranks have raised as this rank has, after as many collectives."""
+    return all(_has_raised(peer, this) for peer in peers)
+
+
+def judge_raised(
+    peers: Sequence[Peer],
+    now: float,
+    since: float,
+    limits: Limits,
+    this: ThisRank,
+    error: str,
+) -> Verdict | None:
+    """Return the verdict where this rank has raised and another rank does not.
+
+    `since` is when it raised `error`. Another rank does not if it went on: it has left
+    the block, or has begun a collective that this rank does not come to. It is waited
+    for as long as the limit.
+    """
+    raised = [peer for peer in peers if _has_raised(peer, this)]
+    went_on = any(
+        peer.left or peer.number > this.number or peer.blocks.ended >= this.blocks.ended
+        for peer in peers
+        if peer not in raised
+    )
+    if went_on or (this.limited and now - since > limits.timeout_seconds):
+        ranks: list[Peer | ThisRank] = [*raised, this]
+        ranks.sort(key=lambda rank: rank.rank)
+        return replace(_verdict("raised", ranks, limits, this), error=error)
+    return None
+
+
+def _has_raised(peer: Peer, this: ThisRank) -> bool:
+    """Whether a peer has raised as this rank has; it may have raised again since."""
+    mine, its = this.blocks, peer.blocks
+    if its.raised == mine.raised:
+        return its.raised_at == mine.raised_at
+    return its.raised > mine.raised
 
 
 def reconsider(

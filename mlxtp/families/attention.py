@@ -108,6 +108,7 @@ INDEXED = ATTENTION.but(
     shared={"index_k_proj": "one key head for all index heads"},
 )
 EXAONE = ATTENTION.but(adapt="attention.any_width")
+GEMMA2 = ATTENTION.but(adapt="mask_of_batches")
 BAICHUAN = fused("W_pack", "o_proj").but(
     cuts={"conv_k": along("kv", 2), "conv_v": along("kv", 2)},
     adapt="any_packed_width",

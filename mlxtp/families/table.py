@@ -133,7 +133,7 @@ TABLE: dict[str, Family] = {
     ),
     "gear": family(attention.CONVOLVED, ATTENTION, GATED),
     "gemma": DENSE,
-    "gemma2": DENSE,
+    "gemma2": family(attention.GEMMA2, GATED),
     "gemma3": DENSE,
     "gemma3_text": DENSE,
     "gemma3n": Family(

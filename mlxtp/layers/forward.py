@@ -2,9 +2,12 @@
 
 import functools
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import mlx.nn as nn
+
+from mlxtp.comm.communicator import Communicator
 
 # Takes the method as it was, the module, and the arguments of the call.
 Forward = Callable[..., Any]
@@ -28,6 +31,23 @@ def change_forward(
 
     body = {method: changed, "__module__": kind.__module__}
     module.__class__ = type(kind.__name__, (kind,), body)
+
+
+@dataclass(frozen=True)
+class RaisingTogether:
+    """The forward pass of a whole model: what it raises, it raises on all ranks.
+
+    Research code may catch the exception; then no rank waits for another.
+    """
+
+    comm: Communicator
+
+    def __call__(
+        self, former: Forward, model: nn.Module, *args: Any, **options: Any
+    ) -> Any:
+        """Call the model."""
+        with self.comm.raising_together():
+            return former(model, *args, **options)
 
 
 def twin(module: nn.Module, **children: Any) -> nn.Module:

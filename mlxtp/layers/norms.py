@@ -38,14 +38,19 @@ class NormShard:
     def normed(
         self, x: mx.array, squares: mx.array, eps: float, weight: mx.array | None
     ) -> mx.array:
-        """x / sqrt(mean of squares + eps) * weight, of x's dtype.
+        """x / sqrt(mean of squares + eps) * weight, rounded as mx.fast.rms_norm does.
+
+        That is before the weight, to the wider dtype of x and weight.
 
         Shapes: x (..., local features), squares of all ranks (..., groups), weight
             (local features,) -> (..., local features).
         """
         scale = mx.rsqrt(squares / self.size + eps) @ self._member.T
         y = x.astype(mx.float32) * scale
-        return (y if weight is None else y * weight).astype(x.dtype)
+        if weight is None:
+            return y.astype(x.dtype)
+        # Of two floating dtypes that differ, the wider is float32 in MLX.
+        return (y.astype(x.dtype) if weight.dtype == x.dtype else y) * weight
 
 
 class RMSNormOverRanks(nn.Module):
@@ -60,13 +65,23 @@ class RMSNormOverRanks(nn.Module):
     """
 
     def __init__(
-        self, norm: nn.Module, shard: NormShard, comm: Communicator, path: str
+        self,
+        norm: nn.Module,
+        shard: NormShard,
+        comm: Communicator,
+        path: str,
+        *,
+        is_in_groups: bool,
     ) -> None:
-        """Take the place of `norm` at `path`, whose weight is this rank's."""
+        """Take the place of `norm` at `path`, whose weight is this rank's.
+
+        With `is_in_groups` the norm is one of groups, of which there may be one.
+        """
         super().__init__()
         self.weight = norm.weight
         self.eps = getattr(norm, "eps", None) or norm.variance_epsilon
         self.gate_last = getattr(norm, "norm_before_gate", False)
+        self.is_in_groups = is_in_groups
         self.comm, self._path = comm, path
         self.shard = shard
 
@@ -77,5 +92,8 @@ class RMSNormOverRanks(nn.Module):
         squares = self.shard.squares(x)
         if not self.shard.is_local:
             squares = self.comm.allreduce(squares, self._path)
-        y = self.shard.normed(x, squares, self.eps, self.weight)
+        if self.is_in_groups:  # mlx-lm rounds to x's dtype before the weight
+            y = self.shard.normed(x, squares, self.eps, None) * self.weight
+        else:
+            y = self.shard.normed(x, squares, self.eps, self.weight)
         return nn.silu(gate) * y if gate is not None and self.gate_last else y

@@ -110,6 +110,55 @@ class _Scaled(nn.Module):
         return y * self._scale.astype(x.dtype)
 
 
+class InputGather:
+    """Put inputs together of which every rank has a part.
+
+    Shapes: x_r (..., in_r) sharded -> x (..., in) replicated.
+    Communicates: one allgather of (...)*in elements.
+    """
+
+    def __init__(self, spans: Sequence[Spans], comm: Communicator, path: str) -> None:
+        """Take all ranks' `spans` of the inputs of the layer at `path`."""
+        order = [place for part in spans for place in part.indices]
+        self._back = mx.array(sorted(range(len(order)), key=order.__getitem__))
+        self._sizes = [part.length for part in spans]
+        self._comm, self._path = comm, path
+
+    def __call__(self, x: mx.array) -> mx.array:
+        """Gather this rank's part and the others'."""
+        whole = self._comm.allgather(x, self._sizes, self._path)
+        return whole[..., self._back]
+
+
+class RowParallelQuantized(RowParallelLinear):
+    """A row-parallel layer that quantizes its inputs in groups, of which some are cut.
+
+    y = allreduce(Q(x)_g @ W_g.T), where g are the groups of the rank, each whole.
+
+    Shapes: x_r (..., in_r) sharded -> y (..., out) replicated, or partial.
+    Communicates: what `RowParallelLinear` does, and before it one allgather of
+        (...)*in elements.
+    """
+
+    def __init__(
+        self,
+        linear: nn.Module,
+        comm: Communicator,
+        groups: Spans,
+        sum_over_ranks: Sum | None,
+        gather: InputGather,
+    ) -> None:
+        """Wrap `linear`, which holds the inputs `groups` of W."""
+        super().__init__(linear, comm, sum_over_ranks=sum_over_ranks)
+        self._groups = mx.array(groups.indices)
+        self._gather = gather
+
+    def __call__(self, x: mx.array, *which: mx.array, **options: Any) -> mx.array:
+        """Gather, quantize and multiply."""
+        x = self._gather(x)[..., self._groups]
+        return super().__call__(x, *which, **options)
+
+
 class RowParallelRotated(RowParallelLinear):
     """A row-parallel layer whose inputs are rotated in blocks (Hadamard).
 
@@ -141,20 +190,16 @@ class RowParallelRotated(RowParallelLinear):
         if is_aligned:
             linear.signs = linear.signs[mx.array(mine.indices)]
             return
-        order = [place for part in spans for place in part.indices]
-        self._back = [order.index(place) for place in range(len(order))]
-        self._sizes = [part.length for part in spans]
         self._mine = mine.indices
+        self._gather = InputGather(spans, comm, path)
         self._rotate, self._block, self._signs = rotate, linear.block, linear.signs
-        self.comm, self._path = comm, path
         linear.block = 0
 
     def __call__(self, x: mx.array, *which: mx.array, **options: Any) -> mx.array:
         """Rotate and multiply."""
         if not self.linear.block:
-            whole = self.comm.allgather(x, self._sizes, self._path)
-            whole = whole[..., mx.array(self._back)]
-            x = self._rotate(whole, self._block, self._signs)[..., mx.array(self._mine)]
+            whole = self._rotate(self._gather(x), self._block, self._signs)
+            x = whole[..., mx.array(self._mine)]
         return super().__call__(x, *which, **options)
 
 
@@ -214,7 +259,8 @@ class VocabParallelEmbedding(VocabParallel):
     """Look tokens up where they are held and sum over ranks.
 
     y = allreduce(E[token] where the rank holds it, else 0); partial where the sum is
-    made later.
+    made later. A token that no rank holds has no row: y is NaN, on every number of
+    ranks. (MLX reads whatever lies in memory there.)
 
     Shapes: tokens (B, L) replicated -> y (B, L, D) replicated, or partial.
     Communicates: one allreduce of B*L*D elements, or nothing if partial; as a tied
@@ -240,8 +286,25 @@ class VocabParallelEmbedding(VocabParallel):
         start, stop = self._span
         held = (tokens >= start) & (tokens < stop)
         rows = self.embedding(mx.where(held, tokens - start, 0))
-        rows = mx.where(held[..., None], rows, 0)
+        rows = mx.where(held[..., None], rows, self._elsewhere(tokens, rows.dtype))
         return self._sum(rows) if self._sum is not None else rows
+
+    def _elsewhere(self, tokens: mx.array, dtype: mx.Dtype) -> mx.array | float:
+        """What this rank gives for tokens whose rows it does not hold.
+
+        Zero, but NaN from the first rank for negative tokens, and from the last for
+        those beyond all rows.
+
+        Shapes: tokens (B, L) -> (B, L, 1), or one number for all.
+        """
+        start, stop = self._span
+        is_first, is_last = start == 0, stop == sum(self._sizes)
+        if is_first and is_last:
+            return mx.nan
+        if not is_first and not is_last:
+            return 0.0
+        has_no_row = tokens < 0 if is_first else tokens >= stop
+        return mx.where(has_no_row, mx.nan, 0).astype(dtype)[..., None]
 
     def as_linear(self, x: mx.array) -> mx.array:
         """Multiply by the embedding: x (..., D) -> logits (..., V) replicated."""

@@ -9,7 +9,7 @@ import mlx.nn as nn
 from mlxtp.comm.communicator import Communicator
 from mlxtp.families.blocks import BlockShards, child
 from mlxtp.layers.adapt.table import ADAPTERS
-from mlxtp.layers.forward import change_forward
+from mlxtp.layers.forward import RaisingTogether, change_forward
 from mlxtp.layers.replace import BUILDERS, Site
 from mlxtp.layers.sums import JointSum, SummedOutput, SumOverRanks
 from mlxtp.partition.layouts import Part, place
@@ -53,6 +53,8 @@ def parallelize(model: nn.Module, table: SliceTable, comm: Communicator) -> None
     for shards in table.blocks:
         if shards.block.adapt:
             ADAPTERS[shards.block.adapt](modules[shards.path], shards, comm)
+    if comm.size > 1:
+        change_forward(model, RaisingTogether(comm))
 
 
 def _resize(module: nn.Module, shards: BlockShards, part: Part) -> None:

@@ -19,8 +19,10 @@ from mlxtp.families.blocks import Style, base
 from mlxtp.layers import ternary
 from mlxtp.layers.norms import NormShard, RMSNormOverRanks
 from mlxtp.layers.parallel import (
+    InputGather,
     RowParallelDoRA,
     RowParallelLinear,
+    RowParallelQuantized,
     RowParallelRotated,
     VocabParallelEmbedding,
     VocabParallelLinear,
@@ -63,11 +65,25 @@ class Site:
 
 def row(site: Site) -> nn.Module:
     """Multiply some of the inputs and sum."""
-    if site.matrix.rotated > 1:
+    if isinstance(site.target, nn.QQLinear):
+        return _quantizing(site)
+    if site.matrix.together > 1:
         return _rotated(site)
     is_dora = isinstance(site.target, DoRALinear)
     kind = RowParallelDoRA if is_dora else RowParallelLinear
     return kind(site.target, site.comm, site.own, site.covered, site.sum_over_ranks)
+
+
+def _quantizing(site: Site) -> nn.Module:
+    """Multiply inputs that are quantized in groups first."""
+    if not site.matrix.gathers_inputs:
+        return RowParallelLinear(
+            site.target, site.comm, sum_over_ranks=site.sum_over_ranks
+        )
+    gather = InputGather(site.matrix.spans, site.comm, site.matrix.path)
+    return RowParallelQuantized(
+        site.target, site.comm, site.covered, site.sum_over_ranks, gather
+    )
 
 
 def _rotated(site: Site) -> nn.Module:
@@ -81,7 +97,7 @@ def _rotated(site: Site) -> nn.Module:
         site.matrix.covered,
         site.sum_over_ranks,
         hadamard_rotate,
-        is_aligned=not site.matrix.cuts_rotations,
+        is_aligned=not site.matrix.gathers_inputs,
         path=site.matrix.path,
     )
 
@@ -126,7 +142,10 @@ def norm(site: Site) -> nn.Module:
     """Norm over an axis of which every rank has a part."""
     matrix, comm = site.matrix, site.comm
     shard = NormShard(matrix.features, matrix.spans, comm.rank, matrix.groups)
-    return RMSNormOverRanks(site.target, shard, comm, matrix.path)
+    is_in_groups = bool(matrix.cut.groups)
+    return RMSNormOverRanks(
+        site.target, shard, comm, matrix.path, is_in_groups=is_in_groups
+    )
 
 
 def items(site: Site) -> list[Any]:

@@ -151,7 +151,7 @@ def _shard_width(
     """Share out the columns of an MLP."""
     width = _features(child(module, rule.of))[1] // rule.parts
     rows = [target for _, target, cut in targets(module, block) if cut.style == "row"]
-    granule = max(max(granule_of(row), _rotated(row)) for row in rows)
+    granule = max(max(granule_of(row), _together(row)) for row in rows)
     wanted = [getattr(share, rule.share) for share in shares]
     spans = _width_spans(path, width, granule, wanted)
     parts = tuple(Part({"w": Spans([span])}) for span in spans)
@@ -209,17 +209,21 @@ def _shard_matrix(
             )
         except ValueError as error:
             raise ValueError(f"{path}: {error}") from error
+    together = _together(target) if cut.style == "row" else 1
+    covered = tuple(_covered(part, target, cut, features) for part in spans)
+    if cut.style == "row" and isinstance(target, nn.QQLinear):
+        covered = _each_group_once(path, covered)
     return MatrixShards(
         path,
         cut,
         shards,
         features,
         spans,
-        tuple(_covered(part, target, cut, features) for part in spans),
+        covered,
         summed,
         _width(target, cut),
         groups=int(child(module, cut.groups)) if cut.groups else 1,
-        rotated=_rotated(target) if cut.style == "row" else 1,
+        together=together,
     )
 
 
@@ -230,6 +234,22 @@ def _covered(spans: Spans, target: Any, cut: Cut, features: int) -> Spans:
     if cut.style == "repack":
         return _bytes_of_four(spans, features // 4)
     return spans
+
+
+def _each_group_once(path: str, covered: Sequence[Spans]) -> tuple[Spans, ...]:
+    """Leave a group, whose inputs are quantized together, to its first rank alone."""
+    taken = Spans()
+    result = []
+    for part in covered:
+        result.append(part.difference(taken))
+        taken = Spans([*taken, *part]).merged()
+    if not all(part.length for part in result):
+        raise ValueError(
+            f"{path} quantizes its inputs in groups, and has too few for "
+            f"{len(covered)} ranks: take fewer ranks, or quantize_activations out of "
+            "config.json"
+        )
+    return tuple(result)
 
 
 def _bytes_of_four(spans: Spans, rows: int) -> Spans:
@@ -277,8 +297,10 @@ def granule_of(module: nn.Module) -> int:
     return getattr(layer, "group_size", 1)
 
 
-def _rotated(module: nn.Module) -> int:
-    """Input features that are rotated together (Hadamard); 1 where none are."""
+def _together(module: nn.Module) -> int:
+    """Inputs that are rotated (Hadamard) or quantized together; 1 where none are."""
+    if isinstance(module, nn.QQLinear):
+        return int(module.group_size)
     return getattr(module, "block", 0) or 1
 
 

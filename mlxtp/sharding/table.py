@@ -33,12 +33,13 @@ class MatrixShards:
         features: the length of the axis.
         spans: the features that each rank computes with.
         covered: the features that each rank holds. Of a row cut through a quantized
-            matrix these are whole groups; where four outputs share a byte, rows of
-            bytes.
+            matrix these are whole groups, and no rank's twice where inputs are gathered
+            to be quantized; where four outputs share a byte, rows of bytes.
         summed: whether a partial output is summed here.
         width: the elements of a token's output.
         groups: in how many groups the axis of a norm is normed.
-        rotated: how many inputs are mixed with each other before they are multiplied.
+        together: how many inputs are rotated or quantized with each other before they
+            are multiplied.
     """
 
     path: str
@@ -50,13 +51,13 @@ class MatrixShards:
     summed: bool
     width: int
     groups: int = 1
-    rotated: int = 1
+    together: int = 1
 
     @property
-    def cuts_rotations(self) -> bool:
-        """Whether ranks have parts of what is rotated together."""
+    def gathers_inputs(self) -> bool:
+        """Whether ranks have parts of inputs that have to be together."""
         edges = (edge for part in self.spans for span in part for edge in span)
-        return any(edge % self.rotated for edge in edges)
+        return any(edge % self.together for edge in edges)
 
 
 @dataclass(frozen=True)
@@ -156,7 +157,7 @@ class SliceTable:
         made += [
             Collective(f"{matrix.path} (inputs)", "allgather", matrix.features)
             for matrix in self.matrices.values()
-            if matrix.cuts_rotations
+            if matrix.gathers_inputs
         ]
         made += [
             Collective(shards.path, "allreduce", shards.block.more)

@@ -207,6 +207,28 @@ def test_a_rank_does_something_else(deed: str, message: str, why: str) -> None:
     assert (verdict.why, of(verdict)) == (why, [1])
 
 
+# Under the bare name "mpi" pytest-mpi would take a test for one of its own.
+@pytest.mark.parametrize(
+    "transport", sweep(["mpi", "ring", "mlx-mpi"], ["mpi"]), ids="over {}".format
+)
+def test_a_rank_raises_and_catches_it(transport: str) -> None:
+    """It says what it raised, instead of doing what the others do not wait for."""
+    deed = """
+try:
+    with comm.raising_together():
+        raise ValueError("no\\nway")
+except ValueError:
+    time.sleep(1000)
+"""
+    job, status, seconds = broken(transport, lambda job: None, deed)
+    assert status != 0 and seconds < TIMEOUT_SECONDS + 6
+    message = f"mlxtp: rank 1 on {HOST} raised ValueError: no way, where others did not"
+    assert job.output.count(message) == 1, job.output
+    verdict = job.verdict()
+    assert (verdict.why, of(verdict)) == ("raised", [1])
+    assert verdict.error == "ValueError: no way"
+
+
 def test_a_rank_does_not_come_to_a_sum_that_was_started() -> None:
     """What is waited for is named, as of any collective."""
     deed = "time.sleep(1000)"

@@ -11,14 +11,18 @@ from mlxtp.cluster.verdict import (
     CollectiveCall,
     RankOnHost,
     Verdict,
+    VerdictFilter,
 )
 from mlxtp.comm.ending import text_of
+from mlxtp.comm.progress import Blocks
 from mlxtp.comm.verdict import (
     Limits,
     Peer,
     ThisRank,
+    have_all_raised,
     is_cut_off,
     judge,
+    judge_raised,
     judge_termination,
     reconsider,
     unheard,
@@ -140,6 +144,73 @@ def test_ranks_that_never_found_each_other() -> None:
     assert "the ranks did not all find each other within 10 s" in verdict.sentence()
 
 
+# This rank has left its third block by an exception, its second, in collective 7.
+RAISED = replace(WAITING, waiting_since=None, blocks=Blocks(3, 2, 7))
+
+
+@pytest.mark.parametrize(
+    ("known", "since", "raised"),
+    [
+        # All are still in the block, where they may raise, too.
+        ({}, NOW - 9.9, None),
+        # Too long for the limit.
+        ({}, NOW - 10.1, [1]),
+        ({"rank_2": {"blocks": Blocks(3, 2, 7)}}, NOW - 10.1, [1, 2]),
+        # One went on: to a collective, out of the block, or to its end.
+        ({"rank_3": {"number": 8}}, NOW, [1]),
+        ({"rank_3": {"blocks": Blocks(3, 1, 2)}}, NOW, [1]),
+        ({"rank_3": {"left": True}}, NOW, [1]),
+        # One raised elsewhere in the block.
+        (
+            {
+                "rank_0": {"blocks": Blocks(3, 2, 7)},
+                "rank_3": {"blocks": Blocks(3, 2, 6)},
+            },
+            NOW,
+            [0, 1],
+        ),
+    ],
+)
+def test_judge_raised(
+    known: dict[str, dict[str, object]], since: float, raised: list[int] | None
+) -> None:
+    ranks = peers(
+        **{
+            name: {"blocks": Blocks(2, 1, 2), **known.get(name, {})}
+            for name in ("rank_0", "rank_2", "rank_3")
+        }
+    )
+    assert not have_all_raised(ranks, RAISED)
+    verdict = judge_raised(ranks, NOW, since, LIMITS, RAISED, "ValueError: no")
+    if raised is None:
+        assert verdict is None
+        return
+    assert verdict is not None and verdict.why == "raised"
+    assert [place.rank for place in verdict.lost] == raised
+    assert "rank 1 on studio2" in verdict.sentence()
+    assert " raised ValueError: no, where others did not; " in verdict.sentence()
+
+
+def test_all_have_raised() -> None:
+    """One of them may be on its way already, and have raised again."""
+    blocks = {
+        "rank_0": {"blocks": Blocks(3, 2, 7)},
+        "rank_2": {"blocks": Blocks(3, 2, 7), "number": 9},
+        "rank_3": {"blocks": Blocks(4, 3, 9), "number": 9},
+    }
+    assert have_all_raised(peers(**blocks), RAISED)
+
+
+def test_which_verdict_counts() -> None:
+    """What an exception may have followed from counts before it."""
+    whys = ("failed", "raised", "died", "late", "raised", "failed")
+    reader, counted = VerdictFilter(), []
+    for why in whys:
+        reader.feed(f"{replace(REPORT, why=why).line()}\n".encode())
+        counted.append(reader.verdict.why)
+    assert counted == ["failed", "raised", "died", "died", "died", "died"]
+
+
 REPORT = Verdict(
     "silent",
     (RankOnHost(2, "studio3"),),
@@ -244,7 +315,11 @@ def test_collectives_in_words(call: CollectiveCall, says: str) -> None:
 
 @pytest.mark.parametrize(
     "verdict",
-    [REPORT, replace(REPORT, why="failed"), replace(REPORT, lost=(), collective=None)],
+    [
+        REPORT,
+        replace(REPORT, why="raised", error="ValueError: no"),
+        replace(REPORT, lost=(), collective=None),
+    ],
 )
 def test_as_data(verdict: Verdict) -> None:
     assert Verdict.from_json(verdict.to_json()) == verdict

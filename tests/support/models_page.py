@@ -41,6 +41,10 @@ saved, and that layers which no cache depends on may stay silent during prefill
 (`tests/families/test_every_type.py`, `tests/test_with_every_type.py`). No published
 checkpoint was at hand.
 
+Prompts of unequal length are read in batches (`tests/generation/test_batch.py`), except
+by these types, which mlx-lm cannot batch either and which raise on every rank:
+{unbatched}.
+
 mlx-lm loads as others: {aliases}.
 
 Read is whatever mlx-lm reads: what it writes itself, older conversions (such as those
@@ -95,6 +99,7 @@ def page() -> str:
         lines += ["", f"### {name}", "", *contents]
     head = HEAD.format(
         version=version("mlx-lm"),
+        unbatched=", ".join(zoo.UNBATCHED),
         worlds=", ".join(map(str, EVEN_WORLDS)),
         aliases=", ".join(f"{a} as {b}" for a, b in sorted(MODEL_REMAPPING.items())),
     )

@@ -594,14 +594,16 @@ UNSAVED: dict[str, str] = {
     "deepseek_v41": "its cache is a class of its own, which no file can name",
 }
 
-# What mlx-lm cannot batch: what it says, and why.
+# What mlx-lm cannot batch, and ranks can: the mask lacks an axis.
+BATCHED_HERE = ["gemma2"]
+
+# What nobody can batch: what is said, and why.
 UNBATCHED: dict[str, str] = {
     "deepseek_v41": "does not yet support batching",  # a cache of its own
-    "gemma2": "cannot be broadcast",  # its mask fits one prompt alone
     "gpt_bigcode": "Only length-1 arrays",  # positions are those of one prompt
     "llama4": "does not yet support batching",  # a cache in chunks
     "nemotron-nas": "has no attribute 'shape'",  # layers without a cache
-    "phi3small": "cannot be broadcast",  # its mask fits one prompt alone
+    "phi3small": "cannot be broadcast",  # blocks are chosen by places of one prompt
 }
 
 # What computes partly in 16 bits or fewer whatever the dtype of its weights.

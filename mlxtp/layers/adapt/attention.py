@@ -1,4 +1,4 @@
-"""Attention: norms over all heads, and widths that are taken for the hidden size."""
+"""Attention: norms over all heads, widths taken for the hidden size, and masks."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -125,10 +125,34 @@ def _attend_any_packed_width(
     return attention.o_proj(_flat(mixed))
 
 
+def mask_of_batches(
+    attention: nn.Module, shards: BlockShards, comm: Communicator
+) -> None:
+    """Fit the mask of a batch to scores that have an axis more than it."""
+    change_forward(attention, _attend_in_batches)
+
+
+def _attend_in_batches(
+    former: Forward, attention: Any, x: mx.array, mask: Any = None, cache: Any = None
+) -> mx.array:
+    """As mlx-lm's gemma2, which has scores (B, KV heads, queries each, L, K).
+
+    Without the axis a mask (B, 1, L, K) fits only a batch of as many prompts as there
+    are KV heads, and then it masks the wrong ones.
+    """
+    if mask is not None and mask.ndim == 4 and attention.repeats > 1:
+        mask = mx.expand_dims(mask, 2)
+    return former(attention, x, mask, cache)
+
+
 def mask_of_own_heads(
     attention: nn.Module, shards: BlockShards, comm: Communicator
 ) -> None:
-    """Take the rank's heads of a mask that is another one for every head."""
+    """Take the rank's heads of a mask that is another one for every head.
+
+    And refuse batches: in mlx-lm such a mask knows nothing of padding.
+    """
+    change_forward(attention, _attend_to_one_prompt)
     own = shards.parts[comm.rank].spans["q"].indices
     whole = SimpleNamespace(
         **{name: value for name, value in vars(attention).items() if "block" in name},
@@ -138,6 +162,18 @@ def mask_of_own_heads(
     )
     mask = _MaskOfOwnHeads(whole, mx.array(own), shards.parts[comm.rank].size("kv"))
     change_forward(attention, mask, "_block_sparse_mask")
+
+
+def _attend_to_one_prompt(
+    former: Forward, attention: Any, x: mx.array, mask: Any = None, cache: Any = None
+) -> mx.array:
+    """As mlx-lm's phi3small, which fails unless the prompts are as many as KV heads."""
+    if mask is not None and mask.ndim == 4 and len(mask) > 1:
+        raise ValueError(
+            "phi3small reads one prompt at a time: the mask of a batch cannot be "
+            "broadcast to the blocks of its sparse attention"
+        )
+    return former(attention, x, mask, cache)
 
 
 @dataclass(frozen=True)

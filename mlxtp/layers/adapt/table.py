@@ -18,6 +18,7 @@ ADAPTERS: dict[str, Adapter] = {
     "head_of_embedding": vocabulary.head_of_embedding,
     "largest_of_all": mlp.largest_of_all,
     "latent_bias_once": mlp.latent_bias_once,
+    "mask_of_batches": attention.mask_of_batches,
     "mask_of_own_heads": attention.mask_of_own_heads,
     "norm_together": attention.norm_together,
     "project_at_once": recurrent.project_at_once,
