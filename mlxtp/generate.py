@@ -121,6 +121,7 @@ def prepare(args: argparse.Namespace, comm: Communicator) -> Task:
         tokenizer_config=saved.tokenizer_config if saved else None,
         trust_remote_code=args.trust_remote_code,
         fetch=args.fetch,
+        agree_experts=args.agree_experts,
         progress=show,
     )
     draft_model = None
@@ -130,6 +131,7 @@ def prepare(args: argparse.Namespace, comm: Communicator) -> Task:
             comm,
             shares=args.shares,
             fetch=args.fetch,
+            agree_experts=args.agree_experts,
             progress=show,
         )
 

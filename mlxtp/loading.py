@@ -49,6 +49,7 @@ class _Options(TypedDict, total=False):
     revision: str | None
     trust_remote_code: bool
     fetch: Fetch
+    agree_experts: bool
     progress: bool
 
 
@@ -80,6 +81,7 @@ def load(
     revision: str | None = None,
     trust_remote_code: bool = False,
     fetch: Fetch = "all",
+    agree_experts: bool = False,
     progress: bool = False,
 ) -> Any:
     """Load a model and its tokenizer, split over the ranks of `comm`.
@@ -102,6 +104,9 @@ def load(
         revision: a branch, a tag or a commit, for a name on the hub.
         trust_remote_code: run Python code that the checkpoint carries.
         fetch: "all" ranks fetch from the hub, or "root" for all: rank 0.
+        agree_experts: all ranks take rank 0's choice of experts, which costs a
+            collective in each layer that has them. For machines that differ
+            (`comm.machines_differ`).
         progress: show progress bars on rank 0.
 
     Returns: the model and the tokenizer; with `return_config` the config, too.
@@ -120,7 +125,7 @@ def load(
                 location, tokenizer_config, plan.empty.config, trust_remote_code
             )
         checkpoint = _fetch(plan, comm, fetch, show=progress)
-        model = _read(plan, checkpoint, comm, show=progress)
+        model = _read(plan, checkpoint, comm, agree_experts, show=progress)
     config = plan.empty.config
     return (model, tokenizer, config) if return_config else (model, tokenizer)
 
@@ -135,6 +140,7 @@ def load_model(
     revision: str | None = None,
     trust_remote_code: bool = False,
     fetch: Fetch = "all",
+    agree_experts: bool = False,
     progress: bool = False,
 ) -> tuple[nn.Module, dict[str, Any]]:
     """Load a model without its tokenizer.
@@ -149,7 +155,8 @@ def load_model(
             location, comm, shares, adapter_path, model_config, trust_remote_code
         )
         checkpoint = _fetch(plan, comm, fetch, show=progress)
-        return _read(plan, checkpoint, comm, show=progress), plan.empty.config
+        model = _read(plan, checkpoint, comm, agree_experts, show=progress)
+    return model, plan.empty.config
 
 
 @dataclass(frozen=True)
@@ -279,14 +286,19 @@ def _fetch(plan: _Plan, comm: Communicator, fetch: Fetch, *, show: bool) -> Chec
 
 
 def _read(
-    plan: _Plan, checkpoint: Checkpoint, comm: Communicator, *, show: bool
+    plan: _Plan,
+    checkpoint: Checkpoint,
+    comm: Communicator,
+    agree_experts: bool,
+    *,
+    show: bool,
 ) -> nn.Module:
     """Read this rank's slices and make the model compute with them."""
     from mlxtp.layers.parallelize import parallelize
 
     with comm.agreement():
         read_slices(plan.empty, checkpoint, plan.slices, show=show and comm.rank == 0)
-    parallelize(plan.empty.model, plan.table, comm)
+    parallelize(plan.empty.model, plan.table, comm, agree_experts=agree_experts)
     return plan.empty.model
 
 

@@ -10,6 +10,7 @@ import mlx_lm
 from mlx_lm.generate import GenerationResponse
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 
+from mlxtp.generation.agreed import agreed
 from mlxtp.layers.forward import Forward, change_forward, twin
 from mlxtp.layers.sums import outputs_unread
 
@@ -27,7 +28,8 @@ def stream_generate(
     That is known to this stream alone: streams of one model may take turns.
 
     Every rank samples for itself, from the same logits. A `sampler` that draws
-    needs the same `mx.random.seed` on all of them.
+    needs the same `mx.random.seed` on all of them. Where machines differ, rank 0's
+    tokens are taken (`mlxtp.agreed`).
 
     Args:
         model: as `mlxtp.load` gives it.
@@ -37,6 +39,7 @@ def stream_generate(
 
     Yields: mlx-lm's responses, one for each token.
     """
+    kwargs["sampler"] = agreed(kwargs.get("sampler"), model.comm)
     told = kwargs.pop("prompt_progress_callback", None)
     reads_prompt = False
 
