@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from mlxtp.comm.communicator import Communicator
     from mlxtp.comm.errors import MLXTPError, RankLostError, UsageError
+    from mlxtp.generation.agreed import agreed
     from mlxtp.generation.stream import stream_generate
     from mlxtp.generation.text import batch_generate, generate
     from mlxtp.loading import load, load_model
@@ -22,6 +23,7 @@ __all__ = [
     "SliceTable",
     "UsageError",
     "__version__",
+    "agreed",
     "batch_generate",
     "generate",
     "load",
@@ -36,6 +38,7 @@ _HOMES = {
     "RankLostError": "comm.errors",
     "SliceTable": "sharding.table",
     "UsageError": "comm.errors",
+    "agreed": "generation.agreed",
     "batch_generate": "generation.text",
     "generate": "generation.text",
     "load": "loading",

@@ -133,8 +133,13 @@ def prepare(args: argparse.Namespace, comm: Communicator) -> Task:
         check_options(args, target, draft, tokenizer, prompt, saved)
 
     show = not (args.quiet or args.json)
-    model = target.load(fetch=args.fetch, progress=show)
-    draft_model = draft.load(fetch=args.fetch, progress=show) if draft else None
+    how = {
+        "fetch": args.fetch,
+        "agree_experts": args.agree_experts,
+        "progress": show,
+    }
+    model = target.load(**how)
+    draft_model = draft.load(**how) if draft else None
     generation = generation_options(args, tokenizer, target.table.vocabulary_rows)
     generation |= dict(
         seed=shared_seed(args.seed, comm),

@@ -50,6 +50,7 @@ class _Options(TypedDict, total=False):
     revision: str | None
     trust_remote_code: bool
     fetch: Fetch
+    agree_experts: bool
     progress: bool
 
 
@@ -81,6 +82,7 @@ def load(
     revision: str | None = None,
     trust_remote_code: bool = False,
     fetch: Fetch = "all",
+    agree_experts: bool = False,
     progress: bool = False,
 ) -> Any:
     """Load a model and its tokenizer, split over the ranks of `comm`.
@@ -103,6 +105,9 @@ def load(
         revision: a branch, a tag or a commit, for a name on the hub.
         trust_remote_code: run Python code that the checkpoint carries.
         fetch: "all" ranks fetch from the hub, or "root" for all: rank 0.
+        agree_experts: all ranks take rank 0's choice of experts, which costs a
+            collective in each layer that has them. For machines that differ
+            (`comm.machines_differ`).
         progress: show progress bars on rank 0.
 
     Returns: the model and the tokenizer; with `return_config` the config, too.
@@ -121,7 +126,7 @@ def load(
         trust_remote_code=trust_remote_code,
     )
     tokenizer = prepared.load_tokenizer(tokenizer_config)
-    model = prepared.load(fetch=fetch, progress=progress)
+    model = prepared.load(fetch=fetch, agree_experts=agree_experts, progress=progress)
     return (model, tokenizer, prepared.config) if return_config else (model, tokenizer)
 
 
@@ -135,6 +140,7 @@ def load_model(
     revision: str | None = None,
     trust_remote_code: bool = False,
     fetch: Fetch = "all",
+    agree_experts: bool = False,
     progress: bool = False,
 ) -> tuple[nn.Module, dict[str, Any]]:
     """Load a model without its tokenizer.
@@ -152,7 +158,9 @@ def load_model(
         revision=revision,
         trust_remote_code=trust_remote_code,
     )
-    return prepared.load(fetch=fetch, progress=progress), prepared.config
+    return prepared.load(
+        fetch=fetch, agree_experts=agree_experts, progress=progress
+    ), prepared.config
 
 
 @dataclass(frozen=True)
@@ -200,14 +208,20 @@ class Prepared:
                 self.location, tokenizer_config, self.config, self.trust_remote_code
             )
 
-    def load(self, *, fetch: Fetch = "all", progress: bool = False) -> nn.Module:
+    def load(
+        self,
+        *,
+        fetch: Fetch = "all",
+        agree_experts: bool = False,
+        progress: bool = False,
+    ) -> nn.Module:
         """Fetch and read this rank's slices, and return the split model.
 
         Once only: afterwards `empty` holds the slices. Arguments are those of `load`.
         """
         with self.comm.unlimited():
             checkpoint = _fetch(self, self.comm, fetch, show=progress)
-            return _read(self, checkpoint, self.comm, show=progress)
+            return _read(self, checkpoint, self.comm, agree_experts, show=progress)
 
 
 def prepare(
@@ -370,7 +384,12 @@ def _fetch(
 
 
 def _read(
-    plan: Prepared, checkpoint: Checkpoint, comm: Communicator, *, show: bool
+    plan: Prepared,
+    checkpoint: Checkpoint,
+    comm: Communicator,
+    agree_experts: bool,
+    *,
+    show: bool,
 ) -> nn.Module:
     """Read this rank's slices and make the model compute with them."""
     from mlxtp.layers.parallelize import parallelize
@@ -381,7 +400,7 @@ def _read(
             read_slices(plan.empty, checkpoint, plan.slices, bar.update)
             check_values(plan.empty.model)
         compute_slices(plan.empty, checkpoint, plan.slices, comm, bar.update)
-    parallelize(plan.empty.model, plan.table, comm)
+    parallelize(plan.empty.model, plan.table, comm, agree_experts=agree_experts)
     return plan.empty.model
 
 

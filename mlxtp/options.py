@@ -228,6 +228,12 @@ def _parser() -> argparse.ArgumentParser:
         "passes the others their slices. Default: all.",
     )
     ours.add_argument(
+        "--agree-experts",
+        action="store_true",
+        help="Let all ranks take rank 0's choice of experts, at the price of a "
+        "collective in each layer that has them: for machines whose chips differ.",
+    )
+    ours.add_argument(
         "--verbose",
         action="store_true",
         help="Print how arrays travel, and what was measured to choose it "

@@ -1,4 +1,4 @@
-"""MLX's memory: arrays to be filled, and what the GPU may wire."""
+"""MLX's memory: arrays to be filled, and what the GPU has for them."""
 
 from collections.abc import Sequence
 from math import prod
@@ -8,9 +8,14 @@ import numpy as np
 
 
 def gpu_limit_bytes() -> int | None:
-    """Return what Metal lets the GPU wire, in bytes; None where there is no Metal."""
-    limit = mx.device_info().get("max_recommended_working_set_size")
-    return None if limit is None else int(limit)
+    """Return the bytes that the GPU has for models; None where MLX uses none.
+
+    With Metal it is what the GPU may wire of the host's memory, with CUDA what is free
+    on the card.
+    """
+    device = mx.device_info()
+    limits = "max_recommended_working_set_size", "free_memory"
+    return next((int(device[name]) for name in limits if name in device), None)
 
 
 def allocate(shape: Sequence[int], dtype: mx.Dtype) -> tuple[mx.array, np.ndarray]:

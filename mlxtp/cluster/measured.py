@@ -10,16 +10,18 @@ from typing import Any
 class Host:
     """A rank's host, measured while all ranks are at work.
 
-    `limit_bytes` is what a model may take: on a Mac what the GPU may wire, on Linux
-    what is available. `bytes_per_second` is the rate at which matrix-vector products
-    read weights, `flops` the floating-point operations of matrix products a second.
-    `token_seconds` is the time of a token of the model that ships, computed whole,
-    without its collectives.
+    `chip` is what MLX computes on, a GPU or a processor. `limit_bytes` is what a model
+    may take: on a Mac what the GPU may wire, with CUDA what is free on the card,
+    elsewhere what is available. `bytes_per_second` is the rate at which matrix-vector
+    products read weights, `flops` the floating-point operations of matrix products a
+    second. `token_seconds` is the time of a token of the model that ships, computed
+    whole, without its collectives.
     """
 
     rank: int
     host: str
     chip: str
+    has_gpu: bool
     memory_bytes: int
     limit_bytes: int | None
     bytes_per_second: float

@@ -23,7 +23,7 @@ def available_bytes(gpu_limit: int | None) -> int:
     """Return the bytes that this host can give to models.
 
     Args:
-        gpu_limit: what Metal lets the GPU wire, which decides where there is such a
-            limit (`mlxtp.checkpoint.memory.gpu_limit_bytes`); None on other machines.
+        gpu_limit: what the GPU has for them, which decides where MLX computes on one
+            (`mlxtp.checkpoint.memory.gpu_limit_bytes`); None on other machines.
     """
     return host_memory().available_bytes if gpu_limit is None else gpu_limit

@@ -16,6 +16,7 @@ import numpy as np
 
 from mlxtp.comm import launcher
 from mlxtp.comm.allreduce import CHOICES
+from mlxtp.comm.arithmetic import machines_differ
 from mlxtp.comm.eager import EagerCollectives
 from mlxtp.comm.errors import UsageError
 from mlxtp.comm.graph import GraphCollectives
@@ -50,6 +51,9 @@ class Communicator:
 
     Over mpi4py, collectives on arrays evaluate their input; over MLX's backends they
     are part of the graph. With one rank they return it as it is.
+
+    `machines_differ` says whether chips or builds of MLX differ between ranks, and with
+    them the last bits of what each rank computes for itself.
     """
 
     def __init__(
@@ -72,6 +76,7 @@ class Communicator:
         self.host = socket.gethostname()
         self.traffic = Traffic()
         self.is_eager = True  # collectives evaluate, and so can be timed
+        self.machines_differ = False
         self._control = control
         if control is None:
             return
@@ -80,6 +85,7 @@ class Communicator:
         if heartbeat:
             self._heartbeat = Heartbeat(control, self._progress, timeout_seconds)
             sys.excepthook = self._end_all_ranks
+        self.machines_differ = machines_differ(self)
         try:
             connected = add_backend(transport, control)
         except ValueError as error:
@@ -229,13 +235,15 @@ class Communicator:
             return "one rank: nothing travels"
         return f"{self.size} ranks over {self._transport}\n{self._arrays}"
 
-    def bcast(self, x: mx.array, root: int = 0) -> mx.array:
-        """Give every rank the array of `root`.
+    def bcast(self, x: mx.array, root: int = 0, at: str = "") -> mx.array:
+        """Give every rank the array of `root`: all give one of its shape and dtype.
 
-        Shapes: x (...) of `root` -> (...) replicated, of the same dtype.
-        Communicates: one broadcast of x, pickled.
+        Shapes: x (...) -> (...) replicated, of the same dtype.
+        Communicates: one broadcast of x.size elements.
         """
-        return self.bcast_object(x, root)
+        if self._control is None or self in _DRY_RUNS.get():
+            return x
+        return self._arrays.bcast(x, root, at)
 
     def bcast_object(self, value: Any, root: int = 0) -> Any:
         """Give every rank the object of `root`."""

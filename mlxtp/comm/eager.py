@@ -35,6 +35,7 @@ class EagerCollectives:
         wire: str = "plain",
         measure: bool = True,
     ) -> None:
+        self._rank, self._size = transport.rank, transport.size
         self._progress = progress
         self._traffic = traffic
         self._collectives = Collectives(transport, wire)
@@ -101,6 +102,18 @@ class EagerCollectives:
                     [piece.reshape(rows, -1) for piece in pieces if piece.size], axis=1
                 )
             return mx.array(joined.reshape(*x.shape[:-1], sum(sizes)))
+
+    def bcast(self, x: mx.array, root: int, at: str) -> mx.array:
+        """Give every rank the x of `root`; the others' are evaluated, too.
+
+        Shapes: x (...) -> (...) replicated.
+        """
+        with self._counted(x, "bcast", at) as part:
+            # An allgather in which all parts but one are empty.
+            counts = [part.size * (rank == root) for rank in range(self._size)]
+            mine, algorithm = part[: counts[self._rank]], self._gather(part.nbytes)
+            whole = self._collectives.allgather(mine, counts, algorithm)
+            return mx.array(whole.reshape(x.shape))
 
     @contextmanager
     def _counted(self, x: mx.array, name: str, at: str) -> Iterator[np.ndarray]:

@@ -65,3 +65,15 @@ class GraphCollectives:
         return mx.concatenate(
             [parts[rank][..., :size] for rank, size in enumerate(sizes)], axis=-1
         )
+
+    def bcast(self, x: mx.array, root: int, at: str) -> mx.array:
+        """Give every rank the x of `root`.
+
+        All ranks' are gathered: so the graph, and with it the order of collectives, is
+        the same on every rank.
+
+        Shapes: x (...) -> (...) replicated, unevaluated.
+        """
+        self._traffic.count(x.nbytes, 0.0)
+        self._progress.put_in_graph("bcast", at)
+        return self._transport.allgather(x)[root]

@@ -7,7 +7,8 @@ from dataclasses import dataclass
 class Traffic:
     """Collectives on arrays since the last `reset`.
 
-    `bytes` is the size of this rank's own parts. `seconds` runs from the moment the
+    `bytes` is the size of this rank's own parts, and of what it gives or gets in a
+    broadcast. `seconds` runs from the moment the
     rank's part is computed, so it counts waiting for slower ranks; of a nonblocking
     collective it counts what its start and its `wait` take. Collectives in MLX's
     graph are not timed, and `bytes` counts them as they are put there.

@@ -196,7 +196,8 @@ def measured(
         Host(
             rank=machine.rank,
             host=machine.host,
-            chip=machine.facts.chip,
+            chip=machine.arithmetic.chip,
+            has_gpu=machine.arithmetic.backend != "CPU",
             memory_bytes=machine.facts.memory_bytes,
             limit_bytes=machine.limit_bytes,
             bytes_per_second=speed.bytes_per_second,

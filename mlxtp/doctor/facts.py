@@ -45,7 +45,6 @@ class Facts:
     """
 
     system: str
-    chip: str
     memory_bytes: int
     available_bytes: int
     limit_set_mb: int | None

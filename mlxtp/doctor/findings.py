@@ -6,6 +6,7 @@ from functools import cached_property
 from itertools import combinations
 
 from mlxtp.cluster.addresses import RING_ADDRESSES
+from mlxtp.comm.arithmetic import Arithmetic
 from mlxtp.doctor.facts import Interface
 from mlxtp.doctor.links import Link
 from mlxtp.doctor.machine import Machine
@@ -51,6 +52,31 @@ class Findings:
             paths[a, b] = follow(self.machines, self.routes, a, b)
             paths[b, a] = follow(self.machines, self.routes, b, a)
         return paths
+
+    def unlike_machines(self) -> str:
+        """Say which hosts differ in what MLX computes on, and what follows of it.
+
+        Returns: a line; "" where all are alike.
+        """
+        hosts: dict[Arithmetic, list[str]] = {}
+        for machine in self.machines:
+            of_kind = hosts.setdefault(machine.arithmetic, [])
+            if machine.host not in of_kind:
+                of_kind.append(machine.host)
+        if len(hosts) == 1:
+            return ""
+        shared = set.intersection(*(set(kind.instructions) for kind in hosts))
+        kinds = (
+            " ".join(
+                [*names, "with", str(kind), *sorted({*kind.instructions} - shared)]
+            )
+            for kind, names in hosts.items()
+        )
+        return (
+            f"Machines differ: {'; '.join(kinds)}. So may the last bits of what they "
+            "compute: the sampled token is rank 0's everywhere; of experts that are "
+            "nearly tied ranks may choose others: mlxtp.generate --agree-experts"
+        )
 
     @property
     def all_reached(self) -> bool:

@@ -36,6 +36,8 @@ def sudo(machine: Machine) -> str:
 def more_memory(machine: Machine, need: float) -> str:
     """Return what lets a host hold `need` bytes of a model."""
     smaller = "give it a smaller share: --shares"
+    if machine.arithmetic.backend == "CUDA":
+        return f"close what takes the card's: nvidia-smi; or {smaller}"
     if machine.facts.system == "macOS" and need < 0.9 * machine.facts.memory_bytes:
         return f"{sudo(machine)}sysctl iogpu.wired_limit_mb={need / 2**20 + 1024:.0f}"
     if machine.facts.system == "Linux" and need < 0.9 * machine.facts.memory_bytes:

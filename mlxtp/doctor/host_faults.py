@@ -102,7 +102,7 @@ def slow_ranks(findings: Findings) -> dict[int, float]:
         usual = median(
             other.bytes_per_second
             for peer, other in zip(findings.machines, findings.speeds, strict=True)
-            if peer.facts.chip == machine.facts.chip
+            if peer.arithmetic.chip == machine.arithmetic.chip
         )
         if speed.bytes_per_second < SLOW_HOST * usual:
             slow[machine.rank] = usual

@@ -1,7 +1,6 @@
 """A Linux machine: what /proc, /sys and the command `ip` say."""
 
 import json
-import platform
 from pathlib import Path
 
 from mlxtp.cluster.commands import output
@@ -18,7 +17,6 @@ def facts() -> Facts:
     forwards = _text(FORWARDING)
     return Facts(
         system="Linux",
-        chip=chip(_text(Path("/proc/cpuinfo"))),
         memory_bytes=memory.total_bytes,
         available_bytes=memory.available_bytes,
         limit_set_mb=None,
@@ -30,15 +28,6 @@ def facts() -> Facts:
 def route(address: str) -> Route | None:
     """Return how packets to `address` leave this machine; None without a route."""
     return parse_route(output("ip", "-j", "route", "get", address))
-
-
-def chip(cpuinfo: str) -> str:
-    """Read the processor's name from /proc/cpuinfo."""
-    for line in cpuinfo.splitlines():
-        name, _, value = line.partition(":")
-        if name.strip() == "model name":
-            return value.strip()
-    return platform.machine()
 
 
 def interfaces(addresses: str, network: Path) -> tuple[Interface, ...]:

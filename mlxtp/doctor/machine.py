@@ -12,6 +12,7 @@ from pathlib import Path
 import mlxtp
 from mlxtp.checkpoint.memory import gpu_limit_bytes
 from mlxtp.cluster.memory import available_bytes
+from mlxtp.comm.arithmetic import Arithmetic, this_arithmetic
 from mlxtp.comm.transports import lacking
 from mlxtp.doctor import linux, macos
 from mlxtp.doctor.facts import Facts, Interface, Route
@@ -25,7 +26,8 @@ class Machine:
 
     `address` is where the other ranks reach it. `limit_bytes` is what a model may take
     of its memory, as `mlxtp.load` checks it. `lacks` says for each transport what it
-    lacks on this machine; None where it lacks nothing.
+    lacks on this machine; None where it lacks nothing. `arithmetic` is what MLX
+    computes on.
     """
 
     rank: int
@@ -38,6 +40,7 @@ class Machine:
     disk_free_bytes: int
     lacks: dict[str, str | None]
     facts: Facts
+    arithmetic: Arithmetic
 
     def interface(self, name: str) -> Interface | None:
         """Return the interface of that name; None if there is none."""
@@ -80,6 +83,7 @@ def describe(
         disk_free_bytes=shutil.disk_usage(existing).free,
         lacks=lacking(),
         facts=facts,
+        arithmetic=this_arithmetic(),
     )
 
 

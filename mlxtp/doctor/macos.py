@@ -11,11 +11,7 @@ from mlxtp.cluster.memory import host_memory
 from mlxtp.comm.transports import rdma
 from mlxtp.doctor.facts import Facts, Interface, Route
 
-SETTINGS = (
-    "machdep.cpu.brand_string",
-    "iogpu.wired_limit_mb",
-    "net.inet.ip.forwarding",
-)
+SETTINGS = ("iogpu.wired_limit_mb", "net.inet.ip.forwarding")
 
 
 def facts() -> Facts:
@@ -25,7 +21,6 @@ def facts() -> Facts:
     limit = settings.get("iogpu.wired_limit_mb", "")
     return Facts(
         system="macOS",
-        chip=settings.get("machdep.cpu.brand_string", ""),
         memory_bytes=memory.total_bytes,
         available_bytes=memory.available_bytes,
         limit_set_mb=int(limit) if limit.isdigit() else None,

@@ -29,7 +29,7 @@ class Report:
         )
 
     def machines(self, findings: Findings) -> None:
-        """Show a row for each rank's machine, the versions and the transports."""
+        """Show a row for each rank's machine, versions, transports, what differs."""
         columns = [
             ("rank", "host", "chip"),
             ("memory GB", "free", "for a model", "disk GB"),
@@ -52,7 +52,7 @@ class Report:
             table.add_row(
                 str(machine.rank),
                 machine.host,
-                facts.chip,
+                machine.arithmetic.chip,
                 gigabytes(facts.memory_bytes),
                 gigabytes(facts.available_bytes),
                 gigabytes(machine.limit_bytes) + (" set" if facts.limit_set_mb else ""),
@@ -65,6 +65,8 @@ class Report:
         self._console.print(table)
         self._line(f"Versions: {_versions(findings)}")
         self._line(f"Transports: {_transports(findings)}")
+        if unlike := findings.unlike_machines():
+            self._line(unlike)
 
     def links(self, findings: Findings, ring: Ring | None) -> None:
         """Show a row for each pair of ranks, and the figures of the ring."""

@@ -7,8 +7,10 @@ shared, have been added. Experts are cut as an MLP is: every rank has a part of 
 from mlxtp.families.blocks import Block, Width, column, norm, row
 
 _ROUTER = "every rank chooses the same experts"
+# Modules that score the experts or choose them.
+ROUTER_NAMES = ("gate", "router")
 ROUTERS = dict.fromkeys(
-    ("gate", "router", "shared_expert_gate", "coefficient", "expert_bias"), _ROUTER
+    (*ROUTER_NAMES, "shared_expert_gate", "coefficient", "expert_bias"), _ROUTER
 )
 
 

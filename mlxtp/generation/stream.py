@@ -10,6 +10,7 @@ import mlx_lm
 from mlx_lm.generate import GenerationResponse
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 
+from mlxtp.generation.agreed import agreed
 from mlxtp.generation.prompt import check_tokens, tokens_of
 from mlxtp.generation.sampling import seeded, tokens_in
 from mlxtp.layers.forward import Forward, change_forward, twin
@@ -33,6 +34,7 @@ def stream_generate(
     Every rank samples for itself, from the same logits. With a `seed` what a `sampler`
     draws follows from the seed and the position of the token alone. Without one it
     draws from MLX's stream, which needs the same `mx.random.seed` on all ranks.
+    Where machines differ, rank 0's tokens are taken (`mlxtp.agreed`).
 
     Args:
         model: as `mlxtp.load` gives it.
@@ -49,6 +51,7 @@ def stream_generate(
     check_tokens(tokens, model.slice_table.vocabulary_rows, tokenizer)
     start = tokens_in(kwargs.get("prompt_cache")) + len(tokens)
     kwargs = seeded(kwargs, seed, start)
+    kwargs["sampler"] = agreed(kwargs.get("sampler"), model.comm)
     told = kwargs.pop("prompt_progress_callback", None)
     reads_prompt = False
 

@@ -8,6 +8,7 @@ import mlx_lm
 from mlx_lm.generate import BatchResponse, GenerationResponse
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 
+from mlxtp.generation.agreed import agreed
 from mlxtp.generation.prompt import check_tokens
 from mlxtp.generation.sampling import seeded
 from mlxtp.generation.stream import stream_generate
@@ -76,6 +77,7 @@ def batch_generate(
         )
     kwargs = seeded(kwargs, seed)
     show = verbose and model.comm.rank == 0
+    kwargs["sampler"] = agreed(kwargs.get("sampler"), model.comm)
     return mlx_lm.batch_generate(model, tokenizer, prompts, verbose=show, **kwargs)
 
 

@@ -9,6 +9,7 @@ import mlx.nn as nn
 from mlxtp.comm.communicator import Communicator
 from mlxtp.families.blocks import BlockShards, child
 from mlxtp.layers.adapt.table import ADAPTERS
+from mlxtp.layers.experts import agree_on_experts
 from mlxtp.layers.forward import RaisingTogether, change_forward
 from mlxtp.layers.replace import BUILDERS, Site
 from mlxtp.layers.sums import JointSum, SummedOutput, SumOverRanks
@@ -16,10 +17,17 @@ from mlxtp.partition.layouts import Part, place
 from mlxtp.sharding.table import SliceTable
 
 
-def parallelize(model: nn.Module, table: SliceTable, comm: Communicator) -> None:
+def parallelize(
+    model: nn.Module,
+    table: SliceTable,
+    comm: Communicator,
+    *,
+    agree_experts: bool = False,
+) -> None:
     """Make `model`, whose parameters are this rank's slices, compute its part.
 
-    Afterwards `model.slice_table` is `table`, and `model.comm` is `comm`.
+    Afterwards `model.slice_table` is `table`, and `model.comm` is `comm`. With
+    `agree_experts` all ranks take rank 0's choice of experts.
     """
     model.slice_table, model.comm = table, comm
     modules = dict(model.named_modules())
@@ -30,22 +38,24 @@ def parallelize(model: nn.Module, table: SliceTable, comm: Communicator) -> None
         change_forward(modules[path], joint)
         joints |= dict.fromkeys(places, joint)
 
-    def sum_at(path: str, *, feeds_caches: bool) -> SumOverRanks:
-        """What sums over ranks at a place.
+    def feeds_caches(path: str) -> bool:
+        """Whether a cache depends on what is at a path.
 
-        A cache depends on every output but those of the last layer, and on these where
-        the matrix or the family says so.
+        It does on all but the last layer, and on that where the family says so.
         """
-        is_last = path.startswith(f"{last}.")
-        feeds = feeds_caches or table.family.loops or not is_last
+        return table.family.loops or not path.startswith(f"{last}.")
+
+    def sum_at(path: str, *, inner: bool) -> SumOverRanks:
+        """What sums over ranks at a place; on an `inner` sum a cache depends."""
+        feeds = inner or feeds_caches(path)
         return SumOverRanks(comm, path, feeds, joints.get(path))
 
     for path, matrix in table.matrices.items():
-        total = sum_at(path, feeds_caches=matrix.cut.inner) if matrix.summed else None
+        total = sum_at(path, inner=matrix.cut.inner) if matrix.summed else None
         site = Site(child(model, path), matrix, comm, total)
         _replace(model, path, BUILDERS[matrix.cut.style](site))
     for path in table.outputs:
-        total = sum_at(path, feeds_caches=False)
+        total = sum_at(path, inner=False)
         change_forward(modules[path], SummedOutput(total))
     for shards in table.blocks:
         if shards.block.rule is not None and shards.parts:
@@ -53,6 +63,8 @@ def parallelize(model: nn.Module, table: SliceTable, comm: Communicator) -> None
     for shards in table.blocks:
         if shards.block.adapt:
             ADAPTERS[shards.block.adapt](modules[shards.path], shards, comm)
+    if agree_experts:
+        agree_on_experts(modules, table, comm, feeds_caches)
     if comm.size > 1:
         change_forward(model, RaisingTogether(comm))
 

@@ -28,7 +28,6 @@ def measured_machines(hosts: Sequence[Host]) -> list[Machine]:
     evaluations = sum(bool(step.kind) for step in token)
     machines = []
     for host in hosts:
-        has_gpu = host.chip.startswith("Apple")
         rest = host.token_seconds - read_bytes / host.bytes_per_second
         machines.append(
             Machine(
@@ -38,9 +37,9 @@ def measured_machines(hosts: Sequence[Host]) -> list[Machine]:
                 host.limit_bytes,
                 host.bytes_per_second,
                 host.flops,
-                OPERATION_SECONDS if has_gpu else max(0.0, rest) / operations,
-                max(0.0, rest - started) / evaluations if has_gpu else 0.0,
-                has_gpu,
+                OPERATION_SECONDS if host.has_gpu else max(0.0, rest) / operations,
+                max(0.0, rest - started) / evaluations if host.has_gpu else 0.0,
+                host.has_gpu,
             )
         )
     return machines

@@ -100,7 +100,10 @@ def published(host: str, chip: str, memory_gb: float) -> Machine:
     known = {name.lower(): name for name in CHIPS}
     name = known.get(" ".join(chip.lower().removeprefix("apple ").split()))
     if name is None:
-        raise ValueError(f"--chip {chip}: known are {', '.join(CHIPS)}")
+        raise ValueError(
+            f"--chip {chip}: known are {', '.join(CHIPS)}; what another machine has "
+            "is measured: mlxtp.doctor --json FILE, then --measured FILE"
+        )
     bandwidth, cores, megahertz = _CHIPS[name]
     memory = round(memory_gb * GIB)
     return Machine(

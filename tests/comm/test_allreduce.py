@@ -147,6 +147,20 @@ def test_allgather_of_unequal_parts(
     assert np.array_equal(plain(joined), plain(whole))
 
 
+@pytest.mark.parametrize("dtype", [mx.uint32, mx.bfloat16, mx.bool_], ids=str)
+def test_bcast(dtype: mx.Dtype, comm: Communicator) -> None:
+    """Arrays of any shape; another one right behind is not taken for the first."""
+    for shape in (), (0,), (3,), (2, 1, 100_000):
+        for root in range(comm.size):
+            before = comm.traffic.calls
+            received = comm.bcast(mx.full(shape, root == comm.rank, dtype), root)
+            assert mx.array_equal(received, mx.ones(shape, dtype))
+            assert received.dtype == dtype
+            assert comm.traffic.calls - before == (comm.size > 1)
+    with comm.dry_run():
+        assert comm.bcast(mx.zeros(2), 0).shape == (2,)
+
+
 def test_traffic_is_counted(comm: Communicator) -> None:
     before = comm.traffic.calls, comm.traffic.bytes
     comm.allreduce(mx.zeros((10,), mx.bfloat16))

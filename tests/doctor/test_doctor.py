@@ -3,6 +3,7 @@
 Outputs are in the format that macOS prints; they were not recorded on a cluster.
 """
 
+import io
 import json
 import queue
 import threading
@@ -17,6 +18,7 @@ from cables_script import cables
 from recorded import HARDWARE_PORTS
 
 from mlxtp.cluster.memory import HostMemory
+from mlxtp.comm.arithmetic import Arithmetic
 from mlxtp.comm.communicator import Communicator
 from mlxtp.comm.line import Line, LostError
 from mlxtp.doctor import linux, macos
@@ -27,12 +29,12 @@ from mlxtp.doctor.findings import Findings
 from mlxtp.doctor.links import Link, Ring, Sockets
 from mlxtp.doctor.machine import Machine
 from mlxtp.doctor.paths import follow
+from mlxtp.doctor.report import Report
 from mlxtp.doctor.speed import DTYPES, Speed, measure
 
 pytestmark = pytest.mark.once
 
 SYSCTL = """\
-machdep.cpu.brand_string: Apple M2 Ultra
 iogpu.wired_limit_mb: 57344
 net.inet.ip.forwarding: 1
 """
@@ -109,7 +111,6 @@ def test_a_mac(monkeypatch: pytest.MonkeyPatch) -> None:
     ports = {port.name: port for port in macos.facts().interfaces}
     assert macos.facts() == Facts(
         system="macOS",
-        chip="Apple M2 Ultra",
         memory_bytes=64 * 2**30,
         available_bytes=2_000_000 * 16384,
         limit_set_mb=57344,
@@ -207,7 +208,7 @@ def macs(size: int = 5) -> Findings:
             for name, address in host.ports.items()
         )
         wifi = Interface("en1", "Wi-Fi", True, 1500, (f"192.168.1.{rank}",))
-        facts = Facts("macOS", "M2", 64 * 10**9, 60 * 10**9, 0, True, (*ports, wifi))
+        facts = Facts("macOS", 64 * 10**9, 60 * 10**9, 0, True, (*ports, wifi))
         versions = {"mlxtp": "1", "mlx": "2", "Open MPI": "5.0.11", "Python": "3.12"}
         machines.append(
             Machine(
@@ -221,6 +222,7 @@ def macs(size: int = 5) -> Findings:
                 10**12,
                 {"mpi": None, "jaccl": None},
                 facts,
+                Arithmetic("Apple M2", (), "macOS arm64", "Metal", "2"),
             )
         )
         ways = host.routes.items()
@@ -437,6 +439,50 @@ def test_a_fault(change: Change, where: str, what: str, mend: str) -> None:
     assert where in [fault.where for fault in findings]
     fault = next(fault for fault in findings if fault.where == where)
     assert what in fault.what and mend in fault.fix
+
+
+CARD = "NVIDIA GeForce RTX 4090"
+CUDA = Arithmetic(CARD, (), "Linux x86_64", "CUDA", "2")
+
+
+def other_arithmetic(rank: int, arithmetic: Arithmetic) -> Change:
+    return machine(rank, lambda one: replace(one, arithmetic=arithmetic))
+
+
+def test_unlike_machines_are_named_and_no_fault() -> None:
+    assert macs().unlike_machines() == ""
+    unlike = other_arithmetic(3, CUDA)(macs())
+    said = unlike.unlike_machines()
+    macs_said = "studio1 studio2 studio3 studio5 with Apple M2 (macOS arm64, MLX 2 on"
+    assert f"{macs_said} Metal); studio4 with {CARD} (Linux x86_64, MLX 2 on" in said
+    assert "the sampled token is rank 0's" in said and "--agree-experts" in said
+    assert faults(unlike) == []
+    shown = io.StringIO()
+    Report(shown).machines(unlike)
+    assert f"{said}\n" in shown.getvalue() and CARD in shown.getvalue().splitlines()[4]
+
+
+def test_processors_that_differ_in_instructions_alone() -> None:
+    older, newer = (
+        Arithmetic("Xeon", ("avx", *more), "Linux x86_64", "CPU", "2")
+        for more in ((), ("avx2", "avx512f"))
+    )
+    findings = other_arithmetic(0, older)(other_arithmetic(1, newer)(macs(2)))
+    assert (
+        "studio1 with Xeon (Linux x86_64, MLX 2 on CPU);" in findings.unlike_machines()
+    )
+    assert "on CPU) avx2 avx512f. So" in findings.unlike_machines()
+
+
+def test_a_card_that_others_fill() -> None:
+    """Its memory is what is free on it: the host's is no help."""
+    full = machine(1, lambda one: replace(one, limit_bytes=2 * 10**9, arithmetic=CUDA))
+    [fault] = faults(replace(full(macs()), need_bytes=20e9))
+    assert (fault.where, fault.what) == (
+        "studio2",
+        "2.0 GB for a model, 20.0 GB needed",
+    )
+    assert fault.fix.startswith("close what takes the card's: nvidia-smi")
 
 
 def test_one_fault_is_said_once() -> None:

@@ -28,7 +28,17 @@ pytestmark = pytest.mark.once
 
 # Three hosts on a ring: the last reads at half the speed of the others.
 HOSTS = tuple(
-    Host(rank, f"studio{rank + 1}", "a CPU", 10**10, 8 * 10**9, rate, 1e12, 1e7 / rate)
+    Host(
+        rank,
+        f"studio{rank + 1}",
+        "a CPU",
+        False,
+        10**10,
+        8 * 10**9,
+        rate,
+        1e12,
+        1e7 / rate,
+    )
     for rank, rate in enumerate([2e9, 2e9, 1e9])
 )
 MEASURED = Measured(
@@ -85,14 +95,16 @@ def test_a_token_is_the_sum_of_its_steps() -> None:
 
 def test_a_token_alone_takes_what_it_took() -> None:
     """On a CPU all but weights is operations; on a GPU, but for kernels, waits."""
-    mac = replace(HOSTS[0], chip="Apple M2 Ultra")
+    mac = replace(HOSTS[0], chip="Apple M2 Ultra", has_gpu=True)
+    pc = replace(HOSTS[0], chip="NVIDIA GeForce RTX 4090", has_gpu=True)
     with open_model(str(STORIES)) as model:
         [need] = needs(model.build, [1], 64)
-    for host, token_seconds in (HOSTS[1], 0.01), (HOSTS[2], 0.01), (mac, 0.01):
-        [machine] = measured_machines([replace(host, token_seconds=token_seconds)])
-        total = sum((compute(it, machine) for it in need.dry_run.token), Time())
-        assert total.seconds == pytest.approx(token_seconds)
-        assert (total.evaluations > 0) == (host is mac)
+    for host in HOSTS[1], HOSTS[2], mac, pc:
+        [machine] = measured_machines([replace(host, token_seconds=0.01)])
+        total = sum((compute(step, machine) for step in need.dry_run.token), Time())
+        assert total.seconds == pytest.approx(0.01)
+        assert (total.evaluations > 0) == host.has_gpu
+        assert (machine.chip, machine.limit_bytes) == (host.chip, 8 * 10**9)
     assert machine.operation_seconds == OPERATION_SECONDS
 
 
