@@ -101,7 +101,7 @@ def parse(arguments: list[str]) -> Args:
 
 
 def with_texts(arguments: Sequence[str]) -> list[str]:
-    """Write an option of `TEXTS` and its text as one word where that begins with a dash.
+    """Make an option of `TEXTS` and a text that begins with a dash one word.
 
     argparse takes such a text for an option, and so does whoever looks for options of
     its own in a command line. What is the name of an option stays one.

@@ -153,11 +153,12 @@ def _together(
 ) -> np.ndarray:
     """Send each rank the parts of its chunk; the bytes of this rank's: (n,) uint8."""
     messages = []
-    for chunk in turn:
-        message = np.empty(0, np.uint8)
-        if chunk and (spans := chunk.spans_of(comm.rank)):
-            message = tensors[chunk.name].items(chunk.axis, chunk.rows, spans)
-        messages.append(message)
+    with comm.agreement():
+        for chunk in turn:
+            message = np.empty(0, np.uint8)
+            if chunk and (spans := chunk.spans_of(comm.rank)):
+                message = tensors[chunk.name].items(chunk.axis, chunk.rows, spans)
+            messages.append(message)
     mine = turn[comm.rank]
     sizes = [mine.bytes_of(rank) if mine else 0 for rank in range(comm.size)]
     received = comm.exchange(messages, sizes)
