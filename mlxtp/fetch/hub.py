@@ -48,6 +48,8 @@ from mlxtp.checkpoint.progress import Advance, ignore
 # How often something is asked for that breaks off or comes wrong, and the first wait.
 ATTEMPTS = 5
 WAIT_SECONDS = 0.5
+# huggingface-hub asks again itself, for 23 s: then nobody asks once more.
+PATIENCE_SECONDS = 20.0
 # What may be over when one asks again: too many requests, and faults of the server.
 PASSING = (429, 500, 502, 503, 504)
 HINTS = {
@@ -323,6 +325,7 @@ def _ask(name: str, ask: Callable[[], T]) -> T:
 
     Raises: HubError with what the hub said; ValueError if the cache cannot be written.
     """
+    begin = time.monotonic()
     for attempt in range(ATTEMPTS):
         try:
             return ask()
@@ -337,7 +340,8 @@ def _ask(name: str, ask: Callable[[], T]) -> T:
                 ) from error
             raise HubError(name, _reason(error)) from error
         except Exception as error:  # all that a connection may break with
-            if attempt == ATTEMPTS - 1:
+            is_last = time.monotonic() - begin > PATIENCE_SECONDS
+            if is_last or attempt == ATTEMPTS - 1:
                 raise HubError(name, _reason(error)) from error
         time.sleep(WAIT_SECONDS * 2**attempt)
     raise AssertionError("unreachable")
