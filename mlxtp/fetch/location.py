@@ -9,13 +9,22 @@ from typing import TypeVar
 
 from mlxtp.checkpoint import cut, verify
 from mlxtp.checkpoint.cut import Origin
-from mlxtp.checkpoint.headers import Checkpoint
+from mlxtp.checkpoint.headers import WEIGHTS, Checkpoint
 from mlxtp.comm.communicator import Communicator
 from mlxtp.comm.errors import UsageError
 from mlxtp.fetch import hub
 from mlxtp.fetch.hub import HubError, Repo
 
 T = TypeVar("T")
+
+# What a folder without the weights of a model is, by what is in it, and what to do.
+CONVERT = "mlxtp reads safetensors: convert the model with mlx_lm.convert"
+NO_MODELS = {
+    "adapter_config.json": "is an adapter: --model wants its model, --adapter-path it",
+    "*.gguf": f"holds weights of GGUF; {CONVERT}, from the repository it was made of",
+    "*.bin": f"holds weights of PyTorch; {CONVERT}",
+    "*.pth": f"holds weights of PyTorch; {CONVERT}",
+}
 
 
 @dataclass(frozen=True)
@@ -113,6 +122,10 @@ class Location:
         """Whether it is a cut checkpoint, which may lack slices of a rank."""
         return cut.is_cut(self.folder)
 
+    def named(self, message: str) -> str:
+        """Let a message call the model as the user does, not by its folder."""
+        return message.replace(str(self.folder), self.name)
+
     def reopened(self) -> "Location":
         """The same, with the slices that have been fetched since. Errors as before."""
         if self.repo is not None:
@@ -143,7 +156,17 @@ def locate(
             raise ValueError(f"the model {name} is a file; give the folder it is in")
         if cut.is_cut(path):
             return Location.of_cut(name, path)
+        _check_is_model(name, path)
         return Location.of_folder(name, path)
+
+
+def _check_is_model(name: str, folder: Path) -> None:
+    """Raise ValueError for a folder with what is something else."""
+    if any(folder.glob(WEIGHTS)):
+        return
+    for pattern, what in NO_MODELS.items():
+        if any(folder.glob(pattern)):
+            raise ValueError(f"{name} {what}")
 
 
 def _is_begun(repo: Repo) -> bool:
