@@ -47,6 +47,8 @@ def main() -> None:
         if args.verbose and comm.rank == 0:
             show(comm.describe(), screen)
         task = prepare(args, comm)
+        if not (launcher.size() or args.quiet or args.json):
+            print(f"mlxtp.generate: {job.ALONE}", file=sys.stderr)
         run(task, args, comm, screen)
     except (UsageError, job.JobError) as error:
         launcher.refuse("mlxtp.generate", error)
@@ -65,8 +67,6 @@ def connect(arguments: list[str]) -> tuple[argparse.Namespace, Communicator]:
         check_same_start(Communicator.world(**connection), arguments)
         raise
     job.start_if_asked(args, arguments, "mlxtp.generate", started=launcher.size())
-    if not (launcher.size() or args.quiet or args.json):
-        print(f"mlxtp.generate: {job.ALONE}", file=sys.stderr)
     comm = Communicator.world(**options.connection(args))
     check_same_start(comm, arguments)
     return args, comm
