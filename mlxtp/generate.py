@@ -43,16 +43,16 @@ def main() -> None:
     A mistake of the person who started it is one line from rank 0, and status 2.
     """
     try:
-        args, comm = connect(sys.argv[1:])
+        args, comm = connect(options.with_texts(sys.argv[1:]))
         screen = reserve_stdout(comm)
         if args.verbose and comm.rank == 0:
-            print(comm.describe(), file=screen)
+            show(comm.describe(), screen)
         task = prepare(args, comm)
+        if not (launcher.size() or args.quiet or args.json):
+            print(f"mlxtp.generate: {job.ALONE}", file=sys.stderr)
+        run(task, args, comm, screen)
     except (UsageError, job.JobError) as error:
-        if launcher.rank() == 0:
-            print(f"mlxtp.generate: error: {error}", file=sys.stderr)
-        launcher.leave(2)
-    run(task, args, comm, screen)
+        launcher.refuse("mlxtp.generate", error)
 
 
 def connect(arguments: list[str]) -> tuple[argparse.Namespace, Communicator]:
@@ -67,15 +67,7 @@ def connect(arguments: list[str]) -> tuple[argparse.Namespace, Communicator]:
         connection = options.connection_alone(arguments)
         check_same_start(Communicator.world(**connection), arguments)
         raise
-    job.start_if_asked(
-        args,
-        arguments,
-        "mlxtp.generate",
-        started=launcher.size(),
-        mark_input=args.prompt == "-",
-    )
-    if not (launcher.size() or args.quiet or args.json):
-        print(f"mlxtp.generate: {job.ALONE}", file=sys.stderr)
+    job.start_if_asked(args, arguments, "mlxtp.generate", started=launcher.size())
     comm = Communicator.world(**options.connection(args))
     check_same_start(comm, arguments)
     return args, comm
@@ -87,7 +79,8 @@ def reserve_stdout(comm: Communicator) -> TextIO:
     What libraries print there (mlx-lm warns of large models) goes to rank 0's
     standard error.
     """
-    screen = sys.stdout
+    launcher.replace_unprintable()
+    screen = sys.stdout or open(os.devnull, "w")  # noqa: SIM115 (None: it is closed)
     sys.stdout = sys.stderr if comm.rank == 0 else open(os.devnull, "w")  # noqa: SIM115
     return screen
 
@@ -107,7 +100,7 @@ def prepare(args: argparse.Namespace, comm: Communicator) -> Task:
 
     Raises: UsageError for whatever was given wrong, before a weight is read.
     """
-    text = standard_input.read(args.prompt, comm)
+    text = standard_input.read(args.prompt, args.prompt_file, comm)
     with comm.agreement():
         saved = open_prompt_cache(args)
     default = saved.model if saved else STORIES
@@ -306,17 +299,30 @@ def check_options(
         ) from error
 
 
+def show(text: str, screen: TextIO, end: str = "\n") -> None:
+    """Print on standard output.
+
+    Raises: UsageError if that takes no more: a full disk, or a reader that has gone.
+    """
+    try:
+        print(text, end=end, flush=True, file=screen)
+    except OSError as error:
+        # What is left in the buffer would fail again when Python ends.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), screen.fileno())
+        raise UsageError(f"cannot write standard output: {error.strerror}") from None
+
+
 def run(
     task: Task, args: argparse.Namespace, comm: Communicator, screen: TextIO
 ) -> None:
     """Generate; rank 0 shows the text as it is made, and figures behind it.
 
-    Raises: RuntimeError if the ranks' tokens differ.
+    Raises: RuntimeError if the ranks' tokens differ; UsageError as `show` does.
     """
     show_text = comm.rank == 0 and not args.json
     show_figures = show_text and not args.quiet
     if show_figures:
-        print("=" * 10, file=screen)
+        show("=" * 10, screen)
     text, tokens = "", []
     comm.traffic.reset()
     begin = time.perf_counter()
@@ -326,10 +332,10 @@ def run(
         text += response.text
         tokens.append(response.token)
         if show_text:
-            print(response.text, end="", flush=True, file=screen)
+            show(response.text, screen, end="")
     seconds = time.perf_counter() - begin
     if show_text:
-        print(file=screen)
+        show("", screen)
 
     reports = comm.allgather_object(
         (tokens, mx.get_peak_memory() / 1e9, comm.traffic.seconds / seconds)
@@ -345,13 +351,13 @@ def run(
             if collectives_share is None
             else f"{100 * collectives_share:.0f} % of the time, mean over ranks"
         )
-        print(
+        show(
             "=" * 10 + "\n"
             f"{figures(response)}\n"
             f"Peak memory: {max(peaks_gb):.3f} GB on the largest of {comm.size} ranks, "
             f"{min(peaks_gb):.3f} GB on the smallest\n"
             f"Collectives: {timed}",
-            file=screen,
+            screen,
         )
     if comm.rank == 0 and args.json:
         report = {
@@ -366,7 +372,7 @@ def run(
             "collectives_share": collectives_share,
             "world_size": comm.size,
         }
-        print(json.dumps(report), file=screen)
+        show(json.dumps(report), screen)
 
 
 if __name__ == "__main__":

@@ -365,7 +365,7 @@ def _load_tokenizer(
         )
     except Exception as error:  # all that transformers may stumble over in files
         raise ValueError(
-            f"the tokenizer in {location.name} does not load: {error!r}"
+            location.named(f"the tokenizer in {location.name} does not load: {error!r}")
         ) from error
 
 

@@ -5,7 +5,7 @@ The rules stand first: what an option may be, and what does not go together.
 
 import argparse
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NoReturn
 
 from mlx_lm.generate import setup_arg_parser
@@ -25,9 +25,18 @@ REFUSED = {
     "quantize_activations": "mlxtp does not quantize activations",
 }
 
+# The prompt where none is given.
+PROMPT = "Once upon a time"
+
+# Options whose text may begin with a dash.
+TEXTS = ("--prompt", "-p", "--system-prompt", "--prefill-response")
+
 # What an option may be, in words and as a test; None is always allowed.
 LIMITS: dict[str, tuple[str, Callable[[Any], bool]]] = {
-    "prompt": ("some text", lambda text: bool(text.strip())),
+    "prompt": ("some text in UTF-8", lambda text: _is_utf8(text) and text.strip()),
+    "system_prompt": ("text in UTF-8", lambda text: _is_utf8(text)),
+    "prefill_response": ("text in UTF-8", lambda text: _is_utf8(text)),
+    "model": ("a folder or a Hugging Face repo", lambda name: bool(name.strip())),
     "max_tokens": ("at least 1, or -1 for no limit", lambda n: n >= 1 or n == -1),
     "temp": ("at least 0", lambda x: 0 <= x < float("inf")),
     "top_p": ("from 0 to 1", lambda x: 0 <= x <= 1),
@@ -49,6 +58,15 @@ LIMITS: dict[str, tuple[str, Callable[[Any], bool]]] = {
 
 # Options that do not go together: which, and what is said of them.
 CONFLICTS: list[tuple[Callable[[Args], bool], str]] = [
+    (
+        lambda args: args.prompt is not None and args.prompt_file is not None,
+        "--prompt and --prompt-file: give one of them",
+    ),
+    (
+        lambda args: args.prompt == "-" and _input_has_no_end(),
+        "--prompt -: under mpirun standard input has no end; give --prompt-file FILE, "
+        "or start with --ranks N in place of mpirun",
+    ),
     (
         lambda args: (
             args.transport != "mpi" and (args.allreduce, args.wire) != ("auto", "plain")
@@ -83,7 +101,26 @@ def parse(arguments: list[str]) -> Args:
     """
     args = launcher.parse(_parser(), arguments)
     check(args)
+    if args.prompt is None:
+        args.prompt = PROMPT
     return args
+
+
+def with_texts(arguments: Sequence[str]) -> list[str]:
+    """Make an option of `TEXTS` and a text that begins with a dash one word.
+
+    argparse takes such a text for an option, and so does whoever looks for options of
+    its own in a command line. What is the name of an option stays one.
+    """
+    names = _parser()._option_string_actions
+    words: list[str] = []
+    for word in arguments:
+        is_text = word[:1] == "-" != word and word.partition("=")[0] not in names
+        if is_text and words and words[-1] in TEXTS:
+            words[-1] += f"={word}"
+        else:
+            words.append(word)
+    return words
 
 
 def connection(args: Args) -> dict[str, Any]:
@@ -162,6 +199,15 @@ def _check_limits(args: Args) -> None:
             raise UsageError(f"{_flag(name)} is {value!r}: wanted {wanted}")
 
 
+def _is_utf8(text: str) -> bool:
+    """Whether a word of the command line is; other bytes come as surrogates."""
+    return not any("\ud800" <= character <= "\udfff" for character in text)
+
+
+def _input_has_no_end() -> bool:
+    return launcher.size() > 0 and launcher.input_bytes() is None
+
+
 def shares(text: str) -> list[int]:
     """Shares of the ranks, as the command line gives them: 2,1,1,1,1."""
     numbers = [int(part) if part.strip().isdigit() else 0 for part in text.split(",")]
@@ -212,6 +258,11 @@ def _parser() -> argparse.ArgumentParser:
         default={},
         help="Arguments for the chat template, as a JSON object",
     )
+    result.add_argument(
+        "--prompt-file",
+        metavar="FILE",
+        help="Take the prompt from this file, on the host of rank 0",
+    )
     job.add_options(result)
     ours = result.add_argument_group("mlxtp")
     ours.add_argument(
@@ -246,7 +297,7 @@ def _parser() -> argparse.ArgumentParser:
         help="Print one JSON object: text, tokens, figures",
     )
     _add_connection(result)
-    result.set_defaults(prompt="Once upon a time")
+    result.set_defaults(prompt=None)
     return result
 
 

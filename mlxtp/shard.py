@@ -21,6 +21,7 @@ from mlxtp.checkpoint.headers import (
 )
 from mlxtp.checkpoint.progress import progress_bar
 from mlxtp.checkpoint.tensors import bytes_of
+from mlxtp.comm import launcher
 from mlxtp.comm.communicator import Communicator
 from mlxtp.fetch import hub
 from mlxtp.fetch.location import locate
@@ -33,6 +34,7 @@ from mlxtp.sharding.decide import slice_table
 
 def main() -> None:
     """Run the command line: status 2 for a mistake, 1 for slices that are damaged."""
+    launcher.replace_unprintable()
     args = _parse()
     try:
         if args.verify:
@@ -44,8 +46,7 @@ def main() -> None:
         else:
             shard(args.model, args.shares, args.output, show=not args.quiet)
     except (ValueError, OSError) as error:
-        print(f"mlxtp.shard: error: {error}", file=sys.stderr)
-        sys.exit(2)
+        launcher.refuse("mlxtp.shard", error)
 
 
 def shard(

@@ -1,6 +1,7 @@
 """`python -m mlxtp.generate` as people start it."""
 
 import json
+import os
 import subprocess
 import sys
 import time
@@ -102,12 +103,61 @@ def test_eight_bits_on_the_wire() -> None:
     assert exact[:5] == rounded[:5]
 
 
+def started(
+    *arguments: object, ranks: int = 3, stdin: bytes = b"", pause_seconds: float = 0
+) -> subprocess.CompletedProcess[str]:
+    """Start the ranks with --ranks; standard input comes in two parts."""
+    command = [sys.executable, "-m", "mlxtp.generate", "--ranks", ranks, *arguments]
+    job = subprocess.Popen(
+        list(map(str, command)),
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        env=os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, sys.path))},
+    )
+    assert job.stdin is not None
+    half = len(stdin) // 2
+    job.stdin.write(stdin[:half])
+    job.stdin.flush()
+    time.sleep(pause_seconds)
+    said = job.communicate(stdin[half:], timeout=TIMEOUT_SECONDS)
+    return subprocess.CompletedProcess(
+        command, job.returncode, *map(bytes.decode, said)
+    )
+
+
+def test_the_prompt_from_standard_input_is_whole(folder: Path) -> None:
+    """Its end comes late, and there is in it what might be taken for the end."""
+    options = ["--model", folder, "--max-tokens", "8", "--json"]
+    prompt = "ab\x04c\x00d\r\n\u00fc" + 300 * "xyz"
+    expected = one_process(folder, prompt.replace("\r\n", "\n"), max_tokens=8)
+    given = {"stdin": prompt.encode(), "pause_seconds": 2.5}
+    assert tokens(started(*options, "--prompt", "-", **given)) == expected
+
+
 @pytest.mark.slow
-def test_the_prompt_may_come_from_standard_input(folder: Path) -> None:
+def test_the_prompt_from_standard_input_in_one_process(folder: Path) -> None:
     model = ["--model", folder, "--max-tokens", "8", "--json"]
-    expected = tokens(generate(1, *model, "--prompt", "abc"))
-    for ranks, given in [(1, "abc"), (3, "abc"), (3, "abc\x04")]:
-        assert tokens(generate(ranks, *model, "--prompt", "-", stdin=given)) == expected
+    expected = one_process(folder, "abc", max_tokens=8)
+    assert tokens(started(*model, "--prompt", "-", stdin=b"abc", ranks=1)) == expected
+    for given, status in (("abc", 0), ("", 2), ("abc\xff", 2)):
+        done = subprocess.run(
+            [sys.executable, "-m", "mlxtp.generate", *map(str, model), "--prompt", "-"],
+            input=given.encode("latin-1"),
+            capture_output=True,
+        )
+        assert done.returncode == status, done.stderr
+        assert status == 0 or done.stderr.count(b"\n") == 1, done.stderr
+        assert status == 2 or json.loads(done.stdout)["tokens"] == expected
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("prompt", [":", "-abc", "a\nb;c'd\"e%f", "--json="])
+def test_what_a_prompt_may_be(prompt: str, folder: Path) -> None:
+    """Words that mpirun, argparse or a shell might take for their own."""
+    options = ["--model", folder, "--max-tokens", "8", "--json"]
+    done = started(*options, "--prompt", prompt)
+    assert tokens(done) == one_process(folder, prompt, max_tokens=8)
 
 
 def test_equals_mlx_lm_with_the_same_options(folder: Path) -> None:
@@ -186,9 +236,16 @@ def test_mistakes(mistake: str, tmp_path: Path) -> None:
     assert time.monotonic() - begin < 60
 
 
+def test_under_mpirun_standard_input_has_no_end() -> None:
+    """It is refused at once; what has started the ranks itself says how long it is."""
+    done = generate(2, "--prompt", "-", "--model", "./nowhere", stdin="abc")
+    assert_one_message(done, "--prompt -: under mpirun standard input has no end; give")
+    assert "--prompt-file FILE" in done.stderr
+
+
 @pytest.mark.slow
 def test_the_prompt_from_standard_input_may_be_empty() -> None:
-    assert_one_message(generate(2, "--prompt", "-", stdin=""), "wanted some text")
+    assert_one_message(started("--prompt", "-"), "standard input is empty: wanted some")
 
 
 def test_help_is_shown_once() -> None:

@@ -12,6 +12,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
@@ -23,10 +24,9 @@ from mlxtp.cluster import hostfile
 from mlxtp.cluster.addresses import RING_NETWORK, is_here, ring_address
 from mlxtp.cluster.verdict import VERDICT_VARIABLE, Verdict, VerdictFilter
 
-# Ends standard input (ASCII's end of transmission): mpirun of Open MPI 5.0.11 hands
-# its input to rank 0, but not the end of it
-# (https://github.com/openpmix/openpmix/pull/4024).
-END_OF_INPUT = b"\x04"
+# Tells the ranks how long standard input is: mpirun of Open MPI 5.0.11 hands its input
+# to rank 0, but not the end of it (https://github.com/openpmix/openpmix/pull/4024).
+INPUT_VARIABLE = "MLXTP_INPUT_BYTES"
 
 # Nobody is there to type a password, and a host that sleeps must not hold up the rest.
 SSH_OPTIONS = "-o BatchMode=yes -o ConnectTimeout=5"
@@ -109,24 +109,26 @@ class Job:
                 words += ["-x", name]
         program, *arguments = self.command
         beside = mpirun.parent / program
-        return [*words, str(beside) if beside.exists() else program, *arguments]
+        command = [str(beside) if beside.exists() else program, *arguments]
+        if ":" in command:  # mpirun takes this word for the end of the program's line
+            command = ["sh", "-c", f"exec {shlex.join(command)}"]
+        return [*words, *command]
 
-    def exec(self, *, mark_input: bool = False) -> NoReturn:
+    def exec(self, *, with_input: bool = False) -> NoReturn:
         """Print the line on standard error and become it.
 
         The terminal, signals and the exit status are then mpirun's own. With
-        `mark_input` standard input ends with `END_OF_INPUT`.
+        `with_input` standard input is read to its end first, and handed to rank 0 with
+        its length in `INPUT_VARIABLE`.
 
-        Raises: JobError, as `line` does.
+        Raises: JobError, as `line` does, or if standard input cannot be read.
         """
+        if with_input:
+            os.environ[INPUT_VARIABLE] = ""  # the line names it; the value comes later
         words = self.line()
         print(shlex.join(words), file=sys.stderr, flush=True)
-        if mark_input:
-            mark = "".join(f"\\{byte:03o}" for byte in END_OF_INPUT)
-            feed = ["sh", "-c", f"cat && printf '{mark}'"]
-            feeder = subprocess.Popen(feed, stdout=subprocess.PIPE)
-            assert feeder.stdout is not None
-            os.dup2(feeder.stdout.fileno(), 0)
+        if with_input:
+            os.environ[INPUT_VARIABLE] = str(_keep_input())
         os.execv(words[0], words)
 
     def start(self, **streams: Any) -> "RunningJob":
@@ -240,6 +242,41 @@ def _show(data: bytes) -> None:
             data = data[os.write(2, data) :]
 
 
+def read_input() -> bytes:
+    """Read standard input to its end.
+
+    Raises: ValueError if it is closed, or cannot be read.
+    """
+    blocks = []
+    try:
+        while block := os.read(0, 1 << 20):
+            blocks.append(block)
+    except OSError as error:
+        raise ValueError(f"cannot read standard input: {error.strerror}") from None
+    return b"".join(blocks)
+
+
+def _keep_input() -> int:
+    """Put a file with all of standard input in its place; return its bytes."""
+    try:
+        data = read_input()
+        with tempfile.TemporaryFile() as file:
+            file.write(data)
+            file.seek(0)
+            os.dup2(file.fileno(), 0)
+    except (ValueError, OSError) as error:
+        raise JobError(str(error)) from None
+    return len(data)
+
+
+def asks_for_input(command: Sequence[str]) -> bool:
+    """Whether a command line has the `--prompt -` of `mlxtp.generate`."""
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    parser.add_argument("--prompt", "-p", nargs="?")
+    args, _ = parser.parse_known_args(command)
+    return bool(args.prompt == "-")
+
+
 def find_mpirun() -> Path:
     """Return the path of mpirun: beside this Python, else in PATH.
 
@@ -274,7 +311,6 @@ def start_if_asked(
     module: str,
     *,
     started: int,
-    mark_input: bool = False,
 ) -> None:
     """Start a program over ranks anew under mpirun if its command line asks for it.
 
@@ -286,7 +322,6 @@ def start_if_asked(
         arguments: its command line, without its name.
         module: what `python -m` runs.
         started: the number of ranks that mpirun has started; 0 without mpirun.
-        mark_input: let standard input end with `END_OF_INPUT`.
 
     Raises: JobError for a wrong value, where there is no mpirun, or under mpirun.
     """
@@ -301,7 +336,7 @@ def start_if_asked(
     add_options(parser)
     _, others = parser.parse_known_args(arguments)
     command = [sys.executable, "-m", module, *others]
-    Job(command, args.hostfile, args.ranks).exec(mark_input=mark_input)
+    Job(command, args.hostfile, args.ranks).exec(with_input=asks_for_input(others))
 
 
 @contextmanager

@@ -12,6 +12,7 @@ import time
 from collections.abc import Iterator, Sequence
 from typing import NoReturn
 
+from mlxtp.cluster.job import INPUT_VARIABLE
 from mlxtp.cluster.verdict import RankOnHost, Verdict
 from mlxtp.comm.ending import text_of
 from mlxtp.comm.transports.openmpi import finish, is_started
@@ -44,6 +45,15 @@ def size() -> int:
 def rank() -> int:
     """Return this rank's number, as mpirun tells it; 0 without mpirun."""
     return _largest(RANKS)
+
+
+def input_bytes() -> int | None:
+    """Return how long the standard input of rank 0 is; None if nobody has said.
+
+    Under mpirun it has no end that a rank could read up to.
+    """
+    given = os.environ.get(INPUT_VARIABLE)
+    return int(given) if given else None
 
 
 def report_delay_seconds() -> float:
@@ -95,16 +105,38 @@ def parse(
     leave(status)
 
 
+def replace_unprintable() -> None:
+    """Let standard output show a `?` for what its encoding lacks, and raise nothing."""
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="replace")
+
+
+def refuse(program: str, error: Exception) -> NoReturn:
+    """End all ranks with a person's mistake: one line from rank 0, and status 2."""
+    if rank() == 0:
+        line = " ".join(part.strip() for part in str(error).splitlines())
+        print(f"{program}: error: {line}", file=sys.stderr)
+    leave(2)
+
+
 def leave(status: int) -> NoReturn:
     """End this rank, as all ranks do at once; rank 0 ends last, with `status`.
 
     The others end with 0: mpirun 5.0.11 over several hosts crashes or hangs in four of
-    ten jobs whose ranks all end with another status than 0 at once.
+    ten jobs whose ranks all end with another status than 0 at once. They end at once,
+    for mpirun has more to say of a status where another rank is still there.
     """
     if size():
         finish()
         if rank() > 0:
-            status = 0
-        elif status:
+            _flush()
+            os._exit(0)
+        if status:
             time.sleep(LAST_SECONDS)
     sys.exit(status)
+
+
+def _flush() -> None:
+    for stream in (sys.stdout, sys.stderr):
+        with contextlib.suppress(AttributeError, OSError):  # one that is closed
+            stream.flush()

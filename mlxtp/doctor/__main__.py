@@ -44,6 +44,7 @@ SECOND_LOOKS = 3
 
 def main() -> None:
     """Run the program; the exit status is 0 only where all is well."""
+    launcher.replace_unprintable()
     try:
         arguments = sys.argv[1:]
         args = options.parse(arguments)
@@ -53,9 +54,7 @@ def main() -> None:
             print(f"mlxtp.doctor: {job.ALONE}", file=sys.stderr)
         status = examine(args)
     except (UsageError, job.JobError) as error:
-        if launcher.rank() == 0:
-            print(f"mlxtp.doctor: error: {error}", file=sys.stderr)
-        status = 2
+        launcher.refuse("mlxtp.doctor", error)
     except LostError as error:
         give_up(error)
     launcher.leave(status)

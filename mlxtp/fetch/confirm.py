@@ -6,7 +6,6 @@ together once more, a chunk after another, and one of them hashes it as it passe
 
 import hashlib
 from collections.abc import Collection, Iterator, Mapping, Sequence, Set
-from contextlib import nullcontext
 from dataclasses import dataclass
 from itertools import zip_longest
 
@@ -163,8 +162,7 @@ def _together(
 ) -> np.ndarray:
     """Send each rank the parts of its chunk; the bytes of this rank's: (n,) uint8."""
     ours = [chunk if chunk and chunk.spans_of(comm.rank) else None for chunk in turn]
-    asks_hub = any(chunk and chunk.offset is not None for chunk in turn)
-    with comm.agreement() if asks_hub else nullcontext():
+    with comm.agreement():
         messages = [_message(comm.rank, repo, tensors, chunk) for chunk in ours]
     mine = turn[comm.rank]
     sizes = [mine.bytes_of(rank) if mine else 0 for rank in range(comm.size)]

@@ -20,7 +20,7 @@ from mlxtp.checkpoint.cut import Origin, Shard
 from mlxtp.checkpoint.tensors import StoredTensor
 from mlxtp.comm.communicator import Communicator
 from mlxtp.comm.errors import UsageError
-from mlxtp.fetch import confirm
+from mlxtp.fetch import confirm, hub
 from mlxtp.fetch.hub import Repo
 from mlxtp.fetch.journal import Journal
 from mlxtp.fetch.rounds import Rounds
@@ -61,16 +61,16 @@ def fill(
     show = show and comm.rank == 0
     with comm.agreement():
         folder = repo.folder()
-        lacks = bool(_missing(folder, wanted))
+        lacks = bool(_missing(repo, wanted))
     if not any(comm.allgather_object(lacks)):
         return
     with _locked(comm, folder / f"{shard.folder}.lock", repo.name):
         with comm.agreement():  # another job may have fetched some
-            missing = _missing(folder, wanted)
+            missing = _missing(repo, wanted)
         missing = _on_one_axis(comm, missing)
         with comm.agreement():
             origin = cut.origin_of(folder)
-            tensors = cut.open_cut(folder).tensors
+            tensors = hub.here(repo).tensors
             journal = Journal(folder, shard, origin, missing)
         _check_disks(comm, folder, journal.bytes_to_write)
         with comm.agreement():
@@ -122,9 +122,9 @@ def _on_one_axis(comm: Communicator, missing: Mapping[str, Slice]) -> dict[str, 
     }
 
 
-def _missing(folder: Path, wanted: Mapping[str, Slice]) -> dict[str, Slice]:
-    """What of the slices is not in `folder`, by tensor's name."""
-    tensors = cut.open_cut(folder).tensors
+def _missing(repo: Repo, wanted: Mapping[str, Slice]) -> dict[str, Slice]:
+    """What of the slices is not on this machine, by tensor's name."""
+    tensors = hub.here(repo).tensors
     missing = {name: tensors[name].missing(part) for name, part in wanted.items()}
     return {name: part for name, part in missing.items() if part}
 

@@ -3,10 +3,12 @@
 Through huggingface-hub's client, with its endpoint, token, cache and offline settings.
 """
 
+import re
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -17,11 +19,15 @@ from huggingface_hub import (
     constants,
     hf_hub_url,
     snapshot_download,
+    try_to_load_from_cache,
 )
 from huggingface_hub.errors import HfHubHTTPError
 from huggingface_hub.hf_api import RepoFile
 from huggingface_hub.utils import (
+    are_progress_bars_disabled,
     build_hf_headers,
+    disable_progress_bars,
+    enable_progress_bars,
     hf_raise_for_status,
     http_stream_backoff,
 )
@@ -31,11 +37,14 @@ from mlxtp.checkpoint.cut import SMALL_FILES, Origin
 from mlxtp.checkpoint.headers import (
     INDEX,
     WEIGHTS,
+    Checkpoint,
     files_of,
     header_bytes,
     header_of,
+    index_of,
     no_weights,
     parse_index,
+    read_header,
     tensor_files,
     weight_files,
 )
@@ -51,6 +60,8 @@ CONNECTIONS = 8
 # How often something is asked for that breaks off or comes wrong, and the first wait.
 ATTEMPTS = 5
 WAIT_SECONDS = 0.5
+# huggingface-hub asks again itself, for 23 s: then nobody asks once more.
+PATIENCE_SECONDS = 20.0
 # What may be over when one asks again: too many requests, and faults of the server.
 PASSING = (429, 500, 502, 503, 504)
 HINTS = {
@@ -58,6 +69,10 @@ HINTS = {
     403: "access to it has to be asked for on its page, with the token's account",
     404: "it, or this revision of it, does not exist",
 }
+
+OFFLINE = "the hub is not asked: HF_HUB_OFFLINE is set"
+# The names of files that say how many of them there are.
+NUMBERED = re.compile(r"(model.*-)\d+-of-(\d+)\.safetensors")
 
 T = TypeVar("T")
 
@@ -74,20 +89,79 @@ class Repo:
         return cached_assets_path("mlxtp", self.name, self.commit)
 
 
-def whole(repo: Repo) -> Path | None:
-    """Its folder in the hub's cache, if it is there with all weights."""
-    try:
-        folder = Path(
-            snapshot_download(
-                repo.name,
-                revision=repo.commit,
-                allow_patterns=[WEIGHTS, *SMALL_FILES],
-                local_files_only=True,
-            )
+class HubError(ValueError):
+    """The hub did not give what was asked for; `reason` says why."""
+
+    def __init__(self, name: str, reason: str) -> None:
+        super().__init__(
+            f"there is no folder {name}, and the hub did not give it: {reason}"
         )
-    except (OSError, ValueError):
+        self.reason = reason
+
+
+def snapshot(repo: Repo) -> Path | None:
+    """Its folder in the hub's cache, with all of its files or with some."""
+    config = _cached(repo, "config.json")
+    return config and config.parent
+
+
+def lacking(repo: Repo, small: Iterable[str]) -> list[str]:
+    """Which of its files are not in the hub's cache; `small` are those but weights.
+
+    Names such as model-00001-of-00003.safetensors say how many files of weights there
+    are; without one of them an index does, if it names one that is there.
+    """
+    absent = [file for file in small if _cached(repo, file) is None]
+    folder = snapshot(repo)
+    if folder is None:
+        return absent or ["config.json"]
+    return [*absent, *sorted(_lacking_weights(folder))]
+
+
+def _lacking_weights(folder: Path) -> set[str]:
+    present = {file.name for file in files_of(folder) if file.is_file()}
+    numbered = [match for file in present if (match := NUMBERED.fullmatch(file))]
+    wanted = {
+        f"{stem}{n:0{len(count)}}-of-{count}.safetensors"
+        for stem, count in {match.groups() for match in numbered}
+        for n in range(1, int(count) + 1)
+    }
+    if not numbered:
+        promised = set(index_of(folder).files.values())
+        wanted = promised if promised & present or not present else set()
+    return wanted - present or (set() if present else {WEIGHTS})
+
+
+def here(repo: Repo) -> Checkpoint:
+    """Read which slices of it this machine has: those it keeps, and the hub's cache.
+
+    Raises: ValueError, with the file, if one that it keeps is missing or broken.
+    """
+    kept = cut.open_cut(repo.folder())
+    tensors = dict(kept.tensors)
+    files = {file: path for file in kept.headers if (path := _sound(repo, file))}
+    for name, stored in cut.origin_of(repo.folder()).tensors.items():
+        for piece in stored.pieces:
+            if path := files.get(str(piece.file)):
+                pieces = (*tensors[name].pieces, replace(piece, file=path))
+                tensors[name] = replace(tensors[name], pieces=pieces)
+    return replace(kept, tensors=tensors)
+
+
+def _sound(repo: Repo, file: str) -> Path | None:
+    """A file of weights in the hub's cache; None if it is not there, or cut short."""
+    path = _cached(repo, file)
+    try:
+        if path is not None:
+            read_header(path)
+        return path
+    except ValueError:
         return None
-    return folder if files_of(folder) else None
+
+
+def _cached(repo: Repo, file: str) -> Path | None:
+    path = try_to_load_from_cache(repo.name, file, revision=repo.commit)
+    return Path(path) if isinstance(path, str) else None
 
 
 def download(repo: Repo, weights: Iterable[str]) -> Path:
@@ -110,7 +184,8 @@ def small_files(
 
     Raises: ValueError with what the hub said.
     """
-    folder = _snapshot(name, revision, SMALL_FILES)
+    with _silent():
+        folder = _snapshot(name, revision, SMALL_FILES)
     return Repo(name, folder.name), cut.small_files(folder)
 
 
@@ -121,6 +196,18 @@ def _snapshot(name: str, revision: str | None, patterns: list[str]) -> Path:
             lambda: snapshot_download(name, revision=revision, allow_patterns=patterns),
         )
     )
+
+
+@contextmanager
+def _silent() -> Iterator[None]:
+    """Let huggingface-hub show no progress bars: a message stands alone."""
+    shows_bars = not are_progress_bars_disabled()
+    disable_progress_bars()
+    try:
+        yield
+    finally:
+        if shows_bars:
+            enable_progress_bars()
 
 
 def origin(repo: Repo, small: dict[str, bytes]) -> Origin:
@@ -196,6 +283,8 @@ def fetch(
 
     Raises: ValueError with what the hub said, or did.
     """
+    if constants.HF_HUB_OFFLINE:
+        raise ValueError(f"{file} of {repo.name} is not in the cache, and {OFFLINE}")
     url = hf_hub_url(repo.name, file, revision=repo.commit)
     done, failures, reason = 0, 0, ""
     while done < target.size:
@@ -219,7 +308,7 @@ def fetch(
                 if not reason:
                     got, reason = _receive(response, target[done:], advance)
         except HfHubHTTPError as error:
-            raise ValueError(_message(repo.name, error)) from error
+            raise HubError(repo.name, _reason(error)) from error
         except Exception as error:  # all that a connection may break with
             reason = repr(error)
         done += got
@@ -256,28 +345,34 @@ def _receive(response: Any, target: np.ndarray, advance: Advance) -> tuple[int, 
 def _ask(name: str, ask: Callable[[], T]) -> T:
     """Ask the hub about the repository `name`, again where that may help.
 
-    Raises: ValueError with what the hub said.
+    Raises: HubError with what the hub said; ValueError if the cache cannot be written.
     """
+    begin = time.monotonic()
     for attempt in range(ATTEMPTS):
         try:
             return ask()
         except HfHubHTTPError as error:
             status = getattr(error.response, "status_code", None)
             if status not in PASSING or attempt == ATTEMPTS - 1:
-                raise ValueError(_message(name, error)) from error
+                raise HubError(name, _reason(error)) from error
         except (OSError, ValueError) as error:
-            raise ValueError(_message(name, error)) from error
+            if isinstance(error, OSError) and error.errno and error.filename:
+                raise ValueError(
+                    f"{name} cannot be kept in {error.filename}: {error.strerror}"
+                ) from error
+            raise HubError(name, _reason(error)) from error
         except Exception as error:  # all that a connection may break with
-            if attempt == ATTEMPTS - 1:
-                raise ValueError(_message(name, error)) from error
+            is_last = time.monotonic() - begin > PATIENCE_SECONDS
+            if is_last or attempt == ATTEMPTS - 1:
+                raise HubError(name, _reason(error)) from error
         time.sleep(WAIT_SECONDS * 2**attempt)
     raise AssertionError("unreachable")
 
 
-def _message(name: str, error: Exception) -> str:
-    """One line: what was asked for, and what the hub said."""
+def _reason(error: Exception) -> str:
+    """Say in one line why the hub did not give something."""
+    if constants.HF_HUB_OFFLINE:
+        return OFFLINE
     status = getattr(getattr(error, "response", None), "status_code", None)
-    reason = (
-        HINTS.get(status or 0) or (str(error).strip() or repr(error)).splitlines()[0]
-    )
-    return f"there is no folder {name}, and the hub did not give it: {reason}"
+    said = (str(error).strip() or repr(error)).splitlines()[0]
+    return HINTS.get(status or 0) or said.removeprefix("Got: ")

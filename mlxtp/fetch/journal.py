@@ -7,6 +7,7 @@ import json
 import os
 import shutil
 from collections.abc import Iterable, Iterator, Mapping
+from io import FileIO
 from pathlib import Path
 
 import numpy as np
@@ -38,7 +39,7 @@ class Journal:
         self.missing = self._slices
         if self._goes_on:
             self.missing = dict(self._left(self._read_journal()))
-        self._open: dict[str, np.memmap] = {}
+        self._open: dict[str, FileIO] = {}
         self._bytes_left = self._to_come()
         self._offsets: dict[str, int] = {}
         self._noted: list[tuple[str, int, Spans]] = []
@@ -77,13 +78,19 @@ class Journal:
         """
         target = self._slices[name].on(axis)
         count, _, item = self._tensors[name].seen_from(axis)
-        into = self._memory(name).reshape(count, -1)[slice(*rows)]
-        data, done = data.reshape(len(into), -1), 0
-        for span in spans:
-            column = target.offset(span.start) * item
-            width = span.length * item
-            into[:, column : column + width] = data[:, done : done + width]
-            done += width
+        file, offset = self._place(name)
+        width = target.length * item
+        offset += rows.start * width
+        if spans.length == target.length:  # all of these rows: they lie together
+            _write_at(file, offset, data)
+        else:
+            data, done = data.reshape(rows.length, -1), 0
+            for span in spans:
+                column = target.offset(span.start) * item
+                part = data[:, done : done + span.length * item]
+                for row, bytes_of_row in enumerate(part):
+                    _write_at(file, offset + row * width + column, bytes_of_row)
+                done += span.length * item
         self._bytes_left[name] -= data.size
         if count == 1:
             self._noted.append((name, axis, spans))
@@ -92,8 +99,8 @@ class Journal:
 
     def note(self) -> None:
         """Remember what was written, once it is on the disk."""
-        for memory in self._open.values():
-            memory.flush()
+        for file in self._open.values():
+            os.fsync(file.fileno())
         with open(self._path / JOURNAL, "a") as out:
             for line in self._noted:
                 out.write(json.dumps(line) + "\n")
@@ -124,6 +131,8 @@ class Journal:
 
     def finish(self) -> None:
         """Make it a folder of slices like any other."""
+        for opened in self._open.values():
+            opened.close()
         self._open.clear()
         for name in (LAYOUT, JOURNAL):
             (self._path / name).unlink()
@@ -171,14 +180,28 @@ class Journal:
             for name, part in self.missing.items()
         }
 
-    def _memory(self, name: str) -> np.ndarray:
-        """The bytes of a slice, in its file."""
+    def _place(self, name: str) -> tuple[FileIO, int]:
+        """The file of a slice, and where it begins there."""
         tensor = self._tensors[name]
         file = next(file for file, slices in self._files.items() if tensor in slices)
         if file not in self._open:
-            self._open[file] = np.memmap(self._path / file, np.uint8, "r+")
+            self._open[file] = FileIO(self._path / file, "r+")
             _, offsets = writing.layout(self._files[file])
             self._offsets |= offsets
-        start = self._offsets[name]
-        size = tensor.bytes_of(self._slices[name])
-        return self._open[file][start : start + size]
+        return self._open[file], self._offsets[name]
+
+
+def _write_at(file: FileIO, offset: int, data: np.ndarray) -> None:
+    """Write bytes, (n,) uint8, at their place.
+
+    Not through a map of the file: where the disk is full that ends the process.
+
+    Raises: OSError, with the file, if they cannot be written.
+    """
+    left = memoryview(np.ascontiguousarray(data).data)
+    while left:
+        try:
+            done = os.pwrite(file.fileno(), left, offset)
+        except OSError as error:
+            raise OSError(error.errno, error.strerror, file.name) from None
+        left, offset = left[done:], offset + done

@@ -2,20 +2,30 @@
 
 import os
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TypeVar
 
 from mlxtp.checkpoint import cut, verify
 from mlxtp.checkpoint.cut import Origin
-from mlxtp.checkpoint.headers import Checkpoint
+from mlxtp.checkpoint.headers import Checkpoint, files_of
 from mlxtp.comm.communicator import Communicator
 from mlxtp.comm.errors import UsageError
 from mlxtp.fetch import hub
-from mlxtp.fetch.hub import Repo
+from mlxtp.fetch.hub import HubError, Repo
 
 T = TypeVar("T")
+
+# What a folder without the weights of a model is, by what is in it, and what to do.
+CONVERT = "mlxtp reads safetensors: convert the model with mlx_lm.convert"
+NO_MODELS = {
+    "adapter_config.json": "is an adapter: --model wants its model, --adapter-path it",
+    "*.gguf": f"holds weights of GGUF; {CONVERT}, from the repository it was made of",
+    "*.bin": f"holds weights of PyTorch; {CONVERT}",
+    "*.pth": f"holds weights of PyTorch; {CONVERT}",
+}
 
 
 @dataclass(frozen=True)
@@ -54,48 +64,75 @@ class Location:
     ) -> "Location":
         """A repository on the hub, of which each machine keeps slices in its cache.
 
-        Rank 0 asks the hub and tells the others; the headers come once. Slices that
-        were damaged since they came are removed. Where all machines have all of it in
-        the hub's cache, that is read.
+        Rank 0 asks the hub and tells the others; the headers come once, from the hub
+        or from a machine that has slices already. Slices that were damaged since they
+        came are removed. Where all machines have all of it in the hub's cache, that is
+        read; where some have files of it there, these are used.
 
-        Raises: UsageError on every rank, with what the hub said.
+        Raises: UsageError on every rank, with what the hub said, and what which host
+            lacks.
         """
         small: dict[str, bytes] = {}
 
-        def ask_commit() -> Repo:
+        def ask_commit() -> tuple[Repo, list[str]]:
             nonlocal small
-            repo, small = hub.small_files(name, revision)
-            return repo
+            try:
+                repo, small = hub.small_files(name, revision)
+            except HubError as error:
+                asking = f" (asked by {comm.host})" if comm.size > 1 else ""
+                raise ValueError(f"{error}{asking}") from error
+            return repo, sorted(small)
 
-        repo = _from_root(comm, ask_commit)
-        snapshot, folder = hub.whole(repo), repo.folder()
-        hosts = comm.allgather_object(
-            (comm.host, snapshot is not None, _is_begun(folder))
-        )
-        if snapshot is not None and all(is_whole for _, is_whole, _ in hosts):
-            with comm.agreement():
-                return cls.of_folder(name, snapshot)
+        repo, names = _from_root(comm, ask_commit)
+        lacks = hub.lacking(repo, names)
+        hosts = comm.allgather_object((comm.host, lacks, lacks and _is_begun(repo)))
+        if not any(lacks for _, lacks, _ in hosts):
+            folder = hub.snapshot(repo)
+            assert folder is not None
+            with comm.agreement(), _named(name, folder):
+                return cls.of_folder(name, folder)
+        begun = [rank for rank, (*_, is_begun) in enumerate(hosts) if is_begun]
         origin: Origin | None = None
-        if not all(is_begun for *_, is_begun in hosts):
-            small, origin = _from_root(comm, lambda: (small, hub.origin(repo, small)))
+        if len(begun) < comm.size:
+
+            def give() -> tuple[dict[str, bytes], Origin]:
+                if begun:
+                    return cut.small_files(repo.folder()), cut.origin_of(repo.folder())
+                try:
+                    return small, hub.origin(repo, small)
+                except HubError as error:
+                    host, files, _ = next(host for host in hosts if host[1])
+                    raise ValueError(
+                        f"{host} lacks {', '.join(files)} of {name}, and the hub did "
+                        f"not give it: {error.reason}"
+                    ) from error
+
+            small, origin = _from_root(comm, give, root=(begun or [0])[0])
         first_of_host = [host for host, *_ in hosts].index(comm.host)
         with comm.agreement():
+            folder = repo.folder()
             if comm.rank == first_of_host:
                 if origin:
-                    if not _is_begun(folder):
+                    if not _is_begun(repo):
                         shutil.rmtree(folder, ignore_errors=True)
                     cut.begin(folder, origin, small)
                 verify.drop_damaged(folder)
         with comm.agreement():
-            return replace(cls.of_cut(name, folder), repo=repo)
+            return cls(name, folder, hub.here(repo), repo)
 
     @property
     def is_cut(self) -> bool:
         """Whether it is a cut checkpoint, which may lack slices of a rank."""
         return cut.is_cut(self.folder)
 
+    def named(self, message: str) -> str:
+        """Let a message call the model as the user does, not by its folder."""
+        return message.replace(str(self.folder), self.name)
+
     def reopened(self) -> "Location":
         """The same, with the slices that have been fetched since. Errors as before."""
+        if self.repo is not None:
+            return replace(self, checkpoint=hub.here(self.repo))
         return replace(self, checkpoint=cut.open_checkpoint(self.folder))
 
 
@@ -109,42 +146,62 @@ def locate(
 
     Raises: UsageError on every rank if there is no such model, or its files are broken.
     """
-    name, path = str(path_or_hf_repo), Path(path_or_hf_repo).expanduser()
+    name = str(path_or_hf_repo)
+    path = Path(os.path.expanduser(name))  # Path's own raises for ~nobody
     is_local = name.startswith((".", "/", "~"))
     # os.path: what may not be looked at is not there, either.
     if not (is_local or any(comm.allgather_object(os.path.exists(path)))):
         return Location.of_hub(name, comm, revision)
     with comm.agreement():
         if not path.exists():
-            raise ValueError(f"there is no model folder {path}")
+            raise ValueError(f"there is no model folder {name}")
         if not path.is_dir():
-            raise ValueError(f"the model {path} is a file; give the folder it is in")
+            raise ValueError(f"the model {name} is a file; give the folder it is in")
         if cut.is_cut(path):
             return Location.of_cut(name, path)
+        _check_is_model(name, path)
         return Location.of_folder(name, path)
 
 
-def _is_begun(folder: Path) -> bool:
-    """Whether slices can be put into `folder`: it says whose, and of what."""
+def _check_is_model(name: str, folder: Path) -> None:
+    """Raise ValueError for a folder with what is something else."""
+    if files_of(folder):
+        return
+    for pattern, what in NO_MODELS.items():
+        if any(folder.glob(pattern)):
+            raise ValueError(f"{name} {what}")
+
+
+def _is_begun(repo: Repo) -> bool:
+    """Whether this machine keeps slices of it: its folder says of what they are."""
     try:
-        cut.origin_of(folder)
-    except ValueError:
+        cut.origin_of(repo.folder())
+    except (ValueError, OSError):
         return False
     return True
 
 
-def _from_root(comm: Communicator, make: Callable[[], T]) -> T:
-    """Make something on rank 0 and give it to every rank, with one collective.
+@contextmanager
+def _named(name: str, folder: Path) -> Iterator[None]:
+    """Let mistakes call a model as the user does, and not by its folder in a cache."""
+    try:
+        yield
+    except ValueError as error:
+        raise ValueError(str(error).replace(str(folder), name)) from error
+
+
+def _from_root(comm: Communicator, make: Callable[[], T], root: int = 0) -> T:
+    """Make something on `root` and give it to every rank, with one collective.
 
     Raises: UsageError on every rank for a ValueError or OSError.
     """
     value, message = None, ""
-    if comm.rank == 0:
+    if comm.rank == root:
         try:
             value = make()
         except (ValueError, OSError) as error:
             message = str(error) or repr(error)
-    value, message = comm.bcast_object((value, message))
+    value, message = comm.bcast_object((value, message), root)
     if message:
         raise UsageError(message)
     assert value is not None

@@ -1,7 +1,7 @@
 """What was planned is fetched, passed on and written down, a round after another."""
 
 import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from typing import NoReturn
@@ -94,7 +94,8 @@ class Rounds:
 
         `show` shows a progress bar.
 
-        Raises: UsageError on every rank if the hub does not give something.
+        Raises: UsageError on every rank if the hub does not give something, or a file
+            cannot be read or written.
         """
         comm = self._comm
         total = sum(self._bytes_of(moves) for moves in self._rounds)
@@ -107,10 +108,11 @@ class Rounds:
                 for number, moves in enumerate(self._rounds):
                     self._await([done for *_, done in under_way], bar)
                     with comm.agreement():
-                        arrived = self._arrived(under_way)
+                        messages = self._messages(moves, self._arrived(under_way))
                     under_way = self._begin(pool, number + 1)
-                    self._pass_on(moves, arrived)
+                    received = comm.exchange(messages, self._sizes(moves))
                     with comm.agreement():
+                        self._write(moves, received)
                         self._journal.note()
                     bar.update(self._bytes_of([m for m in moves if not m.from_hub]))
             except BaseException:
@@ -185,28 +187,40 @@ class Rounds:
                 arrived[move] = target[start - run.start : stop - run.start]
         return arrived
 
-    def _pass_on(self, moves: Sequence[Move], arrived: dict[Move, np.ndarray]) -> None:
-        """Send what others lack of a round, and write down what comes from them."""
-        rank, ranks = self._comm.rank, range(self._comm.size)
-        to: list[list[np.ndarray]] = [[] for _ in ranks]
-        sizes = [0 for _ in ranks]
+    def _messages(
+        self, moves: Sequence[Move], arrived: Mapping[Move, np.ndarray]
+    ) -> list[np.ndarray]:
+        """What this rank sends to each in a round: bytes, (n,) uint8."""
+        to: list[list[np.ndarray]] = [[] for _ in range(self._comm.size)]
         for move in moves:
-            for target, spans in move.targets:
-                if move.source == rank:
+            if move.source == self._comm.rank:
+                for target, spans in move.targets:
                     to[target].append(self._items(move, spans, arrived))
-                if target == rank:
-                    sizes[move.source] += self._bytes(move, spans)
         nothing = np.empty(0, np.uint8)
-        messages = [np.concatenate(parts) if parts else nothing for parts in to]
-        received = self._comm.exchange(messages, sizes)
-        read = [0 for _ in ranks]
+        return [np.concatenate(parts) if parts else nothing for parts in to]
+
+    def _sizes(self, moves: Sequence[Move]) -> list[int]:
+        """How many bytes come from each in a round."""
+        sizes = [0] * self._comm.size
+        for move, spans in self._to_here(moves):
+            sizes[move.source] += self._bytes(move, spans)
+        return sizes
+
+    def _write(self, moves: Sequence[Move], received: Sequence[np.ndarray]) -> None:
+        """Write down what came in a round."""
+        read = [0] * self._comm.size
+        for move, spans in self._to_here(moves):
+            start = read[move.source]
+            read[move.source] += self._bytes(move, spans)
+            data = received[move.source][start : read[move.source]]
+            self._journal.write(move.name, move.axis, move.rows, spans, data)
+
+    def _to_here(self, moves: Sequence[Move]) -> Iterator[tuple[Move, Spans]]:
+        """The moves that have something for this rank, and which items."""
         for move in moves:
             for target, spans in move.targets:
-                if target == rank:
-                    start = read[move.source]
-                    read[move.source] += self._bytes(move, spans)
-                    data = received[move.source][start : read[move.source]]
-                    self._journal.write(move.name, move.axis, move.rows, spans, data)
+                if target == self._comm.rank:
+                    yield move, spans
 
     def _bytes(self, move: Move, spans: Spans) -> int:
         item_bytes = self._at_hub[move.name].tensor.seen_from(move.axis).item_bytes

@@ -1,45 +1,72 @@
-"""A prompt from the command line or from standard input, the same on all ranks."""
+"""The prompt of a command line, the same text on all ranks."""
 
 import os
-import select
-import sys
+from io import BytesIO, TextIOWrapper
+from pathlib import Path
 
-from mlxtp.cluster.job import END_OF_INPUT
+from mlxtp.cluster.job import read_input
 from mlxtp.comm import launcher
 from mlxtp.comm.communicator import Communicator
 
-# Under mpirun, where `END_OF_INPUT` does not come: seconds to wait for the first bytes,
-# and for more behind the last.
-FIRST_SECONDS = 10.0
-MORE_SECONDS = 2.0
 
+def read(prompt: str, file: str | None, comm: Communicator) -> str:
+    r"""Give the text of `--prompt-file`, or else of `--prompt`.
 
-def read(prompt: str, comm: Communicator) -> str:
-    r"""Give the prompt of `--prompt`: `-` stands for rank 0's standard input.
-
+    Files are rank 0's, and so is standard input, for which a `prompt` of `-` stands.
     On a command line \n and \t stand for a new line and a tab.
 
-    Raises: UsageError if standard input is empty or no text.
+    Raises: UsageError if there is no such file, or it is empty or no text.
     """
-    if prompt != "-":
+    if file is None and prompt != "-":
         return prompt.replace("\\n", "\n").replace("\\t", "\t")
     text = ""
     with comm.unlimited(), comm.agreement():
         if comm.rank == 0:
-            text = _read_under_mpirun() if launcher.size() else sys.stdin.read()
-            if not text.strip():
-                raise ValueError("standard input is empty: wanted some text")
+            text = _text_of_input() if file is None else _text_of_file(file)
     return str(comm.bcast_object(text))
 
 
-def _read_under_mpirun() -> str:
-    """Read to the end of standard input, or until nothing has come for a while."""
-    descriptor, data = sys.stdin.fileno(), b""
-    while not data.endswith(END_OF_INPUT):
-        patience = MORE_SECONDS if data else FIRST_SECONDS
-        if not select.select([descriptor], [], [], patience)[0]:
-            break
-        if not (block := os.read(descriptor, 1 << 16)):
-            break
+def _text_of_input() -> str:
+    """Read standard input: to its end, or under mpirun as long as the launcher says."""
+    size = launcher.input_bytes()
+    return _decoded(read_input() if size is None else _receive(size), "standard input")
+
+
+def _receive(size: int) -> bytes:
+    """Read so many bytes from standard input, which mpirun does not end."""
+    data = bytearray()
+    while len(data) < size:
+        block = os.read(0, size - len(data))
+        if not block:
+            raise ValueError(
+                f"standard input broke off after {len(data):,} of {size:,} bytes"
+            )
         data += block
-    return data.removesuffix(END_OF_INPUT).decode()
+    return bytes(data)
+
+
+def _text_of_file(name: str) -> str:
+    file = Path(name)
+    if not file.exists():
+        raise ValueError(f"--prompt-file: there is no file {name}")
+    if not file.is_file():  # a pipe has no end under mpirun
+        raise ValueError(f"--prompt-file: {name} is no regular file")
+    try:
+        data = file.read_bytes()
+    except OSError as error:
+        raise ValueError(f"--prompt-file: {name}: {error.strerror}") from None
+    return _decoded(data, f"--prompt-file: {name}")
+
+
+def _decoded(data: bytes, source: str) -> str:
+    """Decode as text files are: UTF-8, with any kind of line ends."""
+    try:
+        text = TextIOWrapper(BytesIO(data), "utf-8").read()
+    except UnicodeDecodeError as error:
+        raise ValueError(
+            f"{source} is no text in UTF-8: byte {error.start:,} of it is "
+            f"0x{data[error.start]:02x}"
+        ) from None
+    if not text.strip():
+        raise ValueError(f"{source} is empty: wanted some text")
+    return text

@@ -390,6 +390,7 @@ def _add_adapter(model: nn.Module, adapter: Path) -> Checkpoint:
     """Put the LoRA layers of `adapter` into `model`; its tensors are named by them."""
     from mlx_lm.tuner.utils import linear_to_lora_layers
 
+    _check_is_adapter(adapter)
     config = read_json(adapter / "adapter_config.json")
     kind = config.get("fine_tune_type", "lora")
     if kind != "full":
@@ -400,7 +401,7 @@ def _add_adapter(model: nn.Module, adapter: Path) -> Checkpoint:
                 config["lora_parameters"],
                 use_dora=kind == "dora",
             )
-        except (KeyError, TypeError, ValueError) as error:
+        except Exception as error:  # all that mlx-lm may stumble over in a config
             raise ValueError(
                 f"{adapter / 'adapter_config.json'} describes no adapter of this "
                 f"model: {error!r}"
@@ -411,6 +412,22 @@ def _add_adapter(model: nn.Module, adapter: Path) -> Checkpoint:
     if extra := sorted(added.tensors.keys() - expected.keys()):
         raise ValueError(f"{adapter} has {_some(extra)}, which the model does not have")
     return added
+
+
+def _check_is_adapter(folder: Path) -> None:
+    """Raise ValueError for a folder that is no adapter of mlx-lm's tuner."""
+    if not folder.is_dir():
+        raise ValueError(f"there is no folder with an adapter {folder}")
+    config = folder / "adapter_config.json"
+    if config.exists() and "peft_type" in read_json(config):
+        raise ValueError(
+            f"{folder} is an adapter of PEFT, and mlxtp reads those of mlx_lm.lora: "
+            "merge it into its model with PEFT, then convert that with mlx_lm.convert"
+        )
+    for file in ("adapter_config.json", "adapters.safetensors"):
+        if not (folder / file).exists():
+            is_model = " (it is a model)" if (folder / "config.json").exists() else ""
+            raise ValueError(f"{folder} is no adapter{is_model}: there is no {file}")
 
 
 def read_json(file: Path, needed: list[str] | None = None) -> dict[str, Any]:

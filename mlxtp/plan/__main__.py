@@ -16,6 +16,7 @@ from rich.console import Console
 from mlxtp import options
 from mlxtp.cluster import hostfile
 from mlxtp.cluster.measured import Measured
+from mlxtp.comm import launcher
 from mlxtp.plan import hardware
 from mlxtp.plan.auto import auto
 from mlxtp.plan.calibration import measured_machines
@@ -33,12 +34,12 @@ DEFAULT_LINK = "thunderbolt4"
 
 def main() -> None:
     """Run the program; exit with status 2 for a mistake on the command line."""
+    launcher.replace_unprintable()
     args = _parser().parse_args()
     try:
         run(args)
     except (ValueError, OSError) as error:
-        print(f"mlxtp.plan: error: {error}", file=sys.stderr)
-        sys.exit(2)
+        launcher.refuse("mlxtp.plan", error)
 
 
 def run(args: argparse.Namespace) -> None:

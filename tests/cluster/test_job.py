@@ -305,21 +305,64 @@ def test_a_rank_writes_a_verdict(capfd: pytest.CaptureFixture[str]) -> None:
     assert "mlxtp-verdict" not in capfd.readouterr().err
 
 
-def test_the_end_of_input_is_marked(tmp_path: Path) -> None:
-    mpirun = fake(tmp_path, "cat; exit 4").mpirun
-    become = (
-        "import sys; from pathlib import Path; from mlxtp.cluster.job import Job\n"
-        "Job(['true'], mpirun=Path(sys.argv[1])).exec(mark_input=True)"
-    )
+BECOME = """
+import sys
+from pathlib import Path
+from mlxtp.cluster.job import Job, JobError
+try:
+    Job(['true'], mpirun=Path(sys.argv[1])).exec(with_input=True)
+except JobError as error:
+    sys.exit(f"refused: {error}")
+"""
+
+
+def test_all_of_the_input_goes_along(tmp_path: Path) -> None:
+    """However late the end comes, whatever it holds, and with its length."""
+    script = 'printf "%s " "$MLXTP_INPUT_BYTES"; cat; exit 4'
+    command = [sys.executable, "-c", BECOME, str(fake(tmp_path, script).mpirun)]
     given = bytes(range(256)) * 1000  # more than a pipe holds
-    done = subprocess.run(
-        [sys.executable, "-c", become, str(mpirun)],
-        input=given,
-        stdout=subprocess.PIPE,
+    job = subprocess.Popen(
+        command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, cwd=ROOT
+    )
+    assert job.stdin is not None
+    job.stdin.write(given[:1000])
+    job.stdin.flush()
+    time.sleep(0.5)
+    said, _ = job.communicate(given[1000:], timeout=20)
+    assert said == b"256000 " + given
+    assert job.returncode == 4
+    closed = subprocess.run(
+        ["sh", "-c", f"exec <&-; {shlex.join(command)}"],
+        capture_output=True,
+        text=True,
         cwd=ROOT,
     )
-    assert done.stdout == given + job.END_OF_INPUT
-    assert done.returncode == 4
+    line, *refused = closed.stderr.splitlines()
+    assert line.endswith(" true")
+    assert refused == ["refused: cannot read standard input: Bad file descriptor"]
+
+
+@pytest.mark.parametrize(
+    "command, asks",
+    [
+        ("python -m mlxtp.generate --json --prompt -", True),
+        ("python -m mlxtp.generate --prompt=- --json", True),
+        ("python -m mlxtp.generate -p -", True),
+        ("python -m mlxtp.generate --prompt a -", False),
+        ("python -m mlxtp.generate --prompt-file -", False),
+        ("python -m mlxtp.generate --prompt", False),
+        ("hostname -s", False),
+    ],
+)
+def test_who_asks_for_input(command: str, asks: bool) -> None:
+    assert job.asks_for_input(command.split()) is asks
+
+
+def test_a_colon_is_kept_from_mpirun(person: dict[str, str]) -> None:
+    """For which it would end the line of the program."""
+    line = typed(["echo", "a b", ":"])
+    assert line == f"{START} {PLACE} sh -c " + shlex.quote("exec echo 'a b' :")
+    assert typed(["echo", "a:b"]) == f"{START} {PLACE} echo a:b"
 
 
 # A program starts itself.
