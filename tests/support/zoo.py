@@ -19,10 +19,11 @@ import mlx.core as mx
 import mlx.nn as nn
 import mlx_lm.models
 from mlx.utils import tree_map_with_path
+from mlx_lm.models import phi3small
 from mlx_lm.utils import _get_classes
 
 VOCABULARY = 131
-HIDDEN = 128
+HIDDEN = 64
 HEADS = 16
 KV_HEADS = 8
 HEAD = 16
@@ -473,7 +474,6 @@ OVERRIDES: dict[str, dict[str, Any]] = {
     "phi": {"partial_rotary_factor": 0.5},
     # a sparse layer keeps blocks of 32 at least, another set for each head
     "phi3small": {
-        "vocab_size": 100352,  # it hides tokens of its own up to here
         "dense_attention_every_n_layers": 2,
         "ff_intermediate_size": MLP,
         "gegelu_limit": 20.0,
@@ -620,6 +620,20 @@ NOTES: dict[str, str] = {
     "prefill sees what comes after",
     "plamo3": "the mask of its sliding layers is one wider than their cache",
 }
+
+
+def _hide_few_tokens() -> None:
+    """Let phi3small have no more tokens than the others: it hides some up to 100351."""
+    init = phi3small.Model.__init__
+
+    def hiding_few(self: nn.Module, args: phi3small.ModelArgs) -> None:
+        init(self, args)
+        self._dummy_tokenizer_ids = mx.array([args.vocab_size - 3, args.vocab_size - 1])
+
+    phi3small.Model.__init__ = hiding_few
+
+
+_hide_few_tokens()
 
 
 @cache
