@@ -4,7 +4,8 @@ The types are found by listing mlx-lm's package: one that is neither in the tabl
 recognised fails here.
 """
 
-from collections.abc import Iterator, Sequence
+import pickle
+from collections.abc import Callable, Iterator, Sequence
 from itertools import accumulate
 from pathlib import Path
 from typing import Any
@@ -12,8 +13,9 @@ from typing import Any
 import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
+import pytest
 import zoo
-from equal import Tokens
+from equal import Tied, Tokens
 from every_type import (
     EVEN_WORLDS,
     LAST,
@@ -178,3 +180,48 @@ def share(model: nn.Module, rank: int) -> tuple[int, int]:
             else:
                 held += part.size
     return held, whole
+
+
+def a_norm(model: nn.Module) -> None:
+    """Two per cent more."""
+    model.layers[0].input_layernorm.weight *= 1.02
+
+
+def a_head(model: nn.Module) -> None:
+    """One head of sixteen is missing."""
+    model.layers[1].self_attn.o_proj.weight[:, : zoo.HEAD] = 0
+
+
+def a_mask(model: nn.Module) -> None:
+    """A window that is one token wider."""
+    model.model.sliding_window += 1
+
+
+@pytest.mark.once
+@pytest.mark.parametrize("broken", [a_norm, a_head, a_mask])
+def test_what_is_broken_differs(broken: Callable[[nn.Module], None]) -> None:
+    expected = run(zoo.build("llama")[0], SIZES)
+    model, _ = zoo.build("llama")
+    broken(model)
+    logits = run(model, SIZES, tokens=chosen(expected))
+    with pytest.raises(AssertionError):
+        check_logits("llama", logits, [as_numpy(x) for x in expected])
+    if broken is a_mask:  # in the others the same words still win
+        assert chosen(logits) != chosen(expected)
+
+
+@pytest.mark.once
+def test_tokens_are_equal_where_two_are_as_good_as_tied() -> None:
+    def tokens(second: int, lead: float) -> Tokens:
+        scores = mx.array([[5.0, -5, 0, 0], [0, 5 + lead, 5, -5], [0, 0, 5, -5]])
+        return Tokens([0, second, 2], scores)
+
+    near, far = 2e-4, 1e-3  # of the largest logit, 5: less and more than 1e-4
+    with pytest.warns(Tied, match="token 1 is 1 or 2"):
+        assert tokens(1, near) == tokens(2, -near)
+    assert tokens(1, far) != tokens(2, -near)
+    assert tokens(1, near) != tokens(3, -near)
+    assert tokens(1, near) != tokens(1, near)[:2]
+    assert tokens(1, far) == [0, 1, 2] != tokens(2, far)
+    with pytest.warns(Tied):
+        assert pickle.loads(pickle.dumps(tokens(2, near))) == [0, 1, 2]
