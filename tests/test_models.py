@@ -8,6 +8,7 @@ import mlx.nn as nn
 import mlx_lm
 import numpy as np
 import pytest
+from equal import Tokens
 from kept import kept, kept_model
 from mlx_lm.generate import generate_step
 from mlx_lm.sample_utils import make_sampler
@@ -73,12 +74,10 @@ def test_stream_generate_skips_only_what_nobody_reads(
     plain_bytes = comm.traffic.bytes
     for step_size in (3, 2048):
         comm.traffic.bytes = 0
-        responses = list(
-            mlxtp.stream_generate(
-                model, tokenizer, PROMPT, max_tokens=STEPS, prefill_step_size=step_size
-            )
+        responses = mlxtp.stream_generate(
+            model, tokenizer, PROMPT, max_tokens=STEPS, prefill_step_size=step_size
         )
-        tokens = [response.token for response in responses]
+        tokens = Tokens.of((said.token, said.logprobs) for said in responses)
         assert tokens == plain[: len(tokens)]
         assert comm.size == 1 or 0 < comm.traffic.bytes < plain_bytes
     # Closed in the middle of the prompt, the next call is whole again.
@@ -122,13 +121,13 @@ def test_mlx_lm_takes_the_model_unchanged(comm: Communicator) -> None:
         batch = mlx_lm.batch_generate(
             model, tokenizer, prompts, max_tokens=10, return_token_ids=True
         )
-        drafted = [
-            (response.token, response.from_draft)
-            for response in mlx_lm.stream_generate(
+        drafted = list(
+            mlx_lm.stream_generate(
                 model, tokenizer, PROMPT, draft_model=draft, max_tokens=STEPS
             )
-        ]
-        return batch.token_ids, drafted
+        )
+        tokens = Tokens.of((said.token, said.logprobs) for said in drafted)
+        return batch.token_ids, tokens, [said.from_draft for said in drafted]
 
     def alone() -> Any:
         model, tokenizer = mlx_lm.load(str(folder))

@@ -4,6 +4,7 @@ On three ranks, which is as good as any number for what is tested here.
 """
 
 import json
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -11,20 +12,18 @@ import mlx.core as mx
 import mlx.nn as nn
 import pytest
 import zoo
-from every_type import PROMPT, RUNNABLE, check_logits
+from equal import Tokens
+from every_type import LONG, PROMPT, RUNNABLE, check_logits, for_types, split
 from metal_kernels import use_plain_operations
 from mlx.utils import tree_flatten
 from mlx_lm.generate import generate_step, speculative_generate_step
 from mlx_lm.models.cache import make_prompt_cache, save_prompt_cache
+from mlx_lm.tokenizer_utils import TokenizerWrapper
 from mlx_lm.tuner.utils import linear_to_lora_layers, load_adapters
-from mlx_lm.utils import (
-    load_model,
-    load_tokenizer,
-)
-from pyramid import sweep
+from mlx_lm.utils import load_model, load_tokenizer
 from reference import as_numpy, on_rank_0
 from saved_types import saved
-from tiny import Tiny, made_by_rank_0
+from tiny import save_tokenizer
 
 from mlxtp import Communicator, stream_generate
 from mlxtp.generation.prompt_cache import SavedPrompt
@@ -38,22 +37,29 @@ STEPS = 6
 QUICK = ["llama", "deepseek_v3", "gpt_oss", "mamba2", "qwen3_next"]
 
 
-# With all tests of a type one after the other, so that they share what is loaded.
-EVERY_TYPE = pytest.mark.parametrize(
-    "model_type", sweep(RUNNABLE, QUICK), scope="module"
-)
+EVERY_TYPE = for_types(RUNNABLE, QUICK)
 
 
-@pytest.fixture(scope="module")
-def split(model_type: str, comm: Communicator) -> nn.Module:
-    """A model of this type on all ranks, which no test changes."""
-    return load_split(saved(model_type, comm), comm)[0]
+@lru_cache(maxsize=1)
+def whole(folder: Path) -> nn.Module:
+    """The model in one process, as mlx-lm loads it; no test changes it."""
+    return load_model(folder)[0]
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def llama(comm: Communicator) -> nn.Module:
     """Llama on all ranks, to draft and be drafted for."""
     return load_split(saved("llama", comm), comm)[0]
+
+
+@pytest.fixture(scope="session")
+def tokenizer(comm: Communicator, shared_path: Path) -> TokenizerWrapper:
+    """A tokenizer whose texts never end."""
+    folder = shared_path / "tokenizer"
+    on_rank_0(comm, lambda: save_tokenizer(folder))
+    result = load_tokenizer(folder)
+    result.eos_token_ids = set()
+    return result
 
 
 @pytest.mark.parametrize("kind", ["lora", "dora"])
@@ -142,70 +148,61 @@ def test_saved_latents_where_a_rank_has_one_head(
     """The latents' one head is not taken for the rank's."""
     few = {"num_attention_heads": 3, "num_key_value_heads": 3}
     monkeypatch.setitem(zoo.VARIANTS, "three-heads", ("deepseek_v3", few))
-    split, _ = load_split(saved("three-heads", comm), comm)
-    check_saved_prompt("three-heads", split, comm, shared_path)
+    model, _ = load_split(saved("three-heads", comm), comm)
+    check_saved_prompt("three-heads", model, comm, shared_path)
 
 
 @EVERY_TYPE
 def test_uneven_shares(model_type: str, comm: Communicator) -> None:
-    """A rank that gets three times the work of another."""
-    folder = saved(model_type, comm)
-
-    def whole() -> Any:
-        model, _ = load_model(folder)
-        return as_numpy(model(mx.array([PROMPT])))
-
-    expected = on_rank_0(comm, whole)
+    """A rank that gets three times the work of another, of floats or of 4 bits."""
+    packed = RUNNABLE.index(model_type) % 2 and model_type not in zoo.QUANTIZED_FAILS
+    folder = saved(model_type, comm, 4 if packed else None)
+    expected = on_rank_0(comm, lambda: as_numpy(whole(folder)(mx.array([PROMPT]))))
     model, _ = load_split(folder, comm, shares=[3, 1, 2])
     check_logits(model_type, [model(mx.array([PROMPT]))], [expected])
 
 
 @EVERY_TYPE
-def test_saved_prompt(
-    model_type: str, split: nn.Module, comm: Communicator, shared_path: Path
-) -> None:
+def test_saved_prompt(model_type: str, comm: Communicator, shared_path: Path) -> None:
     """A cache that one process saved is continued by all ranks."""
-    check_saved_prompt(model_type, split, comm, shared_path)
+    check_saved_prompt(model_type, split(model_type, comm), comm, shared_path)
 
 
 def check_saved_prompt(
-    model_type: str, split: nn.Module, comm: Communicator, shared_path: Path
+    model_type: str, model: nn.Module, comm: Communicator, shared_path: Path
 ) -> None:
     folder = saved(model_type, comm)
     file = shared_path / f"{model_type}.safetensors"
 
-    def continued(model: nn.Module, caches: list[Any]) -> list[int]:
-        steps = generate_step(
-            mx.array(PROMPT[:3]), model, prompt_cache=caches, max_tokens=STEPS
+    def continued(model: nn.Module, caches: list[Any]) -> Tokens:
+        return Tokens.of(
+            generate_step(
+                mx.array(PROMPT[:3]), model, prompt_cache=caches, max_tokens=STEPS
+            )
         )
-        return [token for token, _ in steps]
 
     def save_and_continue() -> Any:
-        model, _ = load_model(folder)
-        caches = make_prompt_cache(model)
-        mx.eval(model(mx.array([PROMPT]), cache=caches))
+        caches = make_prompt_cache(whole(folder))
+        mx.eval(whole(folder)(mx.array([LONG]), cache=caches))
         metadata = {"model": model_type, "tokenizer_config": "{}"}
         try:
             save_prompt_cache(str(file), caches, metadata)
             SavedPrompt.of_file(file)
         except Exception as error:
             return repr(error)
-        return continued(model, caches)
+        return continued(whole(folder), caches)
 
     expected = on_rank_0(comm, save_and_continue)
     if isinstance(expected, str):
         assert model_type in zoo.UNSAVED, expected
         pytest.skip(f"not in mlx-lm either: {zoo.UNSAVED[model_type]}")
-    caches = SavedPrompt.of_file(file).shard(split, comm)
-    assert continued(split, caches) == expected
+    caches = SavedPrompt.of_file(file).shard(model, comm)
+    assert continued(model, caches) == expected
 
 
 @EVERY_TYPE
-def test_draft_model(
-    model_type: str, split: nn.Module, llama: nn.Module, comm: Communicator
-) -> None:
+def test_draft_model(model_type: str, llama: nn.Module, comm: Communicator) -> None:
     """It drafts, and is drafted for; what is drafted wrong is taken back."""
-    folders = [saved(name, comm) for name in (model_type, "llama")]
 
     def both_ways(model: nn.Module, other: nn.Module) -> Any:
         try:
@@ -213,32 +210,34 @@ def test_draft_model(
         except (ValueError, NotImplementedError) as error:
             return str(error)
 
-    def drafted(model: nn.Module, draft: nn.Module) -> list[tuple[int, bool]]:
-        steps = speculative_generate_step(
-            mx.array(PROMPT[:3]), model, draft, max_tokens=STEPS
+    def drafted(model: nn.Module, draft: nn.Module) -> tuple[Tokens, list[bool]]:
+        steps = list(
+            speculative_generate_step(
+                mx.array(PROMPT[:3]), model, draft, max_tokens=STEPS
+            )
         )
-        return [(int(token), from_draft) for token, _, from_draft in steps]
+        return Tokens.of(steps), [from_draft for _, _, from_draft in steps]
 
-    expected = on_rank_0(comm, lambda: both_ways(*(load_model(f)[0] for f in folders)))
-    assert both_ways(split, llama) == expected
+    folders = [saved(name, comm) for name in (model_type, "llama")]
+    expected = on_rank_0(
+        comm, lambda: both_ways(whole(folders[0]), load_model(folders[1])[0])
+    )
+    assert both_ways(split(model_type, comm), llama) == expected
     if isinstance(expected, str):
         pytest.skip(f"not in mlx-lm either: {expected}")
 
 
 @EVERY_TYPE
-def test_what_is_silent_is_not_missed(
-    model_type: str, split: nn.Module, comm: Communicator, shared_path: Path
+def test_layers_that_nobody_reads(
+    model_type: str, comm: Communicator, tokenizer: TokenizerWrapper
 ) -> None:
-    """Layers behind the last cache say nothing while a prompt is read."""
-    tokenizer = load_tokenizer(made_by_rank_0(Tiny(), shared_path / "tokenizer", comm))
-    tokenizer.eos_token_ids = set()
-    plain = [
-        token for token, _ in generate_step(mx.array(PROMPT), split, max_tokens=STEPS)
-    ]
-    tokens = [
-        response.token
-        for response in stream_generate(
-            split, tokenizer, PROMPT, max_tokens=STEPS, prefill_step_size=4
-        )
-    ]
-    assert tokens == plain
+    """While a prompt is read, the layers behind the last cache are left out."""
+    options: dict[str, Any] = {"max_tokens": STEPS, "prefill_step_size": 37}
+    folder = saved(model_type, comm)
+    expected = on_rank_0(
+        comm,
+        lambda: Tokens.of(generate_step(mx.array(LONG), whole(folder), **options)),
+    )
+    model = split(model_type, comm)
+    stream = stream_generate(model, tokenizer, LONG, **options)
+    assert Tokens.of((said.token, said.logprobs) for said in stream) == expected

@@ -12,9 +12,9 @@ from every_type import REPRESENTATIVES
 from metal_kernels import use_plain_operations
 from mlx.utils import tree_flatten
 from mlx_lm.models.cache import make_prompt_cache
-from mlx_lm.utils import save_config, save_model
 from pyramid import sweep
 from reference import MODELS
+from saved_types import saved
 from tiny import made_by_rank_0
 
 import mlxtp
@@ -37,14 +37,6 @@ CACHES = [
 ]
 
 
-def made(model_type: str, folder: Path) -> Path:
-    folder.mkdir(parents=True)
-    model, config = zoo.build(model_type)
-    save_model(folder, model)
-    save_config(config, folder / "config.json")
-    return folder
-
-
 def held(model: nn.Module) -> int:
     return sum(array.nbytes for _, array in tree_flatten(model.parameters()))
 
@@ -54,10 +46,10 @@ def held(model: nn.Module) -> int:
     "model_type", sweep([*RUNNABLE, *zoo.VARIANTS], REPRESENTATIVES)
 )
 def test_bytes_are_those_that_a_rank_loads(
-    model_type: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+    model_type: str, comm: Communicator, caplog: pytest.LogCaptureFixture
 ) -> None:
     caplog.set_level(logging.ERROR)
-    folder = made(model_type, tmp_path / "model")
+    folder = saved(model_type, comm)
     whole = build(folder).model
     for rank, size in RANKS:
         # With it a process reads what that rank of such a world reads.
@@ -87,10 +79,12 @@ def test_every_rank_of_mpirun_holds_what_it_needs(
 
 @pytest.mark.once
 @pytest.mark.parametrize("model_type", sweep(CACHES, CACHES[:6]))
-def test_caches_have_the_bytes_of_the_dry_run(model_type: str, tmp_path: Path) -> None:
+def test_caches_have_the_bytes_of_the_dry_run(
+    model_type: str, comm: Communicator
+) -> None:
     """Longer than a step of 256 tokens, by chunks as mlx-lm reads them."""
-    folder, context = made(model_type, tmp_path / "model"), 300
-    model, _ = load_model(folder, Communicator())
+    folder, context = saved(model_type, comm), 300
+    model, _ = load_model(folder, comm)
     cache = make_prompt_cache(model)
     for tokens in context - 1, 1:
         model(mx.zeros((1, tokens), mx.int32), cache=cache)

@@ -1,11 +1,28 @@
 """What the tests of all model types share."""
 
+from functools import lru_cache
+from typing import Any
+
 import mlx.core as mx
+import mlx.nn as nn
 import numpy as np
+import pytest
 import zoo
+from pyramid import sweep
 from reference import as_numpy
+from saved_types import saved
+
+from mlxtp import Communicator
+from mlxtp.loading import load_model
 
 PROMPT = [3, 14, 15, 92, 65, 35, 89, 79, 32, 38]
+# It passes every window (8 tokens), chunk (8; in bailing_hybrid 128), block (32) and
+# convolution (4) of `zoo`, most of them many times.
+LONG: list[int] = np.random.default_rng(0).integers(zoo.VOCABULARY, size=150).tolist()
+
+# Of each piece of a prompt the logits of so many tokens are compared. What comes before
+# them shows in the caches.
+LAST = 16
 
 # Of the largest logit, in float32: what the order of a sum makes of it.
 TOLERANCE = 2e-4
@@ -25,6 +42,40 @@ REPRESENTATIVES = [
     *("llama", "bailing_moe", "gpt_neox", "deepseek_v3", "gpt_oss", "mamba2"),
     *("qwen3_next", "jamba", "lfm2", "olmo2", "gemma3n", "bitnet", "gemma3_text"),
 ]
+
+
+def for_types(types: list[str], quick: list[str]) -> pytest.MarkDecorator:
+    """Run a test for each model type, beside the other tests of that type.
+
+    They share what `split` has loaded: pytest sorts all tests of a run by a parameter
+    of the session.
+    """
+    return pytest.mark.parametrize("model_type", sweep(types, quick), scope="session")
+
+
+class Counted:
+    """A communicator that writes down how many elements its collectives have."""
+
+    def __init__(self, comm: Communicator) -> None:
+        self.comm = comm
+        self.elements: list[int] = []
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.comm, name)
+
+    def allreduce(self, x: mx.array, at: str = "") -> mx.array:
+        self.elements.append(x.size)
+        return self.comm.allreduce(x, at)
+
+    def allgather(self, x: mx.array, sizes: list[int], at: str = "") -> mx.array:
+        self.elements.append(sum(sizes) * x.size // x.shape[-1])
+        return self.comm.allgather(x, sizes, at)
+
+
+@lru_cache(maxsize=1)
+def split(model_type: str, comm: Communicator) -> nn.Module:
+    """A model of this type in float32 on all ranks, `Counted`; no test changes it."""
+    return load_model(saved(model_type, comm), Counted(comm))[0]
 
 
 def check_logits(

@@ -6,6 +6,7 @@ from typing import Any
 import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
+from equal import Tokens
 from mlx_lm.generate import generate_step
 from tiny import Tiny
 
@@ -115,11 +116,9 @@ MODELS: dict[str, Tiny] = {
 }
 
 
-def greedy(model: nn.Module) -> list[int]:
+def greedy(model: nn.Module) -> Tokens:
     """The likeliest tokens behind `PROMPT`, (STEPS,)."""
-    return [
-        token for token, _ in generate_step(mx.array(PROMPT), model, max_tokens=STEPS)
-    ]
+    return Tokens.of(generate_step(mx.array(PROMPT), model, max_tokens=STEPS))
 
 
 def on_rank_0(comm: Communicator, compute: Callable[[], Any]) -> Any:

@@ -19,10 +19,14 @@ import mlx.core as mx
 import mlx.nn as nn
 import mlx_lm.models
 from mlx.utils import tree_map_with_path
+from mlx_lm.models import phi3small
 from mlx_lm.utils import _get_classes
 
 VOCABULARY = 131
-HIDDEN = 128
+HIDDEN = 64
+# Where the heads together are as wide as the hidden vector: heads of 8 columns, so that
+# ranks share out groups of 32 about evenly.
+WIDE = 128
 HEADS = 16
 KV_HEADS = 8
 HEAD = 16
@@ -296,15 +300,16 @@ OVERRIDES: dict[str, dict[str, Any]] = {
         "global_head_dim": 32,
         "num_experts": None,
     },
-    "gpt2": {"n_ctx": 512, "num_key_value_heads": None},
+    "gpt2": {"n_embd": WIDE, "n_ctx": 512, "num_key_value_heads": None},
     "gpt_bigcode": {"n_inner": MLP, "num_key_value_heads": None},
     "gpt_neox": {
+        "hidden_size": WIDE,
         "rotary_emb_base": 10000,
         "rotary_pct": 0.5,
         "num_key_value_heads": None,
     },
     "gpt_oss": {"intermediate_size": EXPERT},
-    "gptj": {"rotary_dim": 4},
+    "gptj": {"n_embd": WIDE, "rotary_dim": 4},
     # mlx-lm quantizes some layers of these in groups of 64 whatever it is told
     "granite": {"intermediate_size": 640},
     "granitemoe": {"intermediate_size": 320},
@@ -352,7 +357,7 @@ OVERRIDES: dict[str, dict[str, Any]] = {
         "block_auto_adjust_ff_dim": False,
     },
     "lfm2_moe": {"layer_types": ["conv", "full_attention"]},
-    "lille-130m": {"block_size": 512},
+    "lille-130m": {"n_embd": WIDE, "block_size": 512},
     # three layers in chunks to one over everything
     "llama4": {
         "num_hidden_layers": 4,
@@ -433,6 +438,7 @@ OVERRIDES: dict[str, dict[str, Any]] = {
     "nemotron": {"hidden_act": "relu2"},
     # attention of either group size, replaced and left out; the same for the MLP
     "nemotron-nas": {
+        "hidden_size": WIDE,
         "num_hidden_layers": 4,
         "block_configs": [
             {"attention": {"n_heads_in_group": 2}, "ffn": {"ffn_mult": 2.6}},
@@ -473,7 +479,6 @@ OVERRIDES: dict[str, dict[str, Any]] = {
     "phi": {"partial_rotary_factor": 0.5},
     # a sparse layer keeps blocks of 32 at least, another set for each head
     "phi3small": {
-        "vocab_size": 100352,  # it hides tokens of its own up to here
         "dense_attention_every_n_layers": 2,
         "ff_intermediate_size": MLP,
         "gegelu_limit": 20.0,
@@ -482,7 +487,7 @@ OVERRIDES: dict[str, dict[str, Any]] = {
         "blocksparse_vert_stride": 2,
     },
     "phimoe": {"intermediate_size": EXPERT},
-    "phixtral": {"num_vocab": VOCABULARY, "rotary_dim": 4},
+    "phixtral": {"model_dim": WIDE, "num_vocab": VOCABULARY, "rotary_dim": 4},
     "plamo": {"n_shared_head": 2},
     "plamo2": {"hidden_size_per_head": HEAD, "attention_window_size": WINDOW},
     "plamo3": {"window_size": WINDOW},
@@ -622,6 +627,20 @@ NOTES: dict[str, str] = {
     "prefill sees what comes after",
     "plamo3": "the mask of its sliding layers is one wider than their cache",
 }
+
+
+def _hide_few_tokens() -> None:
+    """Let phi3small have no more tokens than the others: it hides some up to 100351."""
+    init = phi3small.Model.__init__
+
+    def hiding_few(self: nn.Module, args: phi3small.ModelArgs) -> None:
+        init(self, args)
+        self._dummy_tokenizer_ids = mx.array([args.vocab_size - 3, args.vocab_size - 1])
+
+    phi3small.Model.__init__ = hiding_few
+
+
+_hide_few_tokens()
 
 
 @cache
