@@ -109,13 +109,13 @@ def test_options_of_sampling_and_drafts(tokenizer: TokenizerWrapper) -> None:
 
 
 def test_costs_no_memory(tokenizer: TokenizerWrapper) -> None:
-    """Each matrix has 16 GB, the caches of the long prompt many more."""
-    wide = {"hidden_size": 1 << 16, "intermediate_size": 1 << 16, "head_dim": 1 << 13}
-    model = unloaded(Tiny({**wide, "num_key_value_heads": 8}).full_config())
+    """Each matrix would take 16 MB."""
+    wide = {"hidden_size": 1 << 11, "intermediate_size": 1 << 11, "head_dim": 1 << 8}
+    model = unloaded(Tiny(wide).full_config())
     mx.reset_peak_memory()
     before = mx.get_active_memory()
     sampler = make_sampler(1.0, top_p=0.9)
     assert not attempt(
-        tokenizer, model, model, length=1 << 20, sampler=sampler, seed=1, **QUANTIZED
+        tokenizer, model, model, length=64, sampler=sampler, seed=1, **QUANTIZED
     )
-    assert mx.get_peak_memory() - before < 100e6
+    assert mx.get_peak_memory() - before < 10e6
