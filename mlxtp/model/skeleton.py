@@ -250,7 +250,7 @@ class _Loader:
 
     def weight(self, name: str, tensors: dict[str, mx.array]) -> mx.array:
         """What mlx-lm makes of `tensors`: the weight `name`."""
-        return self.load(tensors)[2][name]
+        return self.weights(tensors)[name]
 
     def behind(self, array: mx.array) -> list[str]:
         """The tensors that an array is made of, if it is made of `unread` ones."""
