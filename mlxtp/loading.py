@@ -21,7 +21,7 @@ from mlxtp.cluster import memory
 from mlxtp.comm.communicator import Communicator
 from mlxtp.comm.errors import UsageError
 from mlxtp.fetch.fetch import fill
-from mlxtp.fetch.location import Location, locate
+from mlxtp.fetch.location import Location, locate, named
 from mlxtp.model.skeleton import EmptyModel, build
 from mlxtp.model.sources import needed
 from mlxtp.partition.shares import Share, Shares, as_shares
@@ -115,7 +115,7 @@ def load(
         plan = _plan(
             location, comm, shares, adapter_path, model_config, trust_remote_code
         )
-        with comm.agreement():
+        with comm.agreement(), named(location.name, location.folder):
             tokenizer = _load_tokenizer(
                 location, tokenizer_config, plan.empty.config, trust_remote_code
             )
@@ -177,7 +177,7 @@ def _plan(
     trust_remote_code: bool,
 ) -> _Plan:
     """Build the model, decide what is whose, and see whether it is there and fits."""
-    with comm.agreement():
+    with comm.agreement(), named(location.name, location.folder):
         rank_shares = _checked_shares(shares, comm)
         empty = build(
             location.folder,
@@ -262,7 +262,7 @@ def _load_tokenizer(
         )
     except Exception as error:  # all that transformers may stumble over in files
         raise ValueError(
-            location.named(f"the tokenizer in {location.name} does not load: {error!r}")
+            f"the tokenizer in {location.name} does not load: {error!r}"
         ) from error
 
 
