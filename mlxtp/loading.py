@@ -21,7 +21,7 @@ from mlxtp.cluster import memory
 from mlxtp.comm.communicator import Communicator
 from mlxtp.comm.errors import UsageError
 from mlxtp.fetch.fetch import fill
-from mlxtp.fetch.location import Location, locate
+from mlxtp.fetch.location import Location, locate, named
 from mlxtp.model.skeleton import EmptyModel, build, check_values
 from mlxtp.model.sources import Computed, needed
 from mlxtp.model.turns import compute_for_all
@@ -203,9 +203,14 @@ class Prepared:
 
         Raises: UsageError if it does not load.
         """
-        with self.comm.unlimited(), self.comm.agreement():
+        location = self.location
+        with (
+            self.comm.unlimited(),
+            self.comm.agreement(),
+            named(location.name, location.folder),
+        ):
             return _load_tokenizer(
-                self.location, tokenizer_config, self.config, self.trust_remote_code
+                location, tokenizer_config, self.config, self.trust_remote_code
             )
 
     def load(
@@ -244,7 +249,7 @@ def prepare(
     """
     with comm.unlimited():
         location = locate(path_or_hf_repo, comm, revision)
-        with comm.agreement():
+        with comm.agreement(), named(location.name, location.folder):
             rank_shares = _checked_shares(shares, comm)
             empty = build(
                 location.folder,
@@ -365,7 +370,7 @@ def _load_tokenizer(
         )
     except Exception as error:  # all that transformers may stumble over in files
         raise ValueError(
-            location.named(f"the tokenizer in {location.name} does not load: {error!r}")
+            f"the tokenizer in {location.name} does not load: {error!r}"
         ) from error
 
 

@@ -235,6 +235,10 @@ class _Parser(argparse.ArgumentParser):
     """A parser that raises a mistake instead of printing it and ending."""
 
     def error(self, message: str) -> NoReturn:
+        if launcher.size() and message.endswith("--prompt/-p: expected one argument"):
+            message += (
+                " (mpirun keeps the word ':' for itself: give --prompt-file FILE)"
+            )
         raise UsageError(message)
 
 

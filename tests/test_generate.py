@@ -203,11 +203,14 @@ def test_prompt_cache(folder: Path, tmp_path: Path) -> None:
     assert_one_message(other, "the prompt cache is of")
 
 
-def assert_one_message(done: subprocess.CompletedProcess[str], message: str) -> None:
+def assert_one_message(
+    done: subprocess.CompletedProcess[str], message: str, lines: int = 1
+) -> None:
+    """And nothing else on standard error, or so many lines with it."""
     assert done.returncode == 2, done.stderr
-    assert "Traceback" not in done.stderr
-    assert done.stderr.count("error:") == 1, done.stderr
-    assert message in done.stderr
+    assert done.stderr.count("\n") == lines, done.stderr
+    assert done.stderr.splitlines()[-1].startswith("mlxtp.generate: error: ")
+    assert message in done.stderr.splitlines()[-1]
     assert done.stdout == ""
 
 
@@ -245,7 +248,22 @@ def test_under_mpirun_standard_input_has_no_end() -> None:
 
 @pytest.mark.slow
 def test_the_prompt_from_standard_input_may_be_empty() -> None:
-    assert_one_message(started("--prompt", "-"), "standard input is empty: wanted some")
+    done = started("--prompt", "-")  # mpirun's line comes first
+    assert_one_message(done, "standard input is empty: wanted some", lines=2)
+
+
+def test_a_full_disk_behind_standard_output() -> None:
+    full = Path("/dev/full")
+    if not full.exists():
+        pytest.skip("this system has no /dev/full")
+    command = [sys.executable, "-m", "mlxtp.generate", "--max-tokens", "2", "--quiet"]
+    with full.open("w") as stdout:
+        done = subprocess.run(command, stdout=stdout, stderr=subprocess.PIPE, text=True)
+    assert done.returncode == 2
+    says = (
+        "mlxtp.generate: error: cannot write standard output: No space left on device"
+    )
+    assert done.stderr == f"{says} device\n"
 
 
 def test_help_is_shown_once() -> None:

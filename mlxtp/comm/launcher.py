@@ -123,15 +123,17 @@ def leave(status: int) -> NoReturn:
     """End this rank, as all ranks do at once; rank 0 ends last, with `status`.
 
     The others end with 0: mpirun 5.0.11 over several hosts crashes or hangs in four of
-    ten jobs whose ranks all end with another status than 0 at once. They end at once,
-    for mpirun has more to say of a status where another rank is still there.
+    ten jobs whose ranks all end with another status than 0 at once. Over mpi4py they
+    leave Python no time to tidy up: mpirun has more to say where they are still there.
     """
     if size():
         finish()
         if rank() > 0:
-            _flush()
-            os._exit(0)
-        if status:
+            status = 0
+            if is_started():
+                _flush()
+                os._exit(0)
+        elif status:
             time.sleep(LAST_SECONDS)
     sys.exit(status)
 

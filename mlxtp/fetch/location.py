@@ -89,7 +89,7 @@ class Location:
         if not any(lacks for _, lacks, _ in hosts):
             folder = hub.snapshot(repo)
             assert folder is not None
-            with comm.agreement(), _named(name, folder):
+            with comm.agreement(), named(name, folder):
                 return cls.of_folder(name, folder)
         begun = [rank for rank, (*_, is_begun) in enumerate(hosts) if is_begun]
         origin: Origin | None = None
@@ -124,10 +124,6 @@ class Location:
     def is_cut(self) -> bool:
         """Whether it is a cut checkpoint, which may lack slices of a rank."""
         return cut.is_cut(self.folder)
-
-    def named(self, message: str) -> str:
-        """Let a message call the model as the user does, not by its folder."""
-        return message.replace(str(self.folder), self.name)
 
     def reopened(self) -> "Location":
         """The same, with the slices that have been fetched since. Errors as before."""
@@ -182,11 +178,13 @@ def _is_begun(repo: Repo) -> bool:
 
 
 @contextmanager
-def _named(name: str, folder: Path) -> Iterator[None]:
+def named(name: str, folder: Path) -> Iterator[None]:
     """Let mistakes call a model as the user does, and not by its folder in a cache."""
     try:
         yield
     except ValueError as error:
+        if Path(os.path.expanduser(name)) == folder:
+            raise
         raise ValueError(str(error).replace(str(folder), name)) from error
 
 

@@ -100,13 +100,16 @@ def test_what_lacks_is_fetched(
     url: str,
     client: Client,
     tmp_path: Path,
+    capfd: pytest.CaptureFixture[str],
 ) -> None:
     """What some host has comes from there, and then no hub is needed."""
     client.use(url, tmp_path)
     here = (states + states[-1:] * comm.size)[: comm.size]
     prepare(here[comm.rank], model, comm)
     asked = client.count()
+    capfd.readouterr()
     split, _ = load_model(NAME, comm)
+    assert capfd.readouterr() == ("", "")  # no bars of huggingface-hub
     assert greedy(split) == expected
     size = {file: (model / file).stat().st_size for file in SHARDS}
     fetched = sum(comm.allgather_object(asked[0]))
@@ -147,6 +150,27 @@ def test_without_the_hub_files_and_host_are_named(
     assert "\n" not in str(refused.value)
     assert ("HF_HUB_OFFLINE is set" in str(refused.value)) == (hub_is == "offline")
     assert asked[0] == 0
+
+
+@pytest.mark.parametrize("has", ["whole", "small files"])
+def test_mistakes_name_the_repository(
+    has: str,
+    comm: Communicator,
+    model: Path,
+    url: str,
+    client: Client,
+    tmp_path: Path,
+) -> None:
+    """Not the folder of the cache that the broken file is in."""
+    client.use(url, tmp_path)
+    prepare(has, model, comm)
+    load_model(NAME, comm)
+    for config in tmp_path.rglob("config.json"):
+        config.unlink()
+        config.write_text("[]")
+    with pytest.raises(UsageError) as refused:
+        load_model(NAME, comm)
+    assert str(refused.value) == f"{NAME}/config.json holds no JSON object"
 
 
 def test_a_failure_of_one_rank_is_said_on_all(

@@ -142,6 +142,14 @@ def test_the_cables_are_named_where_they_are(monkeypatch):
     assert line == f"{HERE} true"
 
 
+def test_a_prompt_from_standard_input_goes_along(monkeypatch):
+    monkeypatch.setattr(job, "_keep_input", lambda: 7)
+    line = words(monkeypatch, "-- python -m mlxtp.generate --prompt -")
+    program = "ROOT/.venv/bin/python -m mlxtp.generate --prompt -"
+    assert line == f"{HERE} -x MLXTP_INPUT_BYTES {program}"
+    assert os.environ["MLXTP_INPUT_BYTES"] == "7"
+
+
 def test_what_concerns_a_rank_goes_along_and_no_value_is_shown(monkeypatch):
     env = {"HF_TOKEN": "secret", "HOME": "/x", "MLX_METAL_FAST_SYNCH": "1"}
     line = words(monkeypatch, "true", **env)
