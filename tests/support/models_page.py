@@ -65,13 +65,13 @@ two experts that are nearly tied, and the sum over ranks mixes parts of both.
 `--agree-experts` (`agree_experts=True` in `mlxtp.load`) takes rank 0's choice, with one
 collective more in each layer that has experts; a model without experts is as it was.
 Routers that choose experts and weigh them give rank 0's choice. Of those that only
-score (Klear, afmoe, dbrx, ernie4_5_moe, gpt_oss, hunyuan, jamba, kimi_k3, llama4, minimax,
-mixtral, olmoe, phimoe, qwen3_moe and others like them) every rank gets rank 0's
-scores and chooses from the same bytes; muse_spark's block gets rank 0's input. There a
-softmax or a sigmoid may still part two experts whose scores are tied to the last bit of
-float32. Other choices stay each rank's own: which keys an index of deepseek_v32,
-deepseek_v41, glm_moe_dsa or minimax_m3_vl lets attention see. A head then sees what its
-rank has chosen, and no parts are mixed.
+score (Klear, afmoe, dbrx, ernie4_5_moe, gpt_oss, hunyuan, jamba, kimi_k3, llama4,
+minimax, mixtral, olmoe, phimoe, qwen3_moe and others like them) every rank gets rank
+0's scores and chooses from the same bytes; muse_spark's block gets rank 0's input.
+There a softmax or a sigmoid may still part two experts whose scores are tied to the
+last bit of float32. Other choices stay each rank's own: which keys an index of
+deepseek_v32, deepseek_v41, glm_moe_dsa or minimax_m3_vl lets attention see. A head then
+sees what its rank has chosen, and no parts are mixed.
 """
 NOTES = """
 ## Blocks
