@@ -47,12 +47,12 @@ A type that is not in the table is recognised from its modules where these can b
 one way only, and a line says so; else a message says what to add and where.
 
 ## Experts on unlike machines
-Every rank computes the router, from a hidden state that is the same but for what its own
-norms made of it. Where chips or builds of MLX differ, some ranks choose another of two
-experts that are nearly tied, and the sum over ranks mixes parts of both.
+Every rank computes the router, from a hidden state that is the same but for what its
+own norms made of it. Where chips or builds of MLX differ, some ranks choose another of
+two experts that are nearly tied, and the sum over ranks mixes parts of both.
 `--agree-experts` (`agree_experts=True` in `mlxtp.load`) takes rank 0's choice, with one
 collective more in each layer that has experts; a model without experts is as it was.
-Routers that choose experts and weigh them give rank 0's choice. Of those that only score
+Routers that choose experts and weigh them give rank 0's choice. Where they only score
 (Klear, afmoe, dbrx, ernie4_5_moe, gpt_oss, hunyuan, jamba, kimi_k3, llama4, minimax,
 mixtral, olmoe, phimoe, qwen3_moe and others like them) every rank gets rank 0's
 scores and chooses from the same bytes; muse_spark's block gets rank 0's input. There a
