@@ -339,7 +339,7 @@ class Communicator:
         all others have raised in their block, after as many collectives; then the
         exception goes on its way. If another rank goes on instead, or none comes within
         the time limit, the job ends, and the message says which ranks raised what. A
-        block that does not raise costs nothing. Without a heartbeat nothing is waited
+        block that does not raise sends nothing. Without a heartbeat nothing is waited
         for.
         """
         try:

@@ -9,7 +9,7 @@ from mlxtp.cluster.verdict import CollectiveCall
 
 
 class Blocks(NamedTuple):
-    """How many blocks a rank has left that raise on all ranks or on none.
+    """How many blocks, such as forward passes, a rank has left, and how.
 
     `ended` counts all, `raised` those that an exception ended; `raised_at` is how many
     collectives the rank had begun at the last exception.

@@ -21,7 +21,7 @@ class Peer:
 
     `heard` is when it was heard last, 0 before the first time. `gone`: its host says
     that nobody listens there any more. `left`: it said good-bye. `number` counts the
-    collectives that it has begun, `blocks` those that it has left.
+    collectives that it has begun, `blocks` how it has left forward passes.
     """
 
     rank: int
@@ -39,7 +39,8 @@ class ThisRank:
 
     `number` counts the collectives that it has begun, `last_call` is the last of
     them. `waiting_since` is when its wait there began, None if it is in none.
-    `limited` says whether the wait has a limit. `blocks` are those that it has left.
+    `limited` says whether the wait has a limit. `blocks` counts how it has left forward
+    passes.
     """
 
     rank: int
@@ -120,10 +121,10 @@ def judge_raised(
 
 def _has_raised(peer: Peer, this: ThisRank) -> bool:
     """Whether a peer has raised as this rank has; it may have raised again since."""
-    mine, its = this.blocks, peer.blocks
-    if its.raised == mine.raised:
-        return its.raised_at == mine.raised_at
-    return its.raised > mine.raised
+    mine, theirs = this.blocks, peer.blocks
+    if theirs.raised == mine.raised:
+        return theirs.raised_at == mine.raised_at
+    return theirs.raised > mine.raised
 
 
 def reconsider(

@@ -211,8 +211,9 @@ def _shard_matrix(
             raise ValueError(f"{path}: {error}") from error
     together = _together(target) if cut.style == "row" else 1
     covered = tuple(_covered(part, target, cut, features) for part in spans)
-    if cut.style == "row" and isinstance(target, nn.QQLinear):
-        covered = _each_group_once(path, covered)
+    shares_groups = sum(part.length for part in covered) > features
+    if cut.style == "row" and isinstance(target, nn.QQLinear) and shares_groups:
+        covered = _whole_groups(path, spans, features, together)
     return MatrixShards(
         path,
         cut,
@@ -236,20 +237,22 @@ def _covered(spans: Spans, target: Any, cut: Cut, features: int) -> Spans:
     return spans
 
 
-def _each_group_once(path: str, covered: Sequence[Spans]) -> tuple[Spans, ...]:
-    """Leave a group, whose inputs are quantized together, to its first rank alone."""
-    taken = Spans()
-    result = []
-    for part in covered:
-        result.append(part.difference(taken))
-        taken = Spans([*taken, *part]).merged()
-    if not all(part.length for part in result):
+def _whole_groups(
+    path: str, spans: Sequence[Spans], features: int, size: int
+) -> tuple[Spans, ...]:
+    """Deal groups of inputs, which are quantized together, out among the ranks.
+
+    Each is one rank's, in proportion to the inputs that the ranks make.
+    """
+    made = [part.length for part in spans]
+    try:
+        return tuple(Spans([own]) for own in cut_axis(features, made, size, 1))
+    except ValueError as error:
         raise ValueError(
-            f"{path} quantizes its inputs in groups, and has too few for "
-            f"{len(covered)} ranks: take fewer ranks, or quantize_activations out of "
+            f"{path} quantizes its inputs in {features // size} groups, too few for "
+            f"{len(spans)} ranks: take fewer ranks, or quantize_activations out of "
             "config.json"
-        )
-    return tuple(result)
+        ) from error
 
 
 def _bytes_of_four(spans: Spans, rows: int) -> Spans:

@@ -1,5 +1,7 @@
 """What a forward pass raises, it raises on all ranks; then the model goes on."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import mlx.core as mx
@@ -15,7 +17,22 @@ from mlxtp.loading import load_model
 TOKENS = [[3, 14, 15]]
 
 
-def test_all_ranks_raise_and_go_on(comm: Communicator) -> None:
+def test_all_ranks_raise_and_go_on(
+    comm: Communicator, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    agreed: list[type[BaseException]] = []
+    raising_together = Communicator.raising_together
+
+    @contextmanager
+    def spied(self: Communicator) -> Iterator[None]:
+        try:
+            with raising_together(self):
+                yield
+        except ValueError as error:
+            agreed.append(type(error))
+            raise
+
+    monkeypatch.setattr(Communicator, "raising_together", spied)
     model, _ = load_model(kept_model(comm, "llama-8-8"), comm)
     expected = as_numpy(model(mx.array(TOKENS)))
     wrong = True
@@ -30,6 +47,8 @@ def test_all_ranks_raise_and_go_on(comm: Communicator) -> None:
     for _ in range(2):
         with pytest.raises(ValueError, match=f"not on rank {comm.rank}"):
             model(mx.array(TOKENS))
+    # One rank has nobody to agree with.
+    assert agreed == ([ValueError] * 2 if comm.size > 1 else [])
     wrong = False
     np.testing.assert_array_equal(as_numpy(model(mx.array(TOKENS))), expected)
 
