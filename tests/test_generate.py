@@ -263,7 +263,7 @@ def test_a_full_disk_behind_standard_output() -> None:
     says = (
         "mlxtp.generate: error: cannot write standard output: No space left on device"
     )
-    assert done.stderr == f"{says} device\n"
+    assert done.stderr == f"{says}\n"
 
 
 def test_help_is_shown_once() -> None:
@@ -337,7 +337,9 @@ def test_every_option_of_mlx_lm_is_known() -> None:
 def test_limits(name: str) -> None:
     args = options.parse([])
     options.check(args)
-    setattr(args, name, " " if name == "prompt" else -3)
+    texts = {"prompt": " ", "model": " "}
+    texts |= dict.fromkeys(("system_prompt", "prefill_response"), "\udcff")
+    setattr(args, name, texts.get(name, -3))
     with pytest.raises(ValueError, match=f"--{name.replace('_', '-')} is .*: wanted"):
         options.check(args)
 

@@ -266,15 +266,18 @@ FOLDERS: dict[str, tuple[Callable[[Path], None], str]] = {
     "an adapter": (write(adapter_config__json="{}"), "{} is an adapter: --model wants"),
 }
 ADAPTERS: dict[str, tuple[Callable[[Path], None], str]] = {
-    "nothing": (empty, "{} is no adapter: there is no adapter_config.json"),
-    "a model": (saved(), "{} is no adapter (it is a model): there is no adapter_conf"),
+    "nothing": (empty, "there is no adapter_config.json in {}"),
+    "a model": (
+        saved(),
+        "{} is a model and no adapter: there is no adapter_config.json in it",
+    ),
     "PEFT": (
         write(adapter_config__json='{"peft_type": "LORA"}', adapter_model__bin=""),
         "{} is an adapter of PEFT, and mlxtp reads those of mlx_lm.lora: merge it",
     ),
     "no weights": (
-        write(adapter_config__json="{}"),
-        "{} is no adapter: there is no adapters.safetensors",
+        write(adapter_config__json='{"fine_tune_type": "full"}'),
+        "{}/adapters.safetensors is not there",
     ),
     "no layers": (
         write(adapter_config__json="{}", adapters__safetensors=""),

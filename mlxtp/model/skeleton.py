@@ -424,10 +424,10 @@ def _check_is_adapter(folder: Path) -> None:
             f"{folder} is an adapter of PEFT, and mlxtp reads those of mlx_lm.lora: "
             "merge it into its model with PEFT, then convert that with mlx_lm.convert"
         )
-    for file in ("adapter_config.json", "adapters.safetensors"):
-        if not (folder / file).exists():
-            is_model = " (it is a model)" if (folder / "config.json").exists() else ""
-            raise ValueError(f"{folder} is no adapter{is_model}: there is no {file}")
+    if (folder / "config.json").exists() and not config.exists():
+        raise ValueError(
+            f"{folder} is a model and no adapter: there is no {config.name} in it"
+        )
 
 
 def read_json(file: Path, needed: list[str] | None = None) -> dict[str, Any]:
