@@ -6,6 +6,7 @@ The rules stand first: what an option may be, and what does not go together.
 import argparse
 import json
 from collections.abc import Callable, Mapping, Sequence
+from textwrap import shorten
 from typing import Any, NoReturn
 
 from mlx_lm.generate import setup_arg_parser
@@ -184,8 +185,7 @@ def what_helps(
         except Exception:  # whatever it is: the change does not help
             continue
         if value == unset[name]:
-            given = "" if isinstance(was, dict) else f" {was}"
-            helps.append(f"leave out {_flag(name)}{given}")
+            helps.append(f"leave out {_flag(name)} {shorten(str(was), 80)}")
         else:
             helps.append(f"give {_flag(name)}")
     return f": {' or '.join(helps)}" if helps else ""

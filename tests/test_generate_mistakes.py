@@ -125,8 +125,8 @@ MISTAKES: dict[str, tuple[list[str], str]] = {
         "token 131 of the prompt ('<|new|>') is none of the model's",
     ),
     "a system prompt that the template refuses": (
-        ["--model", "NO-SYSTEM", "--system-prompt", "x"],
-        "TemplateError: no system role here: leave out --system-prompt x",
+        ["--model", "NO-SYSTEM", "--system-prompt", "x\ny"],
+        "TemplateError: no system role here: leave out --system-prompt x y",
     ),
     "a template that raises": (
         ["--model", "RAISING"],

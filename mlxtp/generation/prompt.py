@@ -122,7 +122,7 @@ def check_tokens(tokens: Sequence[int], rows: int, tokenizer: TokenizerWrapper) 
     text = next((repr(t) for t, n in vocabulary.items() if n == beyond), "no text")
     raise ValueError(
         f"token {beyond} of the prompt ({text}) is none of the model's: its embedding "
-        f"has {rows} rows, for tokens from 0 to {rows - 1}"
+        f"has {rows} rows, for tokens from 0 to {rows - 1}; leave it out"
     )
 
 
