@@ -29,7 +29,7 @@ TINY = {
     "FEW-ROWS": Tiny({"vocab_size": 100, "eos_token_id": 99}),
 }
 TYPES = {
-    "STATES": ("mamba2", {}),
+    "STATES": ("mamba2", {"hidden_size": 128}),  # as transformers wants it
     "LATENTS": ("deepseek_v3", {"kv_lora_rank": 64, "qk_rope_head_dim": 32}),
 }
 TEMPLATES = {
@@ -249,7 +249,7 @@ def saved(*removed: str, **changed: str) -> Callable[[Path], None]:
 
 # What a folder holds, and what is said of it: {} stands for its path.
 FOLDERS: dict[str, tuple[Callable[[Path], None], str]] = {
-    "empty": (empty, "no model*.safetensors in {}"),
+    "empty": (empty, "there is no model*.safetensors in {}"),
     "no config": (saved("config.json"), "there is no config.json in {}"),
     "a list": (saved(config__json="[1]"), "{}/config.json holds no JSON object"),
     "no JSON": (saved(config__json="{"), "{}/config.json is no JSON"),

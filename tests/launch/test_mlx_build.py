@@ -18,6 +18,7 @@ pytestmark = pytest.mark.once
 
 # Compute capability and driver of each card.
 RTX_4090 = "8.9, 550.54.14\n"
+ADA = "8.9, 550.127.05\n"  # newer than 550.54
 BLACKWELL = "12.0, 580.65.06\n8.9, 580.65.06\n"
 OLD_DRIVER = "8.9, 535.183.01\n"
 OLD_CARD = "6.1, 580.65.06\n"
@@ -88,6 +89,7 @@ def host(tmp_path: Path) -> Host:
         (OLD_DRIVER, "cpu"),
         (OLD_CARD, "cpu"),
         (RTX_4090, "cuda12"),
+        (ADA, "cuda12"),
         (BLACKWELL, "cuda13"),
     ],
 )
