@@ -121,7 +121,10 @@ MISTAKES: dict[str, tuple[Callable[[Path], object], str]] = {
         rf"lacks {re.escape(DOWN)}$",  # fetching the file again would not help
     ),
     "unexpected": (
-        lambda d: _rewrite(d, lambda t: t.update({"model.extra": t[DOWN]})),
+        lambda d: (
+            _rewrite(d, lambda t: t.update({"model.extra": t[DOWN]})),
+            (d / "model.safetensors.index.json").unlink(),
+        ),
         r"has model\.extra, which the model does not have",
     ),
     "no tokenizer": (

@@ -212,7 +212,11 @@ def parse_index(content: bytes) -> Index:
     """
     try:
         index = json.loads(content)
-        files = {n: f for n, f in index["weight_map"].items() if isinstance(f, str)}
+        files = {
+            name: os.path.normpath(file)
+            for name, file in index["weight_map"].items()
+            if isinstance(file, str)
+        }
         return Index(files, (index.get("metadata") or {}).get("total_size"))
     except (ValueError, KeyError, TypeError, AttributeError):
         return Index()
@@ -221,18 +225,24 @@ def parse_index(content: bytes) -> Index:
 def unlisted(headers: Mapping[str, Header], index: Index) -> set[str]:
     """Tensors that are not the model's by the word of an index which can be trusted.
 
-    It can where every tensor that it names is in the file that it says, and all of them
-    have the bytes that it says.
+    It can where every tensor that it names is in the file that it says, and where the
+    bytes that it says are those of these tensors, or of all in the files.
     """
-    tensors = [t for header in headers.values() for t in header.tensors.values()]
-    is_right = all(
-        file in headers and name in headers[file].tensors
+    everything = [t for header in headers.values() for t in header.tensors.values()]
+    listed = [
+        headers[file].tensors[name]
         for name, file in index.files.items()
-    )
-    total = sum(t.tensor.bytes_of(Slice(t.tensor.shape)) for t in tensors)
-    if not index.files or not is_right or index.total_bytes not in (None, total):
+        if file in headers and name in headers[file].tensors
+    ]
+    totals = (None, _bytes_of(listed), _bytes_of(everything))
+    is_right = len(listed) == len(index.files) and index.total_bytes in totals
+    if not index.files or not is_right:
         return set()
-    return {stored.tensor.name for stored in tensors} - index.files.keys()
+    return {stored.tensor.name for stored in everything} - index.files.keys()
+
+
+def _bytes_of(tensors: Iterable[StoredTensor]) -> int:
+    return sum(t.tensor.bytes_of(Slice(t.tensor.shape)) for t in tensors)
 
 
 def absent_files(
@@ -273,6 +283,8 @@ def header_of(
     Raises: ValueError if it is no header, or tells of a file that has not `size` bytes.
     """
     try:
+        if len(beginning) <= 8:
+            raise ValueError("it has no header")
         content = json.loads(beginning[8:].decode())
         content.pop("__metadata__", None)
         order = sorted(content.items(), key=lambda item: item[1]["data_offsets"])
@@ -289,7 +301,5 @@ def header_of(
         if size not in (None, len(beginning) + end):
             raise ValueError(f"it has {size} bytes, not {len(beginning) + end}")
     except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise ValueError(
-            f"{file} is no whole safetensors file ({error}); fetch it again"
-        ) from None
+        raise ValueError(f"{file} is no whole safetensors file ({error})") from None
     return Header(beginning, tensors, sha256)

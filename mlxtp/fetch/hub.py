@@ -245,9 +245,11 @@ def origin(repo: Repo, small: dict[str, bytes]) -> Origin:
     headers = {}
     for file, content in zip(names, beginnings, strict=True):
         lfs = there[file].lfs
-        headers[file] = header_of(
-            Path(file), content, there[file].size, lfs.sha256 if lfs else None
-        )
+        sha256 = lfs.sha256 if lfs else None
+        try:
+            headers[file] = header_of(Path(file), content, there[file].size, sha256)
+        except ValueError as error:
+            raise ValueError(f"{repo.name}/{error}") from None
 
     def are_equal(one: StoredTensor, other: StoredTensor) -> bool:
         return _are_equal(repo, one, other)

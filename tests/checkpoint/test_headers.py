@@ -100,7 +100,7 @@ def test_what_an_index_says() -> None:
     said = parse_index(b'{"weight_map": {"a": "f", "b": 3}, "metadata": null}')
     assert said == Index({"a": "f"})
     said = parse_index(
-        b'{"weight_map": {"a": "f", "b": 3}, "metadata": {"total_size": 5}}'
+        b'{"weight_map": {"a": "./f", "b": 3}, "metadata": {"total_size": 5}}'
     )
     assert said == Index({"a": "f"}, 5)
     for content in (b"", b"{", b"[]", b"{}", b'{"weight_map": ["a"]}', b"\xff"):
@@ -110,7 +110,8 @@ def test_what_an_index_says() -> None:
     assert unlisted(headers, Index({"a": "f"}, 32)) == {"b"}
     for stale in ({}, {"a": "f", "c": "f"}, {"a": "g"}):
         assert unlisted(headers, Index(stale)) == set()
-    assert unlisted(headers, Index({"a": "f"}, 16)) == set()  # not of these files
+    assert unlisted(headers, Index({"a": "f"}, 16)) == {"b"}  # those of `a` alone
+    assert unlisted(headers, Index({"a": "f"}, 17)) == set()  # not of these files
     index = {"a": "f", "c": "g", "d": "f", "e": "h"}
     assert absent_files(["a", "c", "d", "x"], headers, index) == ["g"]
 
