@@ -151,7 +151,7 @@ def test_the_prompt_from_standard_input_in_one_process(folder: Path) -> None:
         assert status == 2 or json.loads(done.stdout)["tokens"] == expected
 
 
-@pytest.mark.parametrize("prompt", ["--", "-", "-abc", "--json=", ":"])
+@pytest.mark.parametrize("prompt", ["--", "-", "-abc", "--story", ":"])
 def test_words_that_argparse_takes_for_its_own(prompt: str) -> None:
     for words in (["--prompt", prompt], [f"--prompt={prompt}"], ["-p", prompt]):
         if words != ["--prompt", "-"]:
@@ -159,7 +159,7 @@ def test_words_that_argparse_takes_for_its_own(prompt: str) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("prompt", [":", "--", "-abc", "a\nb;c'd\"e%f", "--json="])
+@pytest.mark.parametrize("prompt", [":", "--", "-abc", "a\nb;c'd\"e%f", "--story"])
 def test_what_a_prompt_may_be(prompt: str, folder: Path) -> None:
     """Words that mpirun, argparse or a shell might take for their own."""
     options = ["--model", folder, "--max-tokens", "8", "--json"]
