@@ -103,7 +103,7 @@ def test_killed_in_the_middle_goes_on(
 ) -> None:
     whole = (model / "model.safetensors").stat().st_size
     hub.delay_seconds = 0.05
-    job = start(hub, tmp_path, 2, whole // 60)
+    job = start(hub, tmp_path, 3, whole // 60)
     while hub.sent < whole // 2 and job.poll() is None:
         time.sleep(0.01)
     assert job.poll() is None, job.communicate()
@@ -112,7 +112,7 @@ def test_killed_in_the_middle_goes_on(
     job.communicate(timeout=60)
     assert not list(tmp_path.glob("**/manifest.json"))
     hub.delay_seconds = 0
-    done = result(start(hub, tmp_path, 2))
+    done = result(start(hub, tmp_path, 3))
     assert done["tokens"] == expected
     # Columns are noted by the matrix, rows by the move.
     assert 0.2 * whole < sum(done["fetched"]) < 0.7 * whole
