@@ -23,7 +23,7 @@ BENCHMARK = Path(__file__).parents[2] / "benchmarks" / "load.py"
 def test_a_rank_holds_and_reads_its_slices(options: list[str], tmp_path: Path) -> None:
     """On checkpoints of 380 and 170 MB, with five ranks.
 
-    Whole, or with one whole embedding in place of a part, they pass what is allowed.
+    A rank that held or read one whole embedding besides would exceed its limits.
     """
     command = [
         sys.executable,
