@@ -42,6 +42,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--ranks", type=int, default=5)
     parser.add_argument("--layers", type=int, default=16)
+    parser.add_argument("--vocabulary", type=int, help="default: the model's")
     parser.add_argument("--bits", type=int, help="quantize; default: bfloat16")
     parser.add_argument(
         "--experts",
@@ -69,6 +70,8 @@ def main() -> None:
         config = {**LLAMA_3_2_1B, "num_hidden_layers": args.layers}
         if args.experts:
             config = {**QWEN3_30B_A3B, "num_hidden_layers": 2}
+        if args.vocabulary:
+            config["vocab_size"] = args.vocabulary
         make(args.folder, config, mx.bfloat16, args.bits)
         if args.experts:
             take_experts_apart(args.folder)
