@@ -24,7 +24,12 @@ from mlxtp.fetch.fetch import fill
 from mlxtp.fetch.location import Location, locate, named
 from mlxtp.model.skeleton import EmptyModel, build, check_values
 from mlxtp.model.sources import Computed, needed
-from mlxtp.model.turns import compute_for_all
+from mlxtp.model.turns import (
+    compute_alike,
+    compute_for_all,
+    computed,
+    tensors_behind,
+)
 from mlxtp.partition.shares import Share, Shares, as_shares
 from mlxtp.partition.spans import Slice
 from mlxtp.sharding.decide import slice_table
@@ -263,6 +268,9 @@ def prepare(
             table = slice_table(empty.model, rank_shares)
             slices = table.slices(comm.rank)
             empty.settle(slices)
+        of_ranks = comm.allgather_object(tensors_behind(empty.sources))
+        with comm.agreement():
+            compute_alike(empty.sources, of_ranks)
             tensors = (
                 needed(empty.sources, slices, comm.rank, comm.size)
                 if location.is_cut
@@ -456,12 +464,7 @@ def compute_slices(
     Communicates: what `compute_for_all` does, for each parameter.
     Raises: UsageError as `compute_for_all`.
     """
-    computed = {
-        name: source
-        for name, source in sorted(empty.sources.items())
-        if isinstance(source, Computed)
-    }
-    for number, (name, source) in enumerate(computed.items()):
+    for number, (name, source) in enumerate(computed(empty.sources).items()):
         root = number % comm.size
         array = compute_for_all(comm, root, source, checkpoint, slices[name])
         empty.model.update(tree_unflatten([(name, array)]))

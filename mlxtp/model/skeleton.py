@@ -253,13 +253,13 @@ class _Loader:
         return self.weights(tensors)[name]
 
     def behind(self, array: mx.array) -> list[str]:
-        """The tensors that an array is made of, if it is made of `unread` ones."""
+        """The tensors that an array is made of, sorted: those that are `unread`."""
         names = {f"unread {i}": name for i, name in enumerate(self.unread)}
         marks = dict(zip(names, self.unread.values(), strict=True))
         graph = io.StringIO()
         mx.export_to_dot(graph, array, **marks)
         named = re.findall(r'^"(unread \d+)" ->', graph.getvalue(), re.MULTILINE)
-        return [names[mark] for mark in dict.fromkeys(named)]
+        return sorted({names[mark] for mark in named})
 
 
 def unloaded(config: dict[str, Any]) -> nn.Module:

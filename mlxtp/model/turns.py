@@ -6,6 +6,8 @@ nothing of it. So no rank holds more of a model than its slices, beside the tens
 one parameter and the parameter itself.
 """
 
+from collections.abc import Mapping, Sequence
+
 import mlx.core as mx
 import numpy as np
 
@@ -13,11 +15,48 @@ from mlxtp.checkpoint.headers import Checkpoint
 from mlxtp.checkpoint.memory import allocate
 from mlxtp.checkpoint.tensors import Tensor
 from mlxtp.comm.communicator import Communicator
-from mlxtp.model.sources import Computed, bytes_in, cut_out
+from mlxtp.model.sources import Computed, Source, bytes_in, computed_whole, cut_out
 from mlxtp.partition.spans import Slice
 
 # The longest message.
 CHUNK_BYTES = 8 * 1024 * 1024
+
+
+def computed(sources: Mapping[str, Source]) -> dict[str, Computed]:
+    """The parameters that are computed whole, in the order of turns: of their names."""
+    return {
+        name: source
+        for name, source in sorted(sources.items())
+        if isinstance(source, Computed)
+    }
+
+
+def tensors_behind(sources: Mapping[str, Source]) -> dict[str, list[str]]:
+    """Of what each parameter is computed that is computed whole, by names."""
+    return {
+        name: [tensor.name for tensor in source.tensors]
+        for name, source in computed(sources).items()
+    }
+
+
+def compute_alike(
+    sources: dict[str, Source], of_ranks: Sequence[Mapping[str, list[str]]]
+) -> None:
+    """Let what some rank has to compute whole be computed whole here, too.
+
+    MLX makes other graphs on other devices, so a rank may follow what another cannot.
+    `of_ranks` are the `tensors_behind` of every rank.
+
+    Raises: ValueError if a rank would compute a parameter of other tensors.
+    """
+    for rank, of_rank in enumerate(of_ranks):
+        for name, tensors in of_rank.items():
+            source = sources[name] = computed_whole(sources[name])
+            if [tensor.name for tensor in source.tensors] != tensors:
+                raise ValueError(
+                    f"{name} is made of other tensors here than on rank {rank}: "
+                    "install the same build of MLX on every host"
+                )
 
 
 def compute_for_all(

@@ -17,9 +17,9 @@ from mlxtp import Communicator, loading
 from mlxtp.checkpoint.headers import Checkpoint
 from mlxtp.checkpoint.tensors import StoredTensor
 from mlxtp.comm.errors import UsageError
-from mlxtp.model.skeleton import EmptyModel, build
+from mlxtp.model.skeleton import EmptyModel, _Loader, build
 from mlxtp.model.sources import Computed, cut_out
-from mlxtp.model.turns import compute_for_all
+from mlxtp.model.turns import compute_for_all, tensors_behind
 from mlxtp.partition.spans import Slice
 from mlxtp.shard import report, shard
 from mlxtp.sharding.decide import slice_table
@@ -134,6 +134,29 @@ def test_an_error_of_one_rank_is_one_of_all(
         monkeypatch.setattr(StoredTensor, "read", unreadable)
     with pytest.raises(UsageError, match="cannot be read"):
         compute_for_all(comm, 0, source, empty.checkpoint, part)
+
+
+def test_what_one_rank_cannot_follow_all_compute_in_turn(
+    comm: Communicator, shared_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """MLX makes other graphs on other devices; where tensors differ, all are told."""
+    folder, last = shared_path / "followed", comm.size - 1
+    if comm.rank == 0:
+        folder.mkdir()
+        published("stacked", folder)
+    expected = on_rank_0(comm, lambda: tokens(load_model(folder)[0]))
+    if comm.rank == last:
+        monkeypatch.setattr("mlxtp.model.sources.PRIMITIVES", {})
+    prepared = loading.prepare(folder, comm)
+    of_ranks = comm.allgather_object(tensors_behind(prepared.empty.sources))
+    assert of_ranks == [of_ranks[0]] * comm.size and CASES["stacked"] <= {*of_ranks[0]}
+    assert tokens(prepared.load()) == expected
+    behind = _Loader.behind
+    if comm.rank == last:
+        monkeypatch.setattr(_Loader, "behind", lambda *args: behind(*args)[1:])
+    if comm.size > 1:
+        with pytest.raises(UsageError, match="made of other tensors here than on rank"):
+            loading.prepare(folder, comm)
 
 
 def unreadable(*_: Any) -> None:
