@@ -84,10 +84,28 @@ def compute_for_all(
     array = None
     with comm.agreement():
         if comm.rank == root:
-            array = source.compute(gathered)
-            mx.eval(array)
+            array = _compute(source, gathered)
     del gathered
     return _scatter(comm, root, array, part, source.dtype)
+
+
+def _compute(source: Computed, tensors: dict[str, mx.array]) -> mx.array:
+    """Compute a parameter.
+
+    Raises: ValueError for whatever mlx-lm raises, in one line.
+    """
+    try:
+        array = source.compute(tensors)
+        mx.eval(array)
+    except Exception as error:  # all that mlx-lm may stumble over in tensors
+        reason = str(error) if isinstance(error, ValueError) else repr(error)
+        first, *others = tensors
+        more = f" and {len(others)} more" if others else ""
+        raise ValueError(
+            f"mlx-lm cannot compute a parameter of {first}{more}: "
+            + " ".join(reason.split())
+        ) from error
+    return array
 
 
 def _gather(

@@ -1,6 +1,7 @@
 """What cannot be followed by slices is computed by one rank for all, in every form."""
 
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -123,13 +124,18 @@ def test_an_error_of_one_rank_is_one_of_all(
     source, last = empty.sources[name], comm.size - 1
     assert isinstance(source, Computed)
 
-    def refuse(tensors: dict[str, mx.array]) -> mx.array:
+    def refuse(error: Exception, _: dict[str, mx.array]) -> mx.array:
         assert comm.rank == last
-        raise ValueError("not these")
+        raise error
 
-    refusing = replace(source, compute=refuse)
-    with pytest.raises(UsageError, match="not these"):
-        compute_for_all(comm, last, refusing, empty.checkpoint, part)
+    for error in (
+        ValueError("not these"),
+        RuntimeError("not\nthese"),
+        KeyError("these"),
+    ):
+        refusing = replace(source, compute=partial(refuse, error))
+        with pytest.raises(UsageError, match=r"a parameter of .*these"):
+            compute_for_all(comm, last, refusing, empty.checkpoint, part)
     if comm.rank == last:
         monkeypatch.setattr(StoredTensor, "read", unreadable)
     with pytest.raises(UsageError, match="cannot be read"):
