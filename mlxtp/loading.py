@@ -25,6 +25,7 @@ from mlxtp.fetch.location import Location, locate, named
 from mlxtp.model.skeleton import EmptyModel, build, check_values
 from mlxtp.model.sources import Computed, needed
 from mlxtp.model.turns import (
+    bytes_of_turn,
     compute_alike,
     compute_for_all,
     computed,
@@ -201,6 +202,18 @@ class Prepared:
         """Bytes of this rank's slices."""
         return self.empty.bytes_of(self.slices)
 
+    @property
+    def turn_bytes(self) -> int:
+        """Bytes that the largest turn takes, besides, on any rank; 0 without turns."""
+        sources = computed(self.empty.sources)
+        if not sources:
+            return 0
+        of_ranks = [self.table.slices(rank) for rank in range(self.comm.size)]
+        return max(
+            bytes_of_turn(source, [slices[name] for slices in of_ranks])
+            for name, source in sources.items()
+        )
+
     def load_tokenizer(
         self, tokenizer_config: dict[str, Any] | None = None
     ) -> "TokenizerWrapper":
@@ -286,7 +299,8 @@ def prepare(
         )
         both = [prepared] if beside is None else [beside, prepared]
         names = " and ".join(model.name for model in both)
-        check_memory(comm, sum(model.nbytes for model in both), names)
+        held = sum(model.nbytes for model in both)
+        check_memory(comm, held, names, max(model.turn_bytes for model in both))
     return prepared
 
 
@@ -339,10 +353,13 @@ def _check_here(
         )
 
 
-def check_memory(comm: Communicator, bytes_of_rank: int, name: str) -> None:
+def check_memory(
+    comm: Communicator, bytes_of_rank: int, name: str, turn_bytes: int = 0
+) -> None:
     """Compare what the ranks of each host will hold with what the host has.
 
-    `bytes_of_rank` are this rank's, `name` is what an error calls the model.
+    `bytes_of_rank` are this rank's, `name` is what an error calls the model. One rank
+    at a time takes `turn_bytes` besides, the same on all.
 
     Raises: UsageError, with the numbers of the host that lacks most.
     """
@@ -351,7 +368,7 @@ def check_memory(comm: Communicator, bytes_of_rank: int, name: str) -> None:
     for host, wanted, free in comm.allgather_object(
         (comm.host, bytes_of_rank, memory.available_bytes(gpu_limit_bytes()))
     ):
-        hosts[host] = hosts.get(host, 0) + wanted
+        hosts[host] = hosts.get(host, turn_bytes) + wanted
         available[host] = free
     lacking = {host: hosts[host] - free for host, free in available.items()}
     host = max(lacking, key=lambda name: lacking[name])

@@ -2,18 +2,18 @@
 
 Each rank keeps a band of rows of the tensors behind such a parameter. In turn the ranks
 gather the bands, let mlx-lm compute the parameter, hand its slices out, and keep
-nothing of it. So no rank holds more of a model than its slices, beside the tensors of
-one parameter and the parameter itself.
+nothing of it. So no rank holds more of a model than its slices, beside what one turn
+takes (`bytes_of_turn`) and what mlx-lm holds between the steps of its computation.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 import mlx.core as mx
 import numpy as np
 
 from mlxtp.checkpoint.headers import Checkpoint
 from mlxtp.checkpoint.memory import allocate
-from mlxtp.checkpoint.tensors import Tensor
+from mlxtp.checkpoint.tensors import Tensor, bytes_of
 from mlxtp.comm.communicator import Communicator
 from mlxtp.model.sources import Computed, Source, bytes_in, computed_whole, cut_out
 from mlxtp.partition.spans import Slice
@@ -57,6 +57,16 @@ def compute_alike(
                     f"{name} is made of other tensors here than on rank {rank}: "
                     "install the same build of MLX on every host"
                 )
+
+
+def bytes_of_turn(source: Computed, parts: Iterable[Slice]) -> int:
+    """Bytes that computing a parameter for all takes, beside the rank's own slice.
+
+    Its tensors, the parameter, and the largest of the slices, `parts`, under way.
+    """
+    tensors = {tensor: Slice(tensor.shape) for tensor in source.tensors}
+    elements = Slice(source.shape).size + max(part.size for part in parts)
+    return bytes_of(tensors) + elements * source.dtype.size
 
 
 def compute_for_all(

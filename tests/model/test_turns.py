@@ -115,6 +115,23 @@ def test_each_slice_is_that_of_the_whole(comm: Communicator, folder: Path) -> No
         assert mx.array_equal(got[name], cut_out(whole[name], part)), name
 
 
+def test_a_turn_is_counted_before_anything_is_read(
+    comm: Communicator, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its tensors, the parameter and the largest slice; once a host."""
+    prepared = loading.prepare(folder, comm)
+    _, slices = opened(comm, folder)
+    whole = max(4 * Slice(slices[name].full_shape).size for name in slices)
+    assert 2 * whole < prepared.turn_bytes <= 3 * whole
+    held = sum(comm.allgather_object(prepared.nbytes)) + prepared.turn_bytes
+    monkeypatch.setattr(comm, "host", "one")
+    monkeypatch.setattr(loading.memory, "available_bytes", lambda _: held)
+    loading.prepare(folder, comm)
+    monkeypatch.setattr(loading.memory, "available_bytes", lambda _: held - 1)
+    with pytest.raises(UsageError, match=r"the slices of .* for one take"):
+        loading.prepare(folder, comm)
+
+
 def test_an_error_of_one_rank_is_one_of_all(
     comm: Communicator, folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
