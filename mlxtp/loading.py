@@ -243,8 +243,35 @@ class Prepared:
         Once only: afterwards `empty` holds the slices. Arguments are those of `load`.
         """
         with self.comm.unlimited():
-            checkpoint = _fetch(self, self.comm, fetch, show=progress)
-            return _read(self, checkpoint, self.comm, agree_experts, show=progress)
+            checkpoint = self._fetch(fetch, show=progress)
+            return self._read(checkpoint, agree_experts, show=progress)
+
+    def _fetch(self, fetch: Fetch, *, show: bool) -> Checkpoint:
+        """Fetch what this machine lacks; return where all lies that the rank reads."""
+        comm, location, repo = self.comm, self.location, self.location.repo
+        if repo is None:
+            return self.empty.checkpoint
+        of_repo = location.checkpoint.tensors
+        wanted = {t.name: part for t, part in self.tensors.items() if t.name in of_repo}
+        fill(comm, repo, self.shard, wanted, only_root=fetch == "root", show=show)
+        with comm.agreement(), named(location.name, location.folder):
+            return self.empty.checkpoint.updated(location.reopened().checkpoint)
+
+    def _read(
+        self, checkpoint: Checkpoint, agree_experts: bool, *, show: bool
+    ) -> nn.Module:
+        """Read this rank's slices and make the model compute with them."""
+        from mlxtp.layers.parallelize import parallelize
+
+        empty, comm = self.empty, self.comm
+        show = show and comm.rank == 0
+        with progress_bar("Loading", self.nbytes, show=show) as bar:
+            with comm.agreement():
+                read_slices(empty, checkpoint, self.slices, bar.update)
+                check_values(empty.model)
+            compute_slices(empty, checkpoint, self.slices, comm, bar.update)
+        parallelize(empty.model, self.table, comm, agree_experts=agree_experts)
+        return empty.model
 
 
 def prepare(
@@ -397,41 +424,6 @@ def _load_tokenizer(
         raise ValueError(
             f"the tokenizer in {location.name} does not load: {error!r}"
         ) from error
-
-
-def _fetch(
-    plan: Prepared, comm: Communicator, fetch: Fetch, *, show: bool
-) -> Checkpoint:
-    """Fetch what this machine lacks; return where all lies that the rank reads."""
-    location = plan.location
-    if location.repo is None:
-        return plan.empty.checkpoint
-    of_repo = location.checkpoint.tensors
-    wanted = {t.name: part for t, part in plan.tensors.items() if t.name in of_repo}
-    fill(comm, location.repo, plan.shard, wanted, only_root=fetch == "root", show=show)
-    with comm.agreement():
-        return plan.empty.checkpoint.updated(location.reopened().checkpoint)
-
-
-def _read(
-    plan: Prepared,
-    checkpoint: Checkpoint,
-    comm: Communicator,
-    agree_experts: bool,
-    *,
-    show: bool,
-) -> nn.Module:
-    """Read this rank's slices and make the model compute with them."""
-    from mlxtp.layers.parallelize import parallelize
-
-    show = show and comm.rank == 0
-    with progress_bar("Loading", plan.empty.bytes_of(plan.slices), show=show) as bar:
-        with comm.agreement():
-            read_slices(plan.empty, checkpoint, plan.slices, bar.update)
-            check_values(plan.empty.model)
-        compute_slices(plan.empty, checkpoint, plan.slices, comm, bar.update)
-    parallelize(plan.empty.model, plan.table, comm, agree_experts=agree_experts)
-    return plan.empty.model
 
 
 def read_slices(
