@@ -60,9 +60,10 @@ def fill(
         is too small.
     """
     show = show and comm.rank == 0
-    folder = repo.folder()
-    with comm.agreement(), named(repo.name, folder):
-        lacks = bool(_missing(repo, wanted))
+    with comm.agreement():
+        folder = repo.folder()
+        with named(repo.name, folder):
+            lacks = bool(_missing(repo, wanted))
     if not any(comm.allgather_object(lacks)):
         return
     with _locked(comm, folder / f"{shard.folder}.lock", repo.name):
