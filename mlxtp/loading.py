@@ -24,7 +24,13 @@ from mlxtp.fetch.fetch import fill
 from mlxtp.fetch.location import Location, locate, named
 from mlxtp.model.skeleton import EmptyModel, build, check_values
 from mlxtp.model.sources import Computed, needed
-from mlxtp.model.turns import compute_for_all
+from mlxtp.model.turns import (
+    bytes_of_turn,
+    compute_alike,
+    compute_for_all,
+    computed,
+    tensors_behind,
+)
 from mlxtp.partition.shares import Share, Shares, as_shares
 from mlxtp.partition.spans import Slice
 from mlxtp.sharding.decide import slice_table
@@ -196,6 +202,18 @@ class Prepared:
         """Bytes of this rank's slices."""
         return self.empty.bytes_of(self.slices)
 
+    @property
+    def turn_bytes(self) -> int:
+        """Bytes that the largest turn takes, besides, on any rank; 0 without turns."""
+        sources = computed(self.empty.sources)
+        if not sources:
+            return 0
+        of_ranks = [self.table.slices(rank) for rank in range(self.comm.size)]
+        return max(
+            bytes_of_turn(source, [slices[name] for slices in of_ranks])
+            for name, source in sources.items()
+        )
+
     def load_tokenizer(
         self, tokenizer_config: dict[str, Any] | None = None
     ) -> "TokenizerWrapper":
@@ -225,8 +243,35 @@ class Prepared:
         Once only: afterwards `empty` holds the slices. Arguments are those of `load`.
         """
         with self.comm.unlimited():
-            checkpoint = _fetch(self, self.comm, fetch, show=progress)
-            return _read(self, checkpoint, self.comm, agree_experts, show=progress)
+            checkpoint = self._fetch(fetch, show=progress)
+            return self._read(checkpoint, agree_experts, show=progress)
+
+    def _fetch(self, fetch: Fetch, *, show: bool) -> Checkpoint:
+        """Fetch what this machine lacks; return where all lies that the rank reads."""
+        comm, location, repo = self.comm, self.location, self.location.repo
+        if repo is None:
+            return self.empty.checkpoint
+        of_repo = location.checkpoint.tensors
+        wanted = {t.name: part for t, part in self.tensors.items() if t.name in of_repo}
+        fill(comm, repo, self.shard, wanted, only_root=fetch == "root", show=show)
+        with comm.agreement(), named(location.name, location.folder):
+            return self.empty.checkpoint.updated(location.reopened().checkpoint)
+
+    def _read(
+        self, checkpoint: Checkpoint, agree_experts: bool, *, show: bool
+    ) -> nn.Module:
+        """Read this rank's slices and make the model compute with them."""
+        from mlxtp.layers.parallelize import parallelize
+
+        empty, comm = self.empty, self.comm
+        show = show and comm.rank == 0
+        with progress_bar("Loading", self.nbytes, show=show) as bar:
+            with comm.agreement():
+                read_slices(empty, checkpoint, self.slices, bar.update)
+                check_values(empty.model)
+            compute_slices(empty, checkpoint, self.slices, comm, bar.update)
+        parallelize(empty.model, self.table, comm, agree_experts=agree_experts)
+        return empty.model
 
 
 def prepare(
@@ -263,6 +308,9 @@ def prepare(
             table = slice_table(empty.model, rank_shares)
             slices = table.slices(comm.rank)
             empty.settle(slices)
+        of_ranks = comm.allgather_object(tensors_behind(empty.sources))
+        with comm.agreement():
+            compute_alike(empty.sources, of_ranks)
             tensors = (
                 needed(empty.sources, slices, comm.rank, comm.size)
                 if location.is_cut
@@ -278,7 +326,8 @@ def prepare(
         )
         both = [prepared] if beside is None else [beside, prepared]
         names = " and ".join(model.name for model in both)
-        check_memory(comm, sum(model.nbytes for model in both), names)
+        held = sum(model.nbytes for model in both)
+        check_memory(comm, held, names, max(model.turn_bytes for model in both))
     return prepared
 
 
@@ -331,10 +380,13 @@ def _check_here(
         )
 
 
-def check_memory(comm: Communicator, bytes_of_rank: int, name: str) -> None:
+def check_memory(
+    comm: Communicator, bytes_of_rank: int, name: str, turn_bytes: int = 0
+) -> None:
     """Compare what the ranks of each host will hold with what the host has.
 
-    `bytes_of_rank` are this rank's, `name` is what an error calls the model.
+    `bytes_of_rank` are this rank's, `name` is what an error calls the model. One rank
+    at a time takes `turn_bytes` besides, the same on all.
 
     Raises: UsageError, with the numbers of the host that lacks most.
     """
@@ -343,7 +395,7 @@ def check_memory(comm: Communicator, bytes_of_rank: int, name: str) -> None:
     for host, wanted, free in comm.allgather_object(
         (comm.host, bytes_of_rank, memory.available_bytes(gpu_limit_bytes()))
     ):
-        hosts[host] = hosts.get(host, 0) + wanted
+        hosts[host] = hosts.get(host, turn_bytes) + wanted
         available[host] = free
     lacking = {host: hosts[host] - free for host, free in available.items()}
     host = max(lacking, key=lambda name: lacking[name])
@@ -372,41 +424,6 @@ def _load_tokenizer(
         raise ValueError(
             f"the tokenizer in {location.name} does not load: {error!r}"
         ) from error
-
-
-def _fetch(
-    plan: Prepared, comm: Communicator, fetch: Fetch, *, show: bool
-) -> Checkpoint:
-    """Fetch what this machine lacks; return where all lies that the rank reads."""
-    location = plan.location
-    if location.repo is None:
-        return plan.empty.checkpoint
-    of_repo = location.checkpoint.tensors
-    wanted = {t.name: part for t, part in plan.tensors.items() if t.name in of_repo}
-    fill(comm, location.repo, plan.shard, wanted, only_root=fetch == "root", show=show)
-    with comm.agreement():
-        return plan.empty.checkpoint.updated(location.reopened().checkpoint)
-
-
-def _read(
-    plan: Prepared,
-    checkpoint: Checkpoint,
-    comm: Communicator,
-    agree_experts: bool,
-    *,
-    show: bool,
-) -> nn.Module:
-    """Read this rank's slices and make the model compute with them."""
-    from mlxtp.layers.parallelize import parallelize
-
-    show = show and comm.rank == 0
-    with progress_bar("Loading", plan.empty.bytes_of(plan.slices), show=show) as bar:
-        with comm.agreement():
-            read_slices(plan.empty, checkpoint, plan.slices, bar.update)
-            check_values(plan.empty.model)
-        compute_slices(plan.empty, checkpoint, plan.slices, comm, bar.update)
-    parallelize(plan.empty.model, plan.table, comm, agree_experts=agree_experts)
-    return plan.empty.model
 
 
 def read_slices(
@@ -456,12 +473,7 @@ def compute_slices(
     Communicates: what `compute_for_all` does, for each parameter.
     Raises: UsageError as `compute_for_all`.
     """
-    computed = {
-        name: source
-        for name, source in sorted(empty.sources.items())
-        if isinstance(source, Computed)
-    }
-    for number, (name, source) in enumerate(computed.items()):
+    for number, (name, source) in enumerate(computed(empty.sources).items()):
         root = number % comm.size
         array = compute_for_all(comm, root, source, checkpoint, slices[name])
         empty.model.update(tree_unflatten([(name, array)]))

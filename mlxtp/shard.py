@@ -24,7 +24,7 @@ from mlxtp.checkpoint.tensors import bytes_of
 from mlxtp.comm import launcher
 from mlxtp.comm.communicator import Communicator
 from mlxtp.fetch import hub
-from mlxtp.fetch.location import locate
+from mlxtp.fetch.location import locate, named
 from mlxtp.model.skeleton import build
 from mlxtp.model.sources import needed
 from mlxtp.partition.shares import Share, as_shares
@@ -62,22 +62,24 @@ def shard(
         path_or_hf_repo: a folder, or a name on the hub, as for `mlxtp.load`.
         shares: one positive number or `Share` a rank, in whose proportion they share.
         output: a new folder, or one with slices of the same checkpoint.
-        show: show a progress bar.
+        show: show progress bars.
 
-    Raises: ValueError if it is no model, or cannot be cut; OSError if a file cannot
-        be read or written.
+    Raises: ValueError if it is no model, or cannot be cut, before weights are fetched;
+        OSError if a file cannot be read or written.
     """
     location = locate(path_or_hf_repo, Communicator())
-    name, folder = location.name, location.folder
-    if location.repo is not None:
-        folder = hub.download(location.repo, location.checkpoint.headers)
-    elif location.is_cut:
+    name, folder, checkpoint = location.name, location.folder, location.checkpoint
+    if location.repo is None and location.is_cut:
         raise ValueError(f"{name} is cut already: join it first")
-    checkpoint = Checkpoint.of_folder(folder)
-    empty = build(folder, checkpoint=checkpoint, name=name)
     shares = as_shares(shares)
-    table = slice_table(empty.model, shares)
-    empty.settle(table.slices(0))
+    with named(name, folder):
+        empty = build(folder, checkpoint=checkpoint, name=name)
+        table = slice_table(empty.model, shares)
+        empty.settle(table.slices(0))
+    if location.repo is not None:  # only now: it is a model that can be cut
+        folder = hub.download(location.repo, checkpoint.headers, show=show)
+        with named(name, folder):
+            checkpoint = Checkpoint.of_folder(folder)
     size = len(shares)
     ranks = [needed(empty.sources, table.slices(r), r, size) for r in range(size)]
     of_ranks = [{tensor.name: part for tensor, part in r.items()} for r in ranks]
@@ -157,7 +159,7 @@ def _parser() -> argparse.ArgumentParser:
         help="shares of the ranks, whole numbers such as 2,1,1,1,1",
     )
     result.add_argument("--output", type=Path, metavar="DIR", help="where to write")
-    result.add_argument("--quiet", action="store_true", help="no progress bar")
+    result.add_argument("--quiet", action="store_true", help="no progress bars")
     return result
 
 

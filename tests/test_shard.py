@@ -12,6 +12,8 @@ import mlx.core as mx
 import mlx_lm
 import published
 import pytest
+from hub_client import Client
+from hub_server import Hub
 from pyramid import sweep
 from reference import greedy, on_rank_0
 from safetensors import safe_open
@@ -106,8 +108,8 @@ def test_published_checkpoints_are_cut(case: str, tmp_path: Path) -> None:
         for name, part in table.slices(rank).items():
             if name in computed:
                 continue
-            expected = whole.read(name, part)
-            read = cut.read(name, part)
+            expected = whole.sources[name].read(part, whole.checkpoint.read)
+            read = cut.sources[name].read(part, cut.checkpoint.read)
             assert mx.array_equal(read, expected, equal_nan=True), name
 
 
@@ -230,6 +232,38 @@ def test_mistakes(
     assert said in capsys.readouterr().err
     assert len(list(cut.glob("*/manifest.json"))) == 2
     assert not (tmp_path / "new" / "checkpoint.json").exists()
+
+
+@once
+def test_of_the_hub_nothing_is_downloaded_that_cannot_be_cut(
+    tmp_path: Path,
+    comm: Communicator,
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
+) -> None:
+    """The message is one line by the user's name; --quiet shows no bars at all."""
+    whole, broken = tmp_path / "whole", tmp_path / "broken"
+    whole.mkdir()
+    Tiny().save(whole)
+    shutil.copytree(whole, broken)
+    tensors = dict(mx.load(str(whole / "model.safetensors")))
+    del tensors["model.norm.weight"]
+    mx.save_safetensors(str(broken / "model.safetensors"), tensors)
+    wanted = ["--shares", "2,1", "--output", str(tmp_path / "cut")]
+    with Hub({"org/whole": whole, "org/broken": broken}) as server:
+        Client(comm, monkeypatch).use(server.url, tmp_path)
+        capfd.readouterr()
+        monkeypatch.setattr(sys, "argv", ["shard", "--model", "org/broken", *wanted])
+        with pytest.raises(SystemExit):
+            main()
+        assert capfd.readouterr().err == (
+            "mlxtp.shard: error: the checkpoint in org/broken lacks model.norm.weight\n"
+        )
+        assert not list(tmp_path.glob("hub/**/*.safetensors"))
+        words = ["shard", "--quiet", "--model", "org/whole", *wanted]
+        monkeypatch.setattr(sys, "argv", words)
+        main()
+    assert capfd.readouterr() == ("", "") and report(tmp_path / "cut")
 
 
 @once

@@ -23,6 +23,7 @@ from mlxtp.comm.errors import UsageError
 from mlxtp.fetch import confirm, hub
 from mlxtp.fetch.hub import Repo
 from mlxtp.fetch.journal import Journal
+from mlxtp.fetch.location import named
 from mlxtp.fetch.rounds import Rounds
 from mlxtp.fetch.schedule import Demand, Move, plan
 from mlxtp.partition.spans import Slice, Spans
@@ -61,14 +62,16 @@ def fill(
     show = show and comm.rank == 0
     with comm.agreement():
         folder = repo.folder()
-        lacks = bool(_missing(repo, wanted))
+        with named(repo.name, folder):
+            lacks = bool(_missing(repo, wanted))
     if not any(comm.allgather_object(lacks)):
         return
     with _locked(comm, folder / f"{shard.folder}.lock", repo.name):
-        with comm.agreement():  # another job may have fetched some
+        # Another job may have fetched some.
+        with comm.agreement(), named(repo.name, folder):
             missing = _missing(repo, wanted)
         missing = _on_one_axis(comm, missing)
-        with comm.agreement():
+        with comm.agreement(), named(repo.name, folder):
             origin = cut.origin_of(folder)
             tensors = hub.here(repo).tensors
             journal = Journal(folder, shard, origin, missing)

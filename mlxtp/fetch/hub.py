@@ -7,7 +7,7 @@ import re
 import time
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, TypeVar
@@ -164,14 +164,17 @@ def _cached(repo: Repo, file: str) -> Path | None:
     return Path(path) if isinstance(path, str) else None
 
 
-def download(repo: Repo, weights: Iterable[str]) -> Path:
+def download(repo: Repo, weights: Iterable[str], *, show: bool = False) -> Path:
     """Fetch what is missing of the files `weights`, and what goes with them.
+
+    With `show` huggingface-hub shows its progress bars.
 
     Returns: its folder there, with all weights.
 
     Raises: ValueError with what the hub said.
     """
-    return _snapshot(repo.name, repo.commit, [*weights, *SMALL_FILES])
+    with nullcontext() if show else _silent():
+        return _snapshot(repo.name, repo.commit, [*weights, *SMALL_FILES])
 
 
 def small_files(

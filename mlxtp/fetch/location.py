@@ -110,14 +110,15 @@ class Location:
             small, origin = _from_root(comm, give, root=(begun or [0])[0])
         first_of_host = [host for host, *_ in hosts].index(comm.host)
         with comm.agreement():
-            folder = repo.folder()
-            if comm.rank == first_of_host:
-                if origin:
-                    if not _is_begun(repo):
-                        shutil.rmtree(folder, ignore_errors=True)
-                    cut.begin(folder, origin, small)
-                verify.drop_damaged(folder)
-        with comm.agreement():
+            folder = repo.folder()  # which is made
+            with named(name, folder):
+                if comm.rank == first_of_host:
+                    if origin:
+                        if not _is_begun(repo):
+                            shutil.rmtree(folder, ignore_errors=True)
+                        cut.begin(folder, origin, small)
+                    verify.drop_damaged(folder)
+        with comm.agreement(), named(name, folder):
             return cls(name, folder, hub.here(repo), repo)
 
     @property

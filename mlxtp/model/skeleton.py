@@ -22,7 +22,7 @@ from mlxtp.checkpoint.headers import (
     index_of,
     unlisted,
 )
-from mlxtp.checkpoint.tensors import ReadTensor, Tensor
+from mlxtp.checkpoint.tensors import Tensor
 from mlxtp.model.sources import Computed, Source, trace, uncuttable
 from mlxtp.partition.spans import Slice
 
@@ -40,12 +40,6 @@ class EmptyModel:
     config: dict[str, Any]
     sources: dict[str, Source]
     checkpoint: Checkpoint
-
-    def read(
-        self, name: str, part: Slice, read_tensor: ReadTensor | None = None
-    ) -> mx.array:
-        """Read a slice of the parameter `name`. Errors as in `Source.read`."""
-        return self.sources[name].read(part, read_tensor or self.checkpoint.read)
 
     def settle(self, slices: Mapping[str, Slice]) -> None:
         """Have what cannot be cut as `slices` are computed whole, on every rank alike.
@@ -253,13 +247,13 @@ class _Loader:
         return self.weights(tensors)[name]
 
     def behind(self, array: mx.array) -> list[str]:
-        """The tensors that an array is made of, if it is made of `unread` ones."""
+        """The tensors that an array is made of, sorted: those that are `unread`."""
         names = {f"unread {i}": name for i, name in enumerate(self.unread)}
         marks = dict(zip(names, self.unread.values(), strict=True))
         graph = io.StringIO()
         mx.export_to_dot(graph, array, **marks)
         named = re.findall(r'^"(unread \d+)" ->', graph.getvalue(), re.MULTILINE)
-        return [names[mark] for mark in dict.fromkeys(named)]
+        return sorted({names[mark] for mark in named})
 
 
 def unloaded(config: dict[str, Any]) -> nn.Module:
@@ -273,7 +267,7 @@ def unloaded(config: dict[str, Any]) -> nn.Module:
         return model_class(args_class.from_dict(config))  # type: ignore[attr-defined]
     except (KeyError, TypeError) as error:
         if lacking := _lacking(error):
-            raise ValueError(f"config.json lacks {', '.join(lacking)}") from error
+            raise ValueError(f"config.json lacks {_some(lacking)}") from error
         raise
 
 

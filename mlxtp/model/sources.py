@@ -55,8 +55,9 @@ class Source(Protocol):
 class Computed:
     """A parameter that can only be computed of whole `tensors`, by mlx-lm's own code.
 
-    `compute` is given these by name. Of several ranks one computes the parameter for
-    all (`turns.compute_for_all`), and each keeps a band of the tensors.
+    `compute` is given these by name. They are sorted by it: ranks that found them in
+    different graphs go through them alike. Of several ranks one computes the parameter
+    for all (`turns.compute_for_all`), and each keeps a band of the tensors.
     """
 
     tensors: tuple[Tensor, ...]
@@ -149,21 +150,26 @@ class Node:
             taken[tensor] = taken.get(tensor, wanted).union(wanted)
         return bytes_of(taken)
 
-    def computed_whole(self) -> "Computed":
-        """The same, to be computed of whole tensors."""
-        tensors = dict.fromkeys(tensor for tensor, _ in self.reads(Slice(self.shape)))
-
-        def compute(arrays: dict[str, mx.array]) -> mx.array:
-            def read(tensor: Tensor, part: Slice) -> mx.array:
-                return cut_out(arrays[tensor.name], part)
-
-            return self.read(Slice(self.shape), read)
-
-        return Computed(tuple(tensors), compute, self.shape, self.dtype)
-
     def parts(self, region: Region) -> list[tuple["Node | Tensor | mx.array", Region]]:
         """The regions of inputs that a region takes."""
         return self.parts_of(self.needed(region) or self.needed_for_all())
+
+
+def computed_whole(source: Source) -> Computed:
+    """The same parameter, to be computed of whole tensors, in the order of names."""
+    if isinstance(source, Computed):
+        return source
+    everything = Slice(source.shape)
+    tensors = {tensor for tensor, _ in source.reads(everything)}
+
+    def compute(arrays: dict[str, mx.array]) -> mx.array:
+        def read(tensor: Tensor, part: Slice) -> mx.array:
+            return cut_out(arrays[tensor.name], part)
+
+        return source.read(everything, read)
+
+    in_order = sorted(tensors, key=lambda tensor: tensor.name)
+    return Computed(tuple(in_order), compute, source.shape, source.dtype)
 
 
 def needed(
@@ -195,7 +201,7 @@ def uncuttable(
     slices of all ranks.
     """
     return {
-        name: source.computed_whole()
+        name: computed_whole(source)
         for name, part in slices.items()
         if isinstance(source := sources[name], Node)
         and part.axis is not None

@@ -2,22 +2,71 @@
 
 Each rank keeps a band of rows of the tensors behind such a parameter. In turn the ranks
 gather the bands, let mlx-lm compute the parameter, hand its slices out, and keep
-nothing of it. So no rank holds more of a model than its slices, beside the tensors of
-one parameter and the parameter itself.
+nothing of it. So no rank holds more of a model than its slices, beside what one turn
+takes (`bytes_of_turn`) and what mlx-lm holds between the steps of its computation.
 """
+
+from collections.abc import Iterable, Mapping, Sequence
 
 import mlx.core as mx
 import numpy as np
 
 from mlxtp.checkpoint.headers import Checkpoint
 from mlxtp.checkpoint.memory import allocate
-from mlxtp.checkpoint.tensors import Tensor
+from mlxtp.checkpoint.tensors import Tensor, bytes_of
 from mlxtp.comm.communicator import Communicator
-from mlxtp.model.sources import Computed, bytes_in, cut_out
+from mlxtp.model.sources import Computed, Source, bytes_in, computed_whole, cut_out
 from mlxtp.partition.spans import Slice
 
 # The longest message.
 CHUNK_BYTES = 8 * 1024 * 1024
+
+
+def computed(sources: Mapping[str, Source]) -> dict[str, Computed]:
+    """The parameters that are computed whole, in the order of turns: of their names."""
+    return {
+        name: source
+        for name, source in sorted(sources.items())
+        if isinstance(source, Computed)
+    }
+
+
+def tensors_behind(sources: Mapping[str, Source]) -> dict[str, list[str]]:
+    """Of what each parameter is computed that is computed whole, by names."""
+    return {
+        name: [tensor.name for tensor in source.tensors]
+        for name, source in computed(sources).items()
+    }
+
+
+def compute_alike(
+    sources: dict[str, Source], of_ranks: Sequence[Mapping[str, list[str]]]
+) -> None:
+    """Let what some rank has to compute whole be computed whole here, too.
+
+    MLX makes other graphs on other devices, so a rank may follow what another cannot.
+    `of_ranks` are the `tensors_behind` of every rank.
+
+    Raises: ValueError if a rank would compute a parameter of other tensors.
+    """
+    for rank, of_rank in enumerate(of_ranks):
+        for name, tensors in of_rank.items():
+            source = sources[name] = computed_whole(sources[name])
+            if [tensor.name for tensor in source.tensors] != tensors:
+                raise ValueError(
+                    f"{name} is made of other tensors here than on rank {rank}: "
+                    "install the same build of MLX on every host"
+                )
+
+
+def bytes_of_turn(source: Computed, parts: Iterable[Slice]) -> int:
+    """Bytes that computing a parameter for all takes, beside the rank's own slice.
+
+    Its tensors, the parameter, and the largest of the slices, `parts`, under way.
+    """
+    tensors = {tensor: Slice(tensor.shape) for tensor in source.tensors}
+    elements = Slice(source.shape).size + max(part.size for part in parts)
+    return bytes_of(tensors) + elements * source.dtype.size
 
 
 def compute_for_all(
@@ -45,10 +94,28 @@ def compute_for_all(
     array = None
     with comm.agreement():
         if comm.rank == root:
-            array = source.compute(gathered)
-            mx.eval(array)
+            array = _compute(source, gathered)
     del gathered
     return _scatter(comm, root, array, part, source.dtype)
+
+
+def _compute(source: Computed, tensors: dict[str, mx.array]) -> mx.array:
+    """Compute a parameter.
+
+    Raises: ValueError for whatever mlx-lm raises, in one line.
+    """
+    try:
+        array = source.compute(tensors)
+        mx.eval(array)
+    except Exception as error:  # all that mlx-lm may stumble over in tensors
+        reason = str(error) if isinstance(error, ValueError) else repr(error)
+        first, *others = tensors
+        more = f" and {len(others)} more" if others else ""
+        raise ValueError(
+            f"mlx-lm cannot compute a parameter of {first}{more}: "
+            + " ".join(reason.split())
+        ) from error
+    return array
 
 
 def _gather(

@@ -20,7 +20,7 @@ from mlxtp.checkpoint.headers import Header, files_of, header_of
 from mlxtp.checkpoint.tensors import Tensor, kind_of
 from mlxtp.comm.communicator import Communicator
 from mlxtp.fetch import hub
-from mlxtp.fetch.location import locate
+from mlxtp.fetch.location import locate, named
 from mlxtp.model import skeleton
 from mlxtp.model.skeleton import EmptyModel
 from mlxtp.partition.spans import Slice
@@ -38,7 +38,8 @@ class PlannedModel:
 
     def build(self) -> EmptyModel:
         """Build it anew, without weights."""
-        return skeleton.build(self.folder)
+        with named(self.name, self.folder):
+            return skeleton.build(self.folder, name=self.name)
 
     def bits(self) -> int | None:
         """Return the bits of its quantization; None where the config names none."""
@@ -64,7 +65,8 @@ def open_model(
         if file.is_dir() and not files_of(file) and not cut.is_cut(file):
             raise ValueError(f"{model} has no weights: say with how many --bits")
         folder = locate(model, Communicator()).folder
-        config = skeleton.read_json(folder / "config.json", needed=["model_type"])
+        with named(model, folder):
+            config = skeleton.read_json(folder / "config.json", needed=["model_type"])
         yield PlannedModel(model, config, folder)
         return
     with model_of_config(model, read_config(model), bits, group_size) as planned:
@@ -83,10 +85,12 @@ def read_config(model: str) -> dict[str, Any]:
         return skeleton.read_json(path, needed=["model_type"])
     if model.startswith((".", "/", "~")) or path.suffix == ".json":
         raise ValueError(f"there is no {model}")
-    _, small = hub.small_files(model)
-    if "config.json" not in small:
+    repo, small = hub.small_files(model)
+    folder = hub.snapshot(repo)
+    if folder is None or "config.json" not in small:
         raise ValueError(f"{model} on the hub has no config.json")
-    return dict(json.loads(small["config.json"]))
+    with named(model, folder):
+        return skeleton.read_json(folder / "config.json", needed=["model_type"])
 
 
 @contextmanager

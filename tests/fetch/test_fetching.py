@@ -345,6 +345,14 @@ def test_mistakes_name_what_was_given(
     client.use(served[1], tmp_path)
     with pytest.raises(UsageError, match="cannot build the model in org/model: "):
         load_model(NAME, comm, model_config={"hidden_size": "many"})
+    load_model(NAME, comm)
+    prepared = loading.prepare(NAME, comm)
+    (manifest,) = tmp_path.glob("assets/**/rank-*/manifest.json")
+    manifest.write_text("{}")
+    said = rf"(host-0: |^){NAME}/rank-\d-of-\d/manifest.json is no manifest of slices"
+    for load in (prepared.load, lambda: load_model(NAME, comm)):
+        with pytest.raises(UsageError, match=said):
+            load()
 
 
 def test_few_collectives_find_a_model(

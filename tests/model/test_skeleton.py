@@ -100,6 +100,11 @@ def test_what_a_config_lacks(model_type: str, place: list[str]) -> None:
         unloaded(config)
 
 
+def test_of_many_fields_that_lack_five_are_named() -> None:
+    with pytest.raises(ValueError, match=r"lacks (\w+, ){4}\w+ and \d+ more$"):
+        unloaded({"model_type": "kimi_linear"})
+
+
 def test_what_is_refused_is_refused_in_every_form(
     comm: Communicator, shared_path: Path
 ) -> None:

@@ -1,6 +1,7 @@
 """What cannot be followed by slices is computed by one rank for all, in every form."""
 
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,9 +18,9 @@ from mlxtp import Communicator, loading
 from mlxtp.checkpoint.headers import Checkpoint
 from mlxtp.checkpoint.tensors import StoredTensor
 from mlxtp.comm.errors import UsageError
-from mlxtp.model.skeleton import EmptyModel, build
+from mlxtp.model.skeleton import EmptyModel, _Loader, build
 from mlxtp.model.sources import Computed, cut_out
-from mlxtp.model.turns import compute_for_all
+from mlxtp.model.turns import compute_for_all, tensors_behind
 from mlxtp.partition.spans import Slice
 from mlxtp.shard import report, shard
 from mlxtp.sharding.decide import slice_table
@@ -114,6 +115,23 @@ def test_each_slice_is_that_of_the_whole(comm: Communicator, folder: Path) -> No
         assert mx.array_equal(got[name], cut_out(whole[name], part)), name
 
 
+def test_a_turn_is_counted_before_anything_is_read(
+    comm: Communicator, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its tensors, the parameter and the largest slice; once a host."""
+    prepared = loading.prepare(folder, comm)
+    _, slices = opened(comm, folder)
+    whole = max(4 * Slice(slices[name].full_shape).size for name in slices)
+    assert 2 * whole < prepared.turn_bytes <= 3 * whole
+    held = sum(comm.allgather_object(prepared.nbytes)) + prepared.turn_bytes
+    monkeypatch.setattr(comm, "host", "one")
+    monkeypatch.setattr(loading.memory, "available_bytes", lambda _: held)
+    loading.prepare(folder, comm)
+    monkeypatch.setattr(loading.memory, "available_bytes", lambda _: held - 1)
+    with pytest.raises(UsageError, match=r"the slices of .* for one take"):
+        loading.prepare(folder, comm)
+
+
 def test_an_error_of_one_rank_is_one_of_all(
     comm: Communicator, folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -123,17 +141,45 @@ def test_an_error_of_one_rank_is_one_of_all(
     source, last = empty.sources[name], comm.size - 1
     assert isinstance(source, Computed)
 
-    def refuse(tensors: dict[str, mx.array]) -> mx.array:
+    def refuse(error: Exception, _: dict[str, mx.array]) -> mx.array:
         assert comm.rank == last
-        raise ValueError("not these")
+        raise error
 
-    refusing = replace(source, compute=refuse)
-    with pytest.raises(UsageError, match="not these"):
-        compute_for_all(comm, last, refusing, empty.checkpoint, part)
+    for error in (
+        ValueError("not these"),
+        RuntimeError("not\nthese"),
+        KeyError("these"),
+    ):
+        refusing = replace(source, compute=partial(refuse, error))
+        with pytest.raises(UsageError, match=r"a parameter of .*these"):
+            compute_for_all(comm, last, refusing, empty.checkpoint, part)
     if comm.rank == last:
         monkeypatch.setattr(StoredTensor, "read", unreadable)
     with pytest.raises(UsageError, match="cannot be read"):
         compute_for_all(comm, 0, source, empty.checkpoint, part)
+
+
+def test_what_one_rank_cannot_follow_all_compute_in_turn(
+    comm: Communicator, shared_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """MLX makes other graphs on other devices; where tensors differ, all are told."""
+    folder, last = shared_path / "followed", comm.size - 1
+    if comm.rank == 0:
+        folder.mkdir()
+        published("stacked", folder)
+    expected = on_rank_0(comm, lambda: tokens(load_model(folder)[0]))
+    if comm.rank == last:
+        monkeypatch.setattr("mlxtp.model.sources.PRIMITIVES", {})
+    prepared = loading.prepare(folder, comm)
+    of_ranks = comm.allgather_object(tensors_behind(prepared.empty.sources))
+    assert of_ranks == [of_ranks[0]] * comm.size and CASES["stacked"] <= {*of_ranks[0]}
+    assert tokens(prepared.load()) == expected
+    behind = _Loader.behind
+    if comm.rank == last:
+        monkeypatch.setattr(_Loader, "behind", lambda *args: behind(*args)[1:])
+    if comm.size > 1:
+        with pytest.raises(UsageError, match="made of other tensors here than on rank"):
+            loading.prepare(folder, comm)
 
 
 def unreadable(*_: Any) -> None:

@@ -7,11 +7,15 @@ from io import StringIO
 from pathlib import Path
 
 import pytest
+from hub_client import Client
+from hub_server import Hub
 from models import LLAMA_3_2_1B
 from reference import MODELS
 from rich.console import Console
+from tiny import Tiny
 from wide_models import WIDE
 
+from mlxtp import Communicator
 from mlxtp.cluster.units import GIB
 from mlxtp.dryrun.requirements import needs
 from mlxtp.partition.shares import Share
@@ -138,6 +142,30 @@ def test_a_mistake_is_one_message(
     assert ended.value.code == 2 and said.out == ""
     [line] = said.err.splitlines()
     assert line.startswith("mlxtp.plan: error: ") and message in line
+
+
+@pytest.mark.once
+@pytest.mark.parametrize("bits", [[], ["--bits", "4"]])
+def test_a_mistake_in_a_model_of_the_hub_names_it_as_given(
+    bits: list[str],
+    comm: Communicator,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """Not by its folder in a cache."""
+    (tmp_path / "model").mkdir()
+    Tiny().save(tmp_path / "model")
+    (tmp_path / "model" / "config.json").write_text("{}")
+    given = ["mlxtp.plan", "--model", "org/model", "--ranks", "2", *bits]
+    monkeypatch.setattr(sys, "argv", given)
+    with Hub({"org/model": tmp_path / "model"}) as server:
+        Client(comm, monkeypatch).use(server.url, tmp_path)
+        with pytest.raises(SystemExit):
+            main()
+    assert capsys.readouterr().err == (
+        "mlxtp.plan: error: org/model/config.json lacks model_type\n"
+    )
 
 
 @pytest.mark.once
