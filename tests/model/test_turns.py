@@ -114,8 +114,12 @@ def test_each_slice_is_that_of_the_whole(comm: Communicator, folder: Path) -> No
         assert mx.array_equal(got[name], cut_out(whole[name], part)), name
 
 
+@pytest.mark.parametrize("error", [ValueError, OSError])
 def test_an_error_of_one_rank_is_one_of_all(
-    comm: Communicator, folder: Path, monkeypatch: pytest.MonkeyPatch
+    error: type[Exception],
+    comm: Communicator,
+    folder: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """Where a file cannot be read, and where mlx-lm refuses what is in it."""
     empty, slices = opened(comm, folder)
@@ -125,7 +129,7 @@ def test_an_error_of_one_rank_is_one_of_all(
 
     def refuse(tensors: dict[str, mx.array]) -> mx.array:
         assert comm.rank == last
-        raise ValueError("not these")
+        raise error("not these")
 
     refusing = replace(source, compute=refuse)
     with pytest.raises(UsageError, match="not these"):
