@@ -2,9 +2,15 @@
 
 Names are imported when they are first asked for: `import mlxtp` alone is quick, and
 needs no package besides Python.
+
+Raises: ImportError for such a name where MLX is installed without a backend. A program
+    of this package says that in a line, and ends with status 2.
 """
 
+import sys
 from importlib import import_module
+from importlib.util import find_spec
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -52,8 +58,35 @@ def __getattr__(name: str) -> Any:
         return import_module("importlib.metadata").version("mlxtp")
     if name not in _HOMES:
         raise AttributeError(f"module 'mlxtp' has no attribute {name!r}")
+    _check_backend()
     return getattr(import_module(f"mlxtp.{_HOMES[name]}"), name)
 
 
 def __dir__() -> list[str]:
     return __all__
+
+
+def _check_backend() -> None:
+    """Raise ImportError if MLX is there without a backend.
+
+    On Linux the package mlx has none; it is in another one, of the CPU or of CUDA.
+    """
+    if sys.platform != "linux" or find_spec("mlx") is None:
+        return
+    core = find_spec("mlx.core")
+    if core is None or core.origin is None:
+        return
+    if not Path(core.origin).with_name("lib").joinpath("libmlx.so").exists():
+        raise ImportError(
+            "MLX has no backend here: pip install 'mlxtp[cpu]', or 'mlxtp[cuda12]' or "
+            "'mlxtp[cuda13]' for a card of NVIDIA"
+        )
+
+
+# The name of a program while Python looks for it: of `python -m`, and the command.
+if sys.argv and Path(sys.argv[0]).name in ("-m", "mlxtp"):
+    try:
+        _check_backend()
+    except ImportError as error:
+        print(f"mlxtp: error: {error}", file=sys.stderr)
+        sys.exit(2)

@@ -220,7 +220,8 @@ def encode_prompt(
         changes: dict[str, Any] = {"system_prompt": None, "prefill_response": None}
         changes |= {"chat_template_config": {}, "ignore_chat_template": True}
         helps = options.what_helps(args, changes, encoded)
-        raise ValueError(f"{target.name}: {error}{helps}") from error
+        said = str(error).rstrip(".")
+        raise ValueError(f"{target.name}: {said}{helps}") from error
 
 
 def generation_options(
@@ -288,14 +289,13 @@ def check_options(
 
     try:
         generated(args)
-    except Exception as error:  # mlx-lm and MLX name no errors for it
+    except Exception as error:  # most are mlx-lm's and MLX's, which name no errors
         unset = vars(options.defaults())
         changes = {name: unset[name] for name in options.OF_LOOPS}
         helps = options.what_helps(args, changes, generated)
-        said = textwrap.shorten(f"{type(error).__name__}: {error}", 300)
+        said = textwrap.shorten(f"{type(error).__name__}: {error}", 300).rstrip(".")
         raise ValueError(
-            f"{target.name} cannot generate with these options, mlx-lm raises "
-            f"{said}{helps}"
+            f"{target.name} cannot generate with these options: {said}{helps}"
         ) from error
 
 

@@ -23,7 +23,7 @@ Args = argparse.Namespace
 # Options of mlx-lm that a split model does not take, and why.
 REFUSED = {
     "image": "mlxtp splits language models: it takes no images",
-    "quantize_activations": "mlxtp does not quantize activations",
+    "quantize_activations": "set quantize_activations in the model's config",
 }
 
 # The prompt where none is given.
@@ -111,13 +111,14 @@ def with_texts(arguments: Sequence[str]) -> list[str]:
     """Make an option of `TEXTS` and a text that begins with a dash one word.
 
     argparse takes such a text for an option, and so does whoever looks for options of
-    its own in a command line. What is the name of an option stays one.
+    its own in a command line. The name of an option, or its beginning, stays one.
     """
     names = _parser()._option_string_actions
     words: list[str] = []
     for word in arguments:
-        is_text = word[:1] == "-" != word and word.partition("=")[0] not in names
-        if is_text and words and words[-1] in TEXTS:
+        begins_with_dash = word.startswith("-") and word != "-"
+        is_option = any(name.startswith(word.partition("=")[0]) for name in names)
+        if begins_with_dash and not is_option and words and words[-1] in TEXTS:
             words[-1] += f"={word}"
         else:
             words.append(word)

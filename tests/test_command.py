@@ -48,6 +48,27 @@ def test_it_says_what_there_is() -> None:
     assert python("mlxtp", "--version").stdout == f"mlxtp {version('mlxtp')}\n"
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="MLX on a Mac has Metal")
+def test_without_a_backend_of_mlx(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Every program says it in a line, and the library in an ImportError."""
+    (tmp_path / "mlx").mkdir()
+    (tmp_path / "mlx/core.py").write_text("raise ImportError('libmlx.so')")
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    wanted = "MLX has no backend here: pip install 'mlxtp[cpu]', or "
+    for name in ("mlxtp", *(f"mlxtp.{name}" for name in command.COMMANDS)):
+        ended = python(name)
+        assert ended.returncode == 2 and ended.stdout == ""
+        assert ended.stderr.startswith(f"mlxtp: error: {wanted}")
+        assert ended.stderr.count("\n") == 1
+    program = "from mlxtp.cluster import job; import mlxtp; mlxtp.Communicator"
+    library = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, cwd=ROOT
+    )
+    assert f"\nImportError: {wanted}" in library.stderr
+
+
 def test_it_is_installed_as_mlxtp() -> None:
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     assert project["scripts"] == {"mlxtp": f"{command.__name__}:main"}

@@ -77,11 +77,12 @@ MISTAKES: dict[str, tuple[list[str], str]] = {
     ),
     "drafts in a window": (
         ["--model", "SLIDING", "--draft-model", "SLIDING"],
-        "cannot be taken back from RotatingKVCache: leave out --draft-model",
+        "these options: ValueError: rejected drafts cannot be taken back from "
+        "RotatingKVCache: leave out --draft-model",
     ),
     "states that drafts leave": (
         ["--model", "STATES", "--draft-model", "LLAMA"],
-        "a trimmable prompt cache (got {'ArraysCache'}).: leave out --draft-model",
+        "a trimmable prompt cache (got {'ArraysCache'}): leave out --draft-model",
     ),
     "states of a draft": (
         ["--model", "LLAMA", "--draft-model", "STATES"],
@@ -101,11 +102,11 @@ MISTAKES: dict[str, tuple[list[str], str]] = {
     ),
     "all of the vocabulary": (
         ["--model", "LLAMA", "--temp", "1", "--top-k", "131"],
-        "but is 131.: leave out --top-k 131",
+        "but is 131: leave out --top-k 131",
     ),
     "all of it, of a cut model": (
         ["--model", "CUT", "--temp", "1", "--top-k", "131"],
-        "but is 131.: leave out --top-k 131",
+        "but is 131: leave out --top-k 131",
     ),
     "more than the vocabulary": (
         [
@@ -157,6 +158,14 @@ MISTAKES: dict[str, tuple[list[str], str]] = {
     "nobody's home": (["--model", "~nobody_here/x"], "no model folder ~nobody_here/x"),
     "bytes that are no text": (["--prompt", "\udcff"], "wanted some text in UTF-8"),
     "two lines": (["--model", "./a\nb"], "there is no model folder ./a b"),
+    "an option in short for the prompt": (
+        ["--prompt", "--max-tok", "--max-tokens", "2"],
+        "--prompt/-p: expected one argument",
+    ),
+    "what the config says": (
+        ["--quantize-activations"],
+        "--quantize-activations: set quantize_activations in the model's config",
+    ),
     "two prompts": (["--prompt", "a", "--prompt-file", "b"], "give one of them"),
     "no file": (["--prompt-file", "./x"], "--prompt-file: there is no file ./x"),
     "a folder as prompt": (["--prompt-file", "/"], "/ is no regular file"),

@@ -154,7 +154,11 @@ def test_saved_latents_where_a_rank_has_one_head(
 
 @EVERY_TYPE
 def test_uneven_shares(model_type: str, comm: Communicator) -> None:
-    """A rank that gets three times the work of another, of floats or of 4 bits."""
+    """A rank that gets three times the work of another, of floats or of 4 bits.
+
+    Every other type has 4 bits here, to save time. All have them, in equal shares, in
+    `test_quantized` (`families/test_every_type.py`).
+    """
     packed = RUNNABLE.index(model_type) % 2 and model_type not in zoo.QUANTIZED_FAILS
     folder = saved(model_type, comm, 4 if packed else None)
     expected = on_rank_0(comm, lambda: as_numpy(whole(folder)(mx.array([PROMPT]))))

@@ -123,6 +123,7 @@ class Job:
 
         Raises: JobError, as `line` does, or if standard input cannot be read.
         """
+        os.environ.pop(INPUT_VARIABLE, None)  # that of a job around this one
         if with_input:
             os.environ[INPUT_VARIABLE] = ""  # the line names it; the value comes later
         words = self.line()
@@ -136,6 +137,7 @@ class Job:
 
         Raises: JobError, as `line` does.
         """
+        os.environ.pop(INPUT_VARIABLE, None)  # that of a job around this one
         process = subprocess.Popen(
             self.line(),
             stderr=subprocess.PIPE if self.verdict else None,

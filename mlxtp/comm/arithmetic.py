@@ -5,8 +5,9 @@ may decide otherwise where two tokens or two experts are nearly tied.
 """
 
 import platform
+from contextlib import suppress
 from dataclasses import dataclass
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from typing import Any, Literal, Protocol
 
 import mlx.core as mx
@@ -15,6 +16,10 @@ from mlxtp.cluster.processor import processor
 
 Backend = Literal["CPU", "Metal", "CUDA"]
 
+# The packages that hold a build of MLX. One for CUDA 12 and one for CUDA 13 differ in
+# nothing else that a program can ask for.
+BUILDS = ("mlx-metal", "mlx-cpu", "mlx-cuda-12", "mlx-cuda-13")
+
 
 @dataclass(frozen=True)
 class Arithmetic:
@@ -22,8 +27,10 @@ class Arithmetic:
 
     `chip` is the name of the GPU, or of the processor where MLX has none.
     `instructions` are the processor's vector instructions; a GPU has none here.
-    `system` is the operating system and the architecture. The host's name and memory
-    are no part of it: they change no result.
+    `system` is the operating system and the architecture; of macOS, which brings
+    Metal's compiler and libraries, its version too. `build` names the packages that
+    hold MLX's backend, none if it was built from source. The host's name and memory are
+    no part of it: they change no result.
     """
 
     chip: str
@@ -31,10 +38,13 @@ class Arithmetic:
     system: str
     backend: Backend
     mlx_version: str
+    build: str = ""
 
     def __str__(self) -> str:
         """Name the chip and the build, as doctor does."""
-        return f"{self.chip} ({self.system}, MLX {self.mlx_version} on {self.backend})"
+        mlx = f"MLX {self.mlx_version} on {self.backend}"
+        build = f", {self.build}" if self.build else ""
+        return f"{self.chip} ({self.system}, {mlx}{build})"
 
 
 class Gathers(Protocol):
@@ -50,11 +60,22 @@ def this_arithmetic() -> Arithmetic:
     backend = default_backend()
     cpu = processor()
     name = str(mx.device_info().get("device_name", ""))
-    system = f"{platform.system()} {platform.machine()}".replace("Darwin", "macOS")
+    system = f"{platform.system()} {platform.machine()}"
+    if macos := platform.mac_ver()[0]:
+        system = f"macOS {macos} {platform.machine()}"
     if backend == "CPU" and platform.system() == "Linux":
         name = cpu.name  # MLX knows no name of Arm's processors
     instructions = cpu.instructions if backend == "CPU" else ()
-    return Arithmetic(name, instructions, system, backend, version("mlx"))
+    return Arithmetic(name, instructions, system, backend, version("mlx"), _build())
+
+
+def _build() -> str:
+    """Name the packages that hold MLX's backend here, with their versions."""
+    installed = []
+    for package in BUILDS:
+        with suppress(PackageNotFoundError):
+            installed.append(f"{package} {version(package)}")
+    return ", ".join(installed)
 
 
 def default_backend() -> Backend:

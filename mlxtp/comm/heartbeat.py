@@ -17,6 +17,7 @@ import time
 import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from dataclasses import replace
 from typing import Any, NoReturn
 
 from mlxtp.cluster.addresses import own_address
@@ -54,6 +55,7 @@ class Heartbeat:
     ) -> None:
         beat_seconds = min(BEAT_SECONDS, timeout_seconds / 5)
         self.peers: list[Peer] = []
+        self._hearing = threading.Lock()  # while a peer is half changed
         self._limits = Limits(timeout_seconds, beat_seconds)
         self._progress = progress
         self._rank = transport.rank
@@ -114,9 +116,13 @@ class Heartbeat:
         self._tell()
         since = time.monotonic()
         text = " ".join(f"{type(error).__name__}: {error}".split())[:LONGEST_ERROR]
-        while not verdicts.have_all_raised(self.peers, this := self._this_rank()):
+        while True:
+            # Both questions are of one moment: the thread goes on hearing meanwhile.
+            peers, this = self._copied_peers(), self._this_rank()
+            if verdicts.have_all_raised(peers, this):
+                return
             verdict = verdicts.judge_raised(
-                self.peers, time.monotonic(), since, self._limits, this, text
+                peers, time.monotonic(), since, self._limits, this, text
             )
             if verdict is not None:
                 time.sleep(launcher.report_delay_seconds())
@@ -143,6 +149,11 @@ class Heartbeat:
         return verdicts.judge_termination(
             self.peers, asked, self._limits, self._this_rank()
         )
+
+    def _copied_peers(self) -> list[Peer]:
+        """Copy what is known of the peers, none of them while it is changed."""
+        with self._hearing:
+            return [replace(peer) for peer in self.peers]
 
     def _this_rank(self) -> ThisRank:
         progress = self._progress
@@ -189,7 +200,9 @@ class Heartbeat:
         state = {
             "key": self._key,
             "rank": self._rank,
-            "number": self._progress.number,  # before the blocks, which go first
+            # Read first: a rank counts a block before the collectives behind it, so
+            # a number that counts those never goes out with blocks that lack it.
+            "number": self._progress.number,
             "blocks": self._progress.blocks,
             **more,
         }
@@ -213,11 +226,12 @@ class Heartbeat:
             if not isinstance(state, dict) or state.get("key") != self._key:
                 continue  # not of this job
             peer = next(p for p in self.peers if p.rank == state["rank"])
-            peer.heard, peer.gone = time.monotonic(), False
-            peer.number = state["number"]
-            # A datagram may be overtaken by a later one.
-            peer.blocks = max(peer.blocks, Blocks(*state["blocks"]))
-            peer.left = peer.left or state.get("left", False)
+            with self._hearing:
+                peer.heard, peer.gone = time.monotonic(), False
+                peer.number = state["number"]
+                # A datagram may be overtaken by a later one.
+                peer.blocks = max(peer.blocks, Blocks(*state["blocks"]))
+                peer.left = peer.left or state.get("left", False)
             if state.get("asks"):
                 self._tell(peer)
             if "verdict" in state and not self._leaving:

@@ -15,6 +15,7 @@ from typing import NoReturn
 from mlxtp.cluster.job import INPUT_VARIABLE
 from mlxtp.cluster.verdict import RankOnHost, Verdict
 from mlxtp.comm.ending import text_of
+from mlxtp.comm.errors import UsageError
 from mlxtp.comm.transports.openmpi import finish, is_started
 
 # Where launchers tell a rank its number, and how many there are.
@@ -50,10 +51,17 @@ def rank() -> int:
 def input_bytes() -> int | None:
     """Return how long the standard input of rank 0 is; None if nobody has said.
 
-    Under mpirun it has no end that a rank could read up to.
+    Under mpirun it has no end that a rank could read up to. Without mpirun it has one,
+    and what the variable says was meant for another program.
+
+    Raises: UsageError if the variable holds no number.
     """
     given = os.environ.get(INPUT_VARIABLE)
-    return int(given) if given else None
+    if not (size() and given):
+        return None
+    if not given.isdecimal():
+        raise UsageError(f"{INPUT_VARIABLE} is {given!r}: wanted a number of bytes")
+    return int(given)
 
 
 def report_delay_seconds() -> float:

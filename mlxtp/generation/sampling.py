@@ -1,15 +1,12 @@
 """Random numbers that follow from a seed and a position, and from nothing else."""
 
 import hashlib
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import mlx.core as mx
 from mlx_lm.models.cache import CacheList
-from mlx_lm.sample_utils import greedy_sampler
-
-# Log probabilities (B, V) -> tokens (B,).
-Sampler = Callable[[mx.array], mx.array]
+from mlx_lm.sample_utils import Sampler, greedy_sampler
 
 
 class PositionSampler:
@@ -24,7 +21,7 @@ class PositionSampler:
     then samples the rows: `note_position` has to be among the processors.
 
     Args:
-        sampler: draws from MLX's stream.
+        sampler: log probabilities (B, V) -> tokens (B,); draws from MLX's stream.
         seed: 64 bits, the same on all ranks.
         start: the position of the first token that is drawn. mlx-lm's loops differ in
             which tokens of the prompt they show to processors. None where they show

@@ -358,6 +358,29 @@ def test_who_asks_for_input(command: str, asks: bool) -> None:
     assert job.asks_for_input(command.split()) is asks
 
 
+@pytest.mark.parametrize("become", [True, False])
+def test_a_length_of_other_input_does_not_go_along(
+    become: bool, tmp_path: Path
+) -> None:
+    program = "Job(['true'], mpirun=Path(sys.argv[1]))"
+    program += ".exec()" if become else ".run()"
+    script = 'echo "${MLXTP_INPUT_BYTES-none} $*"'
+    command = [
+        *(sys.executable, "-c"),
+        f"import sys; from pathlib import Path; from mlxtp.cluster.job import Job; "
+        f"{program}",
+        str(fake(tmp_path, script).mpirun),
+    ]
+    said = subprocess.run(
+        command,
+        capture_output=True,
+        text=True,
+        cwd=ROOT,
+        env={**os.environ, "MLXTP_INPUT_BYTES": "3"},
+    ).stdout
+    assert said.startswith("none ") and "MLXTP_INPUT_BYTES" not in said
+
+
 def test_a_colon_is_kept_from_mpirun(person: dict[str, str]) -> None:
     """For which it would end the line of the program."""
     line = typed(["echo", "a b", ":"])

@@ -1,5 +1,6 @@
 """Whether ranks compute alike is the same answer on all of them."""
 
+import platform
 import sys
 from collections.abc import Callable
 from dataclasses import replace
@@ -26,6 +27,7 @@ def test_alike(comm: Communicator) -> None:
         {"system": "Linux aarch64"},
         {"backend": "CUDA"},
         {"mlx_version": "0.0.1"},
+        {"build": "mlx-cuda-13 0.0.1"},
     ],
 )
 def test_one_rank_differs(
@@ -98,6 +100,34 @@ class FakeMLX:
 
 def answer(value: Any) -> Callable[[], Any]:
     return lambda: value
+
+
+@pytest.mark.once
+def test_builds_and_systems_that_differ_in_nothing_else(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """CUDA 12 and 13, and two versions of macOS; the text shows which."""
+    installed = {"mlx": "1"}
+
+    def version(package: str) -> str:
+        if package not in installed:
+            raise arithmetic.PackageNotFoundError(package)
+        return installed[package]
+
+    monkeypatch.setattr(arithmetic, "version", version)
+    from_source = this_arithmetic()
+    assert from_source.build == "" and str(from_source).endswith(")")
+    texts = [str(from_source)]
+    for build in "mlx-cuda-12", "mlx-cuda-13":
+        installed[build] = "1"
+        texts.append(str(this_arithmetic()))
+        assert texts[-1].endswith(f", {build} 1)")
+        del installed[build]
+    for macos in "15.6", "26.1":
+        monkeypatch.setattr(platform, "mac_ver", lambda macos=macos: (macos, (), ""))
+        assert this_arithmetic().system.startswith(f"macOS {macos} ")
+        texts.append(str(this_arithmetic()))
+    assert len(set(texts)) == 5
 
 
 def test_it_is_a_value() -> None:

@@ -9,6 +9,8 @@ import time
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
+from typing import Any, cast
+from unittest.mock import Mock
 
 import pytest
 from needs import needs
@@ -17,7 +19,12 @@ from pyramid import sweep
 from ranks import HOSTFILE, environment
 
 from mlxtp.cluster.verdict import VERDICT_MARK, VERDICT_VARIABLE, Verdict
+from mlxtp.comm import heartbeat, verdict
+from mlxtp.comm.heartbeat import Heartbeat
 from mlxtp.comm.launcher import LEAST_START_SECONDS
+from mlxtp.comm.progress import Blocks, Progress
+from mlxtp.comm.transports import Transport
+from mlxtp.comm.verdict import Peer, ThisRank
 
 HOST = os.uname().nodename
 TIMEOUT_SECONDS = 3
@@ -227,6 +234,45 @@ except ValueError:
     verdict = job.verdict()
     assert (verdict.why, of(verdict)) == ("raised", [1])
     assert verdict.error == "ValueError: no way"
+
+
+class Alone:
+    """A transport of one rank, that does what a heartbeat asks of it."""
+
+    rank = 0
+
+    def bcast_object(self, value: Any, root: int) -> Any:
+        return value
+
+    def allgather_object(self, value: Any) -> list[Any]:
+        return [value]
+
+
+def test_a_peer_is_heard_while_a_rank_that_raised_looks(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """What it says in the middle of a look counts in the next one, as a whole."""
+    # No thread and no handler of signals.
+    monkeypatch.setattr(heartbeat.threading, "Thread", Mock())
+    monkeypatch.setattr(heartbeat.ending, "wake_on_sigterm", lambda: (None, None))
+    progress = Progress()
+    beat = Heartbeat(cast(Transport, Alone()), progress, 60)
+    progress.end_block(raised=True)
+    peer = Peer(1, "b", heard=1.0, number=progress.number)
+    monkeypatch.setattr(beat, "end_job", Mock(side_effect=AssertionError))
+    monkeypatch.setattr(beat, "_tell", lambda: beat.peers.append(peer))
+    has_raised, looks = verdict._has_raised, []
+
+    def has_raised_and_hears(known: Peer, this: ThisRank) -> bool:
+        answer = has_raised(known, this)
+        looks.append(answer)
+        if len(looks) == 2:  # of `judge_raised`
+            peer.blocks = Blocks(*progress.blocks)
+        return answer
+
+    monkeypatch.setattr(verdict, "_has_raised", has_raised_and_hears)
+    beat.wait_until_all_raise(ValueError("no"))
+    assert looks == [False, False, True]
 
 
 def test_a_rank_does_not_come_to_a_sum_that_was_started() -> None:
