@@ -117,7 +117,8 @@ def with_texts(arguments: Sequence[str]) -> list[str]:
     words: list[str] = []
     for word in arguments:
         begins_with_dash = word.startswith("-") and word != "-"
-        is_option = any(name.startswith(word.partition("=")[0]) for name in names)
+        start = word.partition("=")[0]
+        is_option = start != "--" and any(name.startswith(start) for name in names)
         if begins_with_dash and not is_option and words and words[-1] in TEXTS:
             words[-1] += f"={word}"
         else:
