@@ -294,8 +294,9 @@ def check_options(
         changes = {name: unset[name] for name in options.OF_LOOPS}
         helps = options.what_helps(args, changes, generated)
         said = textwrap.shorten(f"{type(error).__name__}: {error}", 300).rstrip(".")
+        these = " with these options" if helps else ""
         raise ValueError(
-            f"{target.name} cannot generate with these options: {said}{helps}"
+            f"{target.name} cannot generate{these}: {said}{helps}"
         ) from error
 
 

@@ -414,8 +414,12 @@ def _load_tokenizer(
     trust_remote_code: bool,
 ) -> "TokenizerWrapper":
     from mlx_lm.utils import load_tokenizer
+    from transformers import logging as of_transformers
 
     extra = {**(tokenizer_config or {}), "trust_remote_code": trust_remote_code}
+    verbosity = of_transformers.get_verbosity()
+    # It warns of model types that it does not know, which mlx-lm may.
+    of_transformers.set_verbosity(logging.ERROR)
     try:
         return load_tokenizer(
             location.folder, extra, eos_token_ids=config.get("eos_token_id")
@@ -424,6 +428,8 @@ def _load_tokenizer(
         raise ValueError(
             f"the tokenizer in {location.name} does not load: {error!r}"
         ) from error
+    finally:
+        of_transformers.set_verbosity(verbosity)
 
 
 def read_slices(

@@ -55,7 +55,7 @@ def llama(comm: Communicator) -> nn.Module:
 @pytest.fixture(scope="session")
 def tokenizer(comm: Communicator, shared_path: Path) -> TokenizerWrapper:
     """A tokenizer whose texts never end."""
-    folder = shared_path / "tokenizer"
+    folder = shared_path / "tokenizer-of-types"
     on_rank_0(comm, lambda: save_tokenizer(folder))
     result = load_tokenizer(folder)
     result.eos_token_ids = set()

@@ -387,7 +387,7 @@ def test_built_and_traced_once(
     comm: Communicator, client: Client, shared_path: Path, tmp_path: Path
 ) -> None:
     """Files that are fetched change where tensors lie, and no more."""
-    made = shared_path / "stacked"
+    made = shared_path / "stacked-experts"
     if comm.rank == 0:
         made.mkdir()
     folder = on_rank_0(comm, lambda: published.published("stacked", made))

@@ -93,10 +93,10 @@ def save_tokenizer(folder: Path) -> None:
 
 def made_by_rank_0(tiny: Tiny, folder: Path, comm: Communicator) -> Path:
     """Save `tiny` in `folder` once, for all ranks."""
-    if comm.rank == 0 and not (folder / "config.json").exists():
-        folder.mkdir(parents=True)
-        tiny.save(folder)
-    comm.barrier()
+    with comm.agreement():
+        if comm.rank == 0 and not (folder / "config.json").exists():
+            folder.mkdir(parents=True)
+            tiny.save(folder)
     return folder
 
 
