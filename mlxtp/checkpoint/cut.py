@@ -179,7 +179,7 @@ def open_cut(folder: Path) -> Checkpoint:
         )
         for file, header in origin.headers.items()
     }
-    return Checkpoint(headers, tensors_in(headers, origin.files))
+    return Checkpoint(headers, tensors_in(headers, origin.files), origin.different)
 
 
 def origin_of(folder: Path) -> Origin:

@@ -47,10 +47,12 @@ class Checkpoint:
 
     `headers` are those of its files, or, where it was cut, of the files that it had,
     with all that is in them. `tensors` are read: of copies in several files, one.
+    `different` are copies that are known to differ from it, by file and name.
     """
 
     headers: Mapping[str, Header]
     tensors: Mapping[str, StoredTensor]
+    different: frozenset[tuple[str, str]] = frozenset()
 
     @classmethod
     def of_files(
@@ -58,12 +60,11 @@ class Checkpoint:
     ) -> "Checkpoint":
         """Read the headers of `files`; of copies, what `tensor_files` chooses.
 
-        Raises: ValueError, with the file, if one is missing, cut short or broken; with
-            the tensor, if copies contradict each other.
+        Raises: ValueError, with the file, if one is missing, cut short or broken.
         """
         headers = {file.name: read_header(file) for file in files}
-        chosen, _ = tensor_files(headers, index or {}, equal_on_disk)
-        return cls(headers, tensors_in(headers, chosen))
+        chosen, different = tensor_files(headers, index or {}, equal_on_disk)
+        return cls(headers, tensors_in(headers, chosen), different)
 
     @classmethod
     def of_folder(cls, folder: Path) -> "Checkpoint":
@@ -104,7 +105,9 @@ class Checkpoint:
     def updated(self, other: "Checkpoint") -> "Checkpoint":
         """The same with the tensors of `other`, as they lie there."""
         return Checkpoint(
-            {**self.headers, **other.headers}, {**self.tensors, **other.tensors}
+            {**self.headers, **other.headers},
+            {**self.tensors, **other.tensors},
+            self.different | other.different,
         )
 
 
@@ -146,15 +149,13 @@ def tensor_files(
 ) -> tuple[dict[str, str], frozenset[tuple[str, str]]]:
     """Decide from which of the files each tensor is read: the rule for copies.
 
-    It is the file that the index names. Where that does not have it, all copies have to
-    be equal, and one of them is read. `are_equal` compares the bytes of two tensors of
-    the same type and shape; it is asked only where it matters, or with `compare_all`
-    of every copy.
+    It is the file that the index names, or the first one where that does not have it:
+    `unsettled` says which of these a model cannot use. `are_equal` compares the bytes
+    of two tensors of the same type and shape; it is asked only where it matters, or
+    with `compare_all` of every copy.
 
     Returns: the file of each tensor; the file and name of copies that are known to
         differ from it.
-
-    Raises: ValueError if copies differ and the index does not say which is right.
     """
     holders: dict[str, list[str]] = {}
     for file, header in headers.items():
@@ -169,15 +170,25 @@ def tensor_files(
             if file == first or (first == named and not compare_all):
                 continue
             one, other = headers[first].tensors[name], headers[file].tensors[name]
-            if one.tensor == other.tensor and are_equal(one, other):
-                continue
-            if first != named:
-                raise ValueError(
-                    f"{name} is in {first} and in {file}, and they differ; no {INDEX} "
-                    "says which is right: remove one of the two"
-                )
-            different.add((file, name))
+            if one.tensor != other.tensor or not are_equal(one, other):
+                different.add((file, name))
     return chosen, frozenset(different)
+
+
+def unsettled(checkpoint: Checkpoint, index: Mapping[str, str]) -> dict[str, str]:
+    """Tensors whose copies differ while the index does not say which is right.
+
+    Returns: by name, what an error says of it.
+    """
+    result = {}
+    for file, name in sorted(checkpoint.different):
+        holders = [f for f, h in checkpoint.headers.items() if name in h.tensors]
+        if index.get(name) not in holders:
+            result[name] = (
+                f"{name} is in {holders[0]} and in {file}, and they differ; no {INDEX} "
+                "says which is right: remove one of the two"
+            )
+    return result
 
 
 def tensors_in(

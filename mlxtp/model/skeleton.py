@@ -21,6 +21,7 @@ from mlxtp.checkpoint.headers import (
     absent_files,
     index_of,
     unlisted,
+    unsettled,
 )
 from mlxtp.checkpoint.tensors import Tensor
 from mlxtp.model.sources import Computed, Source, trace, uncuttable
@@ -105,6 +106,10 @@ def build(
         id(loader.unread[tensor]) for tensor in unlisted(checkpoint.headers, index)
     }
     _leave_out(unlisted_arrays, model, weights)
+    contradictions = unsettled(checkpoint, index.files)
+    for tensor, line in contradictions.items():  # before their shapes are compared
+        if any(array is loader.unread[tensor] for array in weights.values()):
+            raise ValueError(line)
     _check_parameters(model, weights, name, checkpoint, index.files)
     model.update(tree_unflatten(list(weights.items())))
     tensors = _by_identity(loader.unread, checkpoint)
@@ -120,6 +125,7 @@ def build(
         checkpoint = checkpoint.updated(added)
     parameters = dict(tree_flatten(model.parameters()))
     sources = _sources(parameters, tensors, loader, weights)
+    _check_copies(sources, contradictions)
     _check_types(sources, checkpoint)
     return EmptyModel(model, config, sources, checkpoint)
 
@@ -344,6 +350,18 @@ def _lacks(name: str, missing: list[str], files: list[str]) -> str:
         f"{line}: its index has them in {', '.join(files)}, and there is no such file; "
         "fetch the checkpoint again"
     )
+
+
+def _check_copies(
+    sources: Mapping[str, Source], contradictions: Mapping[str, str]
+) -> None:
+    """See that no parameter is made of a tensor whose copies contradict each other."""
+    if not contradictions:
+        return
+    for source in sources.values():
+        for tensor, _ in source.reads(Slice(source.shape)):
+            if tensor.name in contradictions:
+                raise ValueError(contradictions[tensor.name])
 
 
 def _check_types(sources: Mapping[str, Source], checkpoint: Checkpoint) -> None:

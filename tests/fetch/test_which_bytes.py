@@ -171,9 +171,17 @@ def unused_types(folder: Path, tensors: dict[str, Stored]) -> None:
     write(folder, {"model.safetensors": one | tensors | other})
 
 
+def unused_copies_differ(folder: Path, tensors: dict[str, Stored]) -> None:
+    files, _ = in_three(tensors)
+    for number, file in enumerate(FILES):
+        files[file][UNUSED] = Stored("F32", (1,), bytes([number] * 4))
+    write(folder, files)
+
+
 RIGHT: list[Make] = [
     index_names_one, equal_copies_and_an_index, equal_copies, stray_file,
     index_of_other_shards, index_elsewhere, no_index, other_names, unused_types,
+    unused_copies_differ,
 ]  # fmt: skip
 
 
