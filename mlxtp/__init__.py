@@ -1,10 +1,8 @@
 """One language model on several machines: tensor parallelism for MLX over MPI.
 
 Names are imported when they are first asked for: `import mlxtp` alone is quick, and
-needs no package besides Python.
-
-Raises: ImportError for such a name where MLX is installed without a backend. A program
-    of this package says that in a line, and ends with status 2.
+needs no package besides Python. Where MLX is installed without a backend, such a name
+raises ImportError; a program of this package says that in a line, with status 2.
 """
 
 import sys
