@@ -25,6 +25,9 @@ LIMIT_SECONDS = 300
 
 WORLD = Communicator.world(timeout_seconds=LIMIT_SECONDS)
 
+# The file that launch/test looks for; runs that tests start are not meant.
+ENDED = os.environ.pop("MLXTP_TESTS_ENDED", None)
+
 # An example has no limit of its own: the machine may be busy.
 if WORLD.size == 1:  # where tests of properties run
     from hypothesis import settings
@@ -59,7 +62,13 @@ def pytest_configure(config: Config) -> None:
 
 
 def pytest_unconfigure(config: Config) -> None:
-    """Show what a rank other than 0 has reported, where a test failed on it."""
+    """Show what a rank other than 0 has reported, where a test failed on it.
+
+    And tell launch/test that it came so far: a test that ends the process, with status
+    0 perhaps, would go unnoticed.
+    """
+    if ENDED and WORLD.rank == 0:
+        Path(ENDED).touch()
     reporter = config.pluginmanager.get_plugin("terminalreporter")
     failed = reporter is not None and reporter.stats.keys() & {"failed", "error"}
     if WORLD.rank > 0 and failed:

@@ -14,6 +14,7 @@ import pytest
 from mlxtp import __main__ as command
 from mlxtp import options
 from mlxtp.cluster import job
+from mlxtp.comm import launcher
 
 pytestmark = pytest.mark.once
 
@@ -33,8 +34,10 @@ def python(*words: str, stdin: str = "") -> subprocess.CompletedProcess[str]:
 
 @pytest.fixture
 def two_ranks(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The variables of a job of two ranks."""
+    """The variables of a job of two ranks, whose end is not this process's."""
     monkeypatch.setenv("OMPI_COMM_WORLD_SIZE", "2")
+    monkeypatch.setattr(launcher, "finish", lambda: None)
+    monkeypatch.setattr(launcher, "is_started", lambda: False)
 
 
 @pytest.mark.slow
