@@ -343,17 +343,18 @@ def _check_quantized_activations(model: nn.Module) -> None:
         for path, module in model.named_modules()
         if isinstance(module, nn.QQLinear)
     )
-    for path, layer in layers:
-        x, kind = mx.zeros((32, 128)), (layer.group_size, layer.bits, layer.mode)
-        weight, scales, *_ = mx.quantize(x, *kind)
-        try:
-            mx.eval(mx.qqmm(x, weight, scales, *kind))
-        except RuntimeError as error:
-            raise ValueError(
-                f"config.json asks for quantize_activations, as in {path}, and MLX "
-                f"cannot on this device ({error}): set it to false there"
-            ) from error
+    path, layer = next(layers, ("", None))
+    if layer is None:
         return
+    x, kind = mx.zeros((32, 128)), (layer.group_size, layer.bits, layer.mode)
+    weight, scales, *_ = mx.quantize(x, *kind)
+    try:
+        mx.eval(mx.qqmm(x, weight, scales, *kind))
+    except RuntimeError as error:
+        raise ValueError(
+            f"config.json asks for quantize_activations, as in {path}, and MLX cannot "
+            f"on this device ({error}): set it to false there"
+        ) from error
 
 
 def _checked_shares(shares: Sequence[int | Share] | None, comm: Communicator) -> Shares:

@@ -138,8 +138,10 @@ def here(repo: Repo) -> Checkpoint:
     Raises: ValueError, with the file, if one that it keeps is missing or broken.
     """
     kept = cut.open_cut(repo.folder())
-    tensors = dict(kept.tensors)
     files = {file: path for file in kept.headers if (path := _sound(repo, file))}
+    if not files:
+        return kept
+    tensors = dict(kept.tensors)
     for name, stored in cut.origin_of(repo.folder()).tensors.items():
         for piece in stored.pieces:
             if path := files.get(str(piece.file)):

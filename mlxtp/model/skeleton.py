@@ -125,8 +125,8 @@ def build(
         checkpoint = checkpoint.updated(added)
     parameters = dict(tree_flatten(model.parameters()))
     sources = _sources(parameters, tensors, loader, weights)
-    _check_copies(sources, contradictions)
-    _check_types(sources, checkpoint)
+    _check_used(sources, contradictions)
+    _check_used(sources, _unreadable(checkpoint))
     return EmptyModel(model, config, sources, checkpoint)
 
 
@@ -352,35 +352,35 @@ def _lacks(name: str, missing: list[str], files: list[str]) -> str:
     )
 
 
-def _check_copies(
-    sources: Mapping[str, Source], contradictions: Mapping[str, str]
-) -> None:
-    """See that no parameter is made of a tensor whose copies contradict each other."""
-    if not contradictions:
-        return
-    for source in sources.values():
-        for tensor, _ in source.reads(Slice(source.shape)):
-            if tensor.name in contradictions:
-                raise ValueError(contradictions[tensor.name])
+def _unreadable(checkpoint: Checkpoint) -> dict[str, str]:
+    """Tensors of types that MLX does not read.
 
-
-def _check_types(sources: Mapping[str, Source], checkpoint: Checkpoint) -> None:
-    """See that MLX reads the type of every tensor that a parameter is made of."""
+    Returns: by name, what an error says of it.
+    """
     if all(stored.tensor.is_readable for stored in checkpoint.tensors.values()):
-        return
+        return {}
     files = {
         stored: file
         for file, header in checkpoint.headers.items()
         for stored in header.tensors.values()
     }
+    return {
+        name: f"{name} in {files.get(stored, 'the adapter')} is of type "
+        f"{stored.tensor.kind}, which MLX does not read: take a checkpoint of another "
+        "type"
+        for name, stored in checkpoint.tensors.items()
+        if not stored.tensor.is_readable
+    }
+
+
+def _check_used(sources: Mapping[str, Source], faults: Mapping[str, str]) -> None:
+    """See that no parameter is made of a tensor that has a fault."""
+    if not faults:
+        return
     for source in sources.values():
         for tensor, _ in source.reads(Slice(source.shape)):
-            if not tensor.is_readable:
-                file = files.get(checkpoint.tensors[tensor.name], "the adapter")
-                raise ValueError(
-                    f"{tensor.name} in {file} is of type {tensor.kind}, which MLX does "
-                    "not read: take a checkpoint of another type"
-                )
+            if tensor.name in faults:
+                raise ValueError(faults[tensor.name])
 
 
 def _check_shapes(model: nn.Module, weights: Mapping[str, mx.array], name: str) -> None:
