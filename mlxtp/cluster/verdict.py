@@ -49,8 +49,8 @@ class CollectiveCall:
     """A collective that a rank has called.
 
     `number` counts the rank's collectives from 1; it is None for one that stands in
-    MLX's graph. `layer` is the path of the layer that called it, "" outside of
-    layers. `waiting` says whether the rank was still in it.
+    MLX's graph and is not known to have begun. `layer` is the path of the layer that
+    called it, "" outside of layers. `waiting` says whether the rank was still in it.
     """
 
     name: str

@@ -162,8 +162,8 @@ class Heartbeat:
             self._host,
             progress.number,
             progress.last_call(),
-            progress.waiting_since,
-            progress.limited,
+            progress.waits(),
+            progress.limited_since,
             progress.blocks,
         )
 
@@ -203,6 +203,7 @@ class Heartbeat:
             # Read first: a rank counts a block before the collectives behind it, so
             # a number that counts those never goes out with blocks that lack it.
             "number": self._progress.number,
+            "begun": self._progress.graph().begun,
             "blocks": self._progress.blocks,
             **more,
         }
@@ -228,7 +229,7 @@ class Heartbeat:
             peer = next(p for p in self.peers if p.rank == state["rank"])
             with self._hearing:
                 peer.heard, peer.gone = time.monotonic(), False
-                peer.number = state["number"]
+                peer.number, peer.begun = state["number"], state["begun"]
                 # A datagram may be overtaken by a later one.
                 peer.blocks = max(peer.blocks, Blocks(*state["blocks"]))
                 peer.left = peer.left or state.get("left", False)

@@ -1,7 +1,7 @@
 """What this rank does, as it tells the others with its heartbeat."""
 
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import NamedTuple
 
@@ -12,7 +12,7 @@ class Blocks(NamedTuple):
     """How many blocks, such as forward passes, a rank has left, and how.
 
     `ended` counts all, `raised` those that an exception ended; `raised_at` is how many
-    collectives the rank had begun at the last exception.
+    collectives the rank had called at the last exception.
     """
 
     ended: int = 0
@@ -20,42 +20,95 @@ class Blocks(NamedTuple):
     raised_at: int = 0
 
 
+class GraphState(NamedTuple):
+    """What the native core does of the collectives that stand in MLX's graph.
+
+    `begun` is the number of the last one that it has begun, 0 before the first, and
+    `name` and `layer` are those of that one. `seconds` is how long it has been waiting
+    in it, -1 while it is in none.
+    """
+
+    begun: int = 0
+    name: str = ""
+    layer: str = ""
+    seconds: float = -1.0
+
+
+class Wait(NamedTuple):
+    """A wait in a collective: since when (seconds of the monotonic clock), and which.
+
+    `in_graph` says whether the native core waits, rather than the main thread.
+    """
+
+    since: float
+    name: str
+    number: int
+    layer: str
+    in_graph: bool
+
+    def call(self) -> CollectiveCall:
+        """Return the collective that is waited for."""
+        return CollectiveCall(self.name, self.number, self.layer, waiting=True)
+
+
 class Progress:
     """The collectives that the main thread has called; other threads may read it.
 
-    `number` counts them; `waiting_since` is when the wait in the current one began
-    (seconds of the monotonic clock), None outside; `limited` says whether waits have
-    a limit of time. `blocks` are those of `Communicator.raising_together`.
+    `number` counts them, those in MLX's graph too. `graph` tells what has become of
+    these; it is called by the heartbeat's thread, at any time, so it must not block. By
+    default nothing is known of them. `limited_since` is since when waits have a limit
+    of time (seconds of the monotonic clock), None while they have none. `blocks` are
+    those of `Communicator.raising_together`.
     """
 
     def __init__(self) -> None:
         self.number = 0
-        self.waiting_since: float | None = None
-        self.limited = True
+        self.graph: Callable[[], GraphState] = GraphState
+        self.limited_since: float | None = 0.0
         self.blocks = Blocks()
-        # One assignment, so that a reader never sees parts of two calls.
-        self._last: tuple[str, int | None, str] | None = None
+        # Each is one assignment, so that a reader never sees parts of two calls.
+        self._wait: Wait | None = None
+        self._last: tuple[str, int, str, bool] | None = None
+
+    def waits(self) -> list[Wait]:
+        """Return the waits of the main thread and of the native core, if they wait."""
+        main, graph = self._wait, self.graph()
+        waits = [] if main is None else [main]
+        if graph.seconds >= 0:
+            since = time.monotonic() - graph.seconds
+            waits.append(Wait(since, graph.name, graph.begun, graph.layer, True))
+        return waits
 
     def last_call(self) -> CollectiveCall | None:
-        """Return the last collective that was called; None before the first."""
+        """Return the last collective that was called; None before the first.
+
+        It has no number while it stands in MLX's graph and is not known to have begun.
+        """
         if self._last is None:
             return None
-        return CollectiveCall(*self._last, waiting=self.waiting_since is not None)
+        name, number, layer, in_graph = self._last
+        is_begun = not in_graph or number <= self.graph().begun
+        return CollectiveCall(name, number if is_begun else None, layer, waiting=False)
 
     @contextmanager
     def collective(self, name: str, layer: str = "") -> Iterator[None]:
         """Note that the main thread is in a collective, for the block."""
         self.number += 1
-        self._last = name, self.number, layer
-        self.waiting_since = time.monotonic()
+        self._last = name, self.number, layer, False
+        self._wait = Wait(time.monotonic(), name, self.number, layer, False)
         try:
             yield
         finally:
-            self.waiting_since = None
+            self._wait = None
 
-    def put_in_graph(self, name: str, layer: str) -> None:
-        """Note a collective that MLX will wait for when it evaluates the graph."""
-        self._last = name, None, layer
+    def put_in_graph(self, name: str, layer: str) -> int:
+        """Note a collective that MLX will wait for when it evaluates the graph.
+
+        Returns its number.
+        """
+        self.number += 1
+        self._last = name, self.number, layer, True
+        return self.number
 
     def end_block(self, *, raised: bool) -> None:
         """Note that the main thread has left a block, with an exception or not."""
@@ -67,9 +120,12 @@ class Progress:
 
     @contextmanager
     def unlimited(self) -> Iterator[None]:
-        """Let waits in the block take as long as they take, while ranks load, say."""
-        before, self.limited = self.limited, False
+        """Let waits in the block take as long as they take, while ranks load, say.
+
+        One of the native core may outlast the block: its time counts from the end.
+        """
+        before, self.limited_since = self.limited_since, None
         try:
             yield
         finally:
-            self.limited = before
+            self.limited_since = None if before is None else time.monotonic()

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from mlxtp.cluster.verdict import CollectiveCall, RankOnHost, Verdict, Why
-from mlxtp.comm.progress import Blocks
+from mlxtp.comm.progress import Blocks, Wait
 
 # A rank that has not been heard for so many beats is not heard at the moment.
 UNHEARD_BEATS = 3
@@ -21,7 +21,9 @@ class Peer:
 
     `heard` is when it was heard last, 0 before the first time. `gone`: its host says
     that nobody listens there any more. `left`: it said good-bye. `number` counts the
-    collectives that it has begun, `blocks` how it has left forward passes.
+    collectives that its main thread has called, `begun` is the number of the last in
+    MLX's graph that its native core has begun. `blocks` counts how it has left forward
+    passes.
     """
 
     rank: int
@@ -30,6 +32,7 @@ class Peer:
     gone: bool = False
     left: bool = False
     number: int = 0
+    begun: int = 0
     blocks: Blocks = NO_BLOCKS
 
 
@@ -37,19 +40,28 @@ class Peer:
 class ThisRank:
     """What this rank does.
 
-    `number` counts the collectives that it has begun, `last_call` is the last of
-    them. `waiting_since` is when its wait there began, None if it is in none.
-    `limited` says whether the wait has a limit. `blocks` counts how it has left forward
-    passes.
+    `number` counts the collectives that it has called, `last_call` is the last of
+    them. `waits` are those in which its main thread and its native core are now.
+    `limited_since` is since when waits have a limit, None while they have none.
+    `blocks` counts how it has left forward passes.
     """
 
     rank: int
     host: str
     number: int = 0
     last_call: CollectiveCall | None = None
-    waiting_since: float | None = None
-    limited: bool = True
+    waits: Sequence[Wait] = ()
+    limited_since: float | None = 0.0
     blocks: Blocks = NO_BLOCKS
+
+    def longest_wait(self) -> Wait | None:
+        """Return the wait that has lasted longest: the one that counts."""
+        return min(self.waits, key=lambda wait: wait.since, default=None)
+
+    def collective(self) -> CollectiveCall | None:
+        """Return what verdicts name: what it waits in, or else what it called last."""
+        wait = self.longest_wait()
+        return self.last_call if wait is None else wait.call()
 
 
 @dataclass(frozen=True)
@@ -75,16 +87,31 @@ def judge(
     ]
     if silent:
         return _verdict("silent", silent, limits, this)
-    since = this.waiting_since
-    if since is None or not this.limited or now - since <= limits.timeout_seconds:
+    wait = this.longest_wait()
+    if wait is None or not _is_over(wait.since, now, limits, this):
         return None
     if not peers:
         return _verdict("unconnected", [], limits, this)
     if left := [peer for peer in peers if peer.left]:
         return _verdict("left", left, limits, this)
-    if late := [peer for peer in peers if peer.number < this.number]:
+    if late := [peer for peer in peers if not _has_come(peer, wait)]:
         return _verdict("late", late, limits, this)
     return _verdict("undelivered", [], limits, this)
+
+
+def _is_over(since: float, now: float, limits: Limits, this: ThisRank) -> bool:
+    """Whether the limit of a wait that began at `since` is over."""
+    if this.limited_since is None:
+        return False
+    return now - max(since, this.limited_since) > limits.timeout_seconds
+
+
+def _has_come(peer: Peer, wait: Wait) -> bool:
+    """Whether a peer has come to the collective that this rank waits in.
+
+    In MLX's graph it may have called the collective long before.
+    """
+    return (peer.begun if wait.in_graph else peer.number) >= wait.number
 
 
 def have_all_raised(peers: Sequence[Peer], this: ThisRank) -> bool:
@@ -103,8 +130,8 @@ def judge_raised(
     """Return the verdict where this rank has raised and another rank does not.
 
     `since` is when it raised `error`. Another rank does not if it went on: it has left
-    the block, or has begun a collective that this rank does not come to. It is waited
-    for as long as the limit.
+    the block, or has called a collective that this rank does not come to, be it in
+    MLX's graph. It is waited for as long as the limit.
     """
     raised = [peer for peer in peers if _has_raised(peer, this)]
     went_on = any(
@@ -112,7 +139,7 @@ def judge_raised(
         for peer in peers
         if peer not in raised
     )
-    if went_on or (this.limited and now - since > limits.timeout_seconds):
+    if went_on or _is_over(since, now, limits, this):
         ranks: list[Peer | ThisRank] = [*raised, this]
         ranks.sort(key=lambda rank: rank.rank)
         return replace(_verdict("raised", ranks, limits, this), error=error)
@@ -193,7 +220,8 @@ def _verdict(
     why: Why, lost: Sequence[Peer | ThisRank], limits: Limits, this: ThisRank
 ) -> Verdict:
     reporter = RankOnHost(this.rank, this.host)
-    return Verdict(why, _places(lost), reporter, this.last_call, limits.timeout_seconds)
+    seconds = limits.timeout_seconds
+    return Verdict(why, _places(lost), reporter, this.collective(), seconds)
 
 
 def _places(ranks: Sequence[Peer | ThisRank]) -> tuple[RankOnHost, ...]:

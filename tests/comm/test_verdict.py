@@ -1,5 +1,6 @@
 """Which verdict follows from what is known of the other ranks: a table of cases."""
 
+import time
 from dataclasses import replace
 
 import pytest
@@ -14,7 +15,7 @@ from mlxtp.cluster.verdict import (
     VerdictFilter,
 )
 from mlxtp.comm.ending import text_of
-from mlxtp.comm.progress import Blocks
+from mlxtp.comm.progress import Blocks, GraphState, Progress, Wait
 from mlxtp.comm.verdict import (
     Limits,
     Peer,
@@ -30,16 +31,26 @@ from mlxtp.comm.verdict import (
 
 NOW = 1000.0
 LIMITS = Limits(timeout_seconds=10, beat_seconds=1)
-CALL = CollectiveCall("allreduce", 7, "model.layers.3", waiting=True)
-WAITING = ThisRank(1, "studio2", 7, CALL, waiting_since=NOW - 10.1)
+WAIT = Wait(NOW - 10.1, "allreduce", 7, "model.layers.3", in_graph=False)
+CALL = WAIT.call()
+COMPUTING = ThisRank(1, "studio2", 7, replace(CALL, waiting=False))
+WAITING = replace(COMPUTING, waits=[WAIT])
+# The native core waits, while the main thread has called more.
+IN_GRAPH = replace(
+    COMPUTING,
+    number=20,
+    last_call=CollectiveCall("allgather", None, "lm_head", waiting=False),
+    waits=[WAIT._replace(in_graph=True)],
+)
+BARRIER = Wait(NOW - 9, "barrier", 21, "", in_graph=False)
 WHERE = "; rank 1 on studio2 is in allreduce 7 of model.layers.3: all ranks end"
 
 
 def peers(**changes: dict[str, object]) -> list[Peer]:
-    """Ranks 0, 2 and 3, heard just now, in the same collective, but for `changes`."""
+    """Ranks 0, 2 and 3, heard just now, in collective 7, but for `changes`."""
     return [
         replace(
-            Peer(rank, f"studio{rank + 1}", heard=NOW - 0.5, number=7),
+            Peer(rank, f"studio{rank + 1}", heard=NOW - 0.5, number=7, begun=7),
             **changes.get(f"rank_{rank}", {}),
         )
         for rank in (0, 2, 3)
@@ -53,12 +64,13 @@ SILENT = {"heard": NOW - 10.1}
     ("known", "this", "why", "lost", "says"),
     [
         # Nobody is missing.
-        ({}, replace(WAITING, waiting_since=NOW - 9.9), None, [], ""),
-        ({}, replace(WAITING, waiting_since=None), None, [], ""),
-        ({}, replace(WAITING, limited=False), None, [], ""),
+        ({}, replace(WAITING, waits=[WAIT._replace(since=NOW - 9.9)]), None, [], ""),
+        ({}, COMPUTING, None, [], ""),
+        ({}, replace(WAITING, limited_since=None), None, [], ""),
+        ({}, replace(WAITING, limited_since=NOW - 9.9), None, [], ""),
         (
             {"rank_2": {"heard": NOW - 9.9}},
-            replace(WAITING, limited=False),
+            replace(WAITING, limited_since=None),
             None,
             [],
             "",
@@ -66,12 +78,12 @@ SILENT = {"heard": NOW - 10.1}
         # Silence counts while this rank computes, and in waits without a limit.
         (
             {"rank_2": SILENT},
-            replace(WAITING, waiting_since=None),
+            COMPUTING,
             "silent",
             [2],
             "mlxtp: rank 2 on studio3 did not answer for 10 s (stopped or cut off)",
         ),
-        ({"rank_2": SILENT}, replace(WAITING, limited=False), "silent", [2], ""),
+        ({"rank_2": SILENT}, replace(WAITING, limited_since=None), "silent", [2], ""),
         (
             {"rank_0": SILENT, "rank_3": SILENT},
             WAITING,
@@ -82,14 +94,14 @@ SILENT = {"heard": NOW - 10.1}
         # Who was never heard or has said good-bye is not silent.
         (
             {"rank_2": {"heard": 0.0}},
-            replace(WAITING, waiting_since=None),
+            COMPUTING,
             None,
             [],
             "",
         ),
         (
             {"rank_2": {**SILENT, "left": True}},
-            replace(WAITING, waiting_since=None),
+            COMPUTING,
             None,
             [],
             "",
@@ -103,7 +115,7 @@ SILENT = {"heard": NOW - 10.1}
             "mlxtp: rank 2 on studio3 left while others waited",
         ),
         (
-            {"rank_3": {"number": 6}},
+            {"rank_3": {"number": 6, "begun": 9}},
             WAITING,
             "late",
             [3],
@@ -115,6 +127,34 @@ SILENT = {"heard": NOW - 10.1}
             "undelivered",
             [],
             "mlxtp: messages did not arrive within 10 s, though all ranks answer",
+        ),
+        # So has its native core: who has called more may have begun less.
+        (
+            {"rank_0": {"number": 20}, "rank_3": {"number": 20, "begun": 6}},
+            IN_GRAPH,
+            "late",
+            [3],
+            "mlxtp: rank 3 on studio4 did not come within 10 s",
+        ),
+        ({"rank_2": {"number": 6}}, IN_GRAPH, "undelivered", [], ""),
+        ({"rank_2": {"left": True}}, IN_GRAPH, "left", [2], ""),
+        ({"rank_2": SILENT}, IN_GRAPH, "silent", [2], ""),
+        ({"rank_2": {"begun": 6}}, replace(IN_GRAPH, limited_since=None), None, [], ""),
+        ({}, replace(IN_GRAPH, limited_since=NOW - 9.9), None, [], ""),
+        # Both wait: what has lasted longest counts.
+        (
+            {"rank_0": {"begun": 6}, "rank_3": {"number": 20}},
+            replace(IN_GRAPH, waits=[BARRIER, *IN_GRAPH.waits]),
+            "late",
+            [0],
+            "",
+        ),
+        (
+            {"rank_0": {"begun": 6}, "rank_3": {"number": 6}},
+            replace(WAITING, waits=[WAIT, BARRIER._replace(in_graph=True)]),
+            "late",
+            [3],
+            "",
         ),
     ],
 )
@@ -134,7 +174,7 @@ def test_judge(
     assert [place.rank for place in verdict.lost] == lost
     assert all(place.host == f"studio{place.rank + 1}" for place in verdict.lost)
     assert verdict.sentence().startswith(says)
-    if this.waiting_since is not None:
+    if this.waits:
         assert verdict.sentence().endswith(WHERE)
 
 
@@ -145,7 +185,7 @@ def test_ranks_that_never_found_each_other() -> None:
 
 
 # This rank has left its third block by an exception, its second, in collective 7.
-RAISED = replace(WAITING, waiting_since=None, blocks=Blocks(3, 2, 7))
+RAISED = replace(COMPUTING, blocks=Blocks(3, 2, 7))
 
 
 @pytest.mark.parametrize(
@@ -158,6 +198,7 @@ RAISED = replace(WAITING, waiting_since=None, blocks=Blocks(3, 2, 7))
         ({"rank_2": {"blocks": Blocks(3, 2, 7)}}, NOW - 10.1, [1, 2]),
         # One went on: to a collective, out of the block, or to its end.
         ({"rank_3": {"number": 8}}, NOW, [1]),
+        ({"rank_3": {"number": 8, "begun": 3}}, NOW, [1]),
         ({"rank_3": {"blocks": Blocks(3, 1, 2)}}, NOW, [1]),
         ({"rank_3": {"left": True}}, NOW, [1]),
         # One raised elsewhere in the block.
@@ -296,6 +337,42 @@ def test_who_is_cut_off(silent: list[int], cut_off: bool) -> None:
     known = peers(**{f"rank_{rank}": {"heard": NOW - 3.1} for rank in silent})
     assert [peer.rank for peer in unheard(known, NOW, LIMITS)] == silent
     assert is_cut_off(known, NOW, LIMITS) == cut_off
+
+
+def test_progress() -> None:
+    """Collectives count when they are called, in MLX's graph or out of it."""
+    progress = Progress()
+    assert (progress.last_call(), progress.waits()) == (None, [])
+    with progress.collective("bcast"):
+        [wait] = progress.waits()
+        assert str(wait.call()) == "bcast 1" and not wait.in_graph
+    assert str(progress.last_call()) == "bcast 1" and progress.waits() == []
+    assert progress.put_in_graph("allreduce", "model.layers.0") == 2
+    assert progress.put_in_graph("allgather", "lm_head") == progress.number == 3
+    # Over MLX's own backends nobody knows what has begun.
+    assert str(progress.last_call()) == "the graph with an allgather of lm_head"
+    state = GraphState(2, "allreduce", "model.layers.0", 1.5)
+    progress.graph = lambda: state
+    [wait] = progress.waits()
+    assert str(wait.call()) == "allreduce 2 of model.layers.0" and wait.in_graph
+    assert time.monotonic() - wait.since == pytest.approx(1.5, abs=0.5)
+    assert str(progress.last_call()) == "the graph with an allgather of lm_head"
+    state = GraphState(3, "allgather", "lm_head")  # and in none now
+    assert str(progress.last_call()) == "allgather 3 of lm_head"
+    assert progress.waits() == []
+    progress.end_block(raised=True)
+    assert progress.blocks == Blocks(1, 1, raised_at=3)
+
+
+def test_waits_without_a_limit() -> None:
+    """A wait of the native core that outlasts them has its limit from then on."""
+    progress = Progress()
+    begin = time.monotonic()
+    with progress.unlimited():
+        with progress.unlimited():
+            assert progress.limited_since is None
+        assert progress.limited_since is None
+    assert progress.limited_since is not None and progress.limited_since >= begin
 
 
 @pytest.mark.parametrize(
