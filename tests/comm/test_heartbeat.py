@@ -7,8 +7,11 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
+from functools import cache
 from pathlib import Path
+from threading import Barrier
 from typing import Any, cast
 from unittest.mock import Mock
 
@@ -22,19 +25,25 @@ from mlxtp.cluster.verdict import VERDICT_MARK, VERDICT_VARIABLE, Verdict
 from mlxtp.comm import heartbeat, verdict
 from mlxtp.comm.heartbeat import Heartbeat
 from mlxtp.comm.launcher import LEAST_START_SECONDS
-from mlxtp.comm.progress import Blocks, Progress
+from mlxtp.comm.progress import Blocks, GraphState, Progress
 from mlxtp.comm.transports import Transport
 from mlxtp.comm.verdict import Peer, ThisRank
 
 HOST = os.uname().nodename
 TIMEOUT_SECONDS = 3
 
+# In MLX's backends nothing limits how long a rank waits for one that is alive.
+TRANSPORTS = ["mpi", "ring", "mlx-mpi"]
+WITH_LIMIT = ["mpi"]
+
 # Ranks add for ever; rank 1 does at its 20th sum what the second argument says.
 PROGRAM = """
 import os, sys, time
 import mlx.core as mx
 import mlxtp
-comm = mlxtp.Communicator.world(sys.argv[1], timeout_seconds=float(sys.argv[3]))
+comm = mlxtp.Communicator.world(
+    sys.argv[1], timeout_seconds=float(sys.argv[3]), measure=False
+)
 pids = comm.allgather_object(os.getpid())
 if comm.rank == 0:
     print("pids", *pids, flush=True)
@@ -121,31 +130,88 @@ def of(verdict: Verdict) -> list[int]:
     return [place.rank for place in verdict.lost]
 
 
+Ended = tuple[Job, int, float]
+
+
 def broken(
-    transport: str, break_it: Callable[[Job], None], deed: str = "pass"
-) -> tuple[Job, int, float]:
-    job = Job("-c", PROGRAM, transport, deed, TIMEOUT_SECONDS)
+    *arguments: object,
+    break_it: Callable[[Job], None] = lambda job: None,
+    ranks: int = 3,
+    limit_seconds: float = TIMEOUT_SECONDS + 25,
+) -> Ended:
+    """A job that breaks, or is broken from outside, and its end."""
+    job = Job("-c", *arguments, ranks=ranks)
     time.sleep(1.5)
     break_it(job)
-    status, seconds = job.end(TIMEOUT_SECONDS + 25)
+    status, seconds = job.end(limit_seconds)
     assert job.still_running() == []
     return job, status, seconds
 
 
-# Under the bare name "mpi" pytest-mpi would take a test for one of its own.
-@pytest.mark.parametrize(
-    "transport", sweep(["mpi", "ring", "mlx-mpi"], ["mpi"]), ids="over {}".format
-)
+def send(number: signal.Signals, rank: int | None = None) -> Callable[[Job], None]:
+    """Send a signal to a rank, or to mpirun."""
+    return lambda job: os.kill(job.mpirun if rank is None else job.pids[rank], number)
+
+
+SLEEP = "time.sleep(1000)"
+RAISE = """
+try:
+    with comm.raising_together():
+        raise ValueError("no\\nway")
+except ValueError:
+    time.sleep(1000)
+"""
+
+# Jobs wait most of their time, so several run at once, and each test takes its own.
+POOL = ThreadPoolExecutor(4)
+
+
+@cache
+def jobs(transport: str) -> dict[str, Future[Ended]]:
+    """Start a job for every way to break one; those that last longest come first."""
+
+    def start(deed: str, program: str = PROGRAM, **how: Any) -> Future[Ended]:
+        return POOL.submit(broken, program, transport, deed, TIMEOUT_SECONDS, **how)
+
+    started = {"stopped": start("pass", break_it=send(signal.SIGSTOP, 1))}
+    if transport in WITH_LIMIT:
+        started["leaves"] = start("sys.exit(0)")
+        started["late"] = start(SLEEP)
+        started["late for what was started"] = start(
+            SLEEP, PROGRAM.replace(SUM, STARTED)
+        )
+        started["fails"] = start("1 / 0")
+    started["raises"] = start(RAISE)
+    started["killed"] = start("pass", break_it=send(signal.SIGKILL, 1))
+    return started
+
+
+def over(transports: list[str]) -> pytest.MarkDecorator:
+    """Run a test over each; under the name "mpi" pytest-mpi would take it for its."""
+    values = sweep(transports, ["mpi"])
+    return pytest.mark.parametrize("transport", values, ids="over {}".format)
+
+
+@over(TRANSPORTS)
+def test_a_rank_stops_answering(transport: str) -> None:
+    job, status, seconds = jobs(transport)["stopped"].result()
+    assert status != 0 and TIMEOUT_SECONDS - 1 < seconds < TIMEOUT_SECONDS + 5
+    missing = f"mlxtp: rank 1 on {HOST} did not answer for {TIMEOUT_SECONDS} s"
+    assert job.output.count(missing) == 1, job.output
+    verdict = job.verdict()
+    assert (verdict.why, of(verdict)) == ("silent", [1])
+    assert verdict.limit_seconds == TIMEOUT_SECONDS
+
+
+@over(TRANSPORTS)
 def test_a_rank_is_killed(transport: str) -> None:
-    job, status, seconds = broken(
-        transport, lambda job: os.kill(job.pids[1], signal.SIGKILL)
-    )
+    job, status, seconds = jobs(transport)["killed"].result()
     assert status != 0 and seconds < TIMEOUT_SECONDS + 5
     assert job.output.count(f"mlxtp: rank 1 on {HOST} died") == 1, job.output
     verdict = job.verdict()
     assert (verdict.why, of(verdict)) == ("died", [1])
     assert verdict.sentence() in job.output
-    if transport == "mpi":
+    if transport in WITH_LIMIT:
         assert verdict.reporter.rank == 0
         assert verdict.collective is not None and verdict.collective.number
         assert verdict.collective.layer.startswith("model.layers.")
@@ -156,84 +222,141 @@ def test_a_rank_is_killed(transport: str) -> None:
         ), job.output
 
 
-# Under the bare name "mpi" pytest-mpi would take a test for one of its own.
+@over(WITH_LIMIT)
 @pytest.mark.parametrize(
-    "transport", sweep(["mpi", "ring", "mlx-mpi"], ["mpi"]), ids="over {}".format
-)
-def test_a_rank_stops_answering(transport: str) -> None:
-    job, status, seconds = broken(
-        transport, lambda job: os.kill(job.pids[1], signal.SIGSTOP)
-    )
-    assert status != 0 and TIMEOUT_SECONDS - 1 < seconds < TIMEOUT_SECONDS + 5
-    missing = f"mlxtp: rank 1 on {HOST} did not answer for {TIMEOUT_SECONDS} s"
-    assert job.output.count(missing) == 1, job.output
-    verdict = job.verdict()
-    assert (verdict.why, of(verdict)) == ("silent", [1])
-    assert verdict.limit_seconds == TIMEOUT_SECONDS
-
-
-@pytest.mark.slow
-def test_rank_0_is_killed() -> None:
-    job, status, _ = broken("mpi", lambda job: os.kill(job.pids[0], signal.SIGKILL))
-    assert status != 0
-    assert f"mlxtp: rank 0 on {HOST} died; rank 1 on" in job.output, job.output
-
-
-@pytest.mark.slow
-def test_a_rank_is_killed_while_another_is_too_busy_to_answer() -> None:
-    holds_the_lock = """
-import ctypes, signal
-signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGTERM, signal.SIGCONT])
-ctypes.PyDLL(None).sleep(60)
-"""
-    job, status, _ = broken(
-        "mpi", lambda job: os.kill(job.pids[2], signal.SIGKILL), holds_the_lock
-    )
-    assert status != 0
-    assert f"mlxtp: rank 2 on {HOST} died; rank 0 on" in job.output, job.output
-
-
-@pytest.mark.parametrize(
-    ("deed", "message", "why"),
+    ("what", "message", "why"),
     [
-        ("sys.exit(0)", "left while others waited; rank [02] on", "left"),
+        ("leaves", "left while others waited; rank [02] on", "left"),
+        ("late", f"did not come within {TIMEOUT_SECONDS} s; rank [02] on", "late"),
         (
-            "time.sleep(1000)",
+            "late for what was started",
             f"did not come within {TIMEOUT_SECONDS} s; rank [02] on",
             "late",
         ),
-        ("1 / 0", "failed: all ranks end", "failed"),
+        ("fails", "failed: all ranks end", "failed"),
     ],
 )
-def test_a_rank_does_something_else(deed: str, message: str, why: str) -> None:
-    job, status, seconds = broken("mpi", lambda job: None, deed)
+def test_a_rank_does_something_else(
+    what: str, message: str, why: str, transport: str
+) -> None:
+    job, status, seconds = jobs(transport)[what].result()
     assert status != 0 and seconds < TIMEOUT_SECONDS + 6
     told = re.findall(f"mlxtp: rank 1 on {HOST} {message}", job.output)
     assert len(told) == 1, job.output
     verdict = job.verdict()
     assert (verdict.why, of(verdict)) == (why, [1])
+    if why != "failed":  # what is waited for is named, also if it was only started
+        name = "iallreduce" if what.endswith("started") else "allreduce"
+        collective = verdict.collective
+        assert collective is not None and collective.waiting and collective.number
+        assert collective.name == name
+        assert collective.layer.startswith("model.layers.")
 
 
-# Under the bare name "mpi" pytest-mpi would take a test for one of its own.
-@pytest.mark.parametrize(
-    "transport", sweep(["mpi", "ring", "mlx-mpi"], ["mpi"]), ids="over {}".format
-)
+@over(TRANSPORTS)
 def test_a_rank_raises_and_catches_it(transport: str) -> None:
     """It says what it raised, instead of doing what the others do not wait for."""
-    deed = """
-try:
-    with comm.raising_together():
-        raise ValueError("no\\nway")
-except ValueError:
-    time.sleep(1000)
-"""
-    job, status, seconds = broken(transport, lambda job: None, deed)
+    job, status, seconds = jobs(transport)["raises"].result()
     assert status != 0 and seconds < TIMEOUT_SECONDS + 6
     message = f"mlxtp: rank 1 on {HOST} raised ValueError: no way, where others did not"
     assert job.output.count(message) == 1, job.output
     verdict = job.verdict()
     assert (verdict.why, of(verdict)) == ("raised", [1])
     assert verdict.error == "ValueError: no way"
+
+
+# Rank 1 takes no signals and holds Python's lock; rank 2 is killed meanwhile.
+HOLD_THE_LOCK = """
+import ctypes, signal
+signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGTERM, signal.SIGCONT])
+ctypes.PyDLL(None).sleep(60)
+"""
+
+# MPI starts when all ranks have come, and lets no Python run until then.
+DOES_NOT_COME = """
+import os, sys, time
+if os.environ["OMPI_COMM_WORLD_RANK"] == "1":
+    time.sleep(1000)
+print("pids", os.getpid(), flush=True)
+import mlxtp
+mlxtp.Communicator.world(timeout_seconds=float(sys.argv[1]))
+"""
+
+UNLIMITED = """
+import sys, time
+import mlxtp
+comm = mlxtp.Communicator.world(timeout_seconds=1)
+print("pids", flush=True) if comm.rank == 0 else None
+with comm.unlimited():
+    time.sleep(3 * comm.rank)
+    comm.barrier()
+"""
+
+
+@cache
+def slow_jobs() -> dict[str, Future[Ended]]:
+    """Start the other jobs that break, and one that does not."""
+
+    def start(deed: str, break_it: Callable[[Job], None]) -> Future[Ended]:
+        arguments = (PROGRAM, "mpi", deed, TIMEOUT_SECONDS)
+        return POOL.submit(broken, *arguments, break_it=break_it)
+
+    limit_seconds = LEAST_START_SECONDS + 25
+    return {
+        "does not come": POOL.submit(
+            broken, DOES_NOT_COME, TIMEOUT_SECONDS, limit_seconds=limit_seconds
+        ),
+        "unlimited": POOL.submit(broken, UNLIMITED, ranks=2, limit_seconds=30),
+        "mpirun is killed": start("pass", send(signal.SIGKILL)),
+        "mpirun is ended": start("pass", send(signal.SIGTERM)),
+        "rank 0 is killed": start("pass", send(signal.SIGKILL, 0)),
+        "busy": start(HOLD_THE_LOCK, send(signal.SIGKILL, 2)),
+    }
+
+
+@pytest.mark.slow
+def test_a_rank_does_not_come() -> None:
+    job, status, seconds = slow_jobs()["does not come"].result()
+    assert status != 0 and seconds < LEAST_START_SECONDS + 10  # it imports first
+    message = f"mlxtp: MPI did not start on {HOST} within {LEAST_START_SECONDS:g} s"
+    assert job.output.count(message) == 1, job.output
+    verdict = job.verdict()
+    assert (verdict.why, verdict.lost) == ("not started", ())
+    assert verdict.reporter.host == HOST
+
+
+@pytest.mark.slow
+def test_rank_0_is_killed() -> None:
+    job, status, _ = slow_jobs()["rank 0 is killed"].result()
+    assert status != 0
+    assert f"mlxtp: rank 0 on {HOST} died; rank 1 on" in job.output, job.output
+
+
+@pytest.mark.slow
+def test_a_rank_is_killed_while_another_is_too_busy_to_answer() -> None:
+    job, status, _ = slow_jobs()["busy"].result()
+    assert status != 0
+    assert f"mlxtp: rank 2 on {HOST} died; rank 0 on" in job.output, job.output
+
+
+@pytest.mark.slow
+def test_mpirun_is_ended() -> None:
+    job, status, seconds = slow_jobs()["mpirun is ended"].result()
+    assert status != 0 and seconds < 10
+    assert "mlxtp:" not in job.output and VERDICT_MARK not in job.output
+
+
+@pytest.mark.slow
+def test_mpirun_is_killed() -> None:
+    """Nobody is left to end the ranks: they end themselves."""
+    job, _, _ = slow_jobs()["mpirun is killed"].result()
+    assert "mlxtp:" not in job.output and VERDICT_MARK not in job.output
+
+
+@pytest.mark.slow
+def test_waits_without_a_limit() -> None:
+    job, status, _ = slow_jobs()["unlimited"].result()
+    assert status == 0, job.output
 
 
 class Alone:
@@ -248,13 +371,17 @@ class Alone:
         return [value]
 
 
+@pytest.fixture
+def silent(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Heartbeats have no thread that beats and no handler of signals."""
+    monkeypatch.setattr(Heartbeat, "_run", lambda self: None)
+    monkeypatch.setattr(heartbeat.ending, "wake_on_sigterm", lambda: (None, None))
+
+
 def test_a_peer_is_heard_while_a_rank_that_raised_looks(
-    monkeypatch: pytest.MonkeyPatch,
+    silent: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """What it says in the middle of a look counts in the next one, as a whole."""
-    # No thread and no handler of signals.
-    monkeypatch.setattr(heartbeat.threading, "Thread", Mock())
-    monkeypatch.setattr(heartbeat.ending, "wake_on_sigterm", lambda: (None, None))
     progress = Progress()
     beat = Heartbeat(cast(Transport, Alone()), progress, 60)
     progress.end_block(raised=True)
@@ -275,66 +402,54 @@ def test_a_peer_is_heard_while_a_rank_that_raised_looks(
     assert looks == [False, False, True]
 
 
-def test_a_rank_does_not_come_to_a_sum_that_was_started() -> None:
-    """What is waited for is named, as of any collective."""
-    deed = "time.sleep(1000)"
-    job = Job("-c", PROGRAM.replace(SUM, STARTED), "mpi", deed, TIMEOUT_SECONDS)
-    assert job.end(TIMEOUT_SECONDS + 25)[0] != 0 and job.still_running() == []
-    verdict = job.verdict()
-    assert verdict.why == "late" and of(verdict) == [1]
-    assert verdict.collective is not None and verdict.collective.waiting
-    assert verdict.collective.name == "iallreduce"
-    assert verdict.collective.layer.startswith("model.layers.")
+class Pair(Alone):
+    """One of two ranks, each in a thread."""
+
+    def __init__(self, rank: int, both: Barrier, values: list[Any]) -> None:
+        self.rank, self._both, self._values = rank, both, values
+
+    def bcast_object(self, value: Any, root: int) -> Any:
+        return self.allgather_object(value)[root]
+
+    def allgather_object(self, value: Any) -> list[Any]:
+        self._values[self.rank] = value
+        self._both.wait()
+        everything = list(self._values)
+        self._both.wait()
+        return everything
 
 
-@pytest.mark.slow
-def test_a_rank_does_not_come() -> None:
-    """MPI starts when all ranks have come, and lets no Python run until then."""
-    program = """
-import os, sys, time
-if os.environ["OMPI_COMM_WORLD_RANK"] == "1":
-    time.sleep(1000)
-print("pids", os.getpid(), flush=True)
-import mlxtp
-mlxtp.Communicator.world(timeout_seconds=float(sys.argv[1]))
-"""
-    job = Job("-c", program, TIMEOUT_SECONDS)
-    status, seconds = job.end(LEAST_START_SECONDS + 25)
-    assert status != 0 and seconds < LEAST_START_SECONDS + 10  # it imports first
-    assert job.still_running() == []
-    message = f"mlxtp: MPI did not start on {HOST} within {LEAST_START_SECONDS:g} s"
-    assert job.output.count(message) == 1, job.output
-    verdict = job.verdict()
-    assert (verdict.why, verdict.lost) == ("not started", ())
-    assert verdict.reporter.host == HOST
+def test_what_stands_in_the_graph_is_told(
+    silent: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Both ranks have called as many; one has begun less, and the other misses it."""
+    both, values = Barrier(2), [None, None]
+    states = [GraphState(2, "allreduce", "o_proj"), GraphState(3, "bcast", "", 61.0)]
 
+    def begin(rank: int) -> Heartbeat:
+        progress = Progress()
+        transport = cast(Transport, Pair(rank, both, values))
+        beat = Heartbeat(transport, progress, 60)
+        for name, layer in [("allreduce", "o_proj"), ("bcast", ""), ("bcast", "head")]:
+            progress.put_in_graph(name, layer)
+        progress.graph = lambda: states[rank]
+        return beat
 
-@pytest.mark.slow
-def test_mpirun_is_ended() -> None:
-    job, status, seconds = broken(
-        "mpi", lambda job: os.kill(job.mpirun, signal.SIGTERM)
+    with ThreadPoolExecutor(2) as pool:
+        beats = list(pool.map(begin, (0, 1)))
+    for beat in beats:
+        beat._tell()
+    for beat in beats:
+        beat.listen(5)
+    # The first exchange is a collective, too.
+    known = [(peer.number, peer.begun) for beat in beats for peer in beat.peers]
+    assert known == [(4, 3), (4, 2)]
+    reports: list[Verdict] = []
+    monkeypatch.setattr(Heartbeat, "_report", lambda _, report: reports.append(report))
+    for beat in beats:
+        beat._check(time.monotonic())
+    [report] = reports
+    assert report.sentence() == (
+        f"mlxtp: rank 0 on {HOST} did not come within 60 s; "
+        f"rank 1 on {HOST} is in bcast 3: all ranks end"
     )
-    assert status != 0 and seconds < 10
-    assert "mlxtp:" not in job.output and VERDICT_MARK not in job.output
-
-
-@pytest.mark.slow
-def test_mpirun_is_killed() -> None:
-    """Nobody is left to end the ranks: they end themselves."""
-    job, _, _ = broken("mpi", lambda job: os.kill(job.mpirun, signal.SIGKILL))
-    assert "mlxtp:" not in job.output and VERDICT_MARK not in job.output
-
-
-@pytest.mark.slow
-def test_waits_without_a_limit() -> None:
-    program = """
-import sys, time
-import mlxtp
-comm = mlxtp.Communicator.world(timeout_seconds=1)
-print("pids", flush=True) if comm.rank == 0 else None
-with comm.unlimited():
-    time.sleep(3 * comm.rank)
-    comm.barrier()
-"""
-    job = Job("-c", program, ranks=2)
-    assert job.end(30)[0] == 0, job.output
