@@ -93,7 +93,9 @@ class Heartbeat:
     def finish(self) -> Iterator[None]:
         """Limit the time of the last thing that this rank does with the others."""
         self.leave()
-        self._finish_by = time.monotonic() + self._limits.timeout_seconds
+        # If the others wait for this rank, they say so first.
+        patience = self._limits.timeout_seconds + 2 * LEAVE_SECONDS
+        self._finish_by = time.monotonic() + patience
         yield
         self._finish_by = None
 

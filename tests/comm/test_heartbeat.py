@@ -402,6 +402,21 @@ def test_a_peer_is_heard_while_a_rank_that_raised_looks(
     assert looks == [False, False, True]
 
 
+def test_who_is_not_let_end_says_so_after_those_who_wait(
+    silent: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    beat = Heartbeat(cast(Transport, Alone()), Progress(), 60)
+    end_job = Mock()
+    monkeypatch.setattr(beat, "end_job", end_job)
+    with beat.finish():
+        begin = time.monotonic()
+        beat._check_finish(begin + 60 + heartbeat.BEAT_SECONDS)
+        end_job.assert_not_called()
+        beat._check_finish(begin + 65)
+    [verdict] = end_job.call_args.args
+    assert verdict.sentence().endswith(f"on {HOST} waited 60 s for the others to end")
+
+
 class Pair(Alone):
     """One of two ranks, each in a thread."""
 
