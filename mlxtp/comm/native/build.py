@@ -45,7 +45,7 @@ _FLAGS = ["-std=c++20", "-O3", "-fPIC", "-fvisibility=hidden", "-Wall", "-Wextra
 _NANOBIND_FLAGS = ["-Os", "-w", "-fno-strict-aliasing", "-DNB_BUILD"]
 _NANOBIND_FLAGS += ["-DNDEBUG", "-DNB_COMPACT_ASSERTIONS"]
 
-_ERROR = re.compile(r"(fatal )?error: |undefined reference|^ld: |ld returned")
+_ERROR = re.compile(r"error: |undefined reference|(^|/)ld: ")
 
 Say = Callable[[str], None]
 
