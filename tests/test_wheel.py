@@ -5,6 +5,7 @@ import os
 import subprocess
 import sys
 import sysconfig
+import tarfile
 import venv
 import zipfile
 from pathlib import Path
@@ -64,6 +65,18 @@ def test_contents(wheel):
     assert {name for name in names if ".dist-info/" not in name} == wanted
     assert "mlxtp/py.typed" in names
     assert "mlxtp/stories/model/model.safetensors" in names
+    assert "mlxtp/comm/native/graph.cpp" in names
+
+
+def test_the_sources_in_cpp_are_in_the_sdist(tmp_path):
+    """Who builds from the sdist has what is compiled at the first start."""
+    build = [sys.executable, "-m", "hatchling", "build", "-t", "sdist", "-d", tmp_path]
+    subprocess.run(build, cwd=ROOT, check=True, capture_output=True, text=True)
+    (path,) = tmp_path.glob("*.tar.gz")
+    with tarfile.open(path) as tar:
+        names = {name.partition("/")[2] for name in tar.getnames()}
+    sources = {str(p.relative_to(ROOT)) for p in ROOT.glob("mlxtp/comm/native/*.cpp")}
+    assert sources and sources <= names
 
 
 def test_generate_outside_the_checkout(installed, tmp_path):

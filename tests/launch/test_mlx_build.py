@@ -70,10 +70,13 @@ class Host:
         return self.run("sh launch/mlx_build").strip()
 
     def make_environment(self, extras: str = "") -> list[str]:
-        """Make it; return what Python was started with, from the word after pip on."""
+        """Make it; return what pip was started with. What is compiled comes last."""
         self.log.write_text("")
         self.run(f'source launch/environment "{extras}"')
-        return [line.split("pip ")[1] for line in self.log.read_text().splitlines()]
+        started = self.log.read_text().splitlines()
+        if started:
+            assert started.pop() == "-m mlxtp.comm.native"
+        return [line.split("pip ")[1] for line in started]
 
 
 @pytest.fixture
@@ -117,6 +120,15 @@ def test_the_environment_has_it_and_is_made_anew_for_another(host: Host) -> None
     removed, *done = host.make_environment("test")
     assert removed.endswith("mlx-cuda-12 mlx-cuda-13")
     assert installs(done, f"{host.root}[test,cpu]")
+
+
+def test_a_host_without_a_compiler_has_its_environment(host: Host) -> None:
+    stub = (
+        f'echo "$@" >>{host.log}; case "$*" in *native*) echo no compiler; false; esac'
+    )
+    host.command(host.root / ".venv" / "bin" / "python", stub)
+    assert installs(host.make_environment(), f"{host.root}[cpu]")
+    assert host.make_environment() == []
 
 
 def test_a_mac_has_one_build(host: Host) -> None:

