@@ -134,7 +134,7 @@ def broken(
 
 # Under the bare name "mpi" pytest-mpi would take a test for one of its own.
 @pytest.mark.parametrize(
-    "transport", sweep(["mpi", "ring", "mlx-mpi"], ["mpi"]), ids="over {}".format
+    "transport", sweep(["mpi", "mpi-eager", "ring"], ["mpi"]), ids="over {}".format
 )
 def test_a_rank_is_killed(transport: str) -> None:
     job, status, seconds = broken(
@@ -145,7 +145,7 @@ def test_a_rank_is_killed(transport: str) -> None:
     verdict = job.verdict()
     assert (verdict.why, of(verdict)) == ("died", [1])
     assert verdict.sentence() in job.output
-    if transport == "mpi":
+    if transport != "ring":
         assert verdict.reporter.rank == 0
         assert verdict.collective is not None and verdict.collective.number
         assert verdict.collective.layer.startswith("model.layers.")
@@ -158,7 +158,7 @@ def test_a_rank_is_killed(transport: str) -> None:
 
 # Under the bare name "mpi" pytest-mpi would take a test for one of its own.
 @pytest.mark.parametrize(
-    "transport", sweep(["mpi", "ring", "mlx-mpi"], ["mpi"]), ids="over {}".format
+    "transport", sweep(["mpi", "mpi-eager", "ring"], ["mpi"]), ids="over {}".format
 )
 def test_a_rank_stops_answering(transport: str) -> None:
     job, status, seconds = broken(
@@ -216,7 +216,7 @@ def test_a_rank_does_something_else(deed: str, message: str, why: str) -> None:
 
 # Under the bare name "mpi" pytest-mpi would take a test for one of its own.
 @pytest.mark.parametrize(
-    "transport", sweep(["mpi", "ring", "mlx-mpi"], ["mpi"]), ids="over {}".format
+    "transport", sweep(["mpi", "mpi-eager", "ring"], ["mpi"]), ids="over {}".format
 )
 def test_a_rank_raises_and_catches_it(transport: str) -> None:
     """It says what it raised, instead of doing what the others do not wait for."""
@@ -275,10 +275,14 @@ def test_a_peer_is_heard_while_a_rank_that_raised_looks(
     assert looks == [False, False, True]
 
 
-def test_a_rank_does_not_come_to_a_sum_that_was_started() -> None:
+# Under the bare name "mpi" pytest-mpi would take a test for one of its own.
+@pytest.mark.parametrize(
+    "transport", sweep(["mpi", "mpi-eager"], ["mpi"]), ids="over {}".format
+)
+def test_a_rank_does_not_come_to_a_sum_that_was_started(transport: str) -> None:
     """What is waited for is named, as of any collective."""
     deed = "time.sleep(1000)"
-    job = Job("-c", PROGRAM.replace(SUM, STARTED), "mpi", deed, TIMEOUT_SECONDS)
+    job = Job("-c", PROGRAM.replace(SUM, STARTED), transport, deed, TIMEOUT_SECONDS)
     assert job.end(TIMEOUT_SECONDS + 25)[0] != 0 and job.still_running() == []
     verdict = job.verdict()
     assert verdict.why == "late" and of(verdict) == [1]
