@@ -41,7 +41,7 @@ OPEN_MPI = {
     "segmented ring": 5,
     "Rabenseifner": 6,
 }
-MLX = ["ring", "mlx-mpi"]
+MLX = ["ring"]
 
 # Rounds before those that count: buffers of sockets grow with what passes them.
 WARM_UP = 2
@@ -118,7 +118,7 @@ def measure(args: argparse.Namespace) -> Times:
     """One job, on every rank: each algorithm's median seconds, on the slowest rank."""
     name = args.job.removeprefix("MLX over ")
     backend = name if name in MLX else "mpi"
-    control = connect(backend)
+    control = connect()
     progress = Progress()
     heartbeat = Heartbeat(control, progress, timeout_seconds=600)
     transport: Any = add_backend(backend, control)
@@ -136,7 +136,7 @@ def measure(args: argparse.Namespace) -> Times:
         rounds = range(WARM_UP + args.rounds)
         turns = [[timed(sums[name], x, calls) for name in sums] for _ in rounds]
         medians = np.median(turns[WARM_UP:], axis=0)
-        slowest = np.max(transport.allgather_object(medians), axis=0)
+        slowest = np.max(control.allgather_object(medians), axis=0)
         for algorithm, seconds in zip(sums, slowest.tolist(), strict=True):
             result[algorithm][str(size)] = seconds
     heartbeat.leave()

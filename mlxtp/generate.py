@@ -345,7 +345,7 @@ def run(
     for rank, others in enumerate(all_tokens):
         if others != tokens:
             raise RuntimeError(f"rank {rank} made other tokens than rank {comm.rank}")
-    collectives_share = sum(collective_shares) / comm.size if comm.is_eager else None
+    collectives_share = sum(collective_shares) / comm.size if comm.is_timed else None
     if show_figures:
         timed = (
             "in the graph, not timed"

@@ -16,7 +16,7 @@ from mlxtp.comm import launcher
 from mlxtp.comm.allreduce import CHOICES
 from mlxtp.comm.communicator import TIMEOUT_SECONDS
 from mlxtp.comm.errors import UsageError
-from mlxtp.comm.transports import TRANSPORTS
+from mlxtp.comm.transports import BACKENDS, TRANSPORTS
 
 Args = argparse.Namespace
 
@@ -70,10 +70,11 @@ CONFLICTS: list[tuple[Callable[[Args], bool], str]] = [
     ),
     (
         lambda args: (
-            args.transport != "mpi" and (args.allreduce, args.wire) != ("auto", "plain")
+            args.transport in BACKENDS
+            and (args.allreduce, args.wire) != ("auto", "plain")
         ),
         "--transport {args.transport}: MLX's backend chooses the algorithm itself; "
-        "--allreduce and --wire go with --transport mpi",
+        "--allreduce and --wire go with --transport mpi and mpi-eager",
     ),
     (
         lambda args: args.draft_model and args.prompt_cache_file,
@@ -322,23 +323,25 @@ def _add_connection(parser: argparse.ArgumentParser) -> None:
         "--transport",
         choices=TRANSPORTS,
         default="mpi",
-        help="mpi4py (mpi), or one of MLX's backends. Default: mpi",
+        help="How arrays travel. "
+        + "; ".join(f"{name}: {how}" for name, how in TRANSPORTS.items())
+        + ". Default: mpi.",
     )
     ranks.add_argument(
         "--allreduce",
         choices=CHOICES,
         default="auto",
         metavar="NAME",
-        help="Over --transport mpi, the algorithm of an allreduce: ring or direct, "
-        "or one of them with -one-shot or -two-shot behind. Default: auto, the "
-        "one that a short measurement finds the fastest for each size.",
+        help="Over --transport mpi and mpi-eager, the algorithm of an allreduce: ring "
+        "or direct, or one of them with -one-shot or -two-shot behind. Default: auto, "
+        "the one that a short measurement finds the fastest for each size.",
     )
     ranks.add_argument(
         "--wire",
         choices=["plain", "int8"],
         default="plain",
-        help="Over --transport mpi, int8 sends activations with 8 bits: an experiment "
-        "for slow links, and not exact. Default: plain.",
+        help="Over --transport mpi and mpi-eager, int8 sends activations with 8 bits: "
+        "an experiment for slow links, and not exact. Default: plain.",
     )
     ranks.add_argument(
         "--timeout",

@@ -6,7 +6,7 @@ import os
 import signal
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +14,7 @@ import pytest
 from _pytest.config import Config
 from _pytest.config.argparsing import Parser
 from _pytest.terminal import TerminalReporter
+from eager import over_eager
 from needs import summary
 
 from mlxtp import Communicator
@@ -40,6 +41,16 @@ if WORLD.size == 1:  # where tests of properties run
 def comm() -> Communicator:
     """All ranks of this run."""
     return WORLD
+
+
+# Under the bare name "mpi" pytest-mpi would take a test for one of its own.
+@pytest.fixture(
+    params=["mpi", "mpi-eager"] if WORLD.size > 1 else ["mpi"], ids="over {}".format
+)
+def each_mpi(request: pytest.FixtureRequest) -> Iterator[None]:
+    """Run a test twice, with the collectives of `mpi` and with those of `mpi-eager`."""
+    with over_eager(WORLD) if request.param == "mpi-eager" else nullcontext():
+        yield
 
 
 @pytest.fixture(scope="session")

@@ -8,6 +8,7 @@ import mlx.nn as nn
 import mlx_lm
 import numpy as np
 import pytest
+from eager import over_eager
 from equal import Tokens
 from kept import kept, kept_model
 from mlx_lm.generate import generate_step
@@ -59,12 +60,17 @@ def test_equals_one_process(name: str, comm: Communicator) -> None:
     assert len(set(comm.allgather_object(as_numpy(logits).tobytes()))) == 1
     error = np.abs(as_numpy(logits) - expected["logits"]).max()
     assert error <= TOLERANCE[tiny.dtype] * np.abs(expected["logits"]).max()
+    with over_eager(comm):
+        assert mx.array_equal(model(mx.array([PROMPT])), logits)
+        if tiny.dtype == mx.float32 and name in QUICK:
+            assert greedy(model) == expected["greedy"]
     if tiny.dtype == mx.float32:
         assert greedy(model) == expected["greedy"]
         assert sampled(model) == expected["sampled"]
         assert len(set(expected["greedy"])) > 4, "too dull to show anything"
 
 
+@pytest.mark.usefixtures("each_mpi")
 def test_stream_generate_skips_only_what_nobody_reads(
     comm: Communicator,
 ) -> None:
@@ -111,6 +117,7 @@ def test_unequal_shares(comm: Communicator) -> None:
         assert held[0] > 1.5 * max(held[1:])
 
 
+@pytest.mark.usefixtures("each_mpi")
 def test_mlx_lm_takes_the_model_unchanged(comm: Communicator) -> None:
     """batch_generate and speculative decoding, with a draft that is split too."""
     folder = kept_model(comm, "qwen3-8-2")

@@ -28,7 +28,6 @@ from mlxtp.comm.transports import (
     TRANSPORTS,
     GraphTransport,
     MessageTransport,
-    Transport,
     add_backend,
     connect,
 )
@@ -49,8 +48,8 @@ class Communicator:
     any object that pickle can write, and one that begins with `i` is nonblocking and
     returns a `Request`. `exchange` alone takes bytes, as numpy arrays.
 
-    Over mpi4py, collectives on arrays evaluate their input; over MLX's backends they
-    are part of the graph. With one rank they return it as it is.
+    Over "mpi" and MLX's backends, collectives on arrays are part of MLX's graph; over
+    "mpi-eager" they evaluate their input. With one rank they return it as it is.
 
     `machines_differ` says whether chips or builds of MLX differ between ranks, and with
     them the last bits of what each rank computes for itself.
@@ -58,7 +57,7 @@ class Communicator:
 
     def __init__(
         self,
-        control: MessageTransport | GraphTransport | None = None,
+        control: MessageTransport | None = None,
         transport: str = "mpi",
         *,
         allreduce: str = "auto",
@@ -75,7 +74,7 @@ class Communicator:
         self.size = control.size if control else 1
         self.host = socket.gethostname()
         self.traffic = Traffic()
-        self.is_eager = True  # collectives evaluate, and so can be timed
+        self.is_timed = True  # `traffic.seconds` counts what collectives take
         self.machines_differ = False
         self._control = control
         if control is None:
@@ -104,7 +103,7 @@ class Communicator:
             )
         else:
             self._arrays = GraphCollectives(connected, self._progress, self.traffic)
-            self.is_eager = False
+            self.is_timed = False
 
     @classmethod
     def world(
@@ -126,15 +125,15 @@ class Communicator:
           where nothing handles SIGTERM yet, a handler of it. From then on an
           exception that nothing catches ends all ranks and is printed once, with rank
           and host; and a rank that is lost ends all others.
-        - Over mpi4py it measures the algorithms of an allreduce, for about a second.
+        - Over MPI it measures the algorithms of an allreduce, for about a second.
 
         Args:
-            transport: "mpi", or one of MLX's backends: "ring", "mlx-mpi", "jaccl".
+            transport: which collectives on arrays, of `transports.TRANSPORTS`.
             allreduce: the algorithm of an allreduce, as in `allreduce.ALGORITHMS`, or
                 "ring" or "direct" for both of its kind; of several the fastest is
                 taken for each size.
             wire: "plain", or "int8" to send activations with 8 bits, inexactly: an
-                experiment.
+                experiment, for which "mpi" takes the collectives of "mpi-eager".
             timeout_seconds: the longest that a rank may be silent, wait in one
                 collective, or wait for MPI to start on all.
             measure: False measures nothing. Of the algorithms that `allreduce` admits
@@ -153,11 +152,8 @@ class Communicator:
         started = launcher.size()
         if started == 0:
             return cls()
-        try:
-            with launcher.limited_start(timeout_seconds):
-                control = connect(transport)
-        except ValueError as error:
-            raise UsageError(str(error)) from error
+        with launcher.limited_start(timeout_seconds):
+            control = connect()
         if control.size != started:
             raise RuntimeError(
                 f"mpirun started {started} ranks, {control} sees {control.size}: they "
@@ -193,7 +189,7 @@ class Communicator:
 
         The sum has the same bits as that of `allreduce`. Other collectives may be
         started or made meanwhile, of the same size too. All ranks start and wait for
-        the same requests in the same order. Over mpi4py a rank that does not wait
+        the same requests in the same order. Over "mpi-eager" a rank that does not wait
         does not pass on either, so others may be held up until it does.
 
         Shapes: x (...) partial -> (...) replicated, of the same dtype.
@@ -273,9 +269,6 @@ class Communicator:
         if self._control is None:
             return received
         with self._progress.collective("exchange"):
-            if not isinstance(self._control, MessageTransport):
-                everything = self._control.allgather_object(to)
-                return [messages[self.rank] for messages in everything]
             others = [rank for rank in range(self.size) if rank != self.rank]
             receives = [
                 self._control.prepare_receive(received[rank], rank, EXCHANGE_TAG)
@@ -353,7 +346,7 @@ class Communicator:
         if self._control is not None and self not in _DRY_RUNS.get():
             self._progress.end_block(raised=False)
 
-    def _close(self, *transports: Transport) -> None:
+    def _close(self, *transports: MessageTransport | GraphTransport) -> None:
         with self._heartbeat.finish() if self._heartbeat else nullcontext():
             for transport in transports:
                 transport.close()

@@ -9,9 +9,6 @@ from mlxtp.comm.communicator import TIMEOUT_SECONDS
 from mlxtp.comm.transports import TRANSPORTS
 from mlxtp.doctor.speed import DTYPES
 
-# The ranks find each other over mpi4py, and MLX's MPI cannot share a process with it.
-MEASURED = [name for name in TRANSPORTS if name != "mlx-mpi"]
-
 
 def parse(arguments: list[str]) -> argparse.Namespace:
     """Parse the command line, the same on all ranks, as `launcher.parse` does."""
@@ -29,10 +26,10 @@ def _parser() -> argparse.ArgumentParser:
     job.add_options(result)
     result.add_argument(
         "--transport",
-        choices=MEASURED,
+        choices=TRANSPORTS,
         default="mpi",
-        help="The transport that collectives are measured over: mpi4py (mpi), or one "
-        "of MLX's backends. Default: mpi",
+        help="The transport that collectives are measured over, as of mlxtp.generate. "
+        "Default: mpi",
     )
     result.add_argument(
         "--dtype",

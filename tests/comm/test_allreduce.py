@@ -53,6 +53,7 @@ def as_numpy(x: mx.array) -> np.ndarray:
     return np.array(x)
 
 
+@pytest.mark.usefixtures("each_mpi")
 @pytest.mark.parametrize("size", SIZES)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_allreduce(dtype: mx.Dtype, size: int, comm: Communicator) -> None:
@@ -118,6 +119,7 @@ def test_names_of_algorithms() -> None:
     assert algorithms(4, "direct-two-shot") == ["direct-two-shot"]
 
 
+@pytest.mark.usefixtures("each_mpi")
 def test_allreduce_of_what_is_not_contiguous(comm: Communicator) -> None:
     x = mx.arange(24).reshape(4, 6).astype(mx.bfloat16)
     total = comm.allreduce(x.T[1::2])
@@ -125,6 +127,7 @@ def test_allreduce_of_what_is_not_contiguous(comm: Communicator) -> None:
     assert np.array_equal(plain(total), plain(x.T[1::2] * comm.size))
 
 
+@pytest.mark.usefixtures("each_mpi")
 def test_results_are_not_overwritten_by_the_next(comm: Communicator) -> None:
     first = comm.allreduce(mx.full((100,), 1.0))
     second = comm.allreduce(mx.full((100,), 2.0))
@@ -132,6 +135,7 @@ def test_results_are_not_overwritten_by_the_next(comm: Communicator) -> None:
     assert second.tolist() == [2 * comm.size] * 100
 
 
+@pytest.mark.usefixtures("each_mpi")
 @pytest.mark.parametrize("shape", [(1, 1), (2, 3), (4,)])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_allgather_of_unequal_parts(
@@ -147,6 +151,7 @@ def test_allgather_of_unequal_parts(
     assert np.array_equal(plain(joined), plain(whole))
 
 
+@pytest.mark.usefixtures("each_mpi")
 @pytest.mark.parametrize("dtype", [mx.uint32, mx.bfloat16, mx.bool_], ids=str)
 def test_bcast(dtype: mx.Dtype, comm: Communicator) -> None:
     """Arrays of any shape; another one right behind is not taken for the first."""
@@ -161,6 +166,7 @@ def test_bcast(dtype: mx.Dtype, comm: Communicator) -> None:
         assert comm.bcast(mx.zeros(2), 0).shape == (2,)
 
 
+@pytest.mark.usefixtures("each_mpi")
 def test_traffic_is_counted(comm: Communicator) -> None:
     before = comm.traffic.calls, comm.traffic.bytes
     comm.allreduce(mx.zeros((10,), mx.bfloat16))

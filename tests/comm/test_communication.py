@@ -197,6 +197,7 @@ def test_a_token_of_the_shipped_model(
         assert everyones == (ranks - 1) * (times * sums + vocabulary) * width
 
 
+@pytest.mark.usefixtures("each_mpi")
 def test_prefill_and_decoding(comm: Communicator, shared_path: Path) -> None:
     if comm.size == 1:
         pytest.skip("one rank sends nothing")

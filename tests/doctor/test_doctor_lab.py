@@ -210,7 +210,7 @@ def test_packets_of_other_sizes(slowed: Faults) -> None:
     ("options", "says"),
     [
         (["--need-gb", "much"], "'much': wanted a number above 0"),
-        (["--transport", "mlx-mpi"], "invalid choice: 'mlx-mpi'"),
+        (["--transport", "pigeon"], "invalid choice: 'pigeon'"),
         (["--json", "/nowhere/at/all.json"], "there is no folder /nowhere/at"),
     ],
 )

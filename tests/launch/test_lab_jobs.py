@@ -75,7 +75,7 @@ def alone(model: Path) -> list[int]:
 
 
 @pytest.mark.parametrize(
-    "transport", sweep(["mpi", "ring", "mlx-mpi"], ["mpi"]), ids="over {}".format
+    "transport", sweep(["mpi", "mpi-eager", "ring"], ["mpi"]), ids="over {}".format
 )
 def test_same_tokens_as_alone(transport: str, model: Path, alone: list[int]) -> None:
     before = packets()

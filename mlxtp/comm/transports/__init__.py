@@ -1,7 +1,7 @@
 """How bytes get to the other ranks. What is above names no message library.
 
-`connect` starts one of `TRANSPORTS`. They are of two kinds: a `MessageTransport`
-moves memory, so what is sent has to be evaluated first; a `GraphTransport` has
+`connect` joins the ranks over MPI. That is a `MessageTransport`: it moves memory. MLX's
+backends, which `add_backend` starts besides, are each a `GraphTransport`: they have
 collectives that stand in MLX's graph.
 """
 
@@ -11,13 +11,14 @@ from typing import Any, Protocol, runtime_checkable
 import mlx.core as mx
 import numpy as np
 
-# Name -> MLX's name of its backend; None is mpi4py.
-TRANSPORTS: dict[str, str | None] = {
-    "mpi": None,
-    "ring": "ring",
-    "mlx-mpi": "mpi",
-    "jaccl": "jaccl",
+# Which collectives on arrays a job has.
+TRANSPORTS = {
+    "mpi": "over MPI, in MLX's graph",
+    "mpi-eager": "over MPI, in Python: each evaluates what it sends",
+    "ring": "over MLX's backend for TCP, in its graph",
+    "jaccl": "over MLX's backend for RDMA over Thunderbolt, in its graph",
 }
+BACKENDS = ("ring", "jaccl")  # of MLX
 
 
 class Transport(Protocol):
@@ -88,8 +89,11 @@ class MessageTransport(Transport, Protocol):
         ...
 
 
-class GraphTransport(Transport, Protocol):
+class GraphTransport(Protocol):
     """Has collectives that are part of MLX's graph."""
+
+    rank: int
+    size: int
 
     def allgather(self, x: mx.array) -> mx.array:
         """Put the ranks' arrays, alike in shape, on a new first axis, unevaluated.
@@ -98,34 +102,30 @@ class GraphTransport(Transport, Protocol):
         """
         ...
 
+    def close(self) -> None:
+        """Part from the other ranks, when all of them do."""
+        ...
 
-def connect(name: str) -> MessageTransport | GraphTransport:
-    """Start MPI between the ranks that mpirun has started, through mpi4py or MLX.
 
-    Raises: ValueError that says what is missing.
-    """
-    if TRANSPORTS[name] == "mpi":  # MLX's MPI and mpi4py never share a process
-        from mlxtp.comm.transports.mlx import MLXTransport
-
-        return MLXTransport("mpi", None)
+def connect() -> MessageTransport:
+    """Start MPI between the ranks that mpirun has started."""
     from mlxtp.comm.transports.mpi import MPITransport
 
     return MPITransport()
 
 
 def add_backend(
-    name: str, control: MessageTransport | GraphTransport
+    name: str, control: MessageTransport
 ) -> MessageTransport | GraphTransport:
     """Start the backend of a transport besides `control`, where it has one.
 
     Raises: ValueError, on every rank, that says what the transport lacks.
     """
-    backend = TRANSPORTS[name]
-    if backend in (None, "mpi"):
+    if name not in BACKENDS:
         return control
     from mlxtp.comm.transports.mlx import MLXTransport
 
-    return MLXTransport(backend, control)
+    return MLXTransport(name, control)
 
 
 def lacking() -> dict[str, str | None]:
@@ -133,6 +133,6 @@ def lacking() -> dict[str, str | None]:
     from mlxtp.comm.transports import backends
 
     return {
-        name: backends.missing(backend) if backend else None
-        for name, backend in TRANSPORTS.items()
+        name: backends.missing(name) if name in BACKENDS else None
+        for name in TRANSPORTS
     }

