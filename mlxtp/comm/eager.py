@@ -25,6 +25,8 @@ class EagerCollectives:
     is False it is measured here, which takes about a second.
     """
 
+    is_timed = True
+
     def __init__(
         self,
         transport: MessageTransport,
@@ -46,7 +48,7 @@ class EagerCollectives:
                 progress.unlimited(),
                 progress.collective("measurement of allreduces"),
             ):
-                self.tuning = tune(self._collectives, transport, names)
+                self.tuning = tune(self._collectives.allreduce, transport, names)
             self._collectives.forget()
         self._algorithm = cache(self.tuning.algorithm)
         self._gather = cache(self.tuning.gather)
@@ -83,7 +85,7 @@ class EagerCollectives:
         with self._progress.collective("iallreduce", at):
             total = self._collectives.finish_allreduce(started)
             result = mx.array(total.reshape(shape))
-        self._traffic.seconds += time.perf_counter() - begin
+        self._traffic.add_seconds(time.perf_counter() - begin)
         return result
 
     def allgather(self, x: mx.array, sizes: Sequence[int], at: str) -> mx.array:
