@@ -93,7 +93,6 @@ class Communicator:
         except ValueError as error:
             raise UsageError(str(error)) from error
         self._transport = str(connected)
-        atexit.register(self._close, *{id(t): t for t in (connected, control)}.values())
         self._arrays: NativeCollectives | EagerCollectives | GraphCollectives
         core = None
         if transport == "mpi" and wire == "plain":
@@ -121,6 +120,8 @@ class Communicator:
         else:
             self._arrays = GraphCollectives(connected, self._progress, self.traffic)
             self.is_eager = False
+        parts = [part for part in (core, connected) if part is not control]
+        atexit.register(self._close, *filter(None, parts), control)
 
     @classmethod
     def world(

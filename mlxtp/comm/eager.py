@@ -98,7 +98,7 @@ class EagerCollectives:
         with self._counted(x, "allgather", at) as part:
             algorithm = self._gather(max(counts) * part.itemsize)
             joined = self._collectives.allgather(part, counts, algorithm)
-            if rows > 1:
+            if rows > 1 and joined.size:
                 pieces = np.split(joined, np.cumsum(counts)[:-1])
                 joined = np.concatenate(
                     [piece.reshape(rows, -1) for piece in pieces if piece.size], axis=1

@@ -15,8 +15,6 @@ namespace {
 constexpr size_t kPieceBytes = 512 * 1024;
 // As in comm/codec.py: blocks are cut between groups of so many elements.
 constexpr size_t kGroupSize = 64;
-// As in comm/allreduce.py: buffers are kept for the sizes used last, up to so many bytes.
-constexpr size_t kKeptBytes = 256 * 1024 * 1024;
 // Polls before a rank that waits makes room for others: by a yield, and by a nap where
 // ranks outnumber the cores.
 constexpr int kBusyPolls = 200;
@@ -398,7 +396,9 @@ class TwoShot : public Plan {
     char* sum = gather_->part(rank);
     add(element_, parts_, sum, mine_ / size_of(element_));
     gather_->run(sum);
-    std::memcpy(out, gather_->joined(), starts_.back());
+    if (starts_.back() > 0) {
+      std::memcpy(out, gather_->joined(), starts_.back());
+    }
   }
 
   void free() override {
@@ -481,7 +481,8 @@ class Collectives::Noted {
   Collectives& collectives_;
 };
 
-Collectives::Collectives(MPI_Comm comm, bool crowded) : ranks_(comm, crowded) {}
+Collectives::Collectives(MPI_Comm comm, bool crowded, size_t kept_bytes)
+    : ranks_(comm, crowded), most_kept_bytes_(kept_bytes) {}
 
 Collectives::~Collectives() {
   if (ranks_.stopped()) {
@@ -509,7 +510,7 @@ void Collectives::allreduce(
     }
     return std::make_unique<TwoShot>(ranks_, shape, count, element);
   });
-  kept.run(static_cast<const char*>(x), static_cast<char*>(out));
+  run(kept, x, out);
 }
 
 void Collectives::allgather(
@@ -526,7 +527,17 @@ void Collectives::allgather(
   Plan& kept = plan(Key{int(shape), 0, 0, sizes}, bytes, [&] {
     return std::make_unique<Join>(ranks_, shape, rows, widths);
   });
-  kept.run(static_cast<const char*>(x), static_cast<char*>(out));
+  run(kept, x, out);
+}
+
+// Nothing works any more after an error: requests may be under way.
+void Collectives::run(Plan& plan, const void* x, void* out) {
+  try {
+    plan.run(static_cast<const char*>(x), static_cast<char*>(out));
+  } catch (const std::exception& error) {
+    stop(error.what());
+    throw;
+  }
 }
 
 // Takes what is kept under `key`, or makes it in the room of what was used longest ago.
@@ -534,7 +545,7 @@ template <typename Make>
 Plan& Collectives::plan(const Key& key, size_t bytes, Make make) {
   auto place = kept_.find(key);
   if (place == kept_.end()) {
-    while (!kept_.empty() && kept_bytes_ + bytes > kKeptBytes) {
+    while (!kept_.empty() && kept_bytes_ + bytes > most_kept_bytes_) {
       auto oldest = kept_.begin();
       for (auto other = kept_.begin(); other != kept_.end(); ++other) {
         oldest = other->second.used < oldest->second.used ? other : oldest;

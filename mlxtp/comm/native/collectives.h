@@ -121,7 +121,8 @@ class Plan;
 // that was given: it has to stay.
 class Collectives {
  public:
-  Collectives(MPI_Comm comm, bool crowded);
+  // Buffers are kept for the sizes used last, up to `kept_bytes`.
+  Collectives(MPI_Comm comm, bool crowded, size_t kept_bytes = 256 * 1024 * 1024);
   ~Collectives();
   Collectives(const Collectives&) = delete;
   Collectives& operator=(const Collectives&) = delete;
@@ -169,10 +170,12 @@ class Collectives {
 
   template <typename Make>
   Plan& plan(const Key& key, size_t bytes, Make make);
+  void run(Plan& plan, const void* x, void* out);
 
   Ranks ranks_;
   std::map<Key, Kept> kept_;
   size_t kept_bytes_ = 0;
+  const size_t most_kept_bytes_;
   uint64_t uses_ = 0;
 
   mutable std::mutex noting_;

@@ -52,12 +52,13 @@ Element element_of(mx::Dtype dtype) {
     case mx::Dtype::Val::bfloat16:
       return Element::bf16;
     case mx::Dtype::Val::float32:
-    case mx::Dtype::Val::complex64:  // two of them
       return Element::f32;
     case mx::Dtype::Val::float64:
       return Element::f64;
+    case mx::Dtype::Val::complex64:
+      break;
   }
-  throw std::invalid_argument("a collective has no such dtype");
+  throw std::invalid_argument("no allreduce of complex64");
 }
 
 Shape shape_of(const std::string& algorithm) {
@@ -158,14 +159,13 @@ class Core {
       const std::string& name,
       const std::string& layer) {
     const auto call = std::make_shared<const Call>(name, layer, number);
-    const size_t count = x.size() * (x.dtype() == mx::complex64 ? 2 : 1);
     return put(
         x,
         x.shape(),
         call,
         [collectives = collectives_,
          call,
-         count,
+         count = x.size(),
          element = element_of(x.dtype()),
          algorithm = algorithm_of(algorithm)](const char* from, char* out) {
           collectives->allreduce(call, from, out, count, element, algorithm);
