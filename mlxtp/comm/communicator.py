@@ -21,6 +21,8 @@ from mlxtp.comm.eager import EagerCollectives
 from mlxtp.comm.errors import UsageError
 from mlxtp.comm.graph import GraphCollectives
 from mlxtp.comm.heartbeat import Heartbeat
+from mlxtp.comm.native.collectives import NativeCollectives
+from mlxtp.comm.native.start import start as start_native
 from mlxtp.comm.progress import Progress
 from mlxtp.comm.request import Request
 from mlxtp.comm.traffic import Traffic
@@ -90,9 +92,22 @@ class Communicator:
         except ValueError as error:
             raise UsageError(str(error)) from error
         self._transport = str(connected)
-        atexit.register(self._close, *{id(t): t for t in (connected, control)}.values())
-        self._arrays: EagerCollectives | GraphCollectives
-        if isinstance(connected, MessageTransport):
+        self._arrays: NativeCollectives | EagerCollectives | GraphCollectives
+        core = None
+        if transport == "mpi" and wire == "plain":
+            with self._progress.unlimited():  # compilers may take long
+                core = start_native(control)
+        if core is not None:
+            self._transport = "MPI, in MLX's graph"
+            self._arrays = NativeCollectives(
+                core,
+                control,
+                self._progress,
+                self.traffic,
+                allreduce=allreduce,
+                measure=measure,
+            )
+        elif isinstance(connected, MessageTransport):
             self._arrays = EagerCollectives(
                 connected,
                 self._progress,
@@ -103,7 +118,9 @@ class Communicator:
             )
         else:
             self._arrays = GraphCollectives(connected, self._progress, self.traffic)
-            self.is_timed = False
+        self.is_timed = self._arrays.is_timed
+        parts = [part for part in (core, connected) if part is not control]
+        atexit.register(self._close, *filter(None, parts), control)
 
     @classmethod
     def world(

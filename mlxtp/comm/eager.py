@@ -25,6 +25,8 @@ class EagerCollectives:
     is False it is measured here, which takes about a second.
     """
 
+    is_timed = True
+
     def __init__(
         self,
         transport: MessageTransport,
@@ -46,7 +48,7 @@ class EagerCollectives:
                 progress.unlimited(),
                 progress.collective("measurement of allreduces"),
             ):
-                self.tuning = tune(self._collectives, transport, names)
+                self.tuning = tune(self._collectives.allreduce, transport, names)
             self._collectives.forget()
         self._algorithm = cache(self.tuning.algorithm)
         self._gather = cache(self.tuning.gather)
@@ -83,7 +85,7 @@ class EagerCollectives:
         with self._progress.collective("iallreduce", at):
             total = self._collectives.finish_allreduce(started)
             result = mx.array(total.reshape(shape))
-        self._traffic.seconds += time.perf_counter() - begin
+        self._traffic.add_seconds(time.perf_counter() - begin)
         return result
 
     def allgather(self, x: mx.array, sizes: Sequence[int], at: str) -> mx.array:
@@ -96,7 +98,7 @@ class EagerCollectives:
         with self._counted(x, "allgather", at) as part:
             algorithm = self._gather(max(counts) * part.itemsize)
             joined = self._collectives.allgather(part, counts, algorithm)
-            if rows > 1:
+            if rows > 1 and joined.size:
                 pieces = np.split(joined, np.cumsum(counts)[:-1])
                 joined = np.concatenate(
                     [piece.reshape(rows, -1) for piece in pieces if piece.size], axis=1

@@ -17,6 +17,8 @@ class GraphCollectives:
     types. Ours cost more bytes where arrays are large: every rank gets all parts.
     """
 
+    is_timed = False
+
     def __init__(
         self, transport: GraphTransport, progress: Progress, traffic: Traffic
     ) -> None:
@@ -33,7 +35,7 @@ class GraphCollectives:
 
         Shapes: x (...) partial -> (...) replicated, unevaluated.
         """
-        self._traffic.count(x.nbytes, 0.0)
+        self._traffic.count(x.nbytes)
         self._progress.put_in_graph("allreduce", at)
         parts = self._transport.allgather(x)
         if x.dtype in (mx.float16, mx.bfloat16):
@@ -57,7 +59,7 @@ class GraphCollectives:
         Shapes: x (..., sizes[rank]) sharded -> (..., sum(sizes)) replicated,
         unevaluated.
         """
-        self._traffic.count(x.nbytes, 0.0)
+        self._traffic.count(x.nbytes)
         self._progress.put_in_graph("allgather", at)
         missing = max(sizes) - x.shape[-1]
         padded = mx.pad(x, [*[(0, 0)] * (x.ndim - 1), (0, missing)])
@@ -74,6 +76,6 @@ class GraphCollectives:
 
         Shapes: x (...) -> (...) replicated, unevaluated.
         """
-        self._traffic.count(x.nbytes, 0.0)
+        self._traffic.count(x.nbytes)
         self._progress.put_in_graph("bcast", at)
         return self._transport.allgather(x)[root]

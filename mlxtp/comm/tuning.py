@@ -1,7 +1,7 @@
 """Which algorithm of an allreduce is taken for which size: measured at the start."""
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import groupby
 
@@ -9,7 +9,6 @@ import numpy as np
 
 from mlxtp.cluster.curve import interpolate
 from mlxtp.cluster.units import binary_size
-from mlxtp.comm.allreduce import Collectives
 from mlxtp.comm.transports import Transport
 
 # Bytes of a part that are timed, the most telling first: decoding, prefill, between.
@@ -78,16 +77,18 @@ def untimed(names: Sequence[str]) -> Tuning:
     return Tuning((), dict.fromkeys(names, ()))
 
 
-def tune(
-    collectives: Collectives, transport: Transport, names: Sequence[str]
-) -> Tuning:
+# Sums an array (n,) over ranks by an algorithm.
+Allreduce = Callable[[np.ndarray, str], object]
+
+
+def tune(allreduce: Allreduce, transport: Transport, names: Sequence[str]) -> Tuning:
     """Time the algorithms of `names` against each other; one alone is not timed.
 
     Communicates: allreduces of 4 KiB to 1 MiB, for about `BUDGET_SECONDS`.
     """
     if len(names) == 1:
         return untimed(names)
-    timer = _Timer(collectives, transport)
+    timer = _Timer(allreduce, transport)
     by_size: dict[int, list[float]] = {}
     begin = time.perf_counter()
     for size in SIZES:
@@ -103,14 +104,14 @@ def tune(
 class _Timer:
     """Time calls on all ranks, which see the same numbers."""
 
-    def __init__(self, collectives: Collectives, transport: Transport) -> None:
-        self._collectives = collectives
+    def __init__(self, allreduce: Allreduce, transport: Transport) -> None:
+        self._allreduce = allreduce
         self._transport = transport
 
     def seconds(self, part: np.ndarray, names: Sequence[str]) -> list[float]:
         """Time each algorithm; those that are close to the fastest for longer."""
         for name in names:  # makes buffers and connections
-            self._collectives.allreduce(part, name)
+            self._allreduce(part, name)
         [row] = self._timed(part, names, 1)
         first = dict(zip(names, row, strict=True))
         close = [name for name in names if first[name] <= CLOSE * min(row)]
@@ -127,6 +128,6 @@ class _Timer:
         for call in range(calls):
             for place, name in enumerate(names):
                 begin = time.perf_counter()
-                self._collectives.allreduce(part, name)
+                self._allreduce(part, name)
                 mine[call, place] = time.perf_counter() - begin
         return np.max(self._transport.allgather_object(mine), axis=0)

@@ -1,11 +1,313 @@
+// Collectives as nodes of MLX's graph, and the module that Python imports.
+//
+// Every node has a second output, a token without bytes, which is an input of the next
+// node. So the collectives of a communicator are made in the order in which they were
+// called, whatever order MLX would choose, and all that were called are made.
+
+#include <mlx/allocator.h>
+#include <mlx/array.h>
+#include <mlx/backend/cpu/encoder.h>
+#include <mlx/primitives.h>
+#include <mlx/stream.h>
 #include <nanobind/nanobind.h>
+#include <nanobind/ndarray.h>
+#include <nanobind/stl/string.h>
+#include <nanobind/stl/tuple.h>
+#include <nanobind/stl/vector.h>
 
-#include "mlx/array.h"
+#include <functional>
+#include <numeric>
+#include <optional>
+#include <utility>
 
+#include "collectives.h"
+
+namespace mx = mlx::core;
 namespace nb = nanobind;
 
-NB_MODULE(mlxtp_native, module) {
-  module.def(
-      "probe", [](const mlx::core::array& array) { return array.size(); },
-      nb::arg("array"), "Return the size of an array: it is one of MLX's own.");
+namespace mlxtp {
+namespace {
+
+// What is done with the memory of the input and the output.
+using Work = std::function<void(const char* x, char* out)>;
+
+Element element_of(mx::Dtype dtype) {
+  switch (dtype.val()) {
+    case mx::Dtype::Val::bool_:
+      return Element::boolean;
+    case mx::Dtype::Val::int8:
+    case mx::Dtype::Val::uint8:
+      return Element::uint8;
+    case mx::Dtype::Val::int16:
+    case mx::Dtype::Val::uint16:
+      return Element::uint16;
+    case mx::Dtype::Val::int32:
+    case mx::Dtype::Val::uint32:
+      return Element::uint32;
+    case mx::Dtype::Val::int64:
+    case mx::Dtype::Val::uint64:
+      return Element::uint64;
+    case mx::Dtype::Val::float16:
+      return Element::f16;
+    case mx::Dtype::Val::bfloat16:
+      return Element::bf16;
+    case mx::Dtype::Val::float32:
+      return Element::f32;
+    case mx::Dtype::Val::float64:
+      return Element::f64;
+    case mx::Dtype::Val::complex64:
+      break;
+  }
+  throw std::invalid_argument("no allreduce of complex64");
+}
+
+Shape shape_of(const std::string& algorithm) {
+  return algorithm.starts_with("ring") ? Shape::ring : Shape::direct;
+}
+
+Algorithm algorithm_of(const std::string& name) {
+  return {shape_of(name), name.ends_with("two-shot") ? Shots::two : Shots::one};
+}
+
+// Copies an array with gaps, a dimension after the other; returns the end of `out`.
+char* pack(
+    const char* x,
+    const mx::Shape& shape,
+    const mx::Strides& strides,
+    size_t itemsize,
+    size_t axis,
+    char* out) {
+  if (axis == shape.size()) {
+    std::memcpy(out, x, itemsize);
+    return out + itemsize;
+  }
+  for (int i = 0; i < shape[axis]; ++i) {
+    const char* inner = x + i * strides[axis] * int64_t(itemsize);
+    out = pack(inner, shape, strides, itemsize, axis + 1, out);
+  }
+  return out;
+}
+
+// Memory that is never given back.
+auto& abandoned() {
+  using Memory = std::pair<std::shared_ptr<mx::array::Data>, std::shared_ptr<std::vector<char>>>;
+  static thread_local auto* all = new std::vector<Memory>();
+  return *all;
+}
+
+class Node : public mx::Primitive {
+ public:
+  Node(mx::Stream stream, std::shared_ptr<const Call> call, Work work)
+      : Primitive(stream), call_(std::move(call)), work_(std::move(work)) {}
+
+  void eval_cpu(const std::vector<mx::array>& inputs, std::vector<mx::array>& outputs)
+      override {
+    const mx::array& x = inputs[0];
+    for (mx::array& output : outputs) {
+      output.set_data(mx::allocator::malloc(output.nbytes()));
+    }
+    // Where memory lies is asked in the task: before, a GPU may still move it.
+    auto task = [work = work_,
+                 data = x.data_shared_ptr(),
+                 offset = x.offset(),
+                 gaps = !x.flags().row_contiguous,
+                 shape = x.shape(),
+                 strides = x.strides(),
+                 itemsize = x.itemsize(),
+                 nbytes = x.nbytes(),
+                 buffer = outputs[0].buffer()]() mutable {
+      const char* from = static_cast<const char*>(data->buffer().raw_ptr()) + offset;
+      auto packed = std::make_shared<std::vector<char>>(gaps ? nbytes : 0);
+      if (gaps) {
+        pack(from, shape, strides, itemsize, 0, packed->data());
+        from = packed->data();
+      }
+      try {
+        work(from, static_cast<char*>(buffer.raw_ptr()));
+      } catch (...) {
+        // MPI may still read either, and nothing says when it has done so.
+        abandoned().emplace_back(data, packed);
+        throw;
+      }
+    };
+    mx::cpu::get_command_encoder(stream()).dispatch(std::move(task));
+  }
+
+  void eval_gpu(const std::vector<mx::array>&, std::vector<mx::array>&) override {
+    throw std::logic_error("collectives are made on a stream of the CPU");
+  }
+
+  const char* name() const override { return call_->name.c_str(); }
+
+ private:
+  std::shared_ptr<const Call> call_;
+  Work work_;
+};
+
+// The collectives of one communicator, on a stream of their own.
+class Core {
+ public:
+  Core(uintptr_t comm, bool crowded)
+      : collectives_(std::make_shared<Collectives>(
+            *reinterpret_cast<const MPI_Comm*>(comm), crowded)),
+        stream_(mx::new_thread_unsafe_stream(mx::Device::cpu)) {}
+
+  mx::array allreduce(
+      const mx::array& x,
+      const std::string& algorithm,
+      uint64_t number,
+      const std::string& name,
+      const std::string& layer) {
+    const auto call = std::make_shared<const Call>(name, layer, number);
+    return put(
+        x,
+        x.shape(),
+        call,
+        [collectives = collectives_,
+         call,
+         count = x.size(),
+         element = element_of(x.dtype()),
+         algorithm = algorithm_of(algorithm)](const char* from, char* out) {
+          collectives->allreduce(call, from, out, count, element, algorithm);
+        });
+  }
+
+  mx::array allgather(
+      const mx::array& x,
+      const std::vector<size_t>& sizes,
+      const std::string& algorithm,
+      uint64_t number,
+      const std::string& layer) {
+    mx::Shape shape = x.shape();
+    shape.back() = std::accumulate(sizes.begin(), sizes.end(), 0);
+    const size_t rows = std::accumulate(
+        shape.begin(), shape.end() - 1, size_t{1}, std::multiplies<>());
+    std::vector<size_t> widths = sizes;
+    for (size_t& width : widths) {
+      width *= x.itemsize();
+    }
+    return gather(x, shape, rows, widths, algorithm, {"allgather", layer, number});
+  }
+
+  mx::array bcast(
+      const mx::array& x,
+      int root,
+      const std::string& algorithm,
+      uint64_t number,
+      const std::string& layer) {
+    // A gather in which all parts but one are empty.
+    std::vector<size_t> widths(collectives_->size(), 0);
+    widths[root] = x.nbytes();
+    return gather(x, x.shape(), 1, widths, algorithm, {"bcast", layer, number});
+  }
+
+  // Outside of the graph, of the memory of `x`; the sum is lost. To be timed.
+  void time_allreduce(
+      const nb::ndarray<const float, nb::ndim<1>, nb::c_contig>& x,
+      const std::string& algorithm,
+      uint64_t number) {
+    const auto call = std::make_shared<const Call>("allreduce", "", number);
+    std::vector<float> sum(x.size());
+    const nb::gil_scoped_release release;
+    collectives_->allreduce(
+        call, x.data(), sum.data(), x.size(), Element::f32, algorithm_of(algorithm));
+  }
+
+  std::tuple<uint64_t, std::string, std::string, double> state() const {
+    const State state = collectives_->state();
+    return {state.begun, state.name, state.layer, state.seconds};
+  }
+
+  double seconds() const { return collectives_->seconds(); }
+  void stop(const std::string& words) { collectives_->stop(words); }
+
+  void forget() {
+    const nb::gil_scoped_release release;
+    collectives_->forget();
+  }
+
+  // Waits for what is under way, and parts from the other ranks, as all of them do.
+  void close() {
+    token_.reset();
+    const nb::gil_scoped_release release;
+    if (!collectives_->stopped()) {
+      mx::synchronize(stream_);
+    }
+    collectives_->close();
+  }
+
+ private:
+  mx::array gather(
+      const mx::array& x,
+      const mx::Shape& shape,
+      size_t rows,
+      const std::vector<size_t>& widths,
+      const std::string& algorithm,
+      const Call& named) {
+    const auto call = std::make_shared<const Call>(named);
+    return put(
+        x,
+        shape,
+        call,
+        [collectives = collectives_, call, rows, widths, kind = shape_of(algorithm)](
+            const char* from, char* out) {
+          collectives->allgather(call, from, out, rows, widths, kind);
+        });
+  }
+
+  mx::array put(
+      const mx::array& x,
+      const mx::Shape& shape,
+      const std::shared_ptr<const Call>& call,
+      Work work) {
+    if (x.is_tracer()) {
+      throw std::invalid_argument(
+          call->name + (call->layer.empty() ? "" : " of " + call->layer) +
+          ": a collective cannot stand inside mx.compile, mx.vmap or mx.grad");
+    }
+    std::vector<mx::array> inputs = {x};
+    if (token_) {
+      inputs.push_back(*token_);
+    }
+    auto outputs = mx::array::make_arrays(
+        {shape, {0}},
+        {x.dtype(), mx::uint8},
+        std::make_shared<Node>(stream_, call, std::move(work)),
+        inputs);
+    token_ = outputs[1];
+    return outputs[0];
+  }
+
+  std::shared_ptr<Collectives> collectives_;
+  mx::Stream stream_;
+  std::optional<mx::array> token_;  // of the last collective that was called
+};
+
+std::string library_version() {
+  char words[MPI_MAX_LIBRARY_VERSION_STRING];
+  int length = 0;
+  MPI_Get_library_version(words, &length);
+  return {words, size_t(length)};
+}
+
+}  // namespace
+}  // namespace mlxtp
+
+NB_MODULE(mlxtp_native, m) {
+  using mlxtp::Core;
+  m.def("library_version", mlxtp::library_version);
+  // Whether arrays of MLX are known here: refused if MLX was built with a nanobind
+  // that keeps other books.
+  m.def("probe", [](const mx::array& x) { return x.size(); });
+  nb::class_<Core>(m, "Core")
+      .def(nb::init<uintptr_t, bool>(), nb::call_guard<nb::gil_scoped_release>())
+      .def("allreduce", &Core::allreduce)
+      .def("allgather", &Core::allgather)
+      .def("bcast", &Core::bcast)
+      .def("time_allreduce", &Core::time_allreduce)
+      .def("state", &Core::state)
+      .def("seconds", &Core::seconds)
+      .def("stop", &Core::stop)
+      .def("forget", &Core::forget)
+      .def("close", &Core::close);
 }

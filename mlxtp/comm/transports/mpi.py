@@ -26,7 +26,7 @@ class MPITransport:
         self.rank: int = self._comm.rank
         self.size: int = self._comm.size
         # Ranks outnumber the cores: one that waits is in the way of one that computes.
-        self._crowded = os.environ.get(YIELDS) == "1"
+        self.crowded = os.environ.get(YIELDS) == "1"
 
     def __str__(self) -> str:
         """Name the transport, for `Communicator.describe`."""
@@ -53,7 +53,7 @@ class MPITransport:
     def wait(self, requests: Sequence[MPI.Request]) -> None:
         """Wait until all are done; make room for others where cores are shared."""
         requests = list(requests)
-        if not self._crowded:
+        if not self.crowded:
             MPI.Request.Waitall(requests)
             return
         polls = 0
@@ -64,7 +64,7 @@ class MPITransport:
     def wait_some(self, requests: Sequence[MPI.Request]) -> list[int]:
         """Wait until at least one is done; return the places of those that now are."""
         requests = list(requests)
-        if not self._crowded:
+        if not self.crowded:
             return MPI.Request.Waitsome(requests) or []
         polls = 0
         while not (done := MPI.Request.Testsome(requests)):
@@ -88,6 +88,21 @@ class MPITransport:
     def barrier(self) -> None:
         """Wait until every rank has come here."""
         self._comm.Barrier()
+
+    def handle(self) -> int:
+        """Return where the handle of MPI's communicator lies, for C."""
+        return MPI._addressof(self._comm)
+
+    def lacks_for_native(self, library_version: str) -> str | None:
+        """Return why the native core, which has found this library, cannot be used."""
+        if MPI.Query_thread() < MPI.THREAD_MULTIPLE:
+            return "this MPI has no MPI_THREAD_MULTIPLE, which threads of C++ need"
+        if library_version != MPI.Get_library_version():
+            return (
+                "mpi4py has loaded another MPI than the one of mpicxx: put the mpicxx "
+                "of mpi4py's MPI first in PATH"
+            )
+        return None
 
     def close(self) -> None:
         """End MPI, with all ranks."""

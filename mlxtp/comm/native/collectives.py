@@ -1,0 +1,111 @@
+"""Collectives on MLX arrays that stand in MLX's graph, made by the C++ beside this."""
+
+from collections.abc import Sequence
+from functools import cache
+from typing import Any
+
+import mlx.core as mx
+import numpy as np
+
+from mlxtp.comm.allreduce import algorithms
+from mlxtp.comm.progress import GraphState, Progress
+from mlxtp.comm.request import Request
+from mlxtp.comm.traffic import Traffic
+from mlxtp.comm.transports import Transport
+from mlxtp.comm.tuning import tune, untimed
+
+
+class NativeCollectives:
+    """Put collectives into MLX's graph, which a thread of C++ makes as it comes to them.
+
+    They are made in the order of the calls, on every rank, and what was called is made
+    whether or not anybody reads it. `tuning` says which algorithm an allreduce takes
+    for which size. Unless `measure` is False it is measured here, which takes about a
+    second.
+    """
+
+    is_timed = True
+
+    def __init__(
+        self,
+        core: Any,
+        control: Transport,
+        progress: Progress,
+        traffic: Traffic,
+        *,
+        allreduce: str = "auto",
+        measure: bool = True,
+    ) -> None:
+        """Take `core`, this rank's part of a communicator of C++ (`Core`)."""
+        self._core = core
+        self._progress = progress
+        self._traffic = traffic
+        progress.graph = lambda: GraphState(*core.state())
+        names = algorithms(control.size, allreduce)
+        self.tuning = untimed(names)
+        if measure:
+            with (
+                progress.unlimited(),
+                progress.collective("measurement of allreduces"),
+            ):
+                self.tuning = tune(self._time_allreduce, control, names)
+            core.forget()
+        traffic.add_graph(core.seconds)
+        self._algorithm = cache(self.tuning.algorithm)
+        self._gather = cache(self.tuning.gather)
+
+    def __str__(self) -> str:
+        """Tell which algorithm is taken from which size on."""
+        return str(self.tuning)
+
+    def allreduce(self, x: mx.array, at: str) -> mx.array:
+        """Sum x over ranks.
+
+        Shapes: x (...) partial -> (...) replicated, unevaluated.
+        """
+        return self._allreduce(x, "allreduce", at)
+
+    def iallreduce(self, x: mx.array, at: str) -> Request:
+        """Start to sum x over ranks.
+
+        Shapes: x (...) partial -> (...) replicated, unevaluated.
+        """
+        total = self._allreduce(x, "iallreduce", at)
+        mx.async_eval(total)
+        return Request(lambda: total)
+
+    def _allreduce(self, x: mx.array, name: str, at: str) -> mx.array:
+        number = self._counted(x, name, at)
+        return self._core.allreduce(x, self._algorithm(x.nbytes), number, name, at)
+
+    def allgather(self, x: mx.array, sizes: Sequence[int], at: str) -> mx.array:
+        """Join the ranks' arrays along the last axis, in rank order.
+
+        Shapes: x (..., sizes[rank]) sharded -> (..., sum(sizes)) replicated,
+        unevaluated.
+        """
+        number = self._counted(x, "allgather", at)
+        rows = x.nbytes // max(x.shape[-1], 1)
+        algorithm = self._gather(rows * max(sizes))
+        return self._core.allgather(x, sizes, algorithm, number, at)
+
+    def bcast(self, x: mx.array, root: int, at: str) -> mx.array:
+        """Give every rank the x of `root`.
+
+        Shapes: x (...) -> (...) replicated, unevaluated.
+        """
+        number = self._counted(x, "bcast", at)
+        return self._core.bcast(x, root, self._gather(x.nbytes), number, at)
+
+    def _time_allreduce(self, x: np.ndarray, algorithm: str) -> None:
+        """Sum x (n,) over ranks, outside of the graph."""
+        self._core.time_allreduce(x, algorithm, self._progress.number)
+
+    def close(self) -> None:
+        """Wait for what is under way, and part from the other ranks."""
+        self._core.close()
+
+    def _counted(self, x: mx.array, name: str, at: str) -> int:
+        """Count a collective as called; return its number."""
+        self._traffic.count(x.nbytes)
+        return self._progress.put_in_graph(name, at)

@@ -1,0 +1,36 @@
+"""Starting the native core on all ranks, or on none."""
+
+import socket
+import sys
+from typing import TYPE_CHECKING, Any
+
+from mlxtp.comm.native.build import BuildError
+from mlxtp.comm.native.loader import load
+
+if TYPE_CHECKING:  # importing it starts MPI
+    from mlxtp.comm.transports.mpi import MPITransport
+
+
+def start(control: "MPITransport") -> Any | None:
+    """Return this rank's `Core` of C++; None where any rank cannot have one.
+
+    Then rank 0 has said so: one line on standard error, with the host and what to do.
+
+    Communicates: one allgather of objects, and a duplicate of the communicator.
+    """
+    host = socket.gethostname()
+    native: Any = None
+    lacking = None
+    try:
+        native = load(lambda line: print(f"mlxtp: {host}: {line}", file=sys.stderr))
+        lacking = control.lacks_for_native(native.library_version())
+    except BuildError as error:
+        lacking = str(error)
+    reports = control.allgather_object(lacking and f"{host}: {lacking}")
+    lacks = [report for report in reports if report]
+    if not lacks:
+        return native.Core(control.handle(), control.crowded)
+    if control.rank == 0:
+        line = f"mlxtp: collectives go over mpi-eager, which is slower. {lacks[0]}"
+        print(line, file=sys.stderr)
+    return None

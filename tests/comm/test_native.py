@@ -1,0 +1,218 @@
+"""Collectives in MLX's graph: bits, order, waits that end, what they do not take."""
+
+import sys
+import time
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import ml_dtypes
+import mlx.core as mx
+import mlx.nn as nn
+import numpy as np
+import pytest
+from ranks import mpirun
+
+from mlxtp import Communicator
+from mlxtp.comm.allreduce import algorithms
+from mlxtp.comm.eager import EagerCollectives, memory
+from mlxtp.comm.native.loader import load
+from mlxtp.comm.progress import Progress
+from mlxtp.comm.traffic import Traffic
+
+DTYPES = [
+    *(mx.bool_, mx.int8, mx.uint8, mx.int16, mx.uint16, mx.int32, mx.uint32),
+    *(mx.int64, mx.uint64, mx.float16, mx.bfloat16, mx.float32),
+]
+# Nothing, a group and a bit, several messages of 512 KiB.
+SIZES = [0, 1, 65, 1000, 300_001]
+
+
+@pytest.fixture
+def core(comm: Communicator) -> Iterator[Any]:
+    if comm.size == 1:
+        pytest.skip("one rank sends nothing")
+    core = load(print).Core(comm._control.handle(), True)
+    yield core
+    core.close()
+
+
+def any_bits(dtype: mx.Dtype, size: int, seed: int) -> mx.array:
+    """Numbers of every kind: subnormal ones, infinities, several that are not one."""
+    random = np.random.default_rng(seed)
+    if dtype == mx.bool_:
+        return mx.array(random.integers(0, 2, size).astype(bool))
+    raw = random.integers(0, 256, size * dtype.size, np.uint8)
+    return mx.array(raw).view(dtype) if size else mx.zeros(0, dtype)
+
+
+def bits_of(x: mx.array) -> np.ndarray:
+    """The bits of an array, with those of all that is not a number alike."""
+    flat = memory(x)
+    if flat.dtype == ml_dtypes.bfloat16 or flat.dtype.kind == "f":
+        flat = flat.copy()
+        flat[np.isnan(flat.astype(np.float32))] = np.nan
+    return flat.view(np.uint8)
+
+
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")  # numpy's, of overflows
+def test_the_bits_of_the_eager_ones(comm: Communicator, core: Any) -> None:
+    from mlxtp.comm.transports.mpi import MPITransport
+
+    for algorithm in algorithms(comm.size):
+        eager = EagerCollectives(
+            MPITransport(), Progress(), Traffic(), allreduce=algorithm, measure=False
+        )
+        for dtype in DTYPES:
+            for size in SIZES:
+                x = any_bits(dtype, size, 100 * size + comm.rank)
+                total = core.allreduce(x, algorithm, 1, "allreduce", "")
+                expected = eager.allreduce(x, "")
+                assert total.dtype == dtype and total.shape == x.shape
+                assert np.array_equal(bits_of(total), bits_of(expected)), (
+                    f"{algorithm}, {size} of {dtype}"
+                )
+        # Uneven parts, and a rank without rows.
+        for rows, sizes in [((), [3, 0, 5, 1]), ((2, 3), [0, 7, 2, 4]), ((2,), [0])]:
+            widths = (sizes * comm.size)[: comm.size]
+            x = any_bits(mx.bfloat16, 6 * widths[comm.rank], comm.rank)
+            x = x[: int(np.prod(rows)) * widths[comm.rank]].reshape(*rows, -1)
+            joined = core.allgather(x, widths, algorithm, 1, "")
+            assert np.array_equal(
+                bits_of(joined), bits_of(eager.allgather(x, widths, ""))
+            )
+        for root in range(comm.size):
+            x = any_bits(mx.int32, 1001, comm.rank)
+            sent = core.bcast(x, root, algorithm, 1, "")
+            assert mx.array_equal(sent, any_bits(mx.int32, 1001, root))
+
+
+def test_arrays_with_gaps(comm: Communicator, core: Any) -> None:
+    x = mx.random.normal((4, 6, 10), key=mx.random.key(comm.rank))
+    for view in (x.T, x[1:, ::2, 3:7], mx.broadcast_to(x[:, :1], x.shape), x[2, 3, 4]):
+        total = core.allreduce(view, "direct-one-shot", 1, "allreduce", "")
+        packed = core.allreduce(
+            mx.array(np.array(view)), "direct-one-shot", 2, "allreduce", ""
+        )
+        assert mx.array_equal(total, packed)
+
+
+def test_the_order_is_that_of_the_calls(comm: Communicator, core: Any) -> None:
+    """Whatever a rank evaluates first, and however its graph looks.
+
+    Each collective has a size of its own: two that met each other would be seen.
+    """
+    streams = [mx.new_thread_local_stream(mx.cpu) for _ in range(2)]
+
+    def call(x: mx.array, number: int) -> mx.array:
+        return core.allreduce(x, "direct-one-shot", number, "allreduce", "")
+
+    for turn in range(6):
+        calls = []
+        for number in range(40):  # more than MLX takes in one breadth
+            with mx.stream(streams[number % 2]):
+                x = mx.full((number + 1,), float(comm.rank + number))
+                # A rank's own work, of another length and depth on each.
+                for _ in range((number * 7 + comm.rank * 5 + turn) % 6):
+                    x = (x + mx.zeros((300, 1))).mean(axis=0)
+                calls.append(call(x, number + 1))
+        picked = list(range(40))
+        if comm.rank % 2:
+            picked.reverse()
+        # The last is evaluated alone, or with others, or after them.
+        mx.eval([calls[number] for number in picked[comm.rank :: comm.rank + 1]])
+        for number in picked:
+            ranks = comm.size
+            expected = mx.array(ranks * (ranks - 1) / 2 + ranks * number)
+            assert mx.allclose(calls[number], expected, atol=1e-2), number
+
+
+def test_a_model_and_its_draft(comm: Communicator, core: Any) -> None:
+    """Two models whose layers are evaluated by turns, and what nobody reads."""
+
+    class Model(nn.Module):
+        def __init__(self, width: int) -> None:
+            super().__init__()
+            mx.random.seed(comm.rank)
+            self.layers = [nn.Linear(width, width) for _ in range(4)]
+
+        def __call__(self, x: mx.array) -> mx.array:
+            for layer in self.layers:
+                x = x + core.allreduce(layer(x), "direct-one-shot", 1, "allreduce", "")
+            core.allgather(x, [x.shape[-1]] * comm.size, "direct-one-shot", 1, "")
+            return x
+
+    model, draft = Model(48), Model(16)
+    seen = []
+    for turn in range(5):
+        x, y = mx.full((1, 48), turn + 1.0), mx.full((1, 16), turn - 1.0)
+        a, b = model(x), draft(y)
+        c = draft(b)
+        mx.async_eval(c) if comm.rank % 2 else mx.async_eval(a)
+        mx.eval((b, a, c) if comm.rank else (c, a))
+        seen.append([v.tolist() for v in (a, b, c)])
+    assert all(others == seen for others in comm.allgather_object(seen))
+
+
+def test_the_state_says_what_is_waited_for(comm: Communicator, core: Any) -> None:
+    assert core.state() == (0, "", "", -1)
+    late = comm.size - 1
+    total = core.allreduce(
+        mx.ones(3), "direct-one-shot", 17, "allreduce", "model.layers.3"
+    )
+    if comm.rank != late:
+        mx.async_eval(total)
+        deadline = time.monotonic() + 20
+        while core.state()[3] < 0.05 and time.monotonic() < deadline:
+            time.sleep(0.01)
+        *call, seconds = core.state()
+        assert call == [17, "allreduce", "model.layers.3"] and 0.05 <= seconds < 20
+    before = core.seconds()
+    comm.barrier()
+    assert total.tolist() == [comm.size] * 3
+    assert core.state() == (17, "allreduce", "model.layers.3", -1)
+    assert core.seconds() > (0.05 if comm.rank != late else 0) and before >= 0
+
+
+@pytest.mark.parametrize(
+    "transform",
+    [mx.compile, lambda f: mx.vmap(f), lambda f: mx.grad(lambda x: f(x).sum())],
+    ids=["compile", "vmap", "grad"],
+)
+def test_no_transformation_takes_them(
+    comm: Communicator, core: Any, transform: Callable[..., Any]
+) -> None:
+    def layer(x: mx.array) -> mx.array:
+        return core.allreduce(x * 2, "direct-one-shot", 1, "allreduce", "mlp")
+
+    with pytest.raises(ValueError, match="allreduce of mlp: a collective cannot stand"):
+        mx.eval(transform(layer)(mx.ones((2, 3))))
+    assert mx.array_equal(layer(mx.ones(3)), mx.full((3,), 2.0 * comm.size))
+
+
+STOPPED = """
+import os, sys, threading, time
+import mlx.core as mx
+import mlxtp
+comm = mlxtp.Communicator.world(measure=False)
+if comm.rank == 0:
+    x = comm.allreduce(mx.ones(3), "one")
+    core = comm._arrays._core
+    threading.Timer(0.3, lambda: core.stop("studio2 is lost")).start()
+    for _ in range(2):
+        begin = time.monotonic()
+        try:
+            mx.eval(comm.allreduce(x + mx.ones(3), "two"))
+        except RuntimeError as error:
+            print(error, time.monotonic() - begin < 5, flush=True)
+    os._exit(7)
+time.sleep(60)
+"""
+
+
+@pytest.mark.once
+def test_a_wait_is_ended_from_outside() -> None:
+    """Those that come later are ended as well, and the job can end."""
+    begin = time.monotonic()
+    done = mpirun("-n", 2, sys.executable, "-c", STOPPED, timeout_seconds=60)
+    assert done.stdout.splitlines() == ["studio2 is lost True"] * 2, done.stderr
+    assert time.monotonic() - begin < 40
