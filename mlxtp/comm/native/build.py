@@ -36,6 +36,9 @@ from mlxtp.comm.errors import MLXTPError
 NAME = "mlxtp_native"
 SOURCES = Path(__file__).parent
 
+# As in pyproject.toml.
+NANOBIND = "nanobind>=3.1,<4"
+
 # A compiler that takes longer hangs, and its lock is not waited for: another one
 # beside it does no harm.
 LOCK_SECONDS = 300
@@ -102,7 +105,9 @@ def collectives() -> Extension:
     try:
         import nanobind
     except ImportError:
-        raise BuildError("nanobind is not installed: pip install nanobind") from None
+        raise BuildError(
+            f"nanobind is not installed: pip install '{NANOBIND}'"
+        ) from None
     python = Path(sysconfig.get_path("include"))
     if not (python / "Python.h").exists():
         raise BuildError(

@@ -41,6 +41,6 @@ def _load(path: Path) -> ModuleType:
     except TypeError:
         raise BuildError(
             f"MLX {version('mlx')} and nanobind {version('nanobind')} do not fit: "
-            "pip install the nanobind that this MLX was built with"
+            f"pip install '{build.NANOBIND}', or the one that this MLX was built with"
         ) from None
     return module
