@@ -26,7 +26,7 @@ from mlxtp.comm.graph import GraphCollectives
 from mlxtp.comm.heartbeat import Heartbeat
 from mlxtp.comm.progress import Progress
 from mlxtp.comm.traffic import Traffic
-from mlxtp.comm.transports import add_backend, connect
+from mlxtp.comm.transports import connect, start_backend
 
 # 32 KiB is the hidden vector of Llama 3.1 405B in 16 bits.
 SIZES = [2**power for power in (10, 12, 14, 15, 16, 18, 20, 22, 24)]
@@ -121,7 +121,7 @@ def measure(args: argparse.Namespace) -> Times:
     control = connect()
     progress = Progress()
     heartbeat = Heartbeat(control, progress, timeout_seconds=600)
-    transport: Any = add_backend(backend, control)
+    transport: Any = start_backend(backend, control)
     if name in MLX:
         sums = sums_in_graph(transport, progress, name)
     elif name == "mlxtp":

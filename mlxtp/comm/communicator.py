@@ -27,11 +27,11 @@ from mlxtp.comm.progress import Progress
 from mlxtp.comm.request import Request
 from mlxtp.comm.traffic import Traffic
 from mlxtp.comm.transports import (
+    BACKENDS,
     TRANSPORTS,
-    GraphTransport,
     MessageTransport,
-    add_backend,
     connect,
+    start_backend,
 )
 
 TIMEOUT_SECONDS = 60.0
@@ -87,40 +87,9 @@ class Communicator:
             self._heartbeat = Heartbeat(control, self._progress, timeout_seconds)
             sys.excepthook = self._end_all_ranks
         self.machines_differ = machines_differ(self)
-        try:
-            connected = add_backend(transport, control)
-        except ValueError as error:
-            raise UsageError(str(error)) from error
-        self._transport = str(connected)
-        self._arrays: NativeCollectives | EagerCollectives | GraphCollectives
-        core = None
-        if transport == "mpi" and wire == "plain":
-            with self._progress.unlimited():  # compilers may take long
-                core = start_native(control)
-        if core is not None:
-            self._transport = "MPI, in MLX's graph"
-            self._arrays = NativeCollectives(
-                core,
-                control,
-                self._progress,
-                self.traffic,
-                allreduce=allreduce,
-                measure=measure,
-            )
-        elif isinstance(connected, MessageTransport):
-            self._arrays = EagerCollectives(
-                connected,
-                self._progress,
-                self.traffic,
-                allreduce=allreduce,
-                wire=wire,
-                measure=measure,
-            )
-        else:
-            self._arrays = GraphCollectives(connected, self._progress, self.traffic)
+        self._arrays = self._start(control, transport, allreduce, wire, measure)
         self.is_timed = self._arrays.is_timed
-        parts = [part for part in (core, connected) if part is not control]
-        atexit.register(self._close, *filter(None, parts), control)
+        atexit.register(self._close)
 
     @classmethod
     def world(
@@ -246,7 +215,7 @@ class Communicator:
         """Tell how arrays are sent: the transport, and the measured algorithms."""
         if self._control is None:
             return "one rank: nothing travels"
-        return f"{self.size} ranks over {self._transport}\n{self._arrays}"
+        return f"{self.size} ranks over {self._arrays.over}\n{self._arrays}"
 
     def bcast(self, x: mx.array, root: int = 0, at: str = "") -> mx.array:
         """Give every rank the array of `root`: all give one of its shape and dtype.
@@ -363,10 +332,38 @@ class Communicator:
         if self._control is not None and self not in _DRY_RUNS.get():
             self._progress.end_block(raised=False)
 
-    def _close(self, *transports: MessageTransport | GraphTransport) -> None:
+    def _start(
+        self,
+        control: MessageTransport,
+        transport: str,
+        allreduce: str,
+        wire: str,
+        measure: bool,
+    ) -> NativeCollectives | EagerCollectives | GraphCollectives:
+        """Start what makes the collectives on arrays."""
+        counted = (control, self._progress, self.traffic)
+        if transport in BACKENDS:
+            try:
+                backend = start_backend(transport, control)
+            except ValueError as error:
+                raise UsageError(str(error)) from error
+            return GraphCollectives(backend, self._progress, self.traffic)
+        if transport == "mpi" and wire == "plain":
+            with self._progress.unlimited():  # a compiler may take long
+                core = start_native(control)
+            if core is not None:
+                return NativeCollectives(
+                    core, *counted, allreduce=allreduce, measure=measure
+                )
+        return EagerCollectives(
+            *counted, allreduce=allreduce, wire=wire, measure=measure
+        )
+
+    def _close(self) -> None:
+        assert self._control is not None
         with self._heartbeat.finish() if self._heartbeat else nullcontext():
-            for transport in transports:
-                transport.close()
+            self._arrays.close()
+            self._control.close()
 
     def _end_all_ranks(
         self,

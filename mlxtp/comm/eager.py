@@ -37,6 +37,7 @@ class EagerCollectives:
         wire: str = "plain",
         measure: bool = True,
     ) -> None:
+        self.over = str(transport)
         self._rank, self._size = transport.rank, transport.size
         self._progress = progress
         self._traffic = traffic
@@ -56,6 +57,10 @@ class EagerCollectives:
     def __str__(self) -> str:
         """Tell which algorithm is taken from which size on."""
         return str(self.tuning)
+
+    def close(self) -> None:
+        """Give up buffers and requests."""
+        self._collectives.forget()
 
     def allreduce(self, x: mx.array, at: str) -> mx.array:
         """Sum x over ranks.

@@ -22,6 +22,7 @@ class GraphCollectives:
     def __init__(
         self, transport: GraphTransport, progress: Progress, traffic: Traffic
     ) -> None:
+        self.over = str(transport)
         self._transport = transport
         self._progress = progress
         self._traffic = traffic
@@ -29,6 +30,10 @@ class GraphCollectives:
     def __str__(self) -> str:
         """Tell how an allreduce is made."""
         return "allreduce: gathers in the graph, sums in rank order"
+
+    def close(self) -> None:
+        """Leave no collective that others are still in."""
+        self._transport.close()
 
     def allreduce(self, x: mx.array, at: str) -> mx.array:
         """Sum x over ranks, in float32 for 16-bit floats.

@@ -18,9 +18,9 @@ pytestmark = pytest.mark.once
 CHECKS = """
 import sys
 import mlx.core as mx
-from mlxtp.comm.transports import add_backend, connect
+from mlxtp.comm.transports import start_backend, connect
 
-transport = add_backend(sys.argv[1], connect())
+transport = start_backend(sys.argv[1], connect())
 rank, size = transport.rank, transport.size
 
 def everyones(part):
@@ -71,9 +71,9 @@ print(f"rank {rank} passed", flush=True)
 
 COMPLAINT = """
 import sys
-from mlxtp.comm.transports import add_backend, connect
+from mlxtp.comm.transports import start_backend, connect
 try:
-    add_backend(sys.argv[1], connect())
+    start_backend(sys.argv[1], connect())
 except ValueError as error:
     print(error, flush=True)
 """

@@ -1,9 +1,9 @@
 #include "collectives.h"
 
 #include <sched.h>
-#include <time.h>
 
 #include <cstring>
+#include <ctime>
 #include <numeric>
 #include <utility>
 
@@ -12,7 +12,7 @@ namespace mlxtp {
 namespace {
 
 // As in comm/gathers.py: longer parts go as several messages.
-constexpr size_t kPieceBytes = 512 * 1024;
+constexpr size_t kPieceBytes = 512UL * 1024;
 // As in comm/codec.py: blocks are cut between groups of so many elements.
 constexpr size_t kGroupSize = 64;
 // Polls before a rank that waits makes room for others: by a yield, and by a nap where
@@ -32,8 +32,8 @@ std::vector<Piece> pieces(size_t bytes, size_t start, size_t stop) {
   std::vector<Piece> all;
   int number = 0;
   for (size_t low = 0; low < bytes; low += kPieceBytes, ++number) {
-    const Piece piece{
-        std::max(start, low), std::min(stop, std::min(low + kPieceBytes, bytes)), number};
+    const size_t high = std::min({low + kPieceBytes, bytes, stop});
+    const Piece piece{std::max(start, low), high, number};
     if (piece.start < piece.stop) {
       all.push_back(piece);
     }
@@ -58,6 +58,16 @@ void free_requests(Requests& requests) {
       MPI_Request_free(&request);
     }
   }
+}
+
+void check(int code) {
+  if (code == MPI_SUCCESS) {
+    return;
+  }
+  char words[MPI_MAX_ERROR_STRING];
+  int length = 0;
+  MPI_Error_string(code, words, &length);
+  throw std::runtime_error("MPI: " + std::string(words, length));
 }
 
 }  // namespace
@@ -90,16 +100,6 @@ Ranks::Ranks(MPI_Comm comm, bool crowded) : crowded_(crowded) {
   check(MPI_Comm_set_errhandler(comm_, MPI_ERRORS_RETURN));
   check(MPI_Comm_rank(comm_, &rank_));
   check(MPI_Comm_size(comm_, &size_));
-}
-
-void Ranks::check(int code) const {
-  if (code == MPI_SUCCESS) {
-    return;
-  }
-  char words[MPI_MAX_ERROR_STRING];
-  int length = 0;
-  MPI_Error_string(code, words, &length);
-  throw std::runtime_error("MPI: " + std::string(words, length));
 }
 
 void Ranks::send(Requests& requests, const char* data, size_t bytes, int to, int tag) {
@@ -142,7 +142,8 @@ void Ranks::wait_some(Requests& requests, std::vector<int>& done) {
   done.resize(count);
   int number = 0;
   for (Patience patience(*this);; patience.wait()) {
-    check(MPI_Testsome(count, requests.data(), &number, done.data(), MPI_STATUSES_IGNORE));
+    check(MPI_Testsome(count, requests.data(), &number, done.data(),
+                       MPI_STATUSES_IGNORE));
     if (number != 0) {
       done.resize(number);
       return;
@@ -151,7 +152,7 @@ void Ranks::wait_some(Requests& requests, std::vector<int>& done) {
 }
 
 void Ranks::stop(const std::string& words) {
-  const std::lock_guard lock(stopping_);
+  const std::scoped_lock lock(stopping_);
   if (!stopped_) {
     words_ = words;
     stopped_ = true;
@@ -223,19 +224,15 @@ class RingGather : public Gather {
         const int origin = (rank + size + (side == 0 ? -hop : hop)) % size;
         for (const Piece& piece : travelling(origin, hop, side)) {
           receives_.push_back(ranks.prepare_receive(
-              part(origin) + piece.start,
-              piece.stop - piece.start,
-              neighbours_[side],
+              part(origin) + piece.start, piece.stop - piece.start, neighbours_[side],
               tag(origin, piece, side)));
           forwards_.push_back(MPI_REQUEST_NULL);
-          for (const Piece& next : hop < hops ? travelling(origin, hop + 1, side)
-                                              : std::vector<Piece>()) {
+          for (const Piece& next :
+               hop < hops ? travelling(origin, hop + 1, side) : std::vector<Piece>()) {
             if (next.number == piece.number) {
-              forwards_.back() = ranks.prepare_send(
-                  part(origin) + next.start,
-                  next.stop - next.start,
-                  neighbours_[1 - side],
-                  tag(origin, next, side));
+              forwards_.back() =
+                  ranks.prepare_send(part(origin) + next.start, next.stop - next.start,
+                                     neighbours_[1 - side], tag(origin, next, side));
             }
           }
         }
@@ -248,12 +245,8 @@ class RingGather : public Gather {
     live_.clear();
     for (const Piece& piece : pieces(bytes(ranks_.rank()))) {
       for (int side = 0; side < 2; ++side) {
-        ranks_.send(
-            live_,
-            mine + piece.start,
-            piece.stop - piece.start,
-            neighbours_[1 - side],
-            tag(ranks_.rank(), piece, side));
+        ranks_.send(live_, mine + piece.start, piece.stop - piece.start,
+                    neighbours_[1 - side], tag(ranks_.rank(), piece, side));
       }
     }
     waiting_ = receives_;
@@ -296,8 +289,8 @@ class RingGather : public Gather {
   std::vector<int> done_;
 };
 
-std::unique_ptr<Gather> make_gather(
-    Ranks& ranks, Shape shape, const std::vector<size_t>& bytes) {
+std::unique_ptr<Gather> make_gather(Ranks& ranks, Shape shape,
+                                    const std::vector<size_t>& bytes) {
   if (shape == Shape::ring) {
     return std::make_unique<RingGather>(ranks, bytes);
   }
@@ -325,8 +318,9 @@ class OneShot : public Plan {
       : rank_(ranks.rank()),
         count_(count),
         element_(element),
-        gather_(make_gather(
-            ranks, shape, std::vector<size_t>(ranks.size(), count * size_of(element)))) {
+        gather_(
+            make_gather(ranks, shape,
+                        std::vector<size_t>(ranks.size(), count * size_of(element)))) {
     for (int rank = 0; rank < ranks.size(); ++rank) {
       parts_.push_back(gather_->part(rank));
     }
@@ -360,9 +354,9 @@ class TwoShot : public Plan {
       stop += groups / size + (rank < groups % size ? 1 : 0);
       starts_.push_back(std::min(stop * kGroupSize, count) * size_of(element));
     }
-    std::vector<size_t> bytes;
+    std::vector<size_t> bytes(size);
     for (size_t rank = 0; rank < size; ++rank) {
-      bytes.push_back(starts_[rank + 1] - starts_[rank]);
+      bytes[rank] = starts_[rank + 1] - starts_[rank];
     }
     gather_ = make_gather(ranks, shape, bytes);
     mine_ = bytes[ranks.rank()];
@@ -372,11 +366,9 @@ class TwoShot : public Plan {
     }
     for (const int peer : peers_) {
       for (const Piece& piece : pieces(mine_)) {
-        receives_.push_back(ranks.prepare_receive(
-            received_.data() + peer * mine_ + piece.start,
-            piece.stop - piece.start,
-            peer,
-            peer));
+        receives_.push_back(
+            ranks.prepare_receive(received_.data() + peer * mine_ + piece.start,
+                                  piece.stop - piece.start, peer, peer));
       }
     }
   }
@@ -423,9 +415,9 @@ class Join : public Plan {
  public:
   Join(Ranks& ranks, Shape shape, size_t rows, const std::vector<size_t>& widths)
       : rank_(ranks.rank()), rows_(rows), widths_(widths) {
-    std::vector<size_t> bytes;
-    for (const size_t width : widths) {
-      bytes.push_back(rows * width);
+    std::vector<size_t> bytes = widths;
+    for (size_t& each : bytes) {
+      each *= rows;
     }
     gather_ = make_gather(ranks, shape, bytes);
   }
@@ -434,8 +426,8 @@ class Join : public Plan {
     gather_->run(x);
     const size_t row_bytes = std::accumulate(widths_.begin(), widths_.end(), size_t{0});
     size_t start = 0;
-    for (size_t rank = 0; rank < widths_.size(); ++rank) {
-      const char* part = int(rank) == rank_ ? x : gather_->part(int(rank));
+    for (int rank = 0; rank < int(widths_.size()); ++rank) {
+      const char* part = rank == rank_ ? x : gather_->part(rank);
       const size_t width = widths_[rank];
       for (size_t row = 0; width > 0 && row < rows_; ++row) {
         std::memcpy(out + row * row_bytes + start, part + row * width, width);
@@ -461,14 +453,14 @@ class Collectives::Noted {
   Noted(Collectives& collectives, const std::shared_ptr<const Call>& call)
       : collectives_(collectives) {
     collectives_.ranks_.throw_if_stopped();
-    const std::lock_guard lock(collectives_.noting_);
+    const std::scoped_lock lock(collectives_.noting_);
     collectives_.last_ = call;
     collectives_.waiting_ = true;
     collectives_.since_ = Clock::now();
   }
 
   ~Noted() {
-    const std::lock_guard lock(collectives_.noting_);
+    const std::scoped_lock lock(collectives_.noting_);
     collectives_.waiting_ = false;
     const std::chrono::nanoseconds taken = Clock::now() - collectives_.since_;
     collectives_.nanoseconds_ += taken.count();
@@ -487,18 +479,14 @@ Collectives::Collectives(MPI_Comm comm, bool crowded, size_t kept_bytes)
 Collectives::~Collectives() {
   if (ranks_.stopped()) {
     for (auto& [key, kept] : kept_) {
-      (void)kept.plan.release();  // MPI may still write there
+      static_cast<void>(kept.plan.release());  // MPI may still write there
     }
   }
 }
 
-void Collectives::allreduce(
-    const std::shared_ptr<const Call>& call,
-    const void* x,
-    void* out,
-    size_t count,
-    Element element,
-    Algorithm algorithm) {
+void Collectives::allreduce(const std::shared_ptr<const Call>& call, const void* x,
+                            void* out, size_t count, Element element,
+                            Algorithm algorithm) {
   const Noted noted(*this, call);
   const auto [shape, shots] = algorithm;
   const Key key{int(shape), shots == Shots::one ? 1 : 2, int(element), {count}};
@@ -513,13 +501,9 @@ void Collectives::allreduce(
   run(kept, x, out);
 }
 
-void Collectives::allgather(
-    const std::shared_ptr<const Call>& call,
-    const void* x,
-    void* out,
-    size_t rows,
-    const std::vector<size_t>& widths,
-    Shape shape) {
+void Collectives::allgather(const std::shared_ptr<const Call>& call, const void* x,
+                            void* out, size_t rows, const std::vector<size_t>& widths,
+                            Shape shape) {
   const Noted noted(*this, call);
   std::vector<size_t> sizes = widths;
   sizes.push_back(rows);
@@ -562,7 +546,7 @@ Plan& Collectives::plan(const Key& key, size_t bytes, Make make) {
 }
 
 State Collectives::state() const {
-  const std::lock_guard lock(noting_);
+  const std::scoped_lock lock(noting_);
   if (last_ == nullptr) {
     return {0, "", "", -1};
   }

@@ -70,7 +70,6 @@ class Ranks {
 
  private:
   class Patience;
-  void check(int code) const;
 
   MPI_Comm comm_ = MPI_COMM_NULL;
   int rank_ = 0;
@@ -122,7 +121,7 @@ class Plan;
 class Collectives {
  public:
   // Buffers are kept for the sizes used last, up to `kept_bytes`.
-  Collectives(MPI_Comm comm, bool crowded, size_t kept_bytes = 256 * 1024 * 1024);
+  Collectives(MPI_Comm comm, bool crowded, size_t kept_bytes = 256UL * 1024 * 1024);
   ~Collectives();
   Collectives(const Collectives&) = delete;
   Collectives& operator=(const Collectives&) = delete;
@@ -131,22 +130,12 @@ class Collectives {
   int size() const { return ranks_.size(); }
 
   // out (count,) is the sum of all ranks' x (count,). It may be the same memory.
-  void allreduce(
-      const std::shared_ptr<const Call>& call,
-      const void* x,
-      void* out,
-      size_t count,
-      Element element,
-      Algorithm algorithm);
+  void allreduce(const std::shared_ptr<const Call>& call, const void* x, void* out,
+                 size_t count, Element element, Algorithm algorithm);
 
   // out (rows, sum of widths) joins the ranks' x (rows, widths[rank]); widths in bytes.
-  void allgather(
-      const std::shared_ptr<const Call>& call,
-      const void* x,
-      void* out,
-      size_t rows,
-      const std::vector<size_t>& widths,
-      Shape shape);
+  void allgather(const std::shared_ptr<const Call>& call, const void* x, void* out,
+                 size_t rows, const std::vector<size_t>& widths, Shape shape);
 
   State state() const;
   // Seconds in collectives, all together.

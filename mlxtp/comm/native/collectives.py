@@ -16,7 +16,7 @@ from mlxtp.comm.tuning import tune, untimed
 
 
 class NativeCollectives:
-    """Put collectives into MLX's graph, which a thread of C++ makes as it comes to them.
+    """Put collectives into MLX's graph, where a thread of C++ makes them in turn.
 
     They are made in the order of the calls, on every rank, and what was called is made
     whether or not anybody reads it. `tuning` says which algorithm an allreduce takes
@@ -24,6 +24,7 @@ class NativeCollectives:
     second.
     """
 
+    over = "MPI, in MLX's graph"
     is_timed = True
 
     def __init__(
@@ -71,7 +72,7 @@ class NativeCollectives:
         Shapes: x (...) partial -> (...) replicated, unevaluated.
         """
         total = self._allreduce(x, "iallreduce", at)
-        mx.async_eval(total)
+        mx.async_eval(total)  # type: ignore[no-untyped-call]
         return Request(lambda: total)
 
     def _allreduce(self, x: mx.array, name: str, at: str) -> mx.array:

@@ -70,13 +70,8 @@ Algorithm algorithm_of(const std::string& name) {
 }
 
 // Copies an array with gaps, a dimension after the other; returns the end of `out`.
-char* pack(
-    const char* x,
-    const mx::Shape& shape,
-    const mx::Strides& strides,
-    size_t itemsize,
-    size_t axis,
-    char* out) {
+char* pack(const char* x, const mx::Shape& shape, const mx::Strides& strides,
+           size_t itemsize, size_t axis, char* out) {
   if (axis == shape.size()) {
     std::memcpy(out, x, itemsize);
     return out + itemsize;
@@ -90,7 +85,8 @@ char* pack(
 
 // Memory that is never given back.
 auto& abandoned() {
-  using Memory = std::pair<std::shared_ptr<mx::array::Data>, std::shared_ptr<std::vector<char>>>;
+  using Memory =
+      std::pair<std::shared_ptr<mx::array::Data>, std::shared_ptr<std::vector<char>>>;
   static thread_local auto* all = new std::vector<Memory>();
   return *all;
 }
@@ -100,24 +96,19 @@ class Node : public mx::Primitive {
   Node(mx::Stream stream, std::shared_ptr<const Call> call, Work work)
       : Primitive(stream), call_(std::move(call)), work_(std::move(work)) {}
 
-  void eval_cpu(const std::vector<mx::array>& inputs, std::vector<mx::array>& outputs)
-      override {
+  void eval_cpu(const std::vector<mx::array>& inputs,
+                std::vector<mx::array>& outputs) override {
     const mx::array& x = inputs[0];
     for (mx::array& output : outputs) {
       output.set_data(mx::allocator::malloc(output.nbytes()));
     }
     // Where memory lies is asked in the task: before, a GPU may still move it.
-    auto task = [work = work_,
-                 data = x.data_shared_ptr(),
-                 offset = x.offset(),
-                 gaps = !x.flags().row_contiguous,
-                 shape = x.shape(),
-                 strides = x.strides(),
-                 itemsize = x.itemsize(),
-                 nbytes = x.nbytes(),
+    auto task = [work = work_, data = x.data_shared_ptr(), offset = x.offset(),
+                 gaps = !x.flags().row_contiguous, shape = x.shape(),
+                 strides = x.strides(), itemsize = x.itemsize(), nbytes = x.nbytes(),
                  buffer = outputs[0].buffer()]() mutable {
       const char* from = static_cast<const char*>(data->buffer().raw_ptr()) + offset;
-      auto packed = std::make_shared<std::vector<char>>(gaps ? nbytes : 0);
+      const auto packed = std::make_shared<std::vector<char>>(gaps ? nbytes : 0);
       if (gaps) {
         pack(from, shape, strides, itemsize, 0, packed->data());
         from = packed->data();
@@ -152,36 +143,24 @@ class Core {
             *reinterpret_cast<const MPI_Comm*>(comm), crowded)),
         stream_(mx::new_thread_unsafe_stream(mx::Device::cpu)) {}
 
-  mx::array allreduce(
-      const mx::array& x,
-      const std::string& algorithm,
-      uint64_t number,
-      const std::string& name,
-      const std::string& layer) {
+  mx::array allreduce(const mx::array& x, const std::string& algorithm, uint64_t number,
+                      const std::string& name, const std::string& layer) {
     const auto call = std::make_shared<const Call>(name, layer, number);
-    return put(
-        x,
-        x.shape(),
-        call,
-        [collectives = collectives_,
-         call,
-         count = x.size(),
-         element = element_of(x.dtype()),
-         algorithm = algorithm_of(algorithm)](const char* from, char* out) {
-          collectives->allreduce(call, from, out, count, element, algorithm);
-        });
+    return put(x, x.shape(), call,
+               [collectives = collectives_, call, count = x.size(),
+                element = element_of(x.dtype()),
+                algorithm = algorithm_of(algorithm)](const char* from, char* out) {
+                 collectives->allreduce(call, from, out, count, element, algorithm);
+               });
   }
 
-  mx::array allgather(
-      const mx::array& x,
-      const std::vector<size_t>& sizes,
-      const std::string& algorithm,
-      uint64_t number,
-      const std::string& layer) {
+  mx::array allgather(const mx::array& x, const std::vector<size_t>& sizes,
+                      const std::string& algorithm, uint64_t number,
+                      const std::string& layer) {
     mx::Shape shape = x.shape();
-    shape.back() = std::accumulate(sizes.begin(), sizes.end(), 0);
-    const size_t rows = std::accumulate(
-        shape.begin(), shape.end() - 1, size_t{1}, std::multiplies<>());
+    shape.back() = int(std::accumulate(sizes.begin(), sizes.end(), size_t{0}));
+    const size_t rows =
+        std::accumulate(shape.begin(), shape.end() - 1, size_t{1}, std::multiplies<>());
     std::vector<size_t> widths = sizes;
     for (size_t& width : widths) {
       width *= x.itemsize();
@@ -189,12 +168,8 @@ class Core {
     return gather(x, shape, rows, widths, algorithm, {"allgather", layer, number});
   }
 
-  mx::array bcast(
-      const mx::array& x,
-      int root,
-      const std::string& algorithm,
-      uint64_t number,
-      const std::string& layer) {
+  mx::array bcast(const mx::array& x, int root, const std::string& algorithm,
+                  uint64_t number, const std::string& layer) {
     // A gather in which all parts but one are empty.
     std::vector<size_t> widths(collectives_->size(), 0);
     widths[root] = x.nbytes();
@@ -202,15 +177,13 @@ class Core {
   }
 
   // Outside of the graph, of the memory of `x`; the sum is lost. To be timed.
-  void time_allreduce(
-      const nb::ndarray<const float, nb::ndim<1>, nb::c_contig>& x,
-      const std::string& algorithm,
-      uint64_t number) {
+  void time_allreduce(const nb::ndarray<const float, nb::ndim<1>, nb::c_contig>& x,
+                      const std::string& algorithm, uint64_t number) {
     const auto call = std::make_shared<const Call>("allreduce", "", number);
     std::vector<float> sum(x.size());
     const nb::gil_scoped_release release;
-    collectives_->allreduce(
-        call, x.data(), sum.data(), x.size(), Element::f32, algorithm_of(algorithm));
+    collectives_->allreduce(call, x.data(), sum.data(), x.size(), Element::f32,
+                            algorithm_of(algorithm));
   }
 
   std::tuple<uint64_t, std::string, std::string, double> state() const {
@@ -237,29 +210,19 @@ class Core {
   }
 
  private:
-  mx::array gather(
-      const mx::array& x,
-      const mx::Shape& shape,
-      size_t rows,
-      const std::vector<size_t>& widths,
-      const std::string& algorithm,
-      const Call& named) {
+  mx::array gather(const mx::array& x, const mx::Shape& shape, size_t rows,
+                   const std::vector<size_t>& widths, const std::string& algorithm,
+                   const Call& named) {
     const auto call = std::make_shared<const Call>(named);
-    return put(
-        x,
-        shape,
-        call,
-        [collectives = collectives_, call, rows, widths, kind = shape_of(algorithm)](
-            const char* from, char* out) {
-          collectives->allgather(call, from, out, rows, widths, kind);
-        });
+    return put(x, shape, call,
+               [collectives = collectives_, call, rows, widths,
+                kind = shape_of(algorithm)](const char* from, char* out) {
+                 collectives->allgather(call, from, out, rows, widths, kind);
+               });
   }
 
-  mx::array put(
-      const mx::array& x,
-      const mx::Shape& shape,
-      const std::shared_ptr<const Call>& call,
-      Work work) {
+  mx::array put(const mx::array& x, const mx::Shape& shape,
+                const std::shared_ptr<const Call>& call, Work work) {
     if (x.is_tracer()) {
       throw std::invalid_argument(
           call->name + (call->layer.empty() ? "" : " of " + call->layer) +
@@ -270,10 +233,8 @@ class Core {
       inputs.push_back(*token_);
     }
     auto outputs = mx::array::make_arrays(
-        {shape, {0}},
-        {x.dtype(), mx::uint8},
-        std::make_shared<Node>(stream_, call, std::move(work)),
-        inputs);
+        {shape, {0}}, {x.dtype(), mx::uint8},
+        std::make_shared<Node>(stream_, call, std::move(work)), inputs);
     token_ = outputs[1];
     return outputs[0];
   }

@@ -14,7 +14,8 @@ namespace mlxtp {
 // What is added. Signed integers are added as unsigned ones, and wrap.
 enum class Element { boolean, uint8, uint16, uint32, uint64, f16, bf16, f32, f64 };
 
-// 16-bit floats as they lie. The conversions have no branches: compilers vectorize them.
+// 16-bit floats as they lie. The conversions have no branches: compilers vectorize
+// them.
 struct Half {
   uint16_t bits;
 };
@@ -29,9 +30,9 @@ struct Truth {
 constexpr uint32_t kHalfToFloat = 112u << 23;  // the exponents' biases differ by 112
 
 inline float widen(Half half) {
-  const uint32_t sign = uint32_t(half.bits & 0x8000u) << 16;
-  const uint32_t rest = uint32_t(half.bits & 0x7fffu) << 13;
-  const uint32_t subnormal = std::bit_cast<uint32_t>(float(int32_t(rest >> 13)) * 0x1p-24f);
+  const auto sign = uint32_t(half.bits & 0x8000u) << 16;
+  const auto rest = uint32_t(half.bits & 0x7fffu) << 13;
+  const auto subnormal = std::bit_cast<uint32_t>(float(int32_t(rest >> 13)) * 0x1p-24f);
   const uint32_t normal = rest + kHalfToFloat;
   const uint32_t not_finite = normal + kHalfToFloat;
   uint32_t bits = rest < (0x0400u << 13) ? subnormal : normal;
@@ -45,11 +46,11 @@ inline float widen(Brain brain) {
 
 // Rounds to nearest, ties to even; of a NaN the upper bits stay.
 inline void narrow(float wide, Half& half) {
-  const uint32_t bits = std::bit_cast<uint32_t>(wide);
+  const auto bits = std::bit_cast<uint32_t>(wide);
   const uint32_t size = bits & 0x7fffffffu;
   // The last bit of a float between 0.5 and 1 is that of a subnormal half.
   const float shifted = std::bit_cast<float>(size) + 0.5f;
-  const uint32_t subnormal = std::bit_cast<uint32_t>(shifted) - 0x3f000000u;
+  const auto subnormal = std::bit_cast<uint32_t>(shifted) - 0x3f000000u;
   const uint32_t rebased = size - kHalfToFloat;
   const uint32_t normal = (rebased + 0x0fffu + ((rebased >> 13) & 1u)) >> 13;
   const uint32_t nan = 0x7c00u | ((size >> 13) & 0x03ffu);
@@ -61,7 +62,7 @@ inline void narrow(float wide, Half& half) {
 
 // Rounds to nearest, ties to even; every NaN becomes the quiet one of its sign.
 inline void narrow(float wide, Brain& brain) {
-  const uint32_t bits = std::bit_cast<uint32_t>(wide);
+  const auto bits = std::bit_cast<uint32_t>(wide);
   const uint32_t rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
   const uint32_t nan = 0x7fc0u | ((bits >> 16) & 0x8000u);
   brain.bits = uint16_t((bits & 0x7fffffffu) <= 0x7f800000u ? rounded : nan);
@@ -104,11 +105,8 @@ void add(const std::vector<const char*>& parts, void* out, size_t count) {
   }
 }
 
-inline void add(
-    Element element,
-    const std::vector<const char*>& parts,
-    void* out,
-    size_t count) {
+inline void add(Element element, const std::vector<const char*>& parts, void* out,
+                size_t count) {
   switch (element) {
     case Element::boolean:
       return add<Truth>(parts, out, count);

@@ -2,16 +2,14 @@
 
 import socket
 import sys
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from mlxtp.comm.native.build import BuildError
 from mlxtp.comm.native.loader import load
-
-if TYPE_CHECKING:  # importing it starts MPI
-    from mlxtp.comm.transports.mpi import MPITransport
+from mlxtp.comm.transports import MessageTransport
 
 
-def start(control: "MPITransport") -> Any | None:
+def start(control: MessageTransport) -> Any | None:
     """Return this rank's `Core` of C++; None where any rank cannot have one.
 
     Then rank 0 has said so: one line on standard error, with the host and what to do.

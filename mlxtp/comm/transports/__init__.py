@@ -1,7 +1,7 @@
 """How bytes get to the other ranks. What is above names no message library.
 
 `connect` joins the ranks over MPI. That is a `MessageTransport`: it moves memory. MLX's
-backends, which `add_backend` starts besides, are each a `GraphTransport`: they have
+backends, which `start_backend` starts besides, are each a `GraphTransport`: they have
 collectives that stand in MLX's graph.
 """
 
@@ -56,7 +56,10 @@ class MessageTransport(Transport, Protocol):
     """Moves contiguous buffers of bytes, each (n,) uint8.
 
     Messages between two ranks with the same tag arrive in the order they were sent.
+    `crowded` says whether ranks of this host outnumber its cores.
     """
+
+    crowded: bool
 
     def send(self, buffer: np.ndarray, to: int, tag: int) -> MessageRequest:
         """Begin to send; the buffer stays as it is until the request is done."""
@@ -88,6 +91,14 @@ class MessageTransport(Transport, Protocol):
         """Give up prepared requests."""
         ...
 
+    def handle(self) -> int:
+        """Return where C finds the handle of MPI's communicator."""
+        ...
+
+    def lacks_for_native(self, library_version: str) -> str | None:
+        """Return why the native core, which has found this library, cannot be used."""
+        ...
+
 
 class GraphTransport(Protocol):
     """Has collectives that are part of MLX's graph."""
@@ -114,15 +125,11 @@ def connect() -> MessageTransport:
     return MPITransport()
 
 
-def add_backend(
-    name: str, control: MessageTransport
-) -> MessageTransport | GraphTransport:
-    """Start the backend of a transport besides `control`, where it has one.
+def start_backend(name: str, control: Transport) -> GraphTransport:
+    """Start one of MLX's `BACKENDS` between the ranks of `control`.
 
-    Raises: ValueError, on every rank, that says what the transport lacks.
+    Raises: ValueError, on every rank, that says what the backend lacks.
     """
-    if name not in BACKENDS:
-        return control
     from mlxtp.comm.transports.mlx import MLXTransport
 
     return MLXTransport(name, control)

@@ -90,7 +90,7 @@ class MPITransport:
         self._comm.Barrier()
 
     def handle(self) -> int:
-        """Return where the handle of MPI's communicator lies, for C."""
+        """Return where C finds the handle of MPI's communicator."""
         return MPI._addressof(self._comm)
 
     def lacks_for_native(self, library_version: str) -> str | None:
