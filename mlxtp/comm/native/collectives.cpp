@@ -70,6 +70,12 @@ void check(int code) {
   throw std::runtime_error("MPI: " + std::string(words, length));
 }
 
+void start(Requests& requests) {
+  if (!requests.empty()) {
+    check(MPI_Startall(int(requests.size()), requests.data()));
+  }
+}
+
 }  // namespace
 
 // How a rank waits between two polls.
@@ -118,12 +124,6 @@ MPI_Request Ranks::prepare_receive(char* data, size_t bytes, int from, int tag) 
   MPI_Request request = MPI_REQUEST_NULL;
   check(MPI_Recv_init(data, int(bytes), MPI_BYTE, from, tag, comm_, &request));
   return request;
-}
-
-void Ranks::start(Requests& requests) {
-  if (!requests.empty()) {
-    check(MPI_Startall(int(requests.size()), requests.data()));
-  }
 }
 
 void Ranks::wait(Requests& requests) {
@@ -191,7 +191,7 @@ class DirectGather : public Gather {
   }
 
   void run(const char* mine) override {
-    ranks_.start(receives_);
+    start(receives_);
     live_ = receives_;
     const int rank = ranks_.rank();
     for (const Piece& piece : pieces(bytes(rank))) {
@@ -241,7 +241,7 @@ class RingGather : public Gather {
   }
 
   void run(const char* mine) override {
-    ranks_.start(receives_);
+    start(receives_);
     live_.clear();
     for (const Piece& piece : pieces(bytes(ranks_.rank()))) {
       for (int side = 0; side < 2; ++side) {
@@ -258,7 +258,7 @@ class RingGather : public Gather {
           starting_.push_back(forwards_[place]);
         }
       }
-      ranks_.start(starting_);
+      start(starting_);
       live_.insert(live_.end(), starting_.begin(), starting_.end());
     }
     ranks_.wait(live_);
@@ -375,7 +375,7 @@ class TwoShot : public Plan {
 
   void run(const char* x, char* out) override {
     const int rank = ranks_.rank();
-    ranks_.start(receives_);
+    start(receives_);
     live_ = receives_;
     for (const int peer : peers_) {
       for (const Piece& piece : pieces(starts_[peer + 1] - starts_[peer])) {
@@ -426,7 +426,7 @@ class Join : public Plan {
     gather_->run(x);
     const size_t row_bytes = std::accumulate(widths_.begin(), widths_.end(), size_t{0});
     size_t start = 0;
-    for (int rank = 0; rank < int(widths_.size()); ++rank) {
+    for (int rank = 0; std::cmp_less(rank, widths_.size()); ++rank) {
       const char* part = rank == rank_ ? x : gather_->part(rank);
       const size_t width = widths_[rank];
       for (size_t row = 0; width > 0 && row < rows_; ++row) {
@@ -479,7 +479,8 @@ Collectives::Collectives(MPI_Comm comm, bool crowded, size_t kept_bytes)
 Collectives::~Collectives() {
   if (ranks_.stopped()) {
     for (auto& [key, kept] : kept_) {
-      static_cast<void>(kept.plan.release());  // MPI may still write there
+      const Plan* abandoned = kept.plan.release();  // MPI may still write there
+      static_cast<void>(abandoned);
     }
   }
 }

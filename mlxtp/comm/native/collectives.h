@@ -53,7 +53,6 @@ class Ranks {
   void send(Requests& requests, const char* data, size_t bytes, int to, int tag);
   MPI_Request prepare_send(const char* data, size_t bytes, int to, int tag);
   MPI_Request prepare_receive(char* data, size_t bytes, int from, int tag);
-  void start(Requests& requests);
 
   // Waits until all are done.
   void wait(Requests& requests);
