@@ -1,10 +1,12 @@
 """An allreduce, all algorithms side by side, from an MLX array to an MLX array.
 
-Beside ours: the same over MPI's own allgather (`mpi-one-shot` and `mpi-two-shot`),
-MPI_Allreduce as Open MPI chooses it, each of Open MPI's algorithms, and
-the sums of MLX's backends. Where the links' delay is known (in the lab) times are
-also given as multiples of the floor, which is the hops between the farthest ranks.
-Parts are bfloat16, for MPI_Allreduce float32 of as many bytes.
+Ours stand twice, as `--transport mpi` makes them (`native`, in MLX's graph) and as
+`mpi-eager` does (`eager`), and take turns in one job. Beside them: the same over MPI's
+own allgather (`eager mpi-one-shot` and `mpi-two-shot`), MPI_Allreduce as Open MPI
+chooses it, each of Open MPI's algorithms, and the sums of MLX's ring. Where the links'
+delay is known (in the lab) times are also given as multiples of the floor, which is the
+hops between the farthest ranks. Parts are bfloat16, for MPI_Allreduce float32 of as
+many bytes.
 """
 
 import argparse
@@ -16,7 +18,7 @@ from typing import Any
 
 import mlx.core as mx
 import numpy as np
-from ranks import HOSTFILE, measured
+from ranks import HOSTFILE, measured, print_on_rank_0
 
 from mlxtp.cluster.units import binary_size
 from mlxtp.comm.allreduce import ALGORITHMS, OneShot, TwoShot, algorithms
@@ -24,6 +26,8 @@ from mlxtp.comm.eager import EagerCollectives
 from mlxtp.comm.gathers import Gather
 from mlxtp.comm.graph import GraphCollectives
 from mlxtp.comm.heartbeat import Heartbeat
+from mlxtp.comm.native.collectives import NativeCollectives
+from mlxtp.comm.native.start import start
 from mlxtp.comm.progress import Progress
 from mlxtp.comm.traffic import Traffic
 from mlxtp.comm.transports import connect, start_backend
@@ -41,7 +45,7 @@ OPEN_MPI = {
     "segmented ring": 5,
     "Rabenseifner": 6,
 }
-MLX = ["ring"]
+RING = "MLX over ring"
 
 # Rounds before those that count: buffers of sockets grow with what passes them.
 WARM_UP = 2
@@ -80,7 +84,7 @@ def main() -> None:
     parser.add_argument("--job", help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.job:
-        print(json.dumps(measure(args)), flush=True)
+        print_on_rank_0(measure(args))
         return
     results = {}
     for ranks in args.ranks:
@@ -102,7 +106,7 @@ def jobs(args: argparse.Namespace) -> dict[str, dict[str, str]]:
     for name, number in OPEN_MPI.items():
         chosen = {**tuned, algorithm: str(number)} if number else {}
         all_jobs[f"Open MPI, {name}"] = chosen
-    all_jobs |= {f"MLX over {name}": {} for name in MLX}
+    all_jobs[RING] = {}
     wanted = args.only or [""]
     return {
         job: env for job, env in all_jobs.items() if any(word in job for word in wanted)
@@ -116,18 +120,17 @@ def forwarded(args: argparse.Namespace, job: str) -> list[object]:
 
 def measure(args: argparse.Namespace) -> Times:
     """One job, on every rank: each algorithm's median seconds, on the slowest rank."""
-    name = args.job.removeprefix("MLX over ")
-    backend = name if name in MLX else "mpi"
-    control = connect()
+    control: Any = connect()
     progress = Progress()
     heartbeat = Heartbeat(control, progress, timeout_seconds=600)
-    transport: Any = start_backend(backend, control)
-    if name in MLX:
-        sums = sums_in_graph(transport, progress, name)
-    elif name == "mlxtp":
-        sums = our_sums(transport, progress)
+    core = None
+    if args.job == "mlxtp":
+        core = start(control)
+        sums = our_sums(control, core, progress)
+    elif args.job == RING:
+        sums = sums_in_graph(start_backend("ring", control), progress)
     else:
-        sums = {name: sum_of_mpi}
+        sums = {args.job: sum_of_mpi}
     result: Times = {algorithm: {} for algorithm in sums}
     for size in args.sizes:
         calls = args.calls if size <= 2**20 else 1
@@ -140,6 +143,8 @@ def measure(args: argparse.Namespace) -> Times:
         for algorithm, seconds in zip(sums, slowest.tolist(), strict=True):
             result[algorithm][str(size)] = seconds
     heartbeat.leave()
+    if core is not None:
+        core.close()
     return result
 
 
@@ -156,18 +161,31 @@ def timed(allreduce: Callable[[mx.array], mx.array], x: mx.array, calls: int) ->
     return (time.perf_counter() - begin) / calls
 
 
-def our_sums(transport: Any, progress: Progress) -> dict[str, Any]:
-    def sum_by(name: str) -> Callable[[mx.array], mx.array]:
-        arrays = EagerCollectives(transport, progress, Traffic(), allreduce=name)
+def our_sums(control: Any, core: Any, progress: Progress) -> dict[str, Any]:
+    """Ours by name; eager ones alone where this host cannot compile the others."""
+
+    def native(name: str) -> Callable[[mx.array], mx.array]:
+        arrays = NativeCollectives(core, control, progress, Traffic(), allreduce=name)
+        return lambda x: evaluated(arrays.allreduce(x, ""))
+
+    def eager(name: str) -> Callable[[mx.array], mx.array]:
+        arrays = EagerCollectives(control, progress, Traffic(), allreduce=name)
         return lambda x: arrays.allreduce(x, "")
 
-    sums = {name: sum_by(name) for name in ["auto", *algorithms(transport.size)]}
+    names = ["auto", *algorithms(control.size)]
     of_mpi = {
         "mpi-one-shot": (OneShot, MPIGather),
         "mpi-two-shot": (TwoShot, MPIGather),
     }
+    sums = {f"native {name}": native(name) for name in names if core is not None}
+    sums |= {f"eager {name}": eager(name) for name in names}
     ALGORITHMS.update(of_mpi)
-    return sums | {name: sum_by(name) for name in of_mpi}
+    return sums | {f"eager {name}": eager(name) for name in of_mpi}
+
+
+def evaluated(x: mx.array) -> mx.array:
+    mx.eval(x)
+    return x
 
 
 def sum_of_mpi(x: mx.array) -> mx.array:
@@ -179,16 +197,11 @@ def sum_of_mpi(x: mx.array) -> mx.array:
     return mx.array(total).view(mx.bfloat16)
 
 
-def sums_in_graph(transport: Any, progress: Progress, name: str) -> dict[str, Any]:
+def sums_in_graph(transport: Any, progress: Progress) -> dict[str, Any]:
     ours = GraphCollectives(transport, progress, Traffic())
-
-    def evaluated(total: mx.array) -> mx.array:
-        mx.eval(total)
-        return total
-
     return {
-        f"{name}, gather and sum": lambda x: evaluated(ours.allreduce(x, "")),
-        f"{name}, all_sum": lambda x: evaluated(mx.distributed.all_sum(x)),
+        "ring, gather and sum": lambda x: evaluated(ours.allreduce(x, "")),
+        "ring, all_sum": lambda x: evaluated(mx.distributed.all_sum(x)),
     }
 
 
@@ -198,21 +211,36 @@ def report(args: argparse.Namespace, ranks: int, times: Times) -> None:
     for name, row in times.items():
         cells = "".join(f"{1000 * row[str(size)]:10.3f}" for size in args.sizes)
         print(f"{name:26}{cells}")
-    ours = times.get("auto")
-    if ours is None:
-        return
-    rates = "".join(f"{size / ours[str(size)] / 1e9:10.3f}" for size in args.sizes)
-    print(f"{'auto, GB/s of a part':26}{rates}")
+    theirs = [row for name, row in times.items() if name.startswith("Open MPI")]
+    for name in ("native auto", "eager auto"):
+        if name in times:
+            compare(args, ranks, name, times[name], theirs)
+    print(end="", flush=True)
+
+
+def compare(
+    args: argparse.Namespace,
+    ranks: int,
+    name: str,
+    row: dict[str, float],
+    theirs: list[dict[str, float]],
+) -> None:
+    """Print one of ours as a rate, in floors, and beside the best of Open MPI."""
+
+    def line(words: str, values: list[float], digits: int) -> None:
+        cells = "".join(f"{value:10.{digits}f}" for value in values)
+        print(f"{f'{name}, {words}':26}{cells}")
+
+    seconds = {size: row[str(size)] for size in args.sizes}
+    line("GB/s", [size / taken / 1e9 for size, taken in seconds.items()], 3)
     if args.hop_ms:
         hops = ranks // 2 if args.topology == "ring" else 1
         floor = hops * args.hop_ms / 1000
-        cells = "".join(f"{ours[str(size)] / floor:10.2f}" for size in args.sizes)
-        print(f"{f'auto, x {1000 * floor:g} ms':26}{cells}")
-    theirs = [row for name, row in times.items() if name.startswith("Open MPI")]
+        line(f"x {1000 * floor:g} ms", [taken / floor for taken in seconds.values()], 2)
     if theirs:
-        best = {size: min(row[str(size)] for row in theirs) for size in args.sizes}
-        cells = "".join(f"{ours[str(s)] / best[s]:10.2f}" for s in args.sizes)
-        print(f"{'auto / best of Open MPI':26}{cells}", flush=True)
+        best = [min(other[str(size)] for other in theirs) for size in args.sizes]
+        ratios = [a / b for a, b in zip(seconds.values(), best, strict=True)]
+        line("/ Open MPI", ratios, 2)
 
 
 if __name__ == "__main__":

@@ -1,8 +1,9 @@
-"""Decoding where the links decide, beside the same program with MPI_Allreduce.
+"""Decoding where the links decide: over mpi, mpi-eager, and with MPI_Allreduce.
 
 For the lab, or hosts whose links' delay is known. Two models: one with a hidden vector
-of 32 KiB and narrow layers, and the one that ships. Both sides run mlxtp; on one of
-them an allreduce is MPI_Allreduce, and a gather MPI_Allgather, as Open MPI does them.
+of 32 KiB and narrow layers, and the one that ships. All sides run mlxtp, take turns and
+have to give the same tokens. On the last an allreduce is MPI_Allreduce, and a gather
+MPI_Allgather, as Open MPI does them; it adds in an order of its own.
 """
 
 import argparse
@@ -16,7 +17,7 @@ import mlx.core as mx
 import numpy as np
 from allreduce import MPIGather
 from models import LLAMA_3_2_1B, make
-from ranks import HOSTFILE, measured
+from ranks import HOSTFILE, measured, print_on_rank_0
 
 import mlxtp
 from mlxtp.comm.allreduce import ALGORITHMS
@@ -33,7 +34,14 @@ NARROW: dict[str, Any] = {
     "head_dim": 4,
     "vocab_size": 512,
 }
-SIDES = {"mlxtp": "auto", "MPI_Allreduce": "MPI_Allreduce"}
+MODELS = ("32 KiB hidden", "shipped")
+
+# Side -> transport and algorithm of an allreduce.
+SIDES = {
+    "mpi": ("mpi", "auto"),
+    "mpi-eager": ("mpi-eager", "auto"),
+    "MPI_Allreduce": ("mpi-eager", "MPI_Allreduce"),
+}
 
 
 class MPIAllreduce:
@@ -66,35 +74,46 @@ def main() -> None:
     parser.add_argument("--hops", type=int, default=2, help="the floor of a collective")
     parser.add_argument("--max-tokens", type=int, default=20)
     parser.add_argument("--turns", type=int, default=3)
+    parser.add_argument("--models", nargs="+", choices=MODELS, default=MODELS)
+    parser.add_argument(
+        "--sides",
+        nargs="+",
+        choices=SIDES,
+        default=list(SIDES),
+        help="the first is compared with each of the others",
+    )
     parser.add_argument("--side", choices=SIDES, help=argparse.SUPPRESS)
     parser.add_argument("--model", help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.side:
-        print(json.dumps(measure(args)), flush=True)
+        print_on_rank_0(measure(args))
         return
     results = {}
     with tempfile.TemporaryDirectory() as folder:
-        narrow = make(Path(folder) / "narrow", NARROW, mx.float32)
-        for name, model in {"32 KiB hidden": narrow, "shipped": STORIES}.items():
+        for name in args.models:
+            model = STORIES
+            if name != "shipped":
+                model = make(Path(folder) / "narrow", NARROW, mx.float32)
             turns = [
-                {side: turn(args, side, model) for side in SIDES}
+                {side: turn(args, side, model) for side in args.sides}
                 for _ in range(args.turns)
             ]
             results[name] = report(args, name, turns)
     print(json.dumps(results))
 
 
-def turn(args: argparse.Namespace, side: str, model: Path) -> dict[str, float]:
+def turn(args: argparse.Namespace, side: str, model: Path) -> dict[str, Any]:
     options = ["--side", side, "--model", model, "--hop-ms", args.hop_ms]
     options += ["--max-tokens", args.max_tokens]
     return measured(args.ranks, __file__, *options, hostfile=args.hostfile)
 
 
-def measure(args: argparse.Namespace) -> dict[str, float]:
+def measure(args: argparse.Namespace) -> dict[str, Any]:
     """One turn of one side, run by every rank."""
     if args.side == "MPI_Allreduce":
         ALGORITHMS["MPI_Allreduce"] = (MPIAllreduce, MPIGather)
-    comm = mlxtp.Communicator.world(allreduce=SIDES[args.side])
+    transport, algorithm = SIDES[args.side]
+    comm = mlxtp.Communicator.world(transport, allreduce=algorithm)
     model, tokenizer = mlxtp.load(args.model, comm)
     prompt = list(range(2, 10))
     list(mlxtp.stream_generate(model, tokenizer, prompt, max_tokens=4))
@@ -111,30 +130,41 @@ def measure(args: argparse.Namespace) -> dict[str, float]:
         "tokens_per_second": responses[-1].generation_tps,
         "collectives_a_token": calls / (len(responses) - 1),
         "ms_a_collective": 1000 * max(comm.allgather_object(seconds / calls)),
+        "tokens": [int(response.token) for response in responses],
     }
 
 
 def report(
-    args: argparse.Namespace, name: str, turns: list[dict[str, dict[str, float]]]
+    args: argparse.Namespace, name: str, turns: list[dict[str, dict[str, Any]]]
 ) -> dict[str, float]:
     floor = args.hops * args.hop_ms
-    print(f"\n{name}, {args.ranks} ranks, medians of {args.turns} turns (min-max)")
+    print(
+        f"\n{name}, {args.ranks} ranks, {args.hop_ms:g} ms a hop, medians of "
+        f"{args.turns} turns (min-max)"
+    )
     result = {}
-    for side in SIDES:
+    first, *others = args.sides
+    tokens = turns[0][first]["tokens"]
+    for side in args.sides:
         speeds = [turn[side]["tokens_per_second"] for turn in turns]
         times = [turn[side]["ms_a_collective"] for turn in turns]
         calls = turns[0][side]["collectives_a_token"]
+        same = all(turn[side]["tokens"] == tokens for turn in turns)
         print(
             f"{side:14} {spread(speeds)} tokens/s, {calls:.1f} collectives a token, "
-            f"{spread(times)} ms each = {median(times) / floor:.2f} x the floor"
+            f"{spread(times)} ms each = {median(times) / floor:.2f} x the floor, "
+            f"{'the same' if same else 'OTHER'} tokens"
         )
         result[f"{side}, x floor"] = median(times) / floor
-    ratios = [
-        turn["mlxtp"]["tokens_per_second"] / turn["MPI_Allreduce"]["tokens_per_second"]
-        for turn in turns
-    ]
-    print(f"ratio of tokens/s, turn by turn: {spread(ratios)}", flush=True)
-    return result | {"ratio": median(ratios)}
+        result[f"{side}, same tokens"] = same
+    for other in others:
+        ratios = [
+            turn[first]["tokens_per_second"] / turn[other]["tokens_per_second"]
+            for turn in turns
+        ]
+        print(f"{first} / {other}, turn by turn: {spread(ratios)}", flush=True)
+        result[f"{first} / {other}"] = median(ratios)
+    return result
 
 
 def spread(values: list[float]) -> str:

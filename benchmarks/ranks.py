@@ -61,3 +61,9 @@ def measured(
         raise RuntimeError(done.stdout + done.stderr)
     result: dict[str, Any] = json.loads(done.stdout.strip().splitlines()[-1])
     return result
+
+
+def print_on_rank_0(result: dict[str, Any]) -> None:
+    """Print what `measured` reads; lines of several ranks could get mixed up."""
+    if os.environ["OMPI_COMM_WORLD_RANK"] == "0":
+        print(json.dumps(result), flush=True)

@@ -83,6 +83,7 @@ class Progress:
         """Return the last collective that was called; None before the first.
 
         It has no number while it stands in MLX's graph and is not known to have begun.
+        Whether this rank is still in it, `waits` says.
         """
         if self._last is None:
             return None

@@ -130,8 +130,8 @@ def judge_raised(
     """Return the verdict where this rank has raised and another rank does not.
 
     `since` is when it raised `error`. Another rank does not if it went on: it has left
-    the block, or has called a collective that this rank does not come to, be it in
-    MLX's graph. It is waited for as long as the limit.
+    the block, or has called a collective that this rank does not come to, in MLX's
+    graph or out of it. It is waited for as long as the limit.
     """
     raised = [peer for peer in peers if _has_raised(peer, this)]
     went_on = any(

@@ -80,11 +80,11 @@ def test_all_ranks_measure_and_agree(comm: Communicator) -> None:
     from mlxtp.comm.transports.mpi import MPITransport
 
     transport = MPITransport()
-    tuning = tune(Collectives(transport), transport, algorithms(comm.size))
+    tuning = tune(Collectives(transport).allreduce, transport, algorithms(comm.size))
     assert set(tuning.seconds) == set(algorithms(comm.size)) <= set(ALGORITHMS)
     assert len(tuning.sizes) >= 2 and list(tuning.sizes) == sorted(tuning.sizes)
     assert np.array([*tuning.seconds.values()]).min() > 0
     assert len(set(map(str, comm.allgather_object(tuning)))) == 1
-    only = tune(Collectives(transport), transport, ["direct-one-shot"])
+    only = tune(Collectives(transport).allreduce, transport, ["direct-one-shot"])
     assert only == Tuning((), {"direct-one-shot": ()})
     assert only.algorithm(7) == only.gather(7) == "direct-one-shot"

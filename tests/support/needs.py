@@ -10,8 +10,11 @@ import shutil
 import sys
 from collections import Counter
 from collections.abc import Callable
+from functools import cache
 from importlib.util import find_spec
 from pathlib import Path
+from subprocess import run
+from tempfile import TemporaryDirectory
 from typing import NamedTuple
 
 import pytest
@@ -38,6 +41,25 @@ def program(name: str) -> str | None:
     return shutil.which(name, path=f"{os.environ['PATH']}:/usr/sbin:/sbin")
 
 
+@cache
+def sanitizers() -> bool:
+    """Whether programs that are compiled with the sanitizers run here."""
+    compiler = shutil.which("c++")
+    if compiler is None:
+        return False
+    with TemporaryDirectory() as folder:
+        program = Path(folder) / "program"
+
+        def runs(names: str) -> bool:
+            command = [compiler, f"-fsanitize={names}", "-x", "c++", "-", "-o", program]
+            compiled = run(command, input=b"int main() {}", capture_output=True)
+            if compiled.returncode != 0:
+                return False
+            return run([program], capture_output=True).returncode == 0
+
+        return runs("address,undefined") and runs("thread")
+
+
 NEEDS = {
     "linux": Need("Linux", lambda: sys.platform == "linux"),
     "root": Need("root's rights", lambda: os.geteuid() == 0),
@@ -47,6 +69,11 @@ NEEDS = {
         "OpenSSH's server and client",
         lambda: program("sshd") and program("ssh"),
         "package openssh-server",
+    ),
+    "sanitizers": Need(
+        "a C++ compiler with the address and the thread sanitizer",
+        sanitizers,
+        "package g++",
     ),
     "torch": Need(
         "PyTorch", lambda: find_spec("torch"), "`source launch/environment reference`"
