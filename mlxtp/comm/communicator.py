@@ -86,8 +86,8 @@ class Communicator:
         if heartbeat:
             self._heartbeat = Heartbeat(control, self._progress, timeout_seconds)
             sys.excepthook = self._end_all_ranks
-        self.machines_differ = machines_differ(self)
         self._arrays = self._start(control, transport, allreduce, wire, measure)
+        self.machines_differ = machines_differ(self)
         self.is_timed = self._arrays.is_timed
         atexit.register(self._close)
 
@@ -231,14 +231,14 @@ class Communicator:
         """Give every rank the object of `root`."""
         if self._control is None:
             return value
-        with self._progress.collective("bcast"):
+        with self._in_python("bcast"):
             return self._control.bcast_object(value, root)
 
     def allgather_object(self, value: Any) -> list[Any]:
         """Give every rank the object of every rank, in rank order."""
         if self._control is None:
             return [value]
-        with self._progress.collective("allgather"):
+        with self._in_python("allgather"):
             return self._control.allgather_object(value)
 
     def exchange(self, to: Sequence[np.ndarray], sizes: Sequence[int]) -> list[Any]:
@@ -254,7 +254,7 @@ class Communicator:
         received[self.rank] = to[self.rank]
         if self._control is None:
             return received
-        with self._progress.collective("exchange"):
+        with self._in_python("exchange"):
             others = [rank for rank in range(self.size) if rank != self.rank]
             receives = [
                 self._control.prepare_receive(received[rank], rank, EXCHANGE_TAG)
@@ -274,8 +274,17 @@ class Communicator:
     def barrier(self) -> None:
         """Wait until every rank has come here."""
         if self._control is not None:
-            with self._progress.collective("barrier"):
+            with self._in_python("barrier"):
                 self._control.barrier()
+
+    def _in_python(self, name: str) -> AbstractContextManager[None]:
+        """Note a collective of Python's for the block.
+
+        What stands in the graph is begun first: another rank may have to wait for it
+        before it comes here.
+        """
+        self._arrays.flush()
+        return self._progress.collective(name)
 
     def unlimited(self) -> AbstractContextManager[None]:
         """Let the others take as long as they need in the block, to load, say.

@@ -58,6 +58,9 @@ class EagerCollectives:
         """Tell which algorithm is taken from which size on."""
         return str(self.tuning)
 
+    def flush(self) -> None:
+        """Do nothing: what was called is made."""
+
     def close(self) -> None:
         """Give up buffers and requests."""
         self._collectives.forget()

@@ -31,6 +31,9 @@ class GraphCollectives:
         """Tell how an allreduce is made."""
         return "allreduce: gathers in the graph, sums in rank order"
 
+    def flush(self) -> None:
+        """Do nothing: MLX's backends make what is evaluated."""
+
     def close(self) -> None:
         """Leave no collective that others are still in."""
         self._transport.close()

@@ -153,6 +153,15 @@ def test_a_model_and_its_draft(comm: Communicator, core: Any) -> None:
     assert all(others == seen for others in comm.allgather_object(seen))
 
 
+def test_what_one_rank_reads_is_made_by_all(comm: Communicator) -> None:
+    """The others go on to a collective of Python's, as where rank 0 prints."""
+    for reader in range(comm.size):
+        total = comm.allreduce(mx.full((5,), comm.rank + 1.0))
+        if comm.rank == reader:
+            assert total.tolist() == [comm.size * (comm.size + 1) / 2] * 5
+        comm.barrier()
+
+
 def test_the_state_says_what_is_waited_for(comm: Communicator, core: Any) -> None:
     assert core.state() == (0, "", "", -1)
     late = comm.size - 1

@@ -102,8 +102,12 @@ class NativeCollectives:
         """Sum x (n,) over ranks, outside of the graph."""
         self._core.time_allreduce(x, algorithm, self._progress.number)
 
+    def flush(self) -> None:
+        """Begin to make what was called: another rank may wait for it."""
+        self._core.flush()
+
     def close(self) -> None:
-        """Wait for what is under way, and part from the other ranks."""
+        """Make what was called, and part from the other ranks."""
         self._core.close()
 
     def _counted(self, x: mx.array, name: str, at: str) -> int:

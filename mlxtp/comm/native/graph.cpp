@@ -9,6 +9,7 @@
 #include <mlx/backend/cpu/encoder.h>
 #include <mlx/primitives.h>
 #include <mlx/stream.h>
+#include <mlx/transforms.h>
 #include <nanobind/nanobind.h>
 #include <nanobind/ndarray.h>
 #include <nanobind/stl/string.h>
@@ -199,8 +200,19 @@ class Core {
     collectives_->forget();
   }
 
-  // Waits for what is under way, and parts from the other ranks, as all of them do.
+  // Begins to make what was called, whether or not anybody reads it.
+  void flush() {
+    if (token_ && token_->status() == mx::array::Status::unscheduled) {
+      const nb::gil_scoped_release release;
+      mx::async_eval({*token_});
+    }
+  }
+
+  // Makes what was called, and parts from the other ranks, as all of them do.
   void close() {
+    if (!collectives_->stopped()) {
+      flush();
+    }
     token_.reset();
     const nb::gil_scoped_release release;
     if (!collectives_->stopped()) {
@@ -270,5 +282,6 @@ NB_MODULE(mlxtp_native, m) {
       .def("seconds", &Core::seconds)
       .def("stop", &Core::stop)
       .def("forget", &Core::forget)
+      .def("flush", &Core::flush)
       .def("close", &Core::close);
 }
