@@ -139,8 +139,8 @@ def report(args: argparse.Namespace, turns: list[Turn]) -> None:
         f"{args.prompt_tokens} tokens, {args.max_tokens} generated; medians of "
         f"{args.turns} turns (min-max), tokens a second"
     )
-    heads = [f"{side:>20}" for side in args.sides]
-    heads += [f"{f'{first} / {other}':>22}" for other in others]
+    heads = [f"{side:>25}" for side in args.sides]
+    heads += [f"{f'{first} / {other}':>24}" for other in others]
     print(f"{'':8}" + "".join(heads))
     result: dict[str, Any] = {
         "model": args.model,
@@ -149,14 +149,14 @@ def report(args: argparse.Namespace, turns: list[Turn]) -> None:
         "turns": args.turns,
     }
     for what in ("decode", "prefill"):
-        cells = [f"{spread([t[side][what] for t in turns]):>20}" for side in args.sides]
+        cells = [f"{spread([t[side][what] for t in turns]):>25}" for side in args.sides]
         for other in others:
             ratios = [t[first][what] / t[other][what] for t in turns]
-            cells.append(f"{spread(ratios):>22}")
+            cells.append(f"{spread(ratios):>24}")
             result[f"{what}, {first} / {other}"] = median(ratios)
         print(f"{what:8}" + "".join(cells))
     peaks = [max(t[side]["peak_memory_gb"] for t in turns) for side in args.sides]
-    print(f"{'peak, GB':8}" + "".join(f"{peak:>20.2f}" for peak in peaks))
+    print(f"{'peak, GB':8}" + "".join(f"{peak:>25.2f}" for peak in peaks))
     result["same_tokens"] = compare(args, turns)
     print(json.dumps(result))
 
