@@ -3,9 +3,9 @@
 Two models with random weights, in float32, on the ranks of this machine:
 
   1b     shapes of Llama 3.2 1B with eight of its layers and its whole vocabulary: the
-         head is two thirds of a token's bytes, and ours is split
-  small  eight layers with a hidden vector of 512 and 8,000 words: the layers decide,
-         and how long a collective keeps them waiting
+         head has a third of the weights, and ours is split
+  small  eight layers with a hidden vector of 512 and a vocabulary of 8,000: the layers
+         decide, and how long a collective keeps them waiting
 
 All sides load the same checkpoint and generate with mlx-lm's loop; they take turns,
 each turn a job of its own, and have to give the same tokens.

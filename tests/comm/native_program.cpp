@@ -360,12 +360,17 @@ class World {
   void check_all() {
     const Reader reader(collectives_);
     for (const Element element : kElements) {
+      if (kWatchesThreads && element != Element::f32) {
+        continue;  // sums are checked without
+      }
       for (const size_t count : {0, 1, 63, 64, 65, 1000}) {
         check_sum(element, count);
       }
     }
     // In several messages, the last of them short.
-    check_sum(Element::bf16, 270'001);
+    if (!kWatchesThreads) {
+      check_sum(Element::bf16, 270'001);
+    }
     check_sum(Element::f32, 140'001);
     check_gathers();
     check_changing_sizes();
