@@ -3,9 +3,9 @@
 Two models with random weights, in float32, on the ranks of this machine:
 
   1b     shapes of Llama 3.2 1B with eight of its layers and its whole vocabulary: the
-         head is two thirds of a token's bytes, and ours is split
-  small  eight layers with a hidden vector of 512 and 8,000 words: the layers decide,
-         and how long a collective keeps them waiting
+         head has a third of the weights, and ours is split
+  small  eight layers with a hidden vector of 512 and a vocabulary of 8,000: the layers
+         decide, and how long a collective keeps them waiting
 
 All sides load the same checkpoint and generate with mlx-lm's loop; they take turns,
 each turn a job of its own, and have to give the same tokens.
@@ -139,8 +139,8 @@ def report(args: argparse.Namespace, turns: list[Turn]) -> None:
         f"{args.prompt_tokens} tokens, {args.max_tokens} generated; medians of "
         f"{args.turns} turns (min-max), tokens a second"
     )
-    heads = [f"{side:>20}" for side in args.sides]
-    heads += [f"{f'{first} / {other}':>22}" for other in others]
+    heads = [f"{side:>25}" for side in args.sides]
+    heads += [f"{f'{first} / {other}':>24}" for other in others]
     print(f"{'':8}" + "".join(heads))
     result: dict[str, Any] = {
         "model": args.model,
@@ -149,14 +149,14 @@ def report(args: argparse.Namespace, turns: list[Turn]) -> None:
         "turns": args.turns,
     }
     for what in ("decode", "prefill"):
-        cells = [f"{spread([t[side][what] for t in turns]):>20}" for side in args.sides]
+        cells = [f"{spread([t[side][what] for t in turns]):>25}" for side in args.sides]
         for other in others:
             ratios = [t[first][what] / t[other][what] for t in turns]
-            cells.append(f"{spread(ratios):>22}")
+            cells.append(f"{spread(ratios):>24}")
             result[f"{what}, {first} / {other}"] = median(ratios)
         print(f"{what:8}" + "".join(cells))
     peaks = [max(t[side]["peak_memory_gb"] for t in turns) for side in args.sides]
-    print(f"{'peak, GB':8}" + "".join(f"{peak:>20.2f}" for peak in peaks))
+    print(f"{'peak, GB':8}" + "".join(f"{peak:>25.2f}" for peak in peaks))
     result["same_tokens"] = compare(args, turns)
     print(json.dumps(result))
 

@@ -49,15 +49,8 @@ constexpr bool kWatchesThreads = false;
 #endif
 
 const Element kElements[] = {
-    Element::boolean,
-    Element::uint8,
-    Element::uint16,
-    Element::uint32,
-    Element::uint64,
-    Element::f16,
-    Element::bf16,
-    Element::f32,
-    Element::f64,
+    Element::boolean, Element::uint8, Element::uint16, Element::uint32, Element::uint64,
+    Element::f16,     Element::bf16,  Element::f32,    Element::f64,
 };
 
 void check(bool is_right, const std::string& words) {
@@ -143,21 +136,9 @@ void check_16_bits(Element element, const Format& format, int rank, int ranks) {
       format.infinity() - uint32_t(format.mantissa_bits + 2) * step;
   std::vector<std::vector<uint16_t>> others;
   for (const uint32_t other :
-       {uint32_t{0},
-        half_bit,
-        half_bit + 1,
-        half_bit - 1,
-        one,
-        one + 1,
-        uint32_t{1},
-        uint32_t{3},
-        step - 1,
-        step,
-        top_half_bit,
-        top_half_bit - 1,
-        format.infinity() - 1,
-        format.infinity(),
-        format.quiet()}) {
+       {uint32_t{0}, half_bit, half_bit + 1, half_bit - 1, one, one + 1, uint32_t{1},
+        uint32_t{3}, step - 1, step, top_half_bit, top_half_bit - 1,
+        format.infinity() - 1, format.infinity(), format.quiet()}) {
     others.push_back({uint16_t(other)});
     others.push_back({uint16_t(other | 0x8000u)});
   }
@@ -201,14 +182,9 @@ void check_16_bits(Element element, const Format& format, int rank, int ranks) {
       }
       if (!is_right) {
         char words[100];
-        std::snprintf(
-            words,
-            sizeof words,
-            "16 bits: %04x and %zu others, the first %04x, give %04x",
-            all[i],
-            more.size(),
-            more.empty() ? 0 : more[0],
-            sums[i]);
+        std::snprintf(words, sizeof words,
+                      "16 bits: %04x and %zu others, the first %04x, give %04x", all[i],
+                      more.size(), more.empty() ? 0 : more[0], sums[i]);
         check(false, words);
       }
     }
@@ -237,14 +213,13 @@ Bytes values(int rank, size_t count, T (*value)(uint64_t)) {
 Bytes part_of(int rank, size_t count, Element element) {
   switch (element) {
     case Element::boolean:
-      return values<uint8_t>(rank, count, [](uint64_t seed) {
-        return uint8_t(noise(seed) % 4 == 0);
-      });
+      return values<uint8_t>(
+          rank, count, [](uint64_t seed) { return uint8_t(noise(seed) % 4 == 0); });
     case Element::uint8:
       return values<uint8_t>(rank, count, [](uint64_t s) { return uint8_t(noise(s)); });
     case Element::uint16:
-      return values<uint16_t>(
-          rank, count, [](uint64_t seed) { return uint16_t(noise(seed)); });
+      return values<uint16_t>(rank, count,
+                              [](uint64_t seed) { return uint16_t(noise(seed)); });
     case Element::f16:  // below 2
       return values<uint16_t>(
           rank, count, [](uint64_t seed) { return uint16_t(noise(seed) & 0xbfffu); });
@@ -253,8 +228,8 @@ Bytes part_of(int rank, size_t count, Element element) {
         return uint16_t((noise(seed) & 0x87ffu) | 0x3800u);
       });
     case Element::uint32:
-      return values<uint32_t>(
-          rank, count, [](uint64_t seed) { return uint32_t(noise(seed)); });
+      return values<uint32_t>(rank, count,
+                              [](uint64_t seed) { return uint32_t(noise(seed)); });
     case Element::f32:  // 2^-15 to 2
       return values<uint32_t>(rank, count, [](uint64_t seed) {
         return uint32_t((noise(seed) & 0x87ffffffu) | 0x38000000u);
@@ -385,12 +360,17 @@ class World {
   void check_all() {
     const Reader reader(collectives_);
     for (const Element element : kElements) {
+      if (kWatchesThreads && element != Element::f32) {
+        continue;  // sums are checked without
+      }
       for (const size_t count : {0, 1, 63, 64, 65, 1000}) {
         check_sum(element, count);
       }
     }
     // In several messages, the last of them short.
-    check_sum(Element::bf16, 270'001);
+    if (!kWatchesThreads) {
+      check_sum(Element::bf16, 270'001);
+    }
     check_sum(Element::f32, 140'001);
     check_gathers();
     check_changing_sizes();
@@ -411,22 +391,18 @@ class World {
       for (const Shots shots : {Shots::one, Shots::two}) {
         const Algorithm algorithm{shape, shots};
         const std::string words = "a sum of " + std::to_string(count) + " elements " +
-            std::to_string(int(element)) + " on " + std::to_string(size()) + " ranks";
+                                  std::to_string(int(element)) + " on " +
+                                  std::to_string(size()) + " ranks";
         Bytes out(mine.size());
-        collectives_.allreduce(
-            calls_.next("allreduce"), mine.data(), out.data(), count, element, algorithm);
+        collectives_.allreduce(calls_.next("allreduce"), mine.data(), out.data(), count,
+                               element, algorithm);
         check(out == expected, words);
         if (count != 1000) {
           continue;
         }
         Bytes in_place = mine;
-        collectives_.allreduce(
-            calls_.next("allreduce"),
-            in_place.data(),
-            in_place.data(),
-            count,
-            element,
-            algorithm);
+        collectives_.allreduce(calls_.next("allreduce"), in_place.data(),
+                               in_place.data(), count, element, algorithm);
         check(in_place == expected, words + " in place");
       }
     }
@@ -468,13 +444,8 @@ class World {
     }
     for (const Shape shape : shapes(size())) {
       Bytes out(expected.size());
-      collectives_.allgather(
-          calls_.next("allgather"),
-          parts[rank()].data(),
-          out.data(),
-          rows,
-          widths,
-          shape);
+      collectives_.allgather(calls_.next("allgather"), parts[rank()].data(), out.data(),
+                             rows, widths, shape);
       check(out == expected, "a gather of " + std::to_string(rows) + " rows");
     }
   }
@@ -485,20 +456,14 @@ class World {
       const size_t count = 1 + noise(turn) % 20'000;
       const size_t again = turn % 3 == 0 ? 500 : count;
       const std::vector<Shape> all = shapes(size());
-      const Algorithm algorithm{
-          all[noise(turn + 1000) % all.size()], turn % 2 == 0 ? Shots::one : Shots::two};
+      const Algorithm algorithm{all[noise(turn + 1000) % all.size()],
+                                turn % 2 == 0 ? Shots::one : Shots::two};
       std::vector<uint32_t> mine(again, uint32_t(rank() + turn));
-      collectives_.allreduce(
-          calls_.next("allreduce"),
-          mine.data(),
-          mine.data(),
-          again,
-          Element::uint32,
-          algorithm);
+      collectives_.allreduce(calls_.next("allreduce"), mine.data(), mine.data(), again,
+                             Element::uint32, algorithm);
       const uint32_t total = uint32_t(size() * (size() - 1) / 2 + size() * turn);
-      check(
-          std::count(mine.begin(), mine.end(), total) == long(again),
-          "a sum among changing sizes");
+      check(std::count(mine.begin(), mine.end(), total) == long(again),
+            "a sum among changing sizes");
       if (turn == 40) {
         collectives_.forget();
       }
@@ -519,8 +484,8 @@ void check_stop(MPI_Comm comm, Algorithm algorithm) {
   Collectives collectives(comm, true, kKeptBytes);
   std::vector<float> x(1000, 1);
   const auto allreduce = [&] {
-    collectives.allreduce(
-        calls.next("allreduce"), x.data(), x.data(), x.size(), Element::f32, algorithm);
+    collectives.allreduce(calls.next("allreduce"), x.data(), x.data(), x.size(),
+                          Element::f32, algorithm);
   };
   allreduce();
   check(x[0] == float(collectives.size()), "a sum before a stop");
@@ -573,8 +538,8 @@ int main(int count, char** words) {
     check_16_bits(Element::bf16, kBrain, rank, size);
   }
 
-  // As MLX does, in another thread than the one that has started MPI; which goes on with
-  // calls of its own meanwhile.
+  // As MLX does, in another thread than the one that has started MPI; which goes on
+  // with calls of its own meanwhile.
   std::atomic<bool> done{false};
   World world(MPI_COMM_WORLD, true);
   std::thread all([&] {
@@ -584,8 +549,7 @@ int main(int count, char** words) {
   for (int everyone = 0; everyone == 0;) {
     const int mine = done ? 1 : 0;
     MPI_Request request = MPI_REQUEST_NULL;
-    MPI_Iallreduce(
-        &mine, &everyone, 1, MPI_INT, MPI_MIN, MPI_COMM_WORLD, &request);
+    MPI_Iallreduce(&mine, &everyone, 1, MPI_INT, MPI_MIN, MPI_COMM_WORLD, &request);
     for (int is_done = 0; is_done == 0;) {
       std::this_thread::sleep_for(1ms);
       MPI_Test(&request, &is_done, MPI_STATUS_IGNORE);
