@@ -5,6 +5,7 @@ Most tests compile a stand-in of a line, without MLX, in a cache of their own.
 
 import ctypes
 import dataclasses
+import json
 import os
 import shutil
 import signal
@@ -316,3 +317,17 @@ def test_the_program_says_in_a_line_what_is_lacking(tmp_path):
     assert done.returncode == 1 and done.stdout == ""
     assert done.stderr.startswith("collectives go over mpi-eager, which is slower: ")
     assert "no C++ compiler" in done.stderr and done.stderr.count("\n") == 1
+
+
+@pytest.mark.slow
+def test_ranks_without_a_compiler_go_over_mpi_eager(tmp_path: Path) -> None:
+    """They say in a line what is lacking; nothing else changes."""
+    command = [sys.executable, "-m", "mlxtp.generate", "--ranks", "3", "--json"]
+    command += ["--max-tokens", "8"]
+    env = {**os.environ, "PATH": str(Path(sys.executable).parent)}
+    env |= {"XDG_CACHE_HOME": str(tmp_path), "CXX": ""}
+    done = subprocess.run(command, capture_output=True, text=True, env=env)
+    assert done.returncode == 0, done.stderr
+    said = [line for line in done.stderr.splitlines() if line.startswith("mlxtp: ")]
+    assert len(said) == 1 and "mpi-eager" in said[0] and "compiler" in said[0], said
+    assert len(json.loads(done.stdout)["tokens"]) == 8
