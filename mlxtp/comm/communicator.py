@@ -371,7 +371,8 @@ class Communicator:
     def _close(self) -> None:
         assert self._control is not None
         with self._heartbeat.finish() if self._heartbeat else nullcontext():
-            self._arrays.close()
+            if not self._control.is_over():  # as after a mistake
+                self._arrays.close()
             self._control.close()
 
     def _end_all_ranks(

@@ -91,6 +91,10 @@ class MessageTransport(Transport, Protocol):
         """Give up prepared requests."""
         ...
 
+    def is_over(self) -> bool:
+        """Whether this rank has ended MPI."""
+        ...
+
     def handle(self) -> int:
         """Return where C finds the handle of MPI's communicator."""
         ...

@@ -89,6 +89,10 @@ class MPITransport:
         """Wait until every rank has come here."""
         self._comm.Barrier()
 
+    def is_over(self) -> bool:
+        """Whether this rank has ended MPI."""
+        return bool(MPI.Is_finalized())
+
     def handle(self) -> int:
         """Return where C finds the handle of MPI's communicator."""
         return MPI._addressof(self._comm)
