@@ -210,14 +210,11 @@ class Core {
 
   // Makes what was called, and parts from the other ranks, as all of them do.
   void close() {
-    if (!collectives_->stopped()) {
-      flush();
+    const nb::gil_scoped_release release;
+    if (token_ && !collectives_->stopped()) {
+      mx::eval({*token_});
     }
     token_.reset();
-    const nb::gil_scoped_release release;
-    if (!collectives_->stopped()) {
-      mx::synchronize(stream_);
-    }
     collectives_->close();
   }
 
@@ -246,9 +243,17 @@ class Core {
     }
     auto outputs = mx::array::make_arrays(
         {shape, {0}}, {x.dtype(), mx::uint8},
-        std::make_shared<Node>(stream_, call, std::move(work)), inputs);
+        std::make_shared<Node>(stream_of(x), call, std::move(work)), inputs);
     token_ = outputs[1];
     return outputs[0];
+  }
+
+  // That of the CPU which computes the input, if one does: so no thread has to wake
+  // another. Else the one of its own.
+  mx::Stream stream_of(const mx::array& x) const {
+    const bool is_on_cpu = x.status() == mx::array::Status::unscheduled &&
+                           x.primitive().stream().device == mx::Device::cpu;
+    return is_on_cpu ? x.primitive().stream() : stream_;
   }
 
   std::shared_ptr<Collectives> collectives_;
