@@ -191,7 +191,14 @@ class Communicator:
 
         Shapes: x (..., sizes[rank]) sharded -> (..., sum(sizes)) replicated.
         Communicates: one allgather of x.size elements a rank.
+        Raises: ValueError if `sizes` do not fit x or the number of ranks.
         """
+        fits = len(sizes) == self.size and x.shape[-1:] == (sizes[self.rank],)
+        if not fits or min(sizes) < 0:
+            raise ValueError(
+                f"allgather of x {x.shape} with sizes {list(sizes)}: wanted a size for "
+                f"each of {self.size} ranks, for rank {self.rank} that of x's last axis"
+            )
         if self._control is None:
             return x
         if self in _DRY_RUNS.get():
@@ -222,7 +229,10 @@ class Communicator:
 
         Shapes: x (...) -> (...) replicated, of the same dtype.
         Communicates: one broadcast of x.size elements.
+        Raises: ValueError if there is no rank `root`.
         """
+        if not 0 <= root < self.size:
+            raise ValueError(f"bcast from root {root}: there are {self.size} ranks")
         if self._control is None or self in _DRY_RUNS.get():
             return x
         return self._arrays.bcast(x, root, at)
@@ -370,9 +380,14 @@ class Communicator:
 
     def _close(self) -> None:
         assert self._control is not None
-        with self._heartbeat.finish() if self._heartbeat else nullcontext():
+        try:
             if not self._control.is_over():  # as after a mistake
                 self._arrays.close()
+        except Exception as error:
+            if self._heartbeat is None:
+                raise
+            self._end_all_ranks(type(error), error, error.__traceback__)
+        with self._heartbeat.finish() if self._heartbeat else nullcontext():
             self._control.close()
 
     def _end_all_ranks(

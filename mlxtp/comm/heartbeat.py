@@ -35,6 +35,9 @@ LEAVE_SECONDS = 1.5
 
 LONGEST_DATAGRAM = 65536
 
+# How long after a collective in MLX's graph has failed the job ends at the latest.
+FAILED_SECONDS = 2.0
+
 # How often a rank that has raised looks whether the others have, and how much of its
 # exception a verdict says.
 LOOK_SECONDS = 0.005
@@ -231,7 +234,8 @@ class Heartbeat:
             peer = next(p for p in self.peers if p.rank == state["rank"])
             with self._hearing:
                 peer.heard, peer.gone = time.monotonic(), False
-                peer.number, peer.begun = state["number"], state["begun"]
+                peer.number = max(peer.number, state["number"])
+                peer.begun = max(peer.begun, state["begun"])
                 # A datagram may be overtaken by a later one.
                 peer.blocks = max(peer.blocks, Blocks(*state["blocks"]))
                 peer.left = peer.left or state.get("left", False)
@@ -248,6 +252,10 @@ class Heartbeat:
         """End the job if a rank is lost or this rank has waited too long."""
         if os.getppid() != self._parent:
             os._exit(1)  # mpirun is gone, and nobody else would end this rank
+        if failure := self._progress.graph().failure:
+            # The main thread ends the job itself if nobody catches what MLX raises.
+            time.sleep(FAILED_SECONDS)
+            self.fail(f"{failure}\n")
         verdict = verdicts.judge(self.peers, now, self._limits, self._this_rank())
         if verdict is not None:
             if verdicts.is_cut_off(self.peers, now, self._limits):

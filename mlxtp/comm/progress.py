@@ -25,13 +25,15 @@ class GraphState(NamedTuple):
 
     `begun` is the number of the last one that it has begun, 0 before the first, and
     `name` and `layer` are those of that one. `seconds` is how long it has been waiting
-    in it, -1 while it is in none.
+    in it, -1 while it is in none. `failure` says which one failed, and why: "" if none
+    did; after one that did none is made any more.
     """
 
     begun: int = 0
     name: str = ""
     layer: str = ""
     seconds: float = -1.0
+    failure: str = ""
 
 
 class Wait(NamedTuple):

@@ -1,8 +1,10 @@
 """Collectives in MLX's graph: bits, order, waits that end, what they do not take."""
 
+import re
 import sys
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import ml_dtypes
@@ -225,3 +227,70 @@ def test_a_wait_is_ended_from_outside() -> None:
     done = mpirun("-n", 2, sys.executable, "-c", STOPPED, timeout_seconds=60)
     assert done.stdout.splitlines() == ["studio2 is lost True"] * 2, done.stderr
     assert time.monotonic() - begin < 40
+
+
+UNLIKE = """
+import re
+import sys
+import mlx.core as mx
+import mlxtp
+comm = mlxtp.Communicator.world(measure=False, allreduce=sys.argv[1])
+mx.eval(comm.allreduce(mx.ones(2000), "embed"))
+mx.eval(comm.allreduce(mx.ones(1000 if comm.rank == 1 else 2000), "model.layers.3"))
+print("went on")
+"""
+
+
+@pytest.mark.once
+def test_parts_of_unlike_sizes_end_the_job() -> None:
+    """Shorter and longer ones, in a message that says what was called."""
+    for algorithm in ("direct-one-shot", "direct-two-shot"):
+        done = mpirun("-n", 3, sys.executable, "-c", UNLIKE, algorithm)
+        assert done.returncode != 0 and "went on" not in done.stdout, algorithm
+        said = r"allreduce 2 of model.layers.3: rank \d sent another number of bytes"
+        assert re.search(said, done.stderr), done.stderr
+
+
+def test_sizes_and_roots_that_do_not_fit(comm: Communicator) -> None:
+    x = mx.ones((2, 4))
+    alike = [4] * comm.size
+    for sizes in (alike[1:], [*alike, 4], [5] * comm.size, [*alike[:-1], -4]):
+        if comm.size > 1 or sizes != [-4]:
+            with pytest.raises(ValueError, match=r"allgather of x \(2, 4\) with sizes"):
+                comm.allgather(x, sizes)
+    with pytest.raises(ValueError, match=r"allgather of x \(\) with"):
+        comm.allgather(mx.array(1), [1] * comm.size)
+    for root in (-1, comm.size):
+        with pytest.raises(ValueError, match=f"root {root}: there are {comm.size} r"):
+            comm.bcast(x, root)
+
+
+def test_threads(comm: Communicator, core: Any) -> None:
+    """One that has evaluated what it called lets another go on; else that is told."""
+
+    def call() -> mx.array:
+        return core.allreduce(mx.ones(3) * 2, "direct-one-shot", 1, "allreduce", "")
+
+    def in_thread(work: Callable[[], Any]) -> Any:
+        with ThreadPoolExecutor(1) as pool:
+            return pool.submit(work).result()
+
+    mx.eval(call())
+    assert in_thread(lambda: call().tolist()) == [2 * comm.size] * 3
+    mine = call()
+    with pytest.raises(RuntimeError, match="another thread has called collectives"):
+        in_thread(call)
+    in_thread(comm.barrier)  # begins nothing that it cannot
+    assert mine.tolist() == [2 * comm.size] * 3
+
+
+def test_two_communicators_keep_the_order_of_the_calls(
+    comm: Communicator, core: Any
+) -> None:
+    a = comm.allreduce(mx.full((3,), comm.rank))
+    b = core.allreduce(mx.full((4,), 2), "direct-one-shot", 1, "allreduce", "")
+    first, second = (a, b) if comm.rank % 2 else (b, a)
+    mx.eval(first)
+    mx.eval(second)
+    assert a.tolist() == [comm.size * (comm.size - 1) / 2] * 3
+    assert b.tolist() == [2 * comm.size] * 4

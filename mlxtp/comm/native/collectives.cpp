@@ -2,6 +2,7 @@
 
 #include <sched.h>
 
+#include <cstdlib>
 #include <cstring>
 #include <ctime>
 #include <numeric>
@@ -120,31 +121,66 @@ MPI_Request Ranks::prepare_send(const char* data, size_t bytes, int to, int tag)
   return request;
 }
 
-MPI_Request Ranks::prepare_receive(char* data, size_t bytes, int from, int tag) {
+void Ranks::prepare_receive(Receives& receives, char* data, size_t bytes, int from,
+                            int tag) {
   MPI_Request request = MPI_REQUEST_NULL;
   check(MPI_Recv_init(data, int(bytes), MPI_BYTE, from, tag, comm_, &request));
-  return request;
+  receives.requests.push_back(request);
+  receives.bytes.push_back(int(bytes));
 }
 
-void Ranks::wait(Requests& requests) {
+// Looks at the message whose status is at `place`, of which `bytes` were expected.
+void Ranks::check_message(int code, int place, int bytes) const {
+  const MPI_Status& status = statuses_[place];
+  int kind = MPI_SUCCESS;
+  if (code == MPI_ERR_IN_STATUS && status.MPI_ERROR != MPI_ERR_PENDING) {
+    MPI_Error_class(status.MPI_ERROR, &kind);
+  }
+  int count = bytes;
+  if (kind == MPI_SUCCESS && code == MPI_SUCCESS) {
+    check(MPI_Get_count(&status, MPI_BYTE, &count));
+  }
+  if (kind == MPI_ERR_TRUNCATE || count != bytes) {
+    throw std::runtime_error("rank " + std::to_string(status.MPI_SOURCE) +
+                             " sent another number of bytes than the " +
+                             std::to_string(bytes) +
+                             " expected: ranks have called different collectives");
+  }
+  if (kind != MPI_SUCCESS) {
+    check(status.MPI_ERROR);
+  }
+}
+
+void Ranks::wait(Requests& requests, const std::vector<int>& bytes) {
   const int count = int(requests.size());
+  statuses_.resize(requests.size());
   int done = 0;
   for (Patience patience(*this);; patience.wait()) {
-    check(MPI_Testall(count, requests.data(), &done, MPI_STATUSES_IGNORE));
-    if (done != 0) {
+    const int code = MPI_Testall(count, requests.data(), &done, statuses_.data());
+    if (done != 0 || code != MPI_SUCCESS) {
+      for (int place = 0; std::cmp_less(place, bytes.size()); ++place) {
+        check_message(code, place, bytes[place]);
+      }
+      check(code);
       return;
     }
   }
 }
 
-void Ranks::wait_some(Requests& requests, std::vector<int>& done) {
+void Ranks::wait_some(Requests& requests, const std::vector<int>& bytes,
+                      std::vector<int>& done) {
   const int count = int(requests.size());
-  done.resize(count);
+  statuses_.resize(requests.size());
+  done.resize(requests.size());
   int number = 0;
   for (Patience patience(*this);; patience.wait()) {
-    check(MPI_Testsome(count, requests.data(), &number, done.data(),
-                       MPI_STATUSES_IGNORE));
-    if (number != 0) {
+    const int code =
+        MPI_Testsome(count, requests.data(), &number, done.data(), statuses_.data());
+    if (number != 0 || code != MPI_SUCCESS) {
+      for (int place = 0; place < number; ++place) {
+        check_message(code, place, bytes[done[place]]);
+      }
+      check(code);
       done.resize(number);
       return;
     }
@@ -173,7 +209,7 @@ Gather::Gather(Ranks& ranks, const std::vector<size_t>& bytes)
   joined_.resize(starts_.back());
 }
 
-void Gather::free() { free_requests(receives_); }
+void Gather::free() { free_requests(receives_.requests); }
 
 namespace {
 
@@ -184,22 +220,22 @@ class DirectGather : public Gather {
       : Gather(ranks, bytes), peers_(peers(ranks)) {
     for (const int peer : peers_) {
       for (const Piece& piece : pieces(this->bytes(peer))) {
-        receives_.push_back(ranks.prepare_receive(
-            part(peer) + piece.start, piece.stop - piece.start, peer, peer));
+        ranks.prepare_receive(receives_, part(peer) + piece.start,
+                              piece.stop - piece.start, peer, peer);
       }
     }
   }
 
   void run(const char* mine) override {
-    start(receives_);
-    live_ = receives_;
+    start(receives_.requests);
+    live_ = receives_.requests;
     const int rank = ranks_.rank();
     for (const Piece& piece : pieces(bytes(rank))) {
       for (const int peer : peers_) {
         ranks_.send(live_, mine + piece.start, piece.stop - piece.start, peer, rank);
       }
     }
-    ranks_.wait(live_);
+    ranks_.wait(live_, receives_.bytes);
   }
 
  private:
@@ -223,9 +259,9 @@ class RingGather : public Gather {
       for (int side = 0; side < 2; ++side) {
         const int origin = (rank + size + (side == 0 ? -hop : hop)) % size;
         for (const Piece& piece : travelling(origin, hop, side)) {
-          receives_.push_back(ranks.prepare_receive(
-              part(origin) + piece.start, piece.stop - piece.start, neighbours_[side],
-              tag(origin, piece, side)));
+          ranks.prepare_receive(receives_, part(origin) + piece.start,
+                                piece.stop - piece.start, neighbours_[side],
+                                tag(origin, piece, side));
           forwards_.push_back(MPI_REQUEST_NULL);
           for (const Piece& next :
                hop < hops ? travelling(origin, hop + 1, side) : std::vector<Piece>()) {
@@ -241,7 +277,7 @@ class RingGather : public Gather {
   }
 
   void run(const char* mine) override {
-    start(receives_);
+    start(receives_.requests);
     live_.clear();
     for (const Piece& piece : pieces(bytes(ranks_.rank()))) {
       for (int side = 0; side < 2; ++side) {
@@ -249,9 +285,9 @@ class RingGather : public Gather {
                     neighbours_[1 - side], tag(ranks_.rank(), piece, side));
       }
     }
-    waiting_ = receives_;
-    for (size_t missing = receives_.size(); missing > 0; missing -= done_.size()) {
-      ranks_.wait_some(waiting_, done_);
+    waiting_ = receives_.requests;
+    for (size_t missing = waiting_.size(); missing > 0; missing -= done_.size()) {
+      ranks_.wait_some(waiting_, receives_.bytes, done_);
       starting_.clear();
       for (const int place : done_) {
         if (forwards_[place] != MPI_REQUEST_NULL) {
@@ -261,7 +297,7 @@ class RingGather : public Gather {
       start(starting_);
       live_.insert(live_.end(), starting_.begin(), starting_.end());
     }
-    ranks_.wait(live_);
+    ranks_.wait(live_, {});
   }
 
   void free() override {
@@ -366,24 +402,23 @@ class TwoShot : public Plan {
     }
     for (const int peer : peers_) {
       for (const Piece& piece : pieces(mine_)) {
-        receives_.push_back(
-            ranks.prepare_receive(received_.data() + peer * mine_ + piece.start,
-                                  piece.stop - piece.start, peer, peer));
+        ranks.prepare_receive(receives_, received_.data() + peer * mine_ + piece.start,
+                              piece.stop - piece.start, peer, peer);
       }
     }
   }
 
   void run(const char* x, char* out) override {
     const int rank = ranks_.rank();
-    start(receives_);
-    live_ = receives_;
+    start(receives_.requests);
+    live_ = receives_.requests;
     for (const int peer : peers_) {
       for (const Piece& piece : pieces(starts_[peer + 1] - starts_[peer])) {
         const char* data = x + starts_[peer] + piece.start;
         ranks_.send(live_, data, piece.stop - piece.start, peer, rank);
       }
     }
-    ranks_.wait(live_);
+    ranks_.wait(live_, receives_.bytes);
     parts_[rank] = x + starts_[rank];
     char* sum = gather_->part(rank);
     add(element_, parts_, sum, mine_ / size_of(element_));
@@ -394,7 +429,7 @@ class TwoShot : public Plan {
   }
 
   void free() override {
-    free_requests(receives_);
+    free_requests(receives_.requests);
     gather_->free();
   }
 
@@ -407,7 +442,8 @@ class TwoShot : public Plan {
   size_t mine_;  // bytes of this rank's block
   std::vector<char> received_;
   std::vector<const char*> parts_;
-  Requests receives_, live_;
+  Receives receives_;
+  Requests live_;
 };
 
 // Everyone gets every part, and joins their rows.
@@ -485,44 +521,59 @@ Collectives::~Collectives() {
   }
 }
 
+void Collectives::fail(const Call& call, const std::string& words) {
+  if (!ranks_.stopped()) {
+    const std::scoped_lock lock(noting_);
+    failure_ = call.name + " " + std::to_string(call.number) +
+               (call.layer.empty() ? "" : " of " + call.layer) + ": " + words;
+    ranks_.stop(failure_);
+  }
+  ranks_.throw_if_stopped();
+  std::abort();  // not reached
+}
+
+template <typename Work>
+void Collectives::make(const std::shared_ptr<const Call>& call, Work work) {
+  const std::scoped_lock lock(making_);
+  const Noted noted(*this, call);
+  try {
+    work();
+  } catch (const std::exception& error) {
+    fail(*call, error.what());
+  }
+}
+
 void Collectives::allreduce(const std::shared_ptr<const Call>& call, const void* x,
                             void* out, size_t count, Element element,
                             Algorithm algorithm) {
-  const Noted noted(*this, call);
-  const auto [shape, shots] = algorithm;
-  const Key key{int(shape), shots == Shots::one ? 1 : 2, int(element), {count}};
-  const size_t bytes = count * size_of(element);
-  const size_t buffers = shots == Shots::one ? size() : 2;
-  Plan& kept = plan(key, bytes * buffers, [&]() -> std::unique_ptr<Plan> {
-    if (shots == Shots::one) {
-      return std::make_unique<OneShot>(ranks_, shape, count, element);
-    }
-    return std::make_unique<TwoShot>(ranks_, shape, count, element);
+  make(call, [&] {
+    const auto [shape, shots] = algorithm;
+    const Key key{int(shape), shots == Shots::one ? 1 : 2, int(element), {count}};
+    const size_t bytes = count * size_of(element);
+    const size_t buffers = shots == Shots::one ? size() : 2;
+    Plan& kept = plan(key, bytes * buffers, [&]() -> std::unique_ptr<Plan> {
+      if (shots == Shots::one) {
+        return std::make_unique<OneShot>(ranks_, shape, count, element);
+      }
+      return std::make_unique<TwoShot>(ranks_, shape, count, element);
+    });
+    kept.run(static_cast<const char*>(x), static_cast<char*>(out));
   });
-  run(kept, x, out);
 }
 
 void Collectives::allgather(const std::shared_ptr<const Call>& call, const void* x,
                             void* out, size_t rows, const std::vector<size_t>& widths,
                             Shape shape) {
-  const Noted noted(*this, call);
-  std::vector<size_t> sizes = widths;
-  sizes.push_back(rows);
-  const size_t bytes = rows * std::accumulate(widths.begin(), widths.end(), size_t{0});
-  Plan& kept = plan(Key{int(shape), 0, 0, sizes}, bytes, [&] {
-    return std::make_unique<Join>(ranks_, shape, rows, widths);
+  make(call, [&] {
+    std::vector<size_t> sizes = widths;
+    sizes.push_back(rows);
+    const size_t bytes =
+        rows * std::accumulate(widths.begin(), widths.end(), size_t{0});
+    Plan& kept = plan(Key{int(shape), 0, 0, sizes}, bytes, [&] {
+      return std::make_unique<Join>(ranks_, shape, rows, widths);
+    });
+    kept.run(static_cast<const char*>(x), static_cast<char*>(out));
   });
-  run(kept, x, out);
-}
-
-// Nothing works any more after an error: requests may be under way.
-void Collectives::run(Plan& plan, const void* x, void* out) {
-  try {
-    plan.run(static_cast<const char*>(x), static_cast<char*>(out));
-  } catch (const std::exception& error) {
-    stop(error.what());
-    throw;
-  }
 }
 
 // Takes what is kept under `key`, or makes it in the room of what was used longest ago.
@@ -548,16 +599,21 @@ Plan& Collectives::plan(const Key& key, size_t bytes, Make make) {
 
 State Collectives::state() const {
   const std::scoped_lock lock(noting_);
-  if (last_ == nullptr) {
-    return {0, "", "", -1};
+  State state{.failure = failure_};
+  if (last_ != nullptr) {
+    const std::chrono::duration<double> since = Clock::now() - since_;
+    state.begun = last_->number;
+    state.name = last_->name;
+    state.layer = last_->layer;
+    state.seconds = waiting_ ? since.count() : -1;
   }
-  const std::chrono::duration<double> since = Clock::now() - since_;
-  return {last_->number, last_->name, last_->layer, waiting_ ? since.count() : -1};
+  return state;
 }
 
 double Collectives::seconds() const { return double(nanoseconds_) * 1e-9; }
 
 void Collectives::forget() {
+  const std::scoped_lock lock(making_);
   for (auto& [key, kept] : kept_) {
     kept.plan->free();
   }

@@ -32,12 +32,19 @@ struct Call {
 };
 
 // The last collective that was begun, and for how many seconds it has been under way:
-// -1 if it is done.
+// -1 if it is done. `failure` says which one failed, and why; "" if none did.
 struct State {
-  uint64_t begun;
+  uint64_t begun = 0;
   std::string name;
   std::string layer;
-  double seconds;
+  double seconds = -1;
+  std::string failure;
+};
+
+// Persistent receives, and how many bytes each expects.
+struct Receives {
+  Requests requests;
+  std::vector<int> bytes;
 };
 
 // The other ranks, and how this one waits for them.
@@ -52,12 +59,14 @@ class Ranks {
 
   void send(Requests& requests, const char* data, size_t bytes, int to, int tag);
   MPI_Request prepare_send(const char* data, size_t bytes, int to, int tag);
-  MPI_Request prepare_receive(char* data, size_t bytes, int from, int tag);
+  void prepare_receive(Receives& receives, char* data, size_t bytes, int from, int tag);
 
-  // Waits until all are done.
-  void wait(Requests& requests);
+  // Waits until all are done. The first of them are receives of `bytes`; it is an error
+  // if a message has another length.
+  void wait(Requests& requests, const std::vector<int>& bytes);
   // Waits until at least one is done; gives the places of those that now are.
-  void wait_some(Requests& requests, std::vector<int>& done);
+  void wait_some(Requests& requests, const std::vector<int>& bytes,
+                 std::vector<int>& done);
 
   // Lets every wait, now and later, throw std::runtime_error with these words. Only the
   // first call counts.
@@ -69,6 +78,7 @@ class Ranks {
 
  private:
   class Patience;
+  void check_message(int code, int place, int bytes) const;
 
   MPI_Comm comm_ = MPI_COMM_NULL;
   int rank_ = 0;
@@ -77,6 +87,7 @@ class Ranks {
   std::atomic<bool> stopped_{false};
   std::string words_;  // written once, before stopped_
   std::mutex stopping_;
+  std::vector<MPI_Status> statuses_;
 };
 
 // How every rank gets every rank's part. `joined` has them in rank order; a gather
@@ -100,7 +111,7 @@ class Gather {
   Ranks& ranks_;
   std::vector<size_t> starts_;
   std::vector<char> joined_;
-  Requests receives_;
+  Receives receives_;
 };
 
 enum class Shape { ring, direct };
@@ -113,10 +124,9 @@ struct Algorithm {
 // Buffers and requests of collectives of one kind and size.
 class Plan;
 
-// All collectives of one communicator, with buffers that are kept. One thread at a time
-// makes them, on every rank in the same order; `state`, `seconds` and `stop` may be
-// called from any thread. After an exception MPI may still read and write the memory
-// that was given: it has to stay.
+// All collectives of one communicator, with buffers that are kept. Every rank makes
+// them in the same order; all calls may come from any thread. After an exception MPI
+// may still read and write the memory that was given: it has to stay.
 class Collectives {
  public:
   // Buffers are kept for the sizes used last, up to `kept_bytes`.
@@ -140,6 +150,9 @@ class Collectives {
   // Seconds in collectives, all together.
   double seconds() const;
   void stop(const std::string& words) { ranks_.stop(words); }
+  // Stops all of them because this one cannot be made, and throws. Nothing works any
+  // more: requests may be under way, and other ranks have made what this one has not.
+  [[noreturn]] void fail(const Call& call, const std::string& words);
   bool stopped() const { return ranks_.stopped(); }
   // Gives up buffers and requests.
   void forget();
@@ -158,9 +171,11 @@ class Collectives {
 
   template <typename Make>
   Plan& plan(const Key& key, size_t bytes, Make make);
-  void run(Plan& plan, const void* x, void* out);
+  template <typename Work>
+  void make(const std::shared_ptr<const Call>& call, Work work);
 
   Ranks ranks_;
+  std::mutex making_;
   std::map<Key, Kept> kept_;
   size_t kept_bytes_ = 0;
   const size_t most_kept_bytes_;
@@ -169,6 +184,7 @@ class Collectives {
   mutable std::mutex noting_;
   std::shared_ptr<const Call> last_;
   bool waiting_ = false;
+  std::string failure_;
   Clock::time_point since_;
   std::atomic<int64_t> nanoseconds_{0};
 };

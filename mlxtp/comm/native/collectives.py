@@ -1,5 +1,6 @@
 """Collectives on MLX arrays that stand in MLX's graph, made by the C++ beside this."""
 
+import math
 from collections.abc import Sequence
 from functools import cache
 from typing import Any
@@ -16,7 +17,7 @@ from mlxtp.comm.tuning import tune, untimed
 
 
 class NativeCollectives:
-    """Put collectives into MLX's graph, where a thread of C++ makes them in turn.
+    """Put collectives into MLX's graph, where C++ makes them in turn.
 
     They are made in the order of the calls, on every rank, and what was called is made
     whether or not anybody reads it. `tuning` says which algorithm an allreduce takes
@@ -86,8 +87,8 @@ class NativeCollectives:
         unevaluated.
         """
         number = self._counted(x, "allgather", at)
-        rows = x.nbytes // max(x.shape[-1], 1)
-        algorithm = self._gather(rows * max(sizes))
+        column_bytes = math.prod(x.shape[:-1]) * x.itemsize
+        algorithm = self._gather(column_bytes * max(sizes))
         return self._core.allgather(x, sizes, algorithm, number, at)
 
     def bcast(self, x: mx.array, root: int, at: str) -> mx.array:

@@ -1,13 +1,14 @@
 // Collectives as nodes of MLX's graph, and the module that Python imports.
 //
 // Every node has a second output, a token without bytes, which is an input of the next
-// node. So the collectives of a communicator are made in the order in which they were
+// node. So the collectives of a process are made in the order in which they were
 // called, whatever order MLX would choose, and all that were called are made.
 
 #include <mlx/allocator.h>
 #include <mlx/array.h>
 #include <mlx/backend/cpu/encoder.h>
 #include <mlx/primitives.h>
+#include <mlx/scheduler.h>
 #include <mlx/stream.h>
 #include <mlx/transforms.h>
 #include <nanobind/nanobind.h>
@@ -16,9 +17,11 @@
 #include <nanobind/stl/tuple.h>
 #include <nanobind/stl/vector.h>
 
+#include <cstring>
 #include <functional>
 #include <numeric>
 #include <optional>
+#include <thread>
 #include <utility>
 
 #include "collectives.h"
@@ -30,7 +33,7 @@ namespace mlxtp {
 namespace {
 
 // What is done with the memory of the input and the output.
-using Work = std::function<void(const char* x, char* out)>;
+using Work = std::function<void(Collectives&, const char* x, char* out)>;
 
 Element element_of(mx::Dtype dtype) {
   switch (dtype.val()) {
@@ -94,8 +97,12 @@ auto& abandoned() {
 
 class Node : public mx::Primitive {
  public:
-  Node(mx::Stream stream, std::shared_ptr<const Call> call, Work work)
-      : Primitive(stream), call_(std::move(call)), work_(std::move(work)) {}
+  Node(mx::Stream stream, std::shared_ptr<Collectives> collectives,
+       std::shared_ptr<const Call> call, Work work)
+      : Primitive(stream),
+        collectives_(std::move(collectives)),
+        call_(std::move(call)),
+        work_(std::move(work)) {}
 
   void eval_cpu(const std::vector<mx::array>& inputs,
                 std::vector<mx::array>& outputs) override {
@@ -104,10 +111,16 @@ class Node : public mx::Primitive {
       output.set_data(mx::allocator::malloc(output.nbytes()));
     }
     // Where memory lies is asked in the task: before, a GPU may still move it.
-    auto task = [work = work_, data = x.data_shared_ptr(), offset = x.offset(),
+    auto task = [collectives = collectives_, call = call_, work = work_,
+                 stream = stream(), data = x.data_shared_ptr(), offset = x.offset(),
                  gaps = !x.flags().row_contiguous, shape = x.shape(),
                  strides = x.strides(), itemsize = x.itemsize(), nbytes = x.nbytes(),
                  buffer = outputs[0].buffer()]() mutable {
+      try {  // what could not be computed is not sent
+        mx::scheduler::check_error(stream);
+      } catch (const std::exception& error) {
+        collectives->fail(*call, error.what());
+      }
       const char* from = static_cast<const char*>(data->buffer().raw_ptr()) + offset;
       const auto packed = std::make_shared<std::vector<char>>(gaps ? nbytes : 0);
       if (gaps) {
@@ -115,7 +128,7 @@ class Node : public mx::Primitive {
         from = packed->data();
       }
       try {
-        work(from, static_cast<char*>(buffer.raw_ptr()));
+        work(*collectives, from, static_cast<char*>(buffer.raw_ptr()));
       } catch (...) {
         // MPI may still read either, and nothing says when it has done so.
         abandoned().emplace_back(data, packed);
@@ -132,11 +145,30 @@ class Node : public mx::Primitive {
   const char* name() const override { return call_->name.c_str(); }
 
  private:
+  std::shared_ptr<Collectives> collectives_;
   std::shared_ptr<const Call> call_;
   Work work_;
 };
 
-// The collectives of one communicator, on a stream of their own.
+// The collective that was called last in this process, over whatever communicator.
+struct Last {
+  std::optional<mx::array> token;
+  std::thread::id caller;
+
+  // Whether it has not been evaluated. What it needs may be computed on streams of the
+  // thread that called it, so no other thread can evaluate it.
+  bool is_waiting() const {
+    return token && token->status() == mx::array::Status::unscheduled;
+  }
+  bool is_of_this_thread() const { return caller == std::this_thread::get_id(); }
+};
+
+Last& last() {
+  static auto* const last = new Last();
+  return *last;
+}
+
+// The collectives of one communicator.
 class Core {
  public:
   Core(uintptr_t comm, bool crowded)
@@ -148,10 +180,10 @@ class Core {
                       const std::string& name, const std::string& layer) {
     const auto call = std::make_shared<const Call>(name, layer, number);
     return put(x, x.shape(), call,
-               [collectives = collectives_, call, count = x.size(),
-                element = element_of(x.dtype()),
-                algorithm = algorithm_of(algorithm)](const char* from, char* out) {
-                 collectives->allreduce(call, from, out, count, element, algorithm);
+               [call, count = x.size(), element = element_of(x.dtype()),
+                algorithm = algorithm_of(algorithm)](Collectives& collectives,
+                                                     const char* from, char* out) {
+                 collectives.allreduce(call, from, out, count, element, algorithm);
                });
   }
 
@@ -187,9 +219,9 @@ class Core {
                             algorithm_of(algorithm));
   }
 
-  std::tuple<uint64_t, std::string, std::string, double> state() const {
+  std::tuple<uint64_t, std::string, std::string, double, std::string> state() const {
     const State state = collectives_->state();
-    return {state.begun, state.name, state.layer, state.seconds};
+    return {state.begun, state.name, state.layer, state.seconds, state.failure};
   }
 
   double seconds() const { return collectives_->seconds(); }
@@ -201,20 +233,24 @@ class Core {
   }
 
   // Begins to make what was called, whether or not anybody reads it.
-  void flush() {
-    if (token_ && token_->status() == mx::array::Status::unscheduled) {
+  static void flush() {
+    if (last().is_waiting() && last().is_of_this_thread()) {
+      const mx::array token = *last().token;
       const nb::gil_scoped_release release;
-      mx::async_eval({*token_});
+      mx::async_eval({token});
     }
   }
 
   // Makes what was called, and parts from the other ranks, as all of them do.
   void close() {
-    const nb::gil_scoped_release release;
-    if (token_ && !collectives_->stopped()) {
-      mx::eval({*token_});
+    std::optional<mx::array> token;
+    if (last().is_of_this_thread() && !collectives_->stopped()) {
+      token = last().token;
     }
-    token_.reset();
+    const nb::gil_scoped_release release;
+    if (token) {
+      mx::eval({*token});
+    }
     collectives_->close();
   }
 
@@ -224,27 +260,36 @@ class Core {
                    const Call& named) {
     const auto call = std::make_shared<const Call>(named);
     return put(x, shape, call,
-               [collectives = collectives_, call, rows, widths,
-                kind = shape_of(algorithm)](const char* from, char* out) {
-                 collectives->allgather(call, from, out, rows, widths, kind);
+               [call, rows, widths, kind = shape_of(algorithm)](
+                   Collectives& collectives, const char* from, char* out) {
+                 collectives.allgather(call, from, out, rows, widths, kind);
                });
   }
 
   mx::array put(const mx::array& x, const mx::Shape& shape,
                 const std::shared_ptr<const Call>& call, Work work) {
-    if (x.is_tracer()) {
+    mx::array probe(0.0F);
+    probe.set_tracer(true);  // which counts inside of a transformation alone
+    if (probe.is_tracer()) {
       throw std::invalid_argument(
           call->name + (call->layer.empty() ? "" : " of " + call->layer) +
           ": a collective cannot stand inside mx.compile, mx.vmap or mx.grad");
     }
+    if (last().is_waiting() && !last().is_of_this_thread()) {
+      throw std::runtime_error(
+          call->name +
+          ": another thread has called collectives that are not evaluated; "
+          "it has to evaluate them (mx.eval) before this one calls any");
+    }
     std::vector<mx::array> inputs = {x};
-    if (token_) {
-      inputs.push_back(*token_);
+    if (last().token) {
+      inputs.push_back(*last().token);
     }
     auto outputs = mx::array::make_arrays(
         {shape, {0}}, {x.dtype(), mx::uint8},
-        std::make_shared<Node>(stream_of(x), call, std::move(work)), inputs);
-    token_ = outputs[1];
+        std::make_shared<Node>(stream_of(x), collectives_, call, std::move(work)),
+        inputs);
+    last() = {outputs[1], std::this_thread::get_id()};
     return outputs[0];
   }
 
@@ -252,13 +297,13 @@ class Core {
   // another. Else the one of its own.
   mx::Stream stream_of(const mx::array& x) const {
     const bool is_on_cpu = x.status() == mx::array::Status::unscheduled &&
+                           x.has_primitive() &&
                            x.primitive().stream().device == mx::Device::cpu;
     return is_on_cpu ? x.primitive().stream() : stream_;
   }
 
   std::shared_ptr<Collectives> collectives_;
   mx::Stream stream_;
-  std::optional<mx::array> token_;  // of the last collective that was called
 };
 
 std::string library_version() {
@@ -287,6 +332,6 @@ NB_MODULE(mlxtp_native, m) {
       .def("seconds", &Core::seconds)
       .def("stop", &Core::stop)
       .def("forget", &Core::forget)
-      .def("flush", &Core::flush)
+      .def_static("flush", &Core::flush)
       .def("close", &Core::close);
 }

@@ -3,7 +3,6 @@
 
 #include <algorithm>
 #include <bit>
-#include <complex>
 #include <cstddef>
 #include <cstdint>
 #include <stdexcept>

@@ -22,7 +22,7 @@ def start(control: MessageTransport) -> Any | None:
     try:
         native = load(lambda line: print(f"mlxtp: {host}: {line}", file=sys.stderr))
         lacking = control.lacks_for_native(native.library_version())
-    except BuildError as error:
+    except (BuildError, OSError, ImportError) as error:
         lacking = str(error)
     reports = control.allgather_object(lacking and f"{host}: {lacking}")
     lacks = [report for report in reports if report]
