@@ -82,10 +82,12 @@ def test_what_is_shown(folder: Path) -> None:
 def test_how_arrays_travel_is_shown_when_asked_for() -> None:
     plain = ["--max-tokens", "2"]
     shown = generate(2, *plain, "--verbose").stdout
-    assert shown.startswith("2 ranks over mpi4py\nallreduce, ms")
+    assert shown.startswith("2 ranks over MPI, in MLX's graph\nallreduce, ms")
     assert "direct-one-shot" in shown and "taken: " in shown
     fixed = generate(2, *plain, "--verbose", "--allreduce", "ring-one-shot").stdout
-    assert fixed.startswith("2 ranks over mpi4py\nallreduce: direct-one-shot\n")
+    assert fixed.startswith(
+        "2 ranks over MPI, in MLX's graph\nallreduce: direct-one-shot\n"
+    )
     in_graph = generate(2, *plain, "--verbose", "--transport", "ring").stdout
     assert in_graph.startswith(
         "2 ranks over MLX's ring\nallreduce: gathers in the graph"

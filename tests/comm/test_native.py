@@ -5,6 +5,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import Any
 
 import ml_dtypes
@@ -195,8 +196,12 @@ def test_no_transformation_takes_them(
     def layer(x: mx.array) -> mx.array:
         return core.allreduce(x * 2, "direct-one-shot", 1, "allreduce", "mlp")
 
-    with pytest.raises(ValueError, match="allreduce of mlp: a collective cannot stand"):
-        mx.eval(transform(layer)(mx.ones((2, 3))))
+    refused = pytest.raises(ValueError, match="allreduce of mlp: a collective cannot s")
+    outside = mx.ones((2, 3))
+    with refused:
+        mx.eval(transform(layer)(outside))
+    with refused:  # of what does not come from an argument, too
+        mx.eval(transform(lambda x: (x + layer(outside)).sum())(outside))
     assert mx.array_equal(layer(mx.ones(3)), mx.full((3,), 2.0 * comm.size))
 
 
@@ -243,11 +248,17 @@ print("went on")
 
 @pytest.mark.once
 def test_parts_of_unlike_sizes_end_the_job() -> None:
-    """Shorter and longer ones, in a message that says what was called."""
+    """With a message that says what was called, if no rank dies before.
+
+    Open MPI 5.0.11 writes what is too long beyond the buffer before it says so.
+    """
     for algorithm in ("direct-one-shot", "direct-two-shot"):
         done = mpirun("-n", 3, sys.executable, "-c", UNLIKE, algorithm)
         assert done.returncode != 0 and "went on" not in done.stdout, algorithm
-        said = r"allreduce 2 of model.layers.3: rank \d sent another number of bytes"
+        where = r"allreduce \d of model.layers.3"
+        said = (
+            rf"{where}: rank 1 sent another number of bytes|rank 1 .* died; .*{where}"
+        )
         assert re.search(said, done.stderr), done.stderr
 
 
@@ -294,3 +305,46 @@ def test_two_communicators_keep_the_order_of_the_calls(
     mx.eval(second)
     assert a.tolist() == [comm.size * (comm.size - 1) / 2] * 3
     assert b.tolist() == [2 * comm.size] * 4
+
+
+FAILED_INPUT = """
+import sys, time
+from pathlib import Path
+import mlx.core as mx
+import mlxtp
+comm = mlxtp.Communicator.world(measure=False)
+file = Path(sys.argv[1]) / f"{comm.rank}.safetensors"
+mx.save_safetensors(str(file), {"x": mx.ones(4096)})
+x = mx.load(str(file))["x"]
+if comm.rank == 1:
+    file.write_bytes(file.read_bytes()[:200])
+try:
+    total = comm.allreduce(x, "embed")
+    mx.eval(total)
+    print("a sum", total[0].item(), flush=True)
+except Exception as error:
+    print("caught", type(error).__name__, flush=True)
+time.sleep(60)
+"""
+
+
+@pytest.mark.once
+def test_an_input_that_fails_is_not_sent(tmp_path: Path) -> None:
+    """And the job ends, also where a program catches what MLX raises."""
+    done = mpirun("-n", 2, sys.executable, "-c", FAILED_INPUT, tmp_path)
+    assert done.returncode != 0 and "a sum" not in done.stdout, done.stdout
+    assert "allreduce 2 of embed: " in done.stderr, done.stderr
+
+
+def test_a_rank_without_columns_chooses_as_the_others(comm: Communicator) -> None:
+    """The algorithm follows from the largest part, which all ranks know."""
+    if comm.size == 1:
+        pytest.skip("one rank sends nothing")
+    arrays, asked = comm._arrays, []
+    kept, arrays._gather = arrays._gather, lambda n: asked.append(n) or kept(n)
+    try:
+        sizes = [0] + [5] * (comm.size - 1)
+        comm.allgather(mx.ones((3, 2, sizes[comm.rank])), sizes)
+    finally:
+        arrays._gather = kept
+    assert comm.allgather_object(asked) == [[3 * 2 * 5 * 4]] * comm.size
