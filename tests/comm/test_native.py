@@ -166,7 +166,7 @@ def test_what_one_rank_reads_is_made_by_all(comm: Communicator) -> None:
 
 
 def test_the_state_says_what_is_waited_for(comm: Communicator, core: Any) -> None:
-    assert core.state() == (0, "", "", -1)
+    assert core.state() == (0, "", "", -1, "")
     late = comm.size - 1
     total = core.allreduce(
         mx.ones(3), "direct-one-shot", 17, "allreduce", "model.layers.3"
@@ -174,14 +174,14 @@ def test_the_state_says_what_is_waited_for(comm: Communicator, core: Any) -> Non
     if comm.rank != late:
         mx.async_eval(total)
         deadline = time.monotonic() + 20
-        while core.state()[3] < 0.05 and time.monotonic() < deadline:
+        while core.state()[-2] < 0.05 and time.monotonic() < deadline:
             time.sleep(0.01)
-        *call, seconds = core.state()
+        *call, seconds, _ = core.state()
         assert call == [17, "allreduce", "model.layers.3"] and 0.05 <= seconds < 20
     before = core.seconds()
     comm.barrier()
     assert total.tolist() == [comm.size] * 3
-    assert core.state() == (17, "allreduce", "model.layers.3", -1)
+    assert core.state() == (17, "allreduce", "model.layers.3", -1, "")
     assert core.seconds() > (0.05 if comm.rank != late else 0) and before >= 0
 
 
@@ -333,7 +333,7 @@ def test_an_input_that_fails_is_not_sent(tmp_path: Path) -> None:
     """And the job ends, also where a program catches what MLX raises."""
     done = mpirun("-n", 2, sys.executable, "-c", FAILED_INPUT, tmp_path)
     assert done.returncode != 0 and "a sum" not in done.stdout, done.stdout
-    assert "allreduce 2 of embed: " in done.stderr, done.stderr
+    assert re.search(r"allreduce \d of embed: ", done.stderr), done.stderr
 
 
 def test_a_rank_without_columns_chooses_as_the_others(comm: Communicator) -> None:
