@@ -599,7 +599,8 @@ Plan& Collectives::plan(const Key& key, size_t bytes, Make make) {
 
 State Collectives::state() const {
   const std::scoped_lock lock(noting_);
-  State state{.failure = failure_};
+  State state;
+  state.failure = failure_;
   if (last_ != nullptr) {
     const std::chrono::duration<double> since = Clock::now() - since_;
     state.begun = last_->number;

@@ -155,13 +155,14 @@ struct Last {
   std::optional<mx::array> token;
   std::thread::id caller;
 
-  // Whether it has not been evaluated. What it needs may be computed on streams of the
-  // thread that called it, so no other thread can evaluate it.
-  bool is_waiting() const {
-    return token && token->status() == mx::array::Status::unscheduled;
-  }
+  // What it needs may be computed on streams of the thread that called it, so no other
+  // thread can evaluate it.
   bool is_of_this_thread() const { return caller == std::this_thread::get_id(); }
 };
+
+bool is_waiting(const mx::array& token) {
+  return token.status() == mx::array::Status::unscheduled;
+}
 
 Last& last() {
   static auto* const last = new Last();
@@ -234,10 +235,10 @@ class Core {
 
   // Begins to make what was called, whether or not anybody reads it.
   static void flush() {
-    if (last().is_waiting() && last().is_of_this_thread()) {
-      const mx::array token = *last().token;
+    const std::optional<mx::array> token = last().token;
+    if (token && is_waiting(*token) && last().is_of_this_thread()) {
       const nb::gil_scoped_release release;
-      mx::async_eval({token});
+      mx::async_eval({*token});
     }
   }
 
@@ -275,15 +276,15 @@ class Core {
           call->name + (call->layer.empty() ? "" : " of " + call->layer) +
           ": a collective cannot stand inside mx.compile, mx.vmap or mx.grad");
     }
-    if (last().is_waiting() && !last().is_of_this_thread()) {
-      throw std::runtime_error(
-          call->name +
-          ": another thread has called collectives that are not evaluated; "
-          "it has to evaluate them (mx.eval) before this one calls any");
-    }
     std::vector<mx::array> inputs = {x};
-    if (last().token) {
-      inputs.push_back(*last().token);
+    if (const auto token = last().token; token) {
+      if (is_waiting(*token) && !last().is_of_this_thread()) {
+        throw std::runtime_error(
+            call->name +
+            ": another thread has called collectives that are not evaluated; it has to "
+            "evaluate them (mx.eval) before this one calls any");
+      }
+      inputs.push_back(*token);
     }
     auto outputs = mx::array::make_arrays(
         {shape, {0}}, {x.dtype(), mx::uint8},
