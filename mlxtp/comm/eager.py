@@ -15,7 +15,7 @@ from mlxtp.comm.progress import Progress
 from mlxtp.comm.request import Request
 from mlxtp.comm.traffic import Traffic
 from mlxtp.comm.transports import MessageTransport
-from mlxtp.comm.tuning import tune, untimed
+from mlxtp.comm.tuning import choose
 
 
 class EagerCollectives:
@@ -43,14 +43,9 @@ class EagerCollectives:
         self._traffic = traffic
         self._collectives = Collectives(transport, wire)
         names = algorithms(transport.size, allreduce)
-        self.tuning = untimed(names)
-        if measure:
-            with (
-                progress.unlimited(),
-                progress.collective("measurement of allreduces"),
-            ):
-                self.tuning = tune(self._collectives.allreduce, transport, names)
-            self._collectives.forget()
+        allreduce_now = self._collectives.allreduce
+        self.tuning = choose(allreduce_now, transport, names, progress, measure=measure)
+        self._collectives.forget()
         self._algorithm = cache(self.tuning.algorithm)
         self._gather = cache(self.tuning.gather)
 

@@ -9,6 +9,7 @@ import numpy as np
 
 from mlxtp.cluster.curve import interpolate
 from mlxtp.cluster.units import binary_size
+from mlxtp.comm.progress import Progress
 from mlxtp.comm.transports import Transport
 
 # Bytes of a part that are timed, the most telling first: decoding, prefill, between.
@@ -79,6 +80,24 @@ def untimed(names: Sequence[str]) -> Tuning:
 
 # Sums an array (n,) over ranks by an algorithm.
 Allreduce = Callable[[np.ndarray, str], object]
+
+
+def choose(
+    allreduce: Allreduce,
+    transport: Transport,
+    names: Sequence[str],
+    progress: Progress,
+    *,
+    measure: bool,
+) -> Tuning:
+    """Return what takes one of `names` for each size, timed if `measure`.
+
+    Communicates: what `tune` does, if `measure`.
+    """
+    if not measure:
+        return untimed(names)
+    with progress.unlimited(), progress.collective("measurement of allreduces"):
+        return tune(allreduce, transport, names)
 
 
 def tune(allreduce: Allreduce, transport: Transport, names: Sequence[str]) -> Tuning:

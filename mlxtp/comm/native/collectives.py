@@ -13,7 +13,7 @@ from mlxtp.comm.progress import GraphState, Progress
 from mlxtp.comm.request import Request
 from mlxtp.comm.traffic import Traffic
 from mlxtp.comm.transports import Transport
-from mlxtp.comm.tuning import tune, untimed
+from mlxtp.comm.tuning import choose
 
 
 class NativeCollectives:
@@ -44,14 +44,10 @@ class NativeCollectives:
         self._traffic = traffic
         progress.graph = lambda: GraphState(*core.state())
         names = algorithms(control.size, allreduce)
-        self.tuning = untimed(names)
-        if measure:
-            with (
-                progress.unlimited(),
-                progress.collective("measurement of allreduces"),
-            ):
-                self.tuning = tune(self._time_allreduce, control, names)
-            core.forget()
+        self.tuning = choose(
+            self._time_allreduce, control, names, progress, measure=measure
+        )
+        core.forget()
         traffic.add_graph(core.seconds)
         self._algorithm = cache(self.tuning.algorithm)
         self._gather = cache(self.tuning.gather)
