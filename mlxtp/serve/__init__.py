@@ -1,0 +1,1 @@
+"""A server of OpenAI's and Anthropic's interfaces on all ranks of a job."""

@@ -1,0 +1,1 @@
+"""The front: the process that clients talk to. No MLX, no MPI."""

@@ -1,0 +1,220 @@
+"""The job of the ranks, as the front sees it, and the requests that it works on.
+
+The front owns the requests: prompt, settings and all tokens so far. So it can outlive
+the ranks, and hand a request to the next job where the last one left it.
+"""
+
+import asyncio
+import hmac
+import itertools
+import os
+import secrets
+import shutil
+import tempfile
+import time
+from collections.abc import AsyncIterator
+from contextlib import suppress
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, Literal
+
+from mlxtp.serve import messages
+from mlxtp.serve.messages import Event, Ready, Start, Stats
+
+# A line may hold the tokens of a long prompt.
+LONGEST_LINE = 64 << 20
+
+
+class Mistake(ValueError):
+    """What a client asked for cannot be done; the message says what was wanted."""
+
+
+class Unavailable(RuntimeError):
+    """The ranks cannot take a request now; the message says why."""
+
+
+class Generation:
+    """A request that was started: iterate over it for its events.
+
+    `start` is what was asked for, `tokens` are those generated so far. Times are
+    seconds of the monotonic clock, None before.
+    """
+
+    def __init__(self, start: Start, ranks: "Ranks") -> None:
+        self.start = start
+        self.tokens: list[int] = list(start.generated)
+        self.cached = 0
+        self.begun = time.monotonic()
+        self.admitted: float | None = None
+        self.is_over = False
+        self._ranks = ranks
+        self._events: asyncio.Queue[Event] = asyncio.Queue()
+
+    def take(self, event: Event) -> None:
+        """Note an event, and hand it to whoever iterates."""
+        if event.admitted:
+            self.admitted, self.cached = time.monotonic(), event.cached
+        self.tokens += event.tokens
+        self.is_over = event.finish is not None
+        self._events.put_nowait(event)
+
+    async def __aiter__(self) -> AsyncIterator[Event]:
+        """Yield each event; the last one has a `finish`.
+
+        Raises: Mistake or Unavailable where that is "error".
+        """
+        while True:
+            event = await self._events.get()
+            if event.finish == "error":
+                error = Mistake if event.is_mistake else Unavailable
+                raise error(event.error)
+            yield event
+            if event.finish is not None:
+                return
+
+    def cancel(self) -> None:
+        """Let the ranks forget the request; nothing happens if it is over."""
+        if not self.is_over:
+            self.is_over = True
+            self._ranks.cancel(self.start.id)
+
+
+class Ranks:
+    """The connection to rank 0: calls, requests, and what it says of itself.
+
+    `state` is "starting" until rank 0 has come, "loading" until the model is there,
+    then "ready"; "draining" while no more requests are taken, and "ended" at the end.
+    `words` says more to people. `changed` is set anew whenever something changes.
+    """
+
+    def __init__(self) -> None:
+        self.state: Literal["starting", "loading", "ready", "draining", "ended"]
+        self.state = "starting"
+        self.words, self.done = "the ranks start", None
+        self.ready: Ready | None = None
+        self.stats: Stats | None = None
+        self.generations: dict[str, Generation] = {}
+        self.is_ready = asyncio.Event()
+        self.folder = Path(tempfile.mkdtemp(prefix="mlxtp-"))  # for this user alone
+        self._key = secrets.token_hex(32)
+        self._numbers = itertools.count()
+        self._calls: dict[int, asyncio.Future[Any]] = {}
+        self._writer: asyncio.StreamWriter | None = None
+        self._server: asyncio.Server | None = None
+
+    async def listen(self) -> None:
+        """Wait for rank 0 in the background; `folder` is what it has to be told."""
+        key = os.open(self.folder / messages.KEY_NAME, os.O_WRONLY | os.O_CREAT, 0o600)
+        with os.fdopen(key, "w") as file:
+            file.write(self._key)
+        self._server = await asyncio.start_unix_server(
+            self._serve, self.folder / messages.SOCKET_NAME, limit=LONGEST_LINE
+        )
+
+    async def close(self) -> None:
+        """End the ranks in order, if they are there, and remove the folder."""
+        self.state = "ended"
+        self._send(messages.End())
+        if self._server is not None:
+            self._server.close()
+        shutil.rmtree(self.folder, ignore_errors=True)
+
+    async def call(self, name: str, **arguments: Any) -> Any:
+        """Call a method of `serve.ranks.text.Text` on rank 0.
+
+        Raises: Mistake for what is wrong in the arguments; Unavailable where no rank 0
+            is there.
+        """
+        number = next(self._numbers)
+        future = self._calls[number] = asyncio.get_running_loop().create_future()
+        self._send(messages.Call(number, name, arguments), needed=True)
+        try:
+            return await future
+        finally:
+            self._calls.pop(number, None)
+
+    def start(self, start: Start) -> Generation:
+        """Hand a request to the ranks.
+
+        Raises: Unavailable where no rank 0 is there.
+        """
+        generation = Generation(start, self)
+        self._send(start, needed=True)
+        self.generations[start.id] = generation
+        return generation
+
+    def cancel(self, request_id: str) -> None:
+        """Let the ranks forget a request."""
+        self.generations.pop(request_id, None)
+        self._send(messages.Cancel(request_id))
+
+    def lost(self, words: str) -> None:
+        """Note that the job has ended: fail all that is under way."""
+        self._writer, self.words = None, words
+        self.state = "ended"
+        self.is_ready.clear()
+        for future in self._calls.values():
+            if not future.done():
+                future.set_exception(Unavailable(words))
+        for request_id in list(self.generations):
+            self._take(Event(request_id, finish="error", error=words))
+
+    def _send(self, message: messages.Message, *, needed: bool = False) -> None:
+        if self._writer is None:
+            if needed:
+                raise Unavailable(self.words)
+            return
+        self._writer.write(messages.encoded(message))
+
+    async def _serve(
+        self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter
+    ) -> None:
+        """Take what one connection sends: rank 0's, which says the key first."""
+        with suppress(ValueError, OSError):
+            hello = messages.decoded(await reader.readline())
+            if (
+                not isinstance(hello, messages.Hello)
+                or not hmac.compare_digest(hello.key, self._key)
+                or self._writer is not None
+            ):
+                writer.close()
+                return
+            self._writer, self.state = writer, "loading"
+            while line := await reader.readline():
+                self._hear(messages.decoded(line))
+        if self._writer is writer:
+            self.lost("the ranks have gone")
+
+    def _hear(self, message: messages.Message) -> None:
+        match message:
+            case messages.Events(events):
+                for event in events:
+                    self._take(event)
+            case messages.Answer(call, result, error):
+                future = self._calls.get(call)
+                if future is not None and not future.done():
+                    if error is None:
+                        future.set_result(result)
+                    else:
+                        future.set_exception(Mistake(error))
+            case messages.Stats():
+                self.stats = message
+            case messages.State(words, done):
+                self.words, self.done = words, done
+            case messages.Ready():
+                self.ready, self.state, self.done = message, "ready", 1.0
+                self.words = "ready"
+                self.is_ready.set()
+
+    def _take(self, event: Event) -> None:
+        generation = self.generations.get(event.id)
+        if generation is None:
+            return  # cancelled
+        generation.take(event)
+        if event.finish is not None:
+            del self.generations[event.id]
+
+
+def with_tokens(generation: Generation) -> Start:
+    """What a later job is to be told of a request: with the tokens that it has."""
+    return replace(generation.start, generated=list(generation.tokens))
