@@ -1,6 +1,7 @@
 """`Communicator`: what a rank knows of the others, and its collectives."""
 
 import atexit
+import pickle
 import socket
 import sys
 import time
@@ -37,6 +38,14 @@ from mlxtp.comm.transports import (
 TIMEOUT_SECONDS = 60.0
 # No allreduce has it; MPI promises tags up to 32767.
 EXCHANGE_TAG = 32767
+
+# `Communicator.announce`: the tag, how much of an object the first message holds, and
+# how long a rank sleeps at most before it looks again for it: while passes are made, and
+# while nothing is to be done, where that is to take less than a hundredth of a core.
+ANNOUNCE_TAG = 32766
+ANNOUNCE_BYTES = 4096
+NAP_SECONDS = 50e-6
+IDLE_NAP_SECONDS = 20e-3
 
 # State of the calls of one thread: `Communicator.dry_run`.
 _DRY_RUNS: ContextVar[tuple["Communicator", ...]] = ContextVar("_DRY_RUNS", default=())
@@ -243,6 +252,52 @@ class Communicator:
             return value
         with self._in_python("bcast"):
             return self._control.bcast_object(value, root)
+
+    def announce(self, value: Any, *, is_idle: bool = False) -> Any:
+        """Give every rank the object of rank 0: `bcast_object` for small ones, often.
+
+        A rank that waits sleeps in between, so that it leaves the cores to what is
+        computed meanwhile. With `is_idle`, which all ranks give alike, it may wait for
+        days: it takes next to nothing of a core, and no limit of time holds.
+        """
+        if self._control is None:
+            return value
+        with self.unlimited() if is_idle else nullcontext(), self._in_python("bcast"):
+            return self._announced(self._control, value, is_idle)
+
+    def _announced(self, control: MessageTransport, value: Any, is_idle: bool) -> Any:
+        nap = IDLE_NAP_SECONDS if is_idle else NAP_SECONDS
+        first = np.zeros(ANNOUNCE_BYTES, np.uint8)
+        room = ANNOUNCE_BYTES - 8
+        if self.rank == 0:
+            content = np.frombuffer(pickle.dumps(value), np.uint8)
+            first[:8].view(np.int64)[0] = content.size
+            first[8 : 8 + content.size] = content[:room]
+            parts = [first, content[room:]] if content.size > room else [first]
+            control.wait_napping(
+                [
+                    control.send(part, to, ANNOUNCE_TAG)
+                    for to in range(1, self.size)
+                    for part in parts
+                ],
+                NAP_SECONDS,
+            )
+            return value
+        self._receive(control, first, nap)
+        rest = np.empty(max(int(first[:8].view(np.int64)[0]) - room, 0), np.uint8)
+        if rest.size:
+            self._receive(control, rest, NAP_SECONDS)
+        size = int(first[:8].view(np.int64)[0])
+        return pickle.loads(first[8 : 8 + min(size, room)].tobytes() + rest.tobytes())
+
+    def _receive(
+        self, control: MessageTransport, buffer: np.ndarray, nap_seconds: float
+    ) -> None:
+        """Receive one part of an announcement."""
+        requests = [control.prepare_receive(buffer, 0, ANNOUNCE_TAG)]
+        control.start(requests)
+        control.wait_napping(requests, nap_seconds)
+        control.free(requests)
 
     def allgather_object(self, value: Any) -> list[Any]:
         """Give every rank the object of every rank, in rank order."""

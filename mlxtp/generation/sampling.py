@@ -45,16 +45,22 @@ class PositionSampler:
         """Draw a token for each row whose position was noted: (B, V) -> (B,)."""
         positions, self._positions = self._positions, []
         rows = zip(positions, mx.split(logprobs, len(positions)), strict=True)
-        return mx.concatenate([self._draw(row, position) for position, row in rows])
+        return mx.concatenate(
+            [draw(self._sampler, row, self._seed, position) for position, row in rows]
+        )
 
-    def _draw(self, logprobs: mx.array, position: int) -> mx.array:
-        """Draw with a key of the position in the place of MLX's: (1, V) -> (1,)."""
-        high, low = mx.random.state[0].tolist()  # type: ignore[index]
-        mx.random.seed(_mixed(self._seed, position))
-        try:
-            return self._sampler(logprobs)
-        finally:
-            mx.random.seed(high << 32 | low)
+
+def draw(sampler: Sampler, logprobs: mx.array, seed: int, position: int) -> mx.array:
+    """Draw a token by seed and position, whatever else draws: (1, V) -> (1,).
+
+    mlx-lm's samplers take MLX's stream of random numbers, which is left as it was.
+    """
+    high, low = mx.random.state[0].tolist()  # type: ignore[index]
+    mx.random.seed(_mixed(seed, position))
+    try:
+        return sampler(logprobs)
+    finally:
+        mx.random.seed(high << 32 | low)
 
 
 def _mixed(seed: int, position: int) -> int:

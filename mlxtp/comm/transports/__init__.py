@@ -83,6 +83,15 @@ class MessageTransport(Transport, Protocol):
         """Wait until all are done."""
         ...
 
+    def wait_napping(
+        self, requests: Sequence[MessageRequest], longest_nap_seconds: float
+    ) -> None:
+        """Wait until all are done; sleep between looking and looking again.
+
+        The naps get longer with the time that it takes.
+        """
+        ...
+
     def wait_some(self, requests: Sequence[MessageRequest]) -> list[int]:
         """Wait until at least one is done; return the places of those that now are."""
         ...

@@ -17,6 +17,9 @@ from mpi4py import MPI  # noqa: E402 - importing it starts MPI
 YIELDING_POLLS = 100
 NAP_SECONDS = 50e-6
 
+# A nap of `wait_napping`, of the time that has been waited: so much later it is noticed.
+NAP_PART = 0.02
+
 
 class MPITransport:
     """All ranks of the job as a `MessageTransport`."""
@@ -60,6 +63,16 @@ class MPITransport:
         while not MPI.Request.Testall(requests):
             polls += 1
             _make_room(polls)
+
+    def wait_napping(
+        self, requests: Sequence[MPI.Request], longest_nap_seconds: float
+    ) -> None:
+        """Wait until all are done; sleep between looking and looking again."""
+        requests = list(requests)
+        begin = time.monotonic()
+        while not MPI.Request.Testall(requests):
+            nap = NAP_PART * (time.monotonic() - begin)
+            time.sleep(min(max(nap, NAP_SECONDS), longest_nap_seconds))
 
     def wait_some(self, requests: Sequence[MPI.Request]) -> list[int]:
         """Wait until at least one is done; return the places of those that now are."""

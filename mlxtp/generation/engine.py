@@ -1,0 +1,442 @@
+"""The passes that all ranks make for the requests of a server.
+
+Rank 0 decides what is done in a pass (`generation.scheduler`), and every rank does it
+(`Engine.run`): requests join and leave, one token a row is decoded, and a part of a
+prompt is read. What rank 0 decides next travels while this pass computes.
+
+In a pass the forward pass of all rows begins first. Its input are the tokens that the
+last pass drew: they are known as soon as it has begun. So grammars, what ends a text,
+and rank 0's next step are worked out while the ranks compute; then the next tokens are
+drawn from the logits.
+"""
+
+import copy
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from functools import lru_cache
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+from mlx_lm.generate import maybe_quantize_kv_cache
+from mlx_lm.models.cache import TokenBuffer, make_prompt_cache
+from mlx_lm.sample_utils import (
+    LogitsProcessor,
+    Sampler,
+    greedy_sampler,
+    make_logits_processors,
+    make_sampler,
+)
+
+from mlxtp.generation.agreed import agreed
+from mlxtp.generation.grammar import Grammars, Matcher
+from mlxtp.generation.prefix_cache import PrefixStore
+from mlxtp.generation.rows import Caches, Rows
+from mlxtp.generation.sampling import draw
+from mlxtp.generation.settings import Settings
+from mlxtp.generation.step import Admission, Step
+from mlxtp.layers.sums import outputs_unread
+
+# Between two of these passes MLX keeps the memory that it does not need any more.
+CLEAR_PASSES = 256
+
+# Below it logits that are divided by the temperature leave the range of float16.
+LEAST_TEMPERATURE = 1e-3
+
+
+@dataclass(frozen=True)
+class Score:
+    """The log-probability of a token, and those of the likeliest, in their order."""
+
+    logprob: float
+    top: list[tuple[int, float]]
+
+
+@dataclass(frozen=True)
+class Drawn:
+    """A token that a request got, and its `Score` if it asked for it."""
+
+    token: int
+    score: Score | None = None
+
+
+@dataclass
+class Result:
+    """What a pass has given, the same on every rank.
+
+    `drawn` are the tokens of rows that decode, by id; `read` the scores of prompts that
+    have been read to the end, None for requests that did not ask. `failed` are requests
+    that could not begin, with the reason: they are forgotten.
+    """
+
+    drawn: dict[str, Drawn] = field(default_factory=dict)
+    read: dict[str, list[Score] | None] = field(default_factory=dict)
+    failed: dict[str, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class _Scores:
+    """Log-probabilities of N tokens, unevaluated.
+
+    Shapes: chosen (N,); the likeliest `top` and their `logprobs` (N, n).
+    """
+
+    chosen: mx.array
+    top: mx.array
+    logprobs: mx.array
+
+    @classmethod
+    def of(cls, logits: mx.array, tokens: mx.array, n: int) -> "_Scores":
+        """Take those of tokens (N,), and the n likeliest, of logits (N, V)."""
+        x = _logprobs(logits.astype(mx.float32))
+        chosen = mx.take_along_axis(x, tokens[:, None].astype(mx.int32), -1)[:, 0]
+        n = min(n, x.shape[-1])
+        top = mx.argpartition(-x, n - 1, -1)[:, :n] if n else mx.zeros((len(x), 0))
+        top = top.astype(mx.int32)
+        return cls(chosen, top, mx.take_along_axis(x, top, -1))
+
+    @property
+    def arrays(self) -> list[mx.array]:
+        return [self.chosen, self.top, self.logprobs]
+
+    def evaluated(self) -> list[Score]:
+        """Return the scores, one for each token."""
+        chosen, top, logprobs = (x.tolist() for x in self.arrays)
+        return [
+            Score(x, sorted(zip(*pairs, strict=True), key=lambda pair: -pair[1]))
+            for x, *pairs in zip(chosen, top, logprobs, strict=True)  # type: ignore[arg-type]
+        ]
+
+
+class _Reader:
+    """A prompt that is being read: all but its last token, which begins decoding."""
+
+    def __init__(self, admission: Admission, caches: Caches) -> None:
+        self.request = admission.request
+        self.tokens = admission.request.tokens
+        self.done = admission.cached
+        self.caches = caches
+        self.scores: list[_Scores] = []
+
+    @property
+    def is_read(self) -> bool:
+        return self.done == len(self.tokens) - 1
+
+
+class _Row:
+    """A request that decodes."""
+
+    def __init__(
+        self, reader: _Reader, sampler: Sampler, matcher: Matcher | None
+    ) -> None:
+        self.request = reader.request
+        self.settings = reader.request.settings
+        self.matcher = matcher
+        self.length = len(reader.tokens)  # of all tokens that are known
+        self.generated = list(reader.tokens[reader.request.prompt_length :])
+        self.sampler = sampler
+        self.processors = _Processors(self.settings, reader.tokens, self.generated)
+        self.scores: _Scores | None = None  # of the token that was drawn last
+
+    @property
+    def is_plain(self) -> bool:
+        """Whether it takes the likeliest token of the model."""
+        return (
+            self.sampler is greedy_sampler
+            and self.matcher is None
+            and not self.processors.any
+        )
+
+    @property
+    def tokens(self) -> tuple[int, ...]:
+        """All that are known: those that its caches hold."""
+        prompt = self.request.tokens[: self.request.prompt_length]
+        return (*prompt, *self.generated)
+
+    def draw(self, logits: mx.array) -> mx.array:
+        """Draw its next token: logits (1, V) -> (1,)."""
+        logits = self.processors(logits)
+        mask = None if self.matcher is None else self.matcher.mask()
+        if mask is not None:
+            logits = mx.where(mx.array(mask), logits, -mx.inf)
+        logprobs = _logprobs(logits)
+        if self.sampler is greedy_sampler:
+            return greedy_sampler(logprobs)
+        return draw(self.sampler, logprobs, self.settings.seed, self.length)
+
+    def add(self, token: int) -> None:
+        """Note a token that was drawn."""
+        self.length += 1
+        self.generated.append(token)
+        self.processors.add(token)
+        if self.matcher is not None:
+            self.matcher.accept(token)
+
+
+class Engine:
+    """Makes the passes of one model, alike on every rank.
+
+    Args:
+        model: as `mlxtp.load` gives it.
+        store: the caches of the prefix cache.
+        grammars: of the model's tokenizer.
+        rows: how many tokens the model knows (V).
+        never_excluded: tokens that XTC leaves in, as mlx-lm's programs have them.
+        kv_bits, kv_group_size, quantized_kv_start: mlx-lm's; with `kv_bits` there is
+            one row at most.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        store: PrefixStore,
+        grammars: Grammars,
+        rows: int,
+        *,
+        never_excluded: Sequence[int] = (),
+        kv_bits: int | None = None,
+        kv_group_size: int = 64,
+        quantized_kv_start: int = 0,
+    ) -> None:
+        self._model = model
+        self._store = store
+        self._grammars = grammars
+        self._sampler = _samplers(rows, never_excluded)
+        self._quantized = dict(
+            kv_bits=kv_bits,
+            kv_group_size=kv_group_size,
+            quantized_kv_start=quantized_kv_start,
+        )
+        self._rows = Rows()
+        self._of: dict[str, _Row] = {}
+        self._readers: dict[str, _Reader] = {}
+        self._matchers: dict[str, Matcher] = {}  # of prompts that are read
+        self._begins: dict[str, int] = {}  # first inputs of rows that have just joined
+        self._drawn: tuple[list[str], mx.array] | None = None
+        self._last: _Reader | None = None  # whose prompt was read last
+        self._agree = agreed(lambda tokens: tokens, model.comm)
+        self._passes = 0
+
+    def run(self, step: Step) -> Result:
+        """Make one pass.
+
+        Communicates: what the model's forward passes do.
+        """
+        result = Result()
+        self._change(step, result)
+        if self._rows.ids:
+            self._decode(result)
+        reading = [part for part in step.read if part[0] not in result.failed]
+        for name, count in reading:
+            self._read(self._readers[name], count)
+        for name, _ in reading:
+            reader = self._readers[name]
+            if reader.is_read:
+                scores = [score for x in reader.scores for score in x.evaluated()]
+                asked = reader.request.settings.prompt_logprobs is not None
+                result.read[name] = scores if asked else None
+        self._passes += 1
+        if self._passes % CLEAR_PASSES == 0:
+            mx.clear_cache()
+        return result
+
+    def _change(self, step: Step, result: Result) -> None:
+        """Let requests go and come."""
+        for name, key in step.keep:
+            reader = self._readers.get(name)
+            if reader is not None:
+                tokens = reader.tokens[: reader.done]
+                self._store.put(key, tokens, copy.deepcopy(reader.caches))
+            else:
+                self._store.put(key, self._of[name].tokens, self._rows.extract(name))
+        for name in step.drop:
+            self._readers.pop(name, None)
+            self._matchers.pop(name, None)
+            self._of.pop(name, None)
+            self._begins.pop(name, None)
+        self._rows.drop(step.drop)
+        self._store.drop(step.forget)
+        for admission in step.admit:
+            self._admit(admission, result)
+        joining = [self._readers.pop(name) for name in step.join]
+        for reader in joining:
+            name = reader.request.id
+            sampler = self._sampler(reader.request.settings)
+            self._of[name] = _Row(reader, sampler, self._matchers.pop(name, None))
+            self._begins[name] = reader.tokens[-1]
+        self._rows.join(list(step.join), [reader.caches for reader in joining])
+
+    def _admit(self, admission: Admission, result: Result) -> None:
+        request = admission.request
+        grammar = request.settings.grammar
+        if grammar is not None:
+            generated = request.tokens[request.prompt_length :]
+            try:
+                matcher = self._grammars.matcher(grammar, generated)
+            except ValueError as error:
+                result.failed[request.id] = str(error)
+                return
+            self._matchers[request.id] = matcher
+        if admission.key is None:
+            caches = make_prompt_cache(self._model)
+        else:
+            caches = self._store.take(admission.key, admission.cached)
+        self._readers[request.id] = _Reader(admission, caches)
+
+    def _decode(self, result: Result) -> None:
+        """Compute the logits of every row, and draw its next token."""
+        rows = [self._of[name] for name in self._rows.ids]
+        inputs = self._inputs()
+        logits = self._model(inputs[:, None], cache=self._rows.caches)[:, -1]
+        self._quantize(self._rows.caches)
+        mx.async_eval(logits)  # type: ignore[no-untyped-call]
+        self._take_drawn(result)
+        self._begins.clear()
+        of_rows = mx.split(logits, len(rows))
+        if all(row.is_plain for row in rows):
+            tokens = greedy_sampler(_logprobs(logits))
+        else:
+            pairs = zip(rows, of_rows, strict=True)
+            tokens = mx.concatenate([row.draw(x) for row, x in pairs])
+        tokens = self._agree(tokens)
+        computed = [tokens]
+        for row, x, y in zip(rows, of_rows, mx.split(tokens, len(rows)), strict=True):
+            wanted = row.settings.logprobs
+            row.scores = None if wanted is None else _Scores.of(x, y, wanted)
+            computed += row.scores.arrays if row.scores else []
+        mx.async_eval(computed)  # type: ignore[no-untyped-call]
+        self._drawn = list(self._rows.ids), tokens
+
+    def _inputs(self) -> mx.array:
+        """The tokens that the rows go on with, in their order: (B,)."""
+        drawn: dict[str, mx.array] = {}
+        if self._drawn is not None:
+            names, tokens = self._drawn
+            if names == self._rows.ids:
+                return tokens
+            drawn = dict(zip(names, mx.split(tokens, len(names)), strict=True))
+        return mx.concatenate(
+            [
+                mx.array([self._begins[name]], mx.uint32)
+                if name in self._begins
+                else drawn[name].astype(mx.uint32)
+                for name in self._rows.ids
+            ]
+        )
+
+    def _take_drawn(self, result: Result) -> None:
+        """Note what the last pass drew, for the rows that are still there."""
+        if self._drawn is None:
+            return
+        names, tokens = self._drawn
+        for name, token in zip(names, tokens.tolist(), strict=True):  # type: ignore[arg-type]
+            row = self._of.get(name)
+            if row is None:
+                continue
+            row.add(token)
+            score = row.scores.evaluated()[0] if row.scores else None
+            result.drawn[name] = Drawn(token, score)
+
+    def _read(self, reader: _Reader, count: int) -> None:
+        """Read so many tokens of a prompt."""
+        # What was read before is done first: so a prompt that is cancelled leaves no
+        # more than this part behind.
+        if self._last is not None and self._last.request.id in self._readers:
+            mx.eval([cache.state for cache in self._last.caches])
+            mx.clear_cache()
+        self._last = reader
+        end = reader.done + count
+        tokens = mx.array(reader.tokens[reader.done : end])[None]
+        wanted = reader.request.settings.prompt_logprobs
+        computed: list[Any] = []
+        if wanted is None:
+            with outputs_unread():
+                self._model(tokens, cache=reader.caches)
+        else:
+            logits = self._model(tokens, cache=reader.caches)[0]
+            following = mx.array(reader.tokens[reader.done + 1 : end + 1])
+            reader.scores.append(_Scores.of(logits, following, wanted))
+            computed = reader.scores[-1].arrays
+        self._quantize(reader.caches)
+        reader.done = end
+        computed.append([cache.state for cache in reader.caches])
+        mx.async_eval(computed)  # type: ignore[no-untyped-call]
+
+    def _quantize(self, caches: Caches) -> None:
+        if self._quantized["kv_bits"] is not None:
+            maybe_quantize_kv_cache(caches, **self._quantized)
+
+
+class _Processors:
+    """Penalties and biases of one request, as mlx-lm computes them."""
+
+    def __init__(
+        self, settings: Settings, tokens: Sequence[int], generated: Sequence[int]
+    ) -> None:
+        every = 1 << 31  # tokens count however long ago they were
+        self._bias = make_logits_processors(dict(settings.logit_bias))
+        self._of_all: list[LogitsProcessor] = []
+        if settings.repetition_penalty != 1:
+            self._of_all = make_logits_processors(
+                repetition_penalty=settings.repetition_penalty,
+                repetition_context_size=every,
+            )
+        self._of_generated = make_logits_processors(
+            presence_penalty=settings.presence_penalty,
+            presence_context_size=every,
+            frequency_penalty=settings.frequency_penalty,
+            frequency_context_size=every,
+        )
+        self._all = TokenBuffer(list(tokens) if self._of_all else None)
+        self._generated = TokenBuffer(list(generated) if self._of_generated else None)
+        self.any = bool(self._bias or self._of_all or self._of_generated)
+
+    def add(self, token: int) -> None:
+        """Note a token that was drawn."""
+        if self._of_all:
+            self._all.update_and_fetch(mx.array([token], mx.int32))
+        if self._of_generated:
+            self._generated.update_and_fetch(mx.array([token], mx.int32))
+
+    def __call__(self, logits: mx.array) -> mx.array:
+        """Change the logits of the next token: (1, V) -> (1, V)."""
+        if not self.any:
+            return logits
+        logits = mx.array(logits)  # mlx-lm's processors change theirs in place
+        for processors, tokens in (
+            (self._bias, self._all),
+            (self._of_all, self._all),
+            (self._of_generated, self._generated),
+        ):
+            for processor in processors:
+                logits = processor(tokens.tokens, logits)
+        return logits
+
+
+def _logprobs(logits: mx.array) -> mx.array:
+    """Normalize logits as mlx-lm does: (..., V) -> (..., V)."""
+    return logits - mx.logsumexp(logits, axis=-1, keepdims=True)
+
+
+def _samplers(
+    rows: int, never_excluded: Sequence[int]
+) -> Callable[[Settings], Sampler]:
+    """Make samplers of `rows` tokens; settings that draw alike share one."""
+
+    @lru_cache
+    def made(*arguments: float) -> Sampler:
+        temperature, top_p, top_k, min_p, xtc_probability, xtc_threshold = arguments
+        return make_sampler(
+            temperature if temperature >= LEAST_TEMPERATURE else 0.0,
+            top_p,
+            min_p,
+            top_k=int(top_k) if top_k < rows else 0,
+            xtc_probability=xtc_probability,
+            xtc_threshold=xtc_threshold,
+            xtc_special_tokens=list(never_excluded),
+        )
+
+    return lambda x: made(
+        *(x.temperature, x.top_p, x.top_k),
+        *(x.min_p, x.xtc_probability, x.xtc_threshold),
+    )

@@ -1,0 +1,60 @@
+"""The caches of the requests that decode together: one row each."""
+
+import copy
+from collections.abc import Sequence
+from typing import Any
+
+# One cache of mlx-lm for each layer.
+Caches = list[Any]
+
+
+class Rows:
+    """Caches of several requests, in the order in which they joined.
+
+    A single row keeps the caches of one sequence, which need no mask for what fills up
+    rows of other lengths; several are mlx-lm's batched caches.
+    """
+
+    def __init__(self) -> None:
+        self.ids: list[str] = []
+        self.caches: Caches = []
+
+    def join(self, ids: Sequence[str], caches: Sequence[Caches]) -> None:
+        """Add a row for each of `ids`, with its caches of one sequence."""
+        if not ids:
+            return
+        if len(self.ids) > 1:
+            for cache, other in zip(self.caches, _merged(caches), strict=True):
+                cache.extend(other)
+        else:
+            together = [self.caches, *caches] if self.ids else list(caches)
+            self.caches = together[0] if len(together) == 1 else _merged(together)
+        self.ids += ids
+
+    def drop(self, ids: Sequence[str]) -> None:
+        """Remove the rows of `ids`; those that are none are passed over."""
+        left = [row for row, name in enumerate(self.ids) if name not in ids]
+        if len(left) == len(self.ids):
+            return
+        if not left:
+            self.caches = []
+        elif len(left) == 1:
+            self.caches = self._row(left[0])
+        else:
+            for cache in self.caches:
+                cache.filter(left)
+        self.ids = [self.ids[row] for row in left]
+
+    def extract(self, name: str) -> Caches:
+        """Return the caches of one row as those of one sequence, to be changed."""
+        return copy.deepcopy(self._row(self.ids.index(name)))
+
+    def _row(self, row: int) -> Caches:
+        if len(self.ids) == 1:
+            return self.caches
+        return [cache.extract(row) for cache in self.caches]
+
+
+def _merged(caches: Sequence[Caches]) -> Caches:
+    """Make batched caches of those of single sequences."""
+    return [layer[0].merge(list(layer)) for layer in zip(*caches, strict=True)]

@@ -1,0 +1,368 @@
+"""What is done next: rank 0 decides it for all ranks. No MLX.
+
+The rules:
+
+- A request is admitted in the order of arrival when what it needs now fits beside the
+  others: its whole prompt. What the prefix cache holds of it is not read again.
+- Decoding goes on in every pass. Prompts are read beside it, in parts that take about
+  as long as a pass that only decodes, so that others' tokens come at half their pace at
+  worst. Where nothing decodes, parts are as long as the option admits.
+- Of several prompts that wait to be read, the shortest and the oldest take turns.
+- When memory gets short the prefix cache gives way first; then the request that was
+  admitted last is set back. It is read again later, and its tokens are the same.
+"""
+
+import itertools
+from collections import deque
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+from mlxtp.generation.capacity import Capacity
+from mlxtp.generation.prefix_cache import PrefixIndex
+from mlxtp.generation.step import Admission, GenerationRequest, Step
+
+# Prompts that are read at the same time: each has caches of its own.
+READERS = 4
+
+# A prompt waits for one that is being read if it has so many tokens in common with it.
+COMMON_TOKENS = 64
+
+# The shortest part of a prompt: a shorter one takes hardly less time.
+LEAST_PART = 8
+
+# How much a part of a prompt may add to a pass, in passes that only decode.
+PART_OF_PASS = 0.8
+
+
+@dataclass
+class _Active:
+    """A request that is read or decodes."""
+
+    request: GenerationRequest
+    number: int  # in the order of arrival
+    tokens: list[int]  # all that are known
+    done: int = 0  # tokens that its caches hold, while it is read
+    decodes: bool = False
+    boundaries: list[int] = field(default_factory=list)
+
+    @property
+    def left(self) -> int:
+        """How many tokens of the prompt are to be read."""
+        return len(self.tokens) - 1 - self.done
+
+
+class Scheduler:
+    """Decides steps, from requests, memory, and how long passes take.
+
+    Args:
+        capacity: what caches take and may take on every rank.
+        prefixes: which prompts the prefix cache holds.
+        concurrency: the most requests that are read or decode at once.
+        part: the most tokens of a prompt that are read in a pass.
+        logits_part: the same where the logits of a prompt are wanted.
+        trimmable_below: caches of fewer tokens can be taken back to any length.
+    """
+
+    def __init__(
+        self,
+        capacity: Capacity,
+        prefixes: PrefixIndex,
+        *,
+        concurrency: int = 32,
+        part: int = 512,
+        logits_part: int = 64,
+        trimmable_below: float = float("inf"),
+    ) -> None:
+        self.preemptions = 0
+        self.looked_up_tokens = 0
+        self.found_tokens = 0
+        self.pace = Pace()
+        self._capacity = capacity
+        self._prefixes = prefixes
+        self._concurrency = concurrency
+        self._part, self._logits_part = part, logits_part
+        self._trimmable_below = trimmable_below
+        self._waiting: deque[_Active] = deque()
+        self._active: dict[str, _Active] = {}  # in the order of admission
+        self._ended: list[_Active] = []  # to be dropped in the next step
+        self._numbers = itertools.count()
+        self._turns = itertools.cycle((True, False))
+
+    @property
+    def waiting(self) -> int:
+        """How many requests are not admitted yet."""
+        return len(self._waiting)
+
+    @property
+    def running(self) -> int:
+        """How many requests are read or decode."""
+        return len(self._active)
+
+    @property
+    def use(self) -> float:
+        """The part of the limit that caches take on the fullest rank."""
+        return self._capacity.fullest(*self._lengths(), self._prefixes.nbytes)
+
+    @property
+    def is_idle(self) -> bool:
+        """Whether there is nothing to be done."""
+        return not (self._waiting or self._active or self._ended)
+
+    def submit(self, request: GenerationRequest) -> None:
+        """Take a request."""
+        active = _Active(request, next(self._numbers), list(request.tokens))
+        self._waiting.append(active)
+
+    def end(self, name: str) -> None:
+        """Let a request go: it has ended, or nobody waits for it any more."""
+        active = self._active.pop(name, None)
+        if active is not None:
+            self._ended.append(active)
+        self._waiting = deque(x for x in self._waiting if x.request.id != name)
+
+    def forget(self, name: str) -> None:
+        """Note that the ranks have forgotten a request by themselves."""
+        self._active.pop(name, None)
+
+    def add(self, name: str, token: int) -> None:
+        """Note a token that a request has got."""
+        if name in self._active:
+            self._active[name].tokens.append(token)
+
+    def decide(self) -> Step:
+        """Decide the next step."""
+        keep, drop, forget = self._let_go()
+        join = self._begin_decoding(keep, forget)
+        set_back = self._make_room(forget)
+        drop += set_back
+        join = [name for name in join if name not in set_back]
+        admit = self._admit(forget)
+        read = self._read(len(admit) > 0)
+        self.pace.begin(sum(count for _, count in read), self._decoding())
+        return Step(
+            keep=tuple(keep),
+            drop=tuple(drop),
+            forget=tuple(forget),
+            admit=tuple(admit),
+            join=tuple(join),
+            read=tuple(read),
+        )
+
+    def _let_go(self) -> tuple[list[tuple[str, int]], list[str], list[int]]:
+        """Drop what has ended; the prefix cache keeps what was computed for it."""
+        keep: list[tuple[str, int]] = []
+        forget: list[int] = []
+        drop = [active.request.id for active in self._ended]
+        for active in self._ended:
+            self._keep(active, keep, forget)
+        self._ended = []
+        return keep, drop, forget
+
+    def _keep(
+        self, active: _Active, keep: list[tuple[str, int]], forget: list[int]
+    ) -> None:
+        tokens = active.tokens if active.decodes else active.tokens[: active.done]
+        if not tokens:
+            return
+        added = self._prefixes.add(tokens, len(tokens) < self._trimmable_below)
+        forget += added.dropped
+        if added.key is not None:
+            keep.append((active.request.id, added.key))
+
+    def _begin_decoding(
+        self, keep: list[tuple[str, int]], forget: list[int]
+    ) -> list[str]:
+        """Let requests decode whose prompts are read."""
+        join = []
+        for active in self._active.values():
+            if active.decodes:
+                continue
+            at_boundary = active.done > 0 and active.done in active.boundaries
+            if at_boundary:
+                active.boundaries.remove(active.done)
+            is_read = active.left == 0
+            if at_boundary or (is_read and self._is_awaited(active)):
+                self._keep(active, keep, forget)
+            if is_read and active.request.settings.max_tokens != 0:
+                active.decodes = True
+                join.append(active.request.id)
+        return join
+
+    def _is_awaited(self, active: _Active) -> bool:
+        """Whether a request that waits has much of its prompt in common with this."""
+        return any(
+            common_length(active.tokens, other.tokens) >= COMMON_TOKENS
+            for other in itertools.islice(self._waiting, self._concurrency)
+        )
+
+    def _make_room(self, forget: list[int]) -> list[str]:
+        """See that the next pass fits in memory; return who is set back for it."""
+        set_back: list[str] = []
+        while not self._fits():
+            freed = self._prefixes.free(1)
+            forget += freed
+            if freed:
+                continue
+            if len(self._active) == 1:
+                break  # one alone fits: its context is limited so
+            youngest = max(self._active.values(), key=lambda active: active.number)
+            self._set_back(youngest)
+            set_back.append(youngest.request.id)
+        return set_back
+
+    def _set_back(self, active: _Active) -> None:
+        request = active.request
+        del self._active[request.id]
+        self.preemptions += 1
+        again = GenerationRequest(
+            request.id,
+            tuple(active.tokens),
+            request.prompt_length,
+            request.settings,
+            request.boundaries,
+        )
+        self._waiting.appendleft(_Active(again, active.number, list(again.tokens)))
+
+    def _admit(self, forget: list[int]) -> list[Admission]:
+        """Let requests begin that fit beside the others."""
+        admit: list[Admission] = []
+        for waiting in list(itertools.islice(self._waiting, self._concurrency)):
+            if len(self._active) >= self._concurrency or self._reading() >= READERS:
+                break
+            if self._is_served_soon(waiting):
+                continue
+            while not self._fits(len(waiting.tokens)):
+                freed = self._prefixes.free(1)
+                forget += freed
+                if not freed:
+                    return admit
+            self._waiting.remove(waiting)
+            admit.append(self._begin(waiting))
+        return admit
+
+    def _begin(self, active: _Active) -> Admission:
+        request, tokens = active.request, active.tokens
+        self._active[request.id] = active
+        match = None
+        if request.settings.prompt_logprobs is None:
+            self.looked_up_tokens += len(tokens)
+            match = self._prefixes.find(tokens, at_most=len(tokens) - 1)
+        if match is not None:
+            active.done = match.tokens
+            self.found_tokens += match.tokens
+        if len(tokens) >= self._trimmable_below:
+            last = len(tokens) - 1
+            active.boundaries = [
+                x for x in request.boundaries if active.done < x < last
+            ]
+        if match is None:
+            return Admission(request)
+        return Admission(request, match.key, match.tokens)
+
+    def _is_served_soon(self, waiting: _Active) -> bool:
+        """Whether a prompt that is being read will spare most of this one's reading."""
+        if waiting.request.settings.prompt_logprobs is not None:
+            return False
+        return any(
+            not active.decodes
+            and common_length(active.tokens, waiting.tokens) >= COMMON_TOKENS
+            and len(active.tokens) < self._trimmable_below
+            for active in self._active.values()
+        )
+
+    def _read(self, has_begun: bool) -> list[tuple[str, int]]:
+        """Choose which prompts are read, and how many tokens of each."""
+        left = self.pace.part(self._part) if self._decoding() else self._part
+        read: list[tuple[str, int]] = []
+        readers = [a for a in self._active.values() if not a.decodes and a.left > 0]
+        readers.sort(key=lambda active: active.number)
+        if next(self._turns):
+            readers.sort(key=lambda active: active.left)
+        for active in readers:
+            count = min(active.left, left)
+            if active.request.settings.prompt_logprobs is not None:
+                count = min(count, self._logits_part)
+            ahead = [x - active.done for x in active.boundaries if x > active.done]
+            count = min(count, *ahead) if ahead else count
+            read.append((active.request.id, count))
+            active.done += count
+            left -= count
+            if left < LEAST_PART:
+                break
+        return read
+
+    def _reading(self) -> int:
+        return sum(not active.decodes for active in self._active.values())
+
+    def _decoding(self) -> int:
+        return sum(active.decodes for active in self._active.values())
+
+    def _lengths(self) -> tuple[list[int], list[int]]:
+        """Lengths of rows behind the next pass, and of prompts when they are read."""
+        rows = [len(a.tokens) + 1 for a in self._active.values() if a.decodes]
+        others = [len(a.tokens) for a in self._active.values() if not a.decodes]
+        return rows, others
+
+    def _fits(self, *more: int) -> bool:
+        rows, others = self._lengths()
+        return self._capacity.fits(rows, [*others, *more], self._prefixes.nbytes)
+
+
+class Pace:
+    """How long passes take: what a part of a prompt may add to one.
+
+    Times are those between two passes; a pass that only decodes gives the measure.
+    """
+
+    def __init__(self) -> None:
+        self._decode_seconds: deque[float] = deque(maxlen=32)
+        self._token_seconds: float | None = None  # that a token of a prompt adds
+        self._now = (0, 0)  # tokens that are read, and rows, in the pass that is made
+        self._before = (0, 0)
+        self._largest = LEAST_PART * 4
+
+    @property
+    def decode_seconds(self) -> float | None:
+        """The median of the last passes that only decode; None before the first."""
+        if not self._decode_seconds:
+            return None
+        return sorted(self._decode_seconds)[len(self._decode_seconds) // 2]
+
+    def begin(self, read: int, rows: int) -> None:
+        """Note what the next pass does."""
+        self._before, self._now = self._now, (read, rows)
+
+    def passed(self, seconds: float) -> None:
+        """Note how long it was from the last pass to this one.
+
+        A pass waits for what the one before has computed.
+        """
+        read, rows = self._before
+        if rows and not read and not self._now[0]:
+            self._decode_seconds.append(seconds)
+        if rows and read and self.decode_seconds is not None:
+            added = max(seconds - self.decode_seconds, 0.0) / read
+            before = self._token_seconds
+            self._token_seconds = added if before is None else (3 * before + added) / 4
+
+    def part(self, most: int) -> int:
+        """How many tokens of prompts to read beside rows that decode."""
+        decode, token = self.decode_seconds, self._token_seconds
+        if decode is None or not token:
+            return min(most, self._largest)
+        # A measure of few tokens says little of many: at most twice as many.
+        part = min(int(PART_OF_PASS * decode / token), 2 * self._largest, most)
+        self._largest = max(part, LEAST_PART)
+        return min(self._largest, most)
+
+
+def common_length(a: Sequence[int], b: Sequence[int]) -> int:
+    """How many tokens two prompts begin with in common."""
+    least, most = 0, min(len(a), len(b))
+    while least < most:
+        middle = (least + most + 1) // 2
+        if a[least:middle] == b[least:middle]:
+            least = middle
+        else:
+            most = middle - 1
+    return least
