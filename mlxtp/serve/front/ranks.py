@@ -90,11 +90,13 @@ class Ranks:
     def __init__(self) -> None:
         self.state: Literal["starting", "loading", "ready", "draining", "ended"]
         self.state = "starting"
-        self.words, self.done = "the ranks start", None
+        self.words = "the ranks start"
+        self.done: float | None = None
         self.ready: Ready | None = None
         self.stats: Stats | None = None
         self.generations: dict[str, Generation] = {}
         self.is_ready = asyncio.Event()
+        self.is_lost = asyncio.Event()
         self.folder = Path(tempfile.mkdtemp(prefix="mlxtp-"))  # for this user alone
         self._key = secrets.token_hex(32)
         self._numbers = itertools.count()
@@ -153,6 +155,7 @@ class Ranks:
         self._writer, self.words = None, words
         self.state = "ended"
         self.is_ready.clear()
+        self.is_lost.set()
         for future in self._calls.values():
             if not future.done():
                 future.set_exception(Unavailable(words))
