@@ -1,8 +1,9 @@
 """`load`: from a checkpoint to a model of which each rank holds its slices."""
 
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypedDict, Unpack, overload
 
@@ -175,7 +176,7 @@ class Prepared:
 
     `empty` is mlx-lm's whole model without weights, `slices` are this rank's slices of
     its parameters, and `tensors` those of tensors from which they are made: known for a
-    cut checkpoint only, and empty for others.
+    cut checkpoint only, and empty for others. `rebuild` makes another `empty`.
     """
 
     comm: Communicator
@@ -186,6 +187,7 @@ class Prepared:
     slices: dict[str, Slice]
     tensors: dict[Tensor, Slice]
     trust_remote_code: bool
+    rebuild: Callable[[], EmptyModel]
 
     @property
     def config(self) -> dict[str, Any]:
@@ -237,14 +239,16 @@ class Prepared:
         fetch: Fetch = "all",
         agree_experts: bool = False,
         progress: bool = False,
+        advance: Advance = ignore,
     ) -> nn.Module:
         """Fetch and read this rank's slices, and return the split model.
 
-        Once only: afterwards `empty` holds the slices. Arguments are those of `load`.
+        Once only: afterwards `empty` holds the slices. Arguments are those of `load`;
+        `advance` is told of bytes of `nbytes` as they are read.
         """
         with self.comm.unlimited():
             checkpoint = self._fetch(fetch, show=progress)
-            return self._read(checkpoint, agree_experts, show=progress)
+            return self._read(checkpoint, agree_experts, advance, show=progress)
 
     def _fetch(self, fetch: Fetch, *, show: bool) -> Checkpoint:
         """Fetch what this machine lacks; return where all lies that the rank reads."""
@@ -258,7 +262,12 @@ class Prepared:
             return self.empty.checkpoint.updated(location.reopened().checkpoint)
 
     def _read(
-        self, checkpoint: Checkpoint, agree_experts: bool, *, show: bool
+        self,
+        checkpoint: Checkpoint,
+        agree_experts: bool,
+        advance: Advance,
+        *,
+        show: bool,
     ) -> nn.Module:
         """Read this rank's slices and make the model compute with them."""
         from mlxtp.layers.parallelize import parallelize
@@ -266,10 +275,15 @@ class Prepared:
         empty, comm = self.empty, self.comm
         show = show and comm.rank == 0
         with progress_bar("Loading", self.nbytes, show=show) as bar:
+
+            def read(size: int) -> None:
+                bar.update(size)
+                advance(size)
+
             with comm.agreement():
-                read_slices(empty, checkpoint, self.slices, bar.update)
+                read_slices(empty, checkpoint, self.slices, read)
                 check_values(empty.model)
-            compute_slices(empty, checkpoint, self.slices, comm, bar.update)
+            compute_slices(empty, checkpoint, self.slices, comm, read)
         parallelize(empty.model, self.table, comm, agree_experts=agree_experts)
         return empty.model
 
@@ -296,7 +310,8 @@ def prepare(
         location = locate(path_or_hf_repo, comm, revision)
         with comm.agreement(), named(location.name, location.folder):
             rank_shares = _checked_shares(shares, comm)
-            empty = build(
+            rebuild = partial(
+                build,
                 location.folder,
                 Path(adapter_path) if adapter_path is not None else None,
                 checkpoint=location.checkpoint,
@@ -304,6 +319,7 @@ def prepare(
                 model_config=model_config,
                 trust_remote_code=trust_remote_code,
             )
+            empty = rebuild()
             _check_quantized_activations(empty.model)
             table = slice_table(empty.model, rank_shares)
             slices = table.slices(comm.rank)
@@ -322,7 +338,8 @@ def prepare(
             logger.warning(table.remark)
         shard = Shard(rank_shares, comm.rank)
         prepared = Prepared(
-            comm, location, empty, table, shard, slices, tensors, trust_remote_code
+            *(comm, location, empty, table, shard, slices, tensors),
+            *(trust_remote_code, rebuild),
         )
         both = [prepared] if beside is None else [beside, prepared]
         names = " and ".join(model.name for model in both)

@@ -65,13 +65,15 @@ class Result:
     """What a pass has given, the same on every rank.
 
     `drawn` are the tokens of rows that decode, by id; `read` the scores of prompts that
-    have been read to the end, None for requests that did not ask. `failed` are requests
-    that could not begin, with the reason: they are forgotten.
+    have been read to the end, None for requests that did not ask. `refused` are requests
+    that could not begin, with the reason: they are forgotten. `stuck` are rows whose
+    grammar cannot be followed any further: they are to be dropped.
     """
 
     drawn: dict[str, Drawn] = field(default_factory=dict)
     read: dict[str, list[Score] | None] = field(default_factory=dict)
-    failed: dict[str, str] = field(default_factory=dict)
+    refused: dict[str, str] = field(default_factory=dict)
+    stuck: dict[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -226,7 +228,7 @@ class Engine:
         self._change(step, result)
         if self._rows.ids:
             self._decode(result)
-        reading = [part for part in step.read if part[0] not in result.failed]
+        reading = [part for part in step.read if part[0] not in result.refused]
         for name, count in reading:
             self._read(self._readers[name], count)
         for name, _ in reading:
@@ -255,9 +257,9 @@ class Engine:
             self._of.pop(name, None)
             self._begins.pop(name, None)
         self._rows.drop(step.drop)
-        self._store.drop(step.forget)
         for admission in step.admit:
             self._admit(admission, result)
+        self._store.drop(step.forget)
         joining = [self._readers.pop(name) for name in step.join]
         for reader in joining:
             name = reader.request.id
@@ -274,7 +276,7 @@ class Engine:
             try:
                 matcher = self._grammars.matcher(grammar, generated)
             except ValueError as error:
-                result.failed[request.id] = str(error)
+                result.refused[request.id] = str(error)
                 return
             self._matchers[request.id] = matcher
         if admission.key is None:
@@ -297,7 +299,7 @@ class Engine:
             tokens = greedy_sampler(_logprobs(logits))
         else:
             pairs = zip(rows, of_rows, strict=True)
-            tokens = mx.concatenate([row.draw(x) for row, x in pairs])
+            tokens = mx.concatenate([self._draw(row, x, result) for row, x in pairs])
         tokens = self._agree(tokens)
         computed = [tokens]
         for row, x, y in zip(rows, of_rows, mx.split(tokens, len(rows)), strict=True):
@@ -333,9 +335,20 @@ class Engine:
             row = self._of.get(name)
             if row is None:
                 continue
-            row.add(token)
+            try:
+                row.add(token)
+            except ValueError as error:
+                row.matcher, result.stuck[name] = None, str(error)
             score = row.scores.evaluated()[0] if row.scores else None
             result.drawn[name] = Drawn(token, score)
+
+    def _draw(self, row: _Row, logits: mx.array, result: Result) -> mx.array:
+        """Draw the next token of a row: logits (1, V) -> (1,)."""
+        try:
+            return row.draw(logits)
+        except ValueError as error:  # of its grammar
+            row.matcher, result.stuck[row.request.id] = None, str(error)
+            return row.draw(logits)
 
     def _read(self, reader: _Reader, count: int) -> None:
         """Read so many tokens of a prompt."""

@@ -40,8 +40,8 @@ class Step:
     Args:
         keep: put caches of requests into the prefix cache: (id, key).
         drop: forget requests, those that have ended too.
-        forget: entries of the prefix cache that go.
         admit: requests whose prompts are read from now on.
+        forget: entries of the prefix cache that go.
         join: requests whose prompts are read: they decode from now on.
         read: tokens of prompts to be read in this pass: (id, number).
         counts: gather what each rank has counted.
@@ -51,8 +51,8 @@ class Step:
 
     keep: tuple[tuple[str, int], ...] = ()
     drop: tuple[str, ...] = ()
-    forget: tuple[int, ...] = ()
     admit: tuple[Admission, ...] = ()
+    forget: tuple[int, ...] = ()
     join: tuple[str, ...] = ()
     read: tuple[tuple[str, int], ...] = ()
     counts: bool = False

@@ -1,0 +1,248 @@
+"""What rank 0 does for the front: it takes requests and tells what becomes of them."""
+
+import time
+from collections.abc import Collection, Iterator
+from dataclasses import dataclass, replace
+
+from mlxtp.generation.engine import Drawn, Result
+from mlxtp.generation.prefix_cache import PrefixIndex
+from mlxtp.generation.scheduler import Scheduler
+from mlxtp.generation.step import GenerationRequest, Step
+from mlxtp.serve import messages
+from mlxtp.serve.messages import Event, RankStats, Start
+from mlxtp.serve.ranks.answer import AnswerText
+from mlxtp.serve.ranks.link import Link
+from mlxtp.serve.ranks.logprobs import token_logprob
+from mlxtp.serve.ranks.text import Text
+
+# How often the front is told how the job is.
+STATS_SECONDS = 1.0
+
+
+@dataclass
+class _Open:
+    """A request that is under way."""
+
+    start: Start
+    answer: AnswerText
+    generated: int
+    was_admitted: bool = False
+
+
+class Service:
+    """Decides the steps of all ranks, by what the front asks for.
+
+    Args:
+        link: to the front.
+        text: the tokenizer's work.
+        scheduler: decides the steps.
+        prefixes: what the prefix cache holds.
+        context: the most tokens of a request.
+        ends: tokens that end a text.
+        rows: how many tokens the model knows.
+    """
+
+    def __init__(
+        self,
+        link: Link,
+        text: Text,
+        scheduler: Scheduler,
+        prefixes: PrefixIndex,
+        *,
+        context: int,
+        ends: Collection[int],
+        rows: int,
+    ) -> None:
+        self._link, self._text = link, text
+        self._scheduler, self._prefixes = scheduler, prefixes
+        self._context, self._ends, self._rows = context, frozenset(ends), rows
+        self._open: dict[str, _Open] = {}
+        self._step = Step(is_idle=True)
+        self._steps = 0
+        self._last_pass: float | None = None
+        self._last_counts = 0.0
+
+    def decide(self) -> Step:
+        """Decide the next step; waits for the front if there is nothing to do."""
+        while True:
+            for message in self._link.take(wait=self._step.is_idle):
+                match message:
+                    case Start():
+                        self._take(message)
+                    case messages.Cancel(name):
+                        self._open.pop(name, None)
+                        self._scheduler.end(name)
+                    case messages.End():
+                        return Step(is_end=True)
+            if not self._scheduler.is_idle:
+                break
+            if not self._step.is_idle:
+                self._step, self._last_pass = Step(is_idle=True, counts=True), None
+                return self._step
+        step = self._scheduler.decide()
+        now = time.monotonic()
+        if now - self._last_counts >= STATS_SECONDS:
+            self._last_counts = now
+            step = replace(step, counts=True)
+        self._step = step
+        return step
+
+    def report(self, result: Result) -> None:
+        """Tell the front what a pass has given."""
+        now = time.monotonic()
+        if self._last_pass is not None:
+            self._scheduler.pace.passed(now - self._last_pass)
+        self._last_pass = now
+        self._steps += 1
+        events = [
+            *self._admitted(),
+            *self._read(result),
+            *self._drawn(result),
+            *self._failed(result),
+        ]
+        if events:
+            self._link.send(messages.Events(events))
+
+    def tell_counts(self, ranks: list[RankStats]) -> None:
+        """Tell the front how the job is; `ranks` is what each rank has counted."""
+        scheduler, prefixes = self._scheduler, self._prefixes
+        self._link.send(
+            messages.Stats(
+                running=scheduler.running,
+                waiting=scheduler.waiting,
+                cache_use=scheduler.use,
+                prefix_entries=len(prefixes),
+                prefix_bytes=prefixes.nbytes,
+                prefix_queries=scheduler.looked_up_tokens,
+                prefix_hits=scheduler.found_tokens,
+                preemptions=scheduler.preemptions,
+                steps=self._steps,
+                step_seconds=scheduler.pace.decode_seconds,
+                ranks=ranks,
+            )
+        )
+
+    def _take(self, start: Start) -> None:
+        """Take a request, or say what is wrong with it."""
+        tokens = (*start.prompt, *start.generated)
+        mistake = self._mistake(start, len(tokens))
+        if mistake is not None:
+            event = Event(start.id, finish="error", error=mistake, is_mistake=True)
+            self._link.send(messages.Events([event]))
+            return
+        self._open[start.id] = _Open(
+            start, AnswerText(self._text, start), len(start.generated)
+        )
+        self._scheduler.submit(
+            GenerationRequest(
+                start.id,
+                tokens,
+                len(start.prompt),
+                start.settings,
+                tuple(start.boundaries),
+            )
+        )
+
+    def _mistake(self, start: Start, length: int) -> str | None:
+        """Say what is wrong with a request, as far as the ranks must know."""
+        if not start.prompt:
+            return "the prompt has no tokens"
+        last = length if start.settings.max_tokens == 0 else length + 1
+        if last > self._context:
+            return (
+                f"the prompt has {len(start.prompt):,} tokens; there is room for "
+                f"{self._context:,}, prompt and answer"
+            )
+        named = (*start.prompt, *start.settings.logit_bias)
+        beyond = next((x for x in named if not 0 <= x < self._rows), None)
+        if beyond is not None:
+            return f"token {beyond} is none of the model's: it has {self._rows}"
+        return None
+
+    def _failed(self, result: Result) -> Iterator[Event]:
+        for name in result.refused:
+            self._scheduler.forget(name)
+        for name in result.stuck:
+            self._scheduler.end(name)
+        for name, words in (*result.refused.items(), *result.stuck.items()):
+            if self._open.pop(name, None) is not None:
+                yield Event(name, finish="error", error=words, is_mistake=True)
+
+    def _admitted(self) -> Iterator[Event]:
+        for admission in self._step.admit:
+            under_way = self._open.get(admission.request.id)
+            if under_way is not None and not under_way.was_admitted:
+                under_way.was_admitted = True
+                yield Event(
+                    admission.request.id, admitted=True, cached=admission.cached
+                )
+
+    def _read(self, result: Result) -> Iterator[Event]:
+        for name, scores in result.read.items():
+            under_way = self._open.get(name)
+            if under_way is None:
+                continue
+            prompt = under_way.start.prompt
+            ends = under_way.start.settings.max_tokens == 0
+            if scores is not None or ends:
+                of_prompt = None
+                if scores is not None:
+                    # One token begins the prompt, and nothing says how likely it is.
+                    pairs = zip(prompt[1:], scores, strict=False)
+                    of_prompt = [
+                        None,
+                        *(token_logprob(self._text, x, score) for x, score in pairs),
+                    ]
+                yield Event(
+                    name,
+                    read=len(prompt),
+                    prompt_logprobs=of_prompt,
+                    finish="length" if ends else None,
+                )
+            if ends:
+                self._end(name)
+
+    def _drawn(self, result: Result) -> Iterator[Event]:
+        for name, drawn in result.drawn.items():
+            self._scheduler.add(name, drawn.token)
+            under_way = self._open.get(name)
+            if under_way is not None:
+                yield self._token(name, under_way, drawn)
+
+    def _token(self, name: str, under_way: _Open, drawn: Drawn) -> Event:
+        """Take the text of a token, and see whether it is the last one."""
+        start, answer, token = under_way.start, under_way.answer, drawn.token
+        under_way.generated += 1
+        pieces, finish = [], None
+        if token in self._ends and not start.settings.ignore_eos:
+            finish = "stop"
+        else:
+            pieces = answer.push(token)
+            if answer.stopped is not None:
+                finish = "stop"
+            elif under_way.generated == start.settings.max_tokens or (
+                len(start.prompt) + under_way.generated >= self._context
+            ):
+                finish = "length"
+            elif answer.has_tool_calls and not start.parallel_tool_calls:
+                finish = "tool_calls"
+        if finish is not None:
+            pieces = [*pieces, *answer.finish(finish)]
+            if finish == "stop" and answer.has_tool_calls:
+                finish = "tool_calls"
+            self._end(name)
+        logprobs = []
+        if drawn.score is not None:
+            logprobs = [token_logprob(self._text, token, drawn.score)]
+        return Event(
+            name,
+            tokens=[token],
+            pieces=pieces,
+            logprobs=logprobs,
+            finish=finish,
+            stop=answer.stopped,
+        )
+
+    def _end(self, name: str) -> None:
+        del self._open[name]
+        self._scheduler.end(name)
