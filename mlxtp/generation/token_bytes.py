@@ -1,0 +1,70 @@
+"""The bytes that each token stands for."""
+
+import re
+from collections.abc import Sequence
+
+from mlx_lm.tokenizer_utils import (
+    BPEStreamingDetokenizer,
+    SPMStreamingDetokenizer,
+    TokenizerWrapper,
+    _byte_decoder,
+)
+
+_BYTE_TOKEN = re.compile(r"<0x([0-9A-Fa-f]{2})>")
+
+
+def token_bytes(tokenizer: TokenizerWrapper, rows: int) -> list[bytes]:
+    """List the bytes of each token, as mlx-lm's detokenizers write them.
+
+    They are exact also where a token is a part of a character. A token that comes first
+    may lose a space when it is shown.
+
+    Args:
+        tokenizer: mlx-lm's.
+        rows: the model's vocabulary; those without a token have no bytes.
+
+    Returns: V entries.
+    """
+    known = sorted(token for token in tokenizer.get_vocab().values() if token < rows)
+    result = [b""] * rows
+    detokenizer = tokenizer.detokenizer
+    if isinstance(detokenizer, SPMStreamingDetokenizer | BPEStreamingDetokenizer):
+        # What is beyond the map has no text in a stream.
+        known = [token for token in known if token < len(detokenizer.tokenmap)]
+        of_name = _spm if isinstance(detokenizer, SPMStreamingDetokenizer) else _bpe
+        for token in known:
+            result[token] = of_name(detokenizer.tokenmap[token])
+        return result
+    names = tokenizer.convert_ids_to_tokens(known)
+    # A token that comes first may be written without the space before it.
+    anchor = tokenizer.encode("a", add_special_tokens=False)
+    before = tokenizer.decode(anchor)
+    for token, name in zip(known, names, strict=True):
+        result[token] = _decoded(tokenizer, anchor, before, token, name)
+    return result
+
+
+def _spm(name: bytes) -> bytes:
+    return name.replace("\u2581".encode(), b" ")
+
+
+def _bpe(name: str) -> bytes:
+    decoder = _byte_decoder()
+    return b"".join(bytes([decoder[c]]) if c in decoder else c.encode() for c in name)
+
+
+def _decoded(
+    tokenizer: TokenizerWrapper,
+    anchor: Sequence[int],
+    before: str,
+    token: int,
+    name: str | bytes,
+) -> bytes:
+    """Decode a token behind others whose text is `before`."""
+    if isinstance(name, bytes):
+        return name
+    if match := _BYTE_TOKEN.fullmatch(name):
+        return bytes([int(match[1], 16)])
+    text = tokenizer.decode([*anchor, token]).removeprefix(before)
+    # A part of a character whose bytes the tokenizer does not tell.
+    return b"" if text.endswith("\ufffd") else text.encode()
