@@ -39,8 +39,8 @@ from mlxtp.comm.transports import MessageTransport, connect, start_backend
 EXCHANGE_TAG = 32767
 
 # `Communicator.announce`: the tag, how much of an object the first message holds, and
-# how long a rank sleeps at most before it looks again for it: while passes are made, and
-# while nothing is to be done, where that is to take less than a hundredth of a core.
+# how long a rank sleeps at most before it looks again for it: while passes are made,
+# and while nothing is to be done, which is to take less than a hundredth of a core.
 ANNOUNCE_TAG = 32766
 ANNOUNCE_BYTES = 4096
 NAP_SECONDS = 50e-6

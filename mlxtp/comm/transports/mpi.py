@@ -17,7 +17,7 @@ from mpi4py import MPI  # noqa: E402 - importing it starts MPI
 YIELDING_POLLS = 100
 NAP_SECONDS = 50e-6
 
-# A nap of `wait_napping`, of the time that has been waited: so much later it is noticed.
+# How long a nap of `wait_napping` is, as a part of the time that it has waited.
 NAP_PART = 0.02
 
 

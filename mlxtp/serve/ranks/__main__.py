@@ -1,4 +1,4 @@
-"""The job of the server: `python -m mlxtp.serve.ranks`, started by `python -m mlxtp.serve`.
+"""The job of the server, `python -m mlxtp.serve.ranks`, which `mlxtp.serve` starts.
 
 The whole program of a rank, from top to bottom. Every rank runs every line; rank 0
 talks with the front besides, and decides what all of them do in each pass.
@@ -6,15 +6,17 @@ talks with the front besides, and decides what all of them do in each pass.
 
 import json
 import sys
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
-from mlx_lm.tokenizer_utils import TokenizerWrapper
+from mlx_lm.models.cache import make_prompt_cache
 
 from mlxtp import loading
+from mlxtp.checkpoint.progress import Advance
 from mlxtp.cluster.job import JobError
 from mlxtp.cluster.memory import host_memory
 from mlxtp.cluster.processor import processor
@@ -22,22 +24,42 @@ from mlxtp.comm import launcher
 from mlxtp.comm.communicator import Communicator
 from mlxtp.comm.errors import UsageError
 from mlxtp.comm.same_start import check_same_start
-from mlxtp.generation.batching import reason_against_batches, trimmable_below
+from mlxtp.generation.batching import reason_against_batches
 from mlxtp.generation.capacity import Capacity, measure
 from mlxtp.generation.engine import Engine
 from mlxtp.generation.grammar import Grammars
-from mlxtp.generation.prefix_cache import PrefixIndex, PrefixStore
+from mlxtp.generation.prefix_cache import PrefixIndex, PrefixStore, trimmable_below
+from mlxtp.generation.prefix_files import PrefixFiles, identity
 from mlxtp.generation.scheduler import Scheduler
-from mlxtp.generation.step import Step
 from mlxtp.job_options import Args, connection, connection_alone
 from mlxtp.loading import Prepared
 from mlxtp.serve import messages
-from mlxtp.serve.messages import RankStats
 from mlxtp.serve.options import parse_ranks
 from mlxtp.serve.ranks.link import Link
 from mlxtp.serve.ranks.service import Service
 from mlxtp.serve.ranks.text import Text
 from mlxtp.stories import PATH as STORIES
+
+# Under which names configs of models keep the length that they were made for, and what
+# is taken where they say nothing.
+CONTEXTS = (
+    *("max_position_embeddings", "n_positions", "max_seq_len", "max_sequence_length"),
+    *("seq_length", "n_ctx", "model_max_length"),
+)
+LONGEST_CONTEXT = 1 << 20
+
+# What generation_config.json may say of sampling, from and to.
+SAMPLING = {
+    "temperature": (0, 100),
+    "top_p": (0, 1),
+    "top_k": (0, 1 << 30),
+    "min_p": (0, 1),
+    "repetition_penalty": (0.01, 100),
+}
+
+# The part of the memory for caches that the prefix cache may take, where nothing is
+# said: it gives way when requests need it.
+PREFIX_PART = 0.5
 
 
 def main() -> None:
@@ -46,8 +68,7 @@ def main() -> None:
         args, comm = connect(sys.argv[1:])
         with comm.agreement():
             link = Link.of_environment() if comm.rank == 0 else None
-        job = load(args, comm, link)
-        serve(job, comm, link)
+        serve(load(args, comm, link), comm)
     except (UsageError, JobError) as error:
         launcher.refuse("mlxtp.serve", error)
 
@@ -70,7 +91,7 @@ def connect(arguments: list[str]) -> tuple[Args, Communicator]:
 
 @dataclass
 class Job:
-    """What a rank serves with. `service` is rank 0's alone."""
+    """What a rank serves with; `service` is rank 0's alone."""
 
     engine: Engine
     store: PrefixStore
@@ -82,7 +103,7 @@ def load(args: Args, comm: Communicator, link: Link | None) -> Job:
 
     Raises: UsageError for whatever was given wrong.
     """
-    tell(link, messages.State("looks at the model"))
+    tell(link, messages.State("the ranks look at the model"))
     prepared = loading.prepare(
         args.model or STORIES,
         comm,
@@ -91,31 +112,231 @@ def load(args: Args, comm: Communicator, link: Link | None) -> Job:
         trust_remote_code=args.trust_remote_code,
     )
     tokenizer = prepared.load_tokenizer()
+    defaults = sampling_defaults(prepared.location.folder)
+    model = prepared.load(
+        fetch=args.fetch,
+        agree_experts=args.agree_experts,
+        progress=sys.stderr.isatty(),
+        advance=progress(link, prepared.nbytes),
+    )
+    tell(link, messages.State("the ranks see what memory is left for caches"))
+    with comm.unlimited():
+        capacity = measure(
+            model,
+            comm,
+            prepared.rebuild,
+            kv_gb=args.kv_gb,
+            part=args.prefill_step_size,
+            rows=args.max_concurrency,
+            kv_bits=args.kv_bits,
+            kv_group_size=args.kv_group_size,
+            quantized_kv_start=args.quantized_kv_start,
+        )
+        against = reason_against_batches(model)
+    if args.kv_bits is not None:
+        against = "mlx-lm has no batches of quantized caches"
+    rows = prepared.table.vocabulary_rows
+    context = capacity.longest(args.context or longest_context(prepared.config))
+    prefixes = PrefixIndex(capacity.bytes_of, prefix_bytes(args, capacity))
+    store = PrefixStore(prefix_files(args, prepared, model, comm))
+    with comm.unlimited():
+        store.restore(comm, prefixes)
+    ends = frozenset(tokenizer.eos_token_ids)
+    engine = Engine(
+        model,
+        store,
+        Grammars(tokenizer, rows),
+        rows,
+        never_excluded=[x for x in (*tokenizer.encode("\n"), *ends) if x < rows],
+        kv_bits=args.kv_bits,
+        kv_group_size=args.kv_group_size,
+        quantized_kv_start=args.quantized_kv_start,
+    )
+    of_ranks = comm.allgather_object(rank_facts(prepared, comm, capacity))
+    if link is None:
+        return Job(engine, store, None)
+    text = Text(
+        tokenizer,
+        rows,
+        use_default_template=args.use_default_chat_template,
+    )
+    link.callee = text
+    scheduler = Scheduler(
+        capacity,
+        prefixes,
+        concurrency=1 if against else args.max_concurrency,
+        part=args.prefill_step_size,
+        trimmable_below=trimmable_below(make_prompt_cache(model)),
+    )
+    link.send(
+        messages.Ready(
+            model=prepared.name,
+            context=context,
+            vocabulary=rows,
+            defaults=defaults,
+            ranks=of_ranks,
+            has_template=tokenizer.has_chat_template,
+            has_tools=tokenizer.has_tool_calling,
+            has_reasoning=tokenizer.has_thinking,
+            is_batched=against is None,
+            notes=[*text.notes, *notes(against, context, prepared.config)],
+            links=comm.describe(),
+        )
+    )
+    service = Service(
+        link, text, scheduler, prefixes, context=context, ends=ends, rows=rows
+    )
+    return Job(engine, store, service)
+
+
+def serve(job: Job, comm: Communicator) -> None:
+    """Make the passes that rank 0 decides, until it says to end.
+
+    Communicates: an announcement of rank 0 for each pass, and what passes do.
+    """
+    is_idle = True
+    while True:
+        step = job.service.decide() if job.service else None
+        step = comm.announce(step, is_idle=is_idle)
+        if step.is_end:
+            return
+        is_idle = step.is_idle
+        if is_idle:
+            mx.clear_cache()
+            job.store.write_one()
+        else:
+            result = job.engine.run(step)
+            if job.service:
+                job.service.report(result)
+        if step.counts:
+            counts = comm.allgather_object(rank_counts(comm))
+            if job.service:
+                job.service.tell_counts(counts)
+
+
+def tell(link: Link | None, message: messages.Message) -> None:
+    """Tell the front something, on rank 0."""
+    if link is not None:
+        link.send(message)
+
+
+def progress(link: Link | None, nbytes: int) -> Advance:
+    """Make what tells the front how much of rank 0's slices has been read."""
     done = 0
 
     def advance(size: int) -> None:
         nonlocal done
-        done += size
-        part = done / max(prepared.nbytes, 1)
-        tell(link, messages.State("reads its slices", min(part, 1.0)))
+        before, done = done, done + size
+        # A hundred messages are enough.
+        if 100 * before // max(nbytes, 1) != 100 * done // max(nbytes, 1):
+            part = min(done / max(nbytes, 1), 1.0)
+            tell(link, messages.State("the ranks read their slices", part))
 
-    tell(link, messages.State("fetches what it lacks of the model"))
-    model = prepared.load(
-        fetch=args.fetch,
-        agree_experts=args.agree_experts,
-        progress=link is None,
-        advance=advance,
+    return advance
+
+
+def longest_context(config: Mapping[str, Any]) -> int:
+    """Return the most tokens that a model was made for, as its config says."""
+    text_config = config.get("text_config")
+    inner = text_config if isinstance(text_config, Mapping) else {}
+    for name in CONTEXTS:
+        for values in (config, inner):
+            value = values.get(name)
+            if isinstance(value, int) and value > 0:
+                return value
+    return LONGEST_CONTEXT
+
+
+def sampling_defaults(folder: Path) -> dict[str, Any]:
+    """Return what generation_config.json says of sampling, in `Settings`' names.
+
+    A file that is none says nothing, as in transformers.
+    """
+    try:
+        content = json.loads((folder / "generation_config.json").read_text())
+    except (OSError, ValueError):
+        return {}
+    if not isinstance(content, dict):
+        return {}
+    given = {
+        name: content[name]
+        for name, (least, most) in SAMPLING.items()
+        if isinstance(content.get(name), int | float) and least <= content[name] <= most
+    }
+    if content.get("do_sample") is False:
+        given["temperature"] = 0.0
+    return given
+
+
+def prefix_bytes(args: Args, capacity: Capacity) -> int:
+    """Return the most bytes of the prefix cache, on the fullest rank."""
+    if args.prefix_cache_gb is not None:
+        return round(args.prefix_cache_gb * 1e9)
+    return round(PREFIX_PART * min(rank.limit_bytes for rank in capacity.ranks))
+
+
+def prefix_files(
+    args: Args, prepared: Prepared, model: nn.Module, comm: Communicator
+) -> PrefixFiles | None:
+    """Open this rank's folder of --prefix-cache-dir.
+
+    Raises: UsageError if it cannot be made.
+    """
+    if args.prefix_cache_dir is None:
+        return None
+    options = {
+        "kv_bits": args.kv_bits,
+        "kv_group_size": args.kv_group_size,
+        "quantized_kv_start": args.quantized_kv_start,
+    }
+    with comm.unlimited(), comm.agreement():
+        name = identity(model, comm.rank, prepared.config, options)
+        return PrefixFiles(Path(args.prefix_cache_dir), name)
+
+
+def notes(against: str | None, context: int, config: Mapping[str, Any]) -> list[str]:
+    """Return what people are to know of the model, a line each."""
+    lines = []
+    if against is not None:
+        lines.append(f"requests run one after the other: {against}")
+    made_for = longest_context(config)
+    if context < made_for < LONGEST_CONTEXT:
+        lines.append(
+            f"a request has room for {context:,} tokens; the model was made for "
+            f"{made_for:,}"
+        )
+    return lines
+
+
+def rank_facts(
+    prepared: Prepared, comm: Communicator, capacity: Capacity
+) -> messages.Rank:
+    """Return what /cluster says of this rank.
+
+    Communicates: one allgather of objects.
+    """
+    device = mx.device_info().get("device_name")
+    return messages.Rank(
+        rank=comm.rank,
+        host=comm.host,
+        share=prepared.nbytes / max(sum(comm.allgather_object(prepared.nbytes)), 1),
+        chip=str(device) if mx.default_device() == mx.gpu else processor().name,
+        weights_bytes=prepared.nbytes,
+        cache_limit_bytes=capacity.ranks[comm.rank].limit_bytes,
+        memory_bytes=host_memory().total_bytes,
     )
-    rows = prepared.table.vocabulary_rows
-    wanted = args.context or longest_context(prepared.config)
-    capacity = measure(
-        model,
-        comm,
-        kv_gb=args.kv_gb,
-        context=wanted,
-        prefill_step_size=args.prefill_step_size,
+
+
+def rank_counts(comm: Communicator) -> messages.RankStats:
+    """Return what this rank has counted since the start."""
+    return messages.RankStats(
+        rank=comm.rank,
+        collective_seconds=comm.traffic.seconds,
+        sent_bytes=comm.traffic.bytes,
+        memory_bytes=mx.get_active_memory() + mx.get_cache_memory(),
+        peak_memory_bytes=mx.get_peak_memory(),
     )
-    context = capacity.longest(wanted)
-    against = reason_against_batches(model)
-    if args.kv_bits is not None:
-        against = "mlx-lm has no batches of quantized caches"
+
+
+if __name__ == "__main__":
+    main()

@@ -49,7 +49,9 @@ class Link:
         try:
             return cls(Path(folder))
         except OSError as error:
-            raise ValueError(f"the server that started this job is gone: {error}") from error
+            raise ValueError(
+                f"the server that started this job is gone: {error}"
+            ) from error
 
     def send(self, message: Message) -> None:
         """Tell the front something; nothing happens if it is gone."""
