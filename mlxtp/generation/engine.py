@@ -65,8 +65,8 @@ class Result:
     """What a pass has given, the same on every rank.
 
     `drawn` are the tokens of rows that decode, by id; `read` the scores of prompts that
-    have been read to the end, None for requests that did not ask. `refused` are requests
-    that could not begin, with the reason: they are forgotten. `stuck` are rows whose
+    have been read to the end, None for requests that did not ask. `refused` could not
+    begin, for the reason that is given, and are forgotten. `stuck` are rows whose
     grammar cannot be followed any further: they are to be dropped.
     """
 
@@ -218,6 +218,11 @@ class Engine:
         self._last: _Reader | None = None  # whose prompt was read last
         self._agree = agreed(lambda tokens: tokens, model.comm)
         self._passes = 0
+
+    @property
+    def is_busy(self) -> bool:
+        """Whether requests are read or decode."""
+        return bool(self._readers or self._of)
 
     def run(self, step: Step) -> Result:
         """Make one pass.

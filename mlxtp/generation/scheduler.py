@@ -101,7 +101,7 @@ class Scheduler:
     @property
     def use(self) -> float:
         """The part of the limit that caches take on the fullest rank."""
-        return self._capacity.fullest(*self._lengths(), self._prefixes.nbytes)
+        return self._capacity.fullest(*self._lengths(0), self._prefixes.nbytes)
 
     @property
     def is_idle(self) -> bool:
@@ -297,14 +297,14 @@ class Scheduler:
     def _decoding(self) -> int:
         return sum(active.decodes for active in self._active.values())
 
-    def _lengths(self) -> tuple[list[int], list[int]]:
-        """Lengths of rows behind the next pass, and of prompts when they are read."""
-        rows = [len(a.tokens) + 1 for a in self._active.values() if a.decodes]
+    def _lengths(self, ahead: int) -> tuple[list[int], list[int]]:
+        """Lengths of rows so many passes ahead, and of prompts when they are read."""
+        rows = [len(a.tokens) + ahead for a in self._active.values() if a.decodes]
         others = [len(a.tokens) for a in self._active.values() if not a.decodes]
         return rows, others
 
     def _fits(self, *more: int) -> bool:
-        rows, others = self._lengths()
+        rows, others = self._lengths(1)
         return self._capacity.fits(rows, [*others, *more], self._prefixes.nbytes)
 
 

@@ -1,17 +1,26 @@
 """Requests that join, leave and share: each gets the tokens that it gets alone."""
 
+from dataclasses import replace
 
 import mlx.core as mx
+import mlx.nn as nn
+import numpy as np
+import pytest
 from driven import GREEDY, Driven
 from equal import Tokens
 from every_type import LONG, PROMPT, REPRESENTATIVES, RUNNABLE, for_types, split
 from kept import kept
 from metal_kernels import use_plain_operations
 from mlx_lm.generate import generate_step
-from mlx_lm.utils import load_model
+from mlx_lm.sample_utils import make_sampler
+from mlx_lm.utils import load_model, load_tokenizer
 from saved_types import saved
 
+import mlxtp
 from mlxtp import Communicator
+from mlxtp.generation.engine import Score
+from mlxtp.generation.step import GenerationRequest
+from mlxtp.stories import PATH as STORIES
 
 use_plain_operations()
 
@@ -57,3 +66,211 @@ def test_equals_one_process(model_type: str, comm: Communicator) -> None:
     if comm.rank == 0 and got["a"] == list(expected["a"]):
         # Behind the last token of the first turn, or where it can be taken back to.
         assert driven.scheduler.found_tokens >= len(turn)
+
+
+@pytest.fixture(scope="module")
+def model(comm: Communicator) -> nn.Module:
+    """The one that ships, in float32."""
+    model, _ = mlxtp.load(STORIES, comm)
+    model.set_dtype(mx.float32)
+    return model
+
+
+@pytest.fixture(scope="module")
+def prompt(comm: Communicator) -> list[int]:
+    """As many tokens as fit twice into the context of the model."""
+    tokenizer = load_tokenizer(STORIES)
+    text = "Once upon a time a girl named Mia lived by the sea with her dog. " * 20
+    return tokenizer.encode(text)[:220]
+
+
+SAMPLED = {
+    "greedy": GREEDY,
+    "warm": replace(GREEDY, temperature=0.9, seed=3),
+    "top": replace(GREEDY, temperature=1.1, seed=4, top_p=0.8, top_k=20, min_p=0.01),
+    "other seed": replace(GREEDY, temperature=0.9, seed=5),
+    "scores": replace(GREEDY, logprobs=3),
+    "penalties": replace(
+        GREEDY,
+        temperature=0.7,
+        seed=6,
+        repetition_penalty=1.3,
+        presence_penalty=0.4,
+        frequency_penalty=0.4,
+        logit_bias={7: 2.5, 11: -100.0},
+    ),
+}
+
+
+def test_settings_hold_in_a_batch(
+    model: nn.Module, prompt: list[int], comm: Communicator
+) -> None:
+    """What is drawn depends on a request alone, and is what `stream_generate` draws."""
+    together, alone = Driven(model, comm), Driven(model, comm)
+    for number, (name, settings) in enumerate(SAMPLED.items()):
+        together.submit(name, prompt[number : 40 + 9 * number], settings, max_tokens=12)
+        together.pass_()
+        alone.submit(name, prompt[number : 40 + 9 * number], settings, max_tokens=12)
+        alone.run()
+    assert together.run() == alone.tokens
+    assert max(map(len, together.tokens.values())) == 12
+    assert together.tokens["warm"] != together.tokens["other seed"]
+    for number, (name, settings) in enumerate(SAMPLED.items()):
+        if name == "penalties":
+            continue
+        stream = mlxtp.stream_generate(
+            model,
+            load_tokenizer(STORIES),
+            prompt[number : 40 + 9 * number],
+            max_tokens=12,
+            seed=settings.seed,
+            sampler=make_sampler(
+                settings.temperature,
+                settings.top_p,
+                settings.min_p,
+                top_k=settings.top_k,
+            ),
+        )
+        streamed = [response.token for response in stream]
+        assert streamed == alone.tokens[name][: len(streamed)]
+
+
+def test_penalties_and_biases(
+    model: nn.Module, prompt: list[int], comm: Communicator
+) -> None:
+    driven = Driven(model, comm)
+    driven.submit("plain", prompt[:20], max_tokens=16)
+    plain = driven.run()["plain"]
+    driven.submit("without", prompt[:20], max_tokens=1, logit_bias={plain[0]: -100.0})
+    driven.submit("only", prompt[:20], max_tokens=5, logit_bias={9: 100.0})
+    # A bias for one token, which a penalty outweighs once it has come.
+    driven.submit(
+        "once", prompt[:20], max_tokens=5, logit_bias={9: 100.0}, presence_penalty=200.0
+    )
+    # More than the penalty for two, less than for three: the prompt does not count.
+    driven.submit(
+        "twice",
+        [9, *prompt[:20]],
+        max_tokens=5,
+        logit_bias={9: 100.0},
+        frequency_penalty=45.0,
+    )
+    tokens = driven.run()
+    assert tokens["without"] != plain[:1]
+    assert tokens["only"] == [9] * 5
+    assert tokens["once"].count(9) == 1
+    assert tokens["twice"].count(9) == 2
+
+
+def test_scores_are_the_model_s(
+    model: nn.Module, prompt: list[int], comm: Communicator
+) -> None:
+    """Before biases and temperature; those of a prompt as well."""
+    driven = Driven(model, comm, part=16)
+    tokens = prompt[:50]
+    driven.submit("scores", tokens, max_tokens=4, logprobs=2, logit_bias={5: 50.0})
+    driven.submit("prompt", tokens, max_tokens=0, prompt_logprobs=3)
+    driven.run()
+    assert driven.tokens == {"scores": [5] * 4, "prompt": []}
+    logits = model(mx.array([[*tokens, 5, 5, 5]]))[0]
+    logprobs = np.array(logits - mx.logsumexp(logits, -1, keepdims=True))
+    for at, drawn in enumerate(driven.drawn["scores"]):
+        row = logprobs[len(tokens) - 1 + at]
+        assert drawn.score is not None
+        check_score(drawn.score, row, drawn.token, 2)
+    of_prompt = driven.scores["prompt"]
+    assert of_prompt is not None and len(of_prompt) == len(tokens) - 1
+    for at, score in enumerate(of_prompt):
+        check_score(score, logprobs[at], tokens[at + 1], 3)
+
+
+def check_score(score: Score, row: np.ndarray, token: int, n: int) -> None:
+    """Compare a score with log-probabilities (V,)."""
+    # A prompt that is read in parts, or in a batch, is rounded differently.
+    assert score.logprob == pytest.approx(row[token], abs=1e-3)
+    best = np.sort(row)[::-1][:n]
+    assert [x for _, x in score.top] == pytest.approx(best, abs=1e-3)
+    assert all(row[t] == pytest.approx(x, abs=1e-3) for t, x in score.top)
+
+
+def test_when_memory_gets_short(
+    model: nn.Module, prompt: list[int], comm: Communicator
+) -> None:
+    """The youngest is set back and goes on later; nothing else changes."""
+    wide = Driven(model, comm)
+    for name in "abcd":
+        wide.submit(name, prompt[ord(name) - 97 :][:60], max_tokens=150)
+    expected = dict(wide.run())
+    of_one = max(wide.capacity.bytes_of(512))
+    narrow = Driven(model, comm, limit_bytes=3 * of_one)
+    for name in "abcd":
+        narrow.submit(name, prompt[ord(name) - 97 :][:60], max_tokens=150)
+        narrow.pass_()
+    uses = []
+    while narrow.pass_():
+        uses.append(narrow.scheduler.use if comm.rank == 0 else 0.0)
+    assert narrow.tokens == expected
+    assert max(uses) <= 1
+    if comm.rank == 0:
+        assert narrow.scheduler.preemptions > 0
+
+
+def test_a_prompt_is_read_beside_others(
+    model: nn.Module, prompt: list[int], comm: Communicator
+) -> None:
+    """And those that have it in common read it once."""
+    driven = Driven(model, comm, part=64)
+    driven.submit("old", prompt[:10], max_tokens=60)
+    for _ in range(5):
+        driven.pass_()
+    before = len(driven.tokens["old"])
+    for name in ("first", "second", "third"):
+        driven.submit(name, prompt, max_tokens=5, temperature=0.9, seed=ord(name[0]))
+    driven.run()
+    reading = [step for step in driven.steps if step.read]
+    assert len(driven.tokens["old"]) == 60 > before
+    assert len(set(map(tuple, driven.tokens.values()))) == 4
+    read = sum(count for step in reading for _, count in step.read)
+    # Each prompt but its last token; of two prompts one token more, or none.
+    assert read <= 9 + len(prompt) - 1 + 2
+    alone = Driven(model, comm)
+    for name in ("first", "second", "third"):
+        alone.submit(name, prompt, max_tokens=5, temperature=0.9, seed=ord(name[0]))
+        alone.run()
+        assert alone.tokens[name] == driven.tokens[name]
+
+
+@pytest.mark.parametrize("passes", [0, 1, 2, 4, 7])
+def test_cancelled_at_any_stage(
+    passes: int, model: nn.Module, prompt: list[int], comm: Communicator
+) -> None:
+    driven = Driven(model, comm, part=32)
+    driven.submit("stays", prompt[3:50], max_tokens=12)
+    driven.submit("goes", prompt[:100], max_tokens=50)
+    for _ in range(passes):
+        driven.pass_()
+    driven.scheduler.end("goes")
+    driven.pass_()
+    count = len(driven.tokens["goes"])
+    tokens = driven.run()["stays"]
+    assert len(driven.tokens["goes"]) == count  # one pass later it is gone
+    alone = Driven(model, comm)
+    alone.submit("stays", prompt[3:50], max_tokens=12)
+    assert alone.run()["stays"] == tokens
+    assert not driven.engine.is_busy
+
+
+def test_interrupted_and_gone_on(
+    model: nn.Module, prompt: list[int], comm: Communicator
+) -> None:
+    """A request that is handed in again with its tokens goes on with the same ones."""
+    settings = SAMPLED["penalties"]
+    whole = Driven(model, comm)
+    whole.submit("x", prompt[:30], settings, max_tokens=20)
+    expected = whole.run()["x"]
+    rest = Driven(model, comm)
+    request = GenerationRequest(
+        "x", (*prompt[:30], *expected[:8]), 30, replace(settings, max_tokens=20)
+    )
+    rest.take(request)
+    assert rest.run()["x"] == expected[8:]

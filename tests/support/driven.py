@@ -6,10 +6,10 @@ from typing import Any
 
 import mlx.nn as nn
 from mlx_lm.models.cache import make_prompt_cache
+from mlxtp.generation.capacity import CacheBytes, Capacity, RankCapacity
 
 from mlxtp import Communicator
 from mlxtp.generation.batching import reason_against_batches
-from mlxtp.generation.capacity import CacheBytes, Capacity, RankCapacity
 from mlxtp.generation.engine import Drawn, Engine, Score
 from mlxtp.generation.prefix_cache import PrefixIndex, PrefixStore, trimmable_below
 from mlxtp.generation.scheduler import Scheduler
@@ -78,8 +78,12 @@ class Driven:
             replace(settings, **changes),
             tuple(boundaries),
         )
-        self._requests[name] = request
-        self.drawn[name] = []
+        self.take(request)
+
+    def take(self, request: GenerationRequest) -> None:
+        """Hand in a request that may have tokens already, on all ranks."""
+        self._requests[request.id] = request
+        self.drawn[request.id] = []
         self.scheduler.submit(request)
 
     def pass_(self) -> bool:
@@ -94,11 +98,11 @@ class Driven:
         self.steps.append(step)
         result = self.engine.run(step)
         for name, drawn in result.drawn.items():
-            tokens = self.drawn[name]
-            if len(tokens) < self._requests[name].settings.max_tokens:
-                tokens.append(drawn)
+            self.drawn[name].append(drawn)
             self.scheduler.add(name, drawn.token)
-            if len(tokens) == self._requests[name].settings.max_tokens:
+            request = self._requests[name]
+            given = len(request.tokens) - request.prompt_length
+            if given + len(self.drawn[name]) == request.settings.max_tokens:
                 self.scheduler.end(name)
         for name, scores in result.read.items():
             self.scores[name] = scores
