@@ -142,10 +142,11 @@ def load(args: Args, comm: Communicator, link: Link | None) -> Job:
     with comm.unlimited():
         store.restore(comm, prefixes)
     ends = frozenset(tokenizer.eos_token_ids)
+    grammars = Grammars(tokenizer, rows)
     engine = Engine(
         model,
         store,
-        Grammars(tokenizer, rows),
+        grammars,
         rows,
         never_excluded=[x for x in (*tokenizer.encode("\n"), *ends) if x < rows],
         kv_bits=args.kv_bits,
@@ -155,12 +156,12 @@ def load(args: Args, comm: Communicator, link: Link | None) -> Job:
     of_ranks = comm.allgather_object(rank_facts(prepared, comm, capacity))
     if link is None:
         return Job(engine, store, None)
-    text = Text(
+    text = link.callee = Text(
         tokenizer,
         rows,
-        use_default_template=args.use_default_chat_template,
+        ignore_chat_template=args.ignore_chat_template,
+        grammars=grammars,
     )
-    link.callee = text
     scheduler = Scheduler(
         capacity,
         prefixes,
@@ -175,9 +176,9 @@ def load(args: Args, comm: Communicator, link: Link | None) -> Job:
             vocabulary=rows,
             defaults=defaults,
             ranks=of_ranks,
-            has_template=tokenizer.has_chat_template,
-            has_tools=tokenizer.has_tool_calling,
-            has_reasoning=tokenizer.has_thinking,
+            has_template=text.has_template,
+            has_tools=text.has_tools,
+            has_reasoning=text.has_reasoning,
             is_batched=against is None,
             notes=[*text.notes, *notes(against, context, prepared.config)],
             links=comm.describe(),

@@ -218,14 +218,12 @@ class Service:
             finish = "stop"
         else:
             pieces = answer.push(token)
-            if answer.stopped is not None:
+            if answer.is_over:
                 finish = "stop"
             elif under_way.generated == start.settings.max_tokens or (
                 len(start.prompt) + under_way.generated >= self._context
             ):
                 finish = "length"
-            elif answer.has_tool_calls and not start.parallel_tool_calls:
-                finish = "tool_calls"
         if finish is not None:
             pieces = [*pieces, *answer.finish(finish)]
             if finish == "stop" and answer.has_tool_calls:
