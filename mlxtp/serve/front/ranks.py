@@ -12,7 +12,7 @@ import secrets
 import shutil
 import tempfile
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
@@ -84,16 +84,20 @@ class Ranks:
 
     `state` is "starting" until rank 0 has come, "loading" until the model is there,
     then "ready"; "draining" while no more requests are taken, and "ended" at the end.
-    `words` says more to people. `changed` is set anew whenever something changes.
+    `words` says more to people. Each of `observers` is called with a generation and
+    None when it starts, with each `Event`, and, where a client has gone, with one whose
+    `finish` is "cancelled".
     """
 
     def __init__(self) -> None:
         self.state: Literal["starting", "loading", "ready", "draining", "ended"]
         self.state = "starting"
-        self.words, self.done = "the ranks start", None
+        self.words = "the ranks start"
+        self.done: float | None = None
         self.ready: Ready | None = None
         self.stats: Stats | None = None
         self.generations: dict[str, Generation] = {}
+        self.observers: list[Callable[[Generation, Event | None], None]] = []
         self.is_ready = asyncio.Event()
         self.folder = Path(tempfile.mkdtemp(prefix="mlxtp-"))  # for this user alone
         self._key = secrets.token_hex(32)
@@ -141,11 +145,14 @@ class Ranks:
         generation = Generation(start, self)
         self._send(start, needed=True)
         self.generations[start.id] = generation
+        self._observe(generation, None)
         return generation
 
     def cancel(self, request_id: str) -> None:
         """Let the ranks forget a request."""
-        self.generations.pop(request_id, None)
+        generation = self.generations.pop(request_id, None)
+        if generation is not None:
+            self._observe(generation, Event(request_id, finish="cancelled"))
         self._send(messages.Cancel(request_id))
 
     def lost(self, words: str) -> None:
@@ -158,6 +165,10 @@ class Ranks:
                 future.set_exception(Unavailable(words))
         for request_id in list(self.generations):
             self._take(Event(request_id, finish="error", error=words))
+
+    def _observe(self, generation: Generation, event: Event | None) -> None:
+        for observer in self.observers:
+            observer(generation, event)
 
     def _send(self, message: messages.Message, *, needed: bool = False) -> None:
         if self._writer is None:
@@ -211,6 +222,7 @@ class Ranks:
         if generation is None:
             return  # cancelled
         generation.take(event)
+        self._observe(generation, event)
         if event.finish is not None:
             del self.generations[event.id]
 

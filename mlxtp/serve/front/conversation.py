@@ -1,0 +1,306 @@
+"""A chat that is to be continued, whichever interface it came by, and how it begins.
+
+`/v1/chat/completions`, `/v1/responses` and `/v1/messages` each make a `Conversation` of
+their bodies; `begin` does the rest alike: it encodes, fills in what was left open,
+checks the length, and hands the request to the ranks if there is room.
+"""
+
+import hashlib
+import secrets
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+from mlxtp.generation.settings import Settings
+from mlxtp.serve.front.config import Config
+from mlxtp.serve.front.errors import Refusal
+from mlxtp.serve.front.ranks import Generation, Mistake, Ranks
+from mlxtp.serve.messages import Ready, Start
+
+# Arguments of `apply_chat_template` that are the server's own.
+RESERVED_ARGUMENTS = {
+    "add_generation_prompt",
+    "chat_template",
+    "continue_final_message",
+    "conversation",
+    "documents",
+    "max_length",
+    "messages",
+    "padding",
+    "return_assistant_tokens_mask",
+    "return_dict",
+    "return_tensors",
+    "self",
+    "tokenize",
+    "tokenizer_kwargs",
+    "tools",
+    "truncation",
+}
+
+
+@dataclass(frozen=True)
+class Conversation:
+    """What a client wants continued.
+
+    Args:
+        messages: OpenAI's, each content one string: what `Text.chat` takes.
+        tools: OpenAI's.
+        tool_choice: "auto", "none", "required", or {"name": of the one tool}.
+        parallel_tool_calls: several calls in one answer.
+        grammar: what the answer must be, as `Settings.grammar`; None for anything.
+        template_arguments: of the chat template, such as `enable_thinking`.
+        settings: those that the client gave, in `Settings`' names.
+        stop: texts that end the answer.
+        continue_final: the answer goes on with the last message, an assistant's.
+        is_cut: `max_tokens` that lead beyond the context are cut, not refused.
+    """
+
+    messages: Sequence[Mapping[str, Any]]
+    tools: Sequence[Mapping[str, Any]] = ()
+    tool_choice: str | Mapping[str, str] = "auto"
+    parallel_tool_calls: bool = True
+    grammar: Mapping[str, Any] | None = None
+    template_arguments: Mapping[str, Any] = field(default_factory=dict)
+    settings: Mapping[str, Any] = field(default_factory=dict)
+    stop: Sequence[str] = ()
+    continue_final: bool = False
+    is_cut: bool = False
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """Tokens that are to be continued, and what the start of a request says of them."""
+
+    tokens: list[int]
+    boundaries: list[int] = field(default_factory=list)
+    initial_state: str = "normal"
+
+
+async def begin(ranks: Ranks, config: Config, conversation: Conversation) -> Generation:
+    """Start the answer to a conversation.
+
+    Raises: Refusal, Mistake or Unavailable, with what the client is to read.
+    """
+    return (await begin_all(ranks, config, conversation, 1))[0]
+
+
+async def begin_all(
+    ranks: Ranks, config: Config, conversation: Conversation, count: int
+) -> list[Generation]:
+    """Start several answers to a conversation, each with a seed of its own.
+
+    Raises: Refusal, Mistake or Unavailable, with what the client is to read.
+    """
+    ready = ready_ranks(ranks)
+    shown, grammar = _tools(conversation)
+    prompt = await encode(ranks, config, conversation)
+    if grammar is not None:
+        await checked_grammar(ranks, grammar)
+    given = {**conversation.settings, "grammar": grammar}
+    settings = complete(config, ready, prompt, given, is_cut=conversation.is_cut)
+    start = Start(
+        id="",
+        prompt=prompt.tokens,
+        settings=settings,
+        stop=list(conversation.stop),
+        initial_state=prompt.initial_state,
+        tools=[dict(tool) for tool in shown] or None,
+        boundaries=prompt.boundaries,
+        parallel_tool_calls=conversation.parallel_tool_calls,
+        is_chat=True,
+    )
+    return admit(ranks, config, choices(start, count))
+
+
+async def encode(ranks: Ranks, config: Config, conversation: Conversation) -> Prompt:
+    """Turn a conversation into tokens, by the model's chat template.
+
+    Raises: Refusal, Mistake or Unavailable, with what the client is to read.
+    """
+    ready_ranks(ranks)
+    shown, _ = _tools(conversation)
+    reserved = sorted(RESERVED_ARGUMENTS & conversation.template_arguments.keys())
+    if reserved:
+        raise Refusal(
+            400,
+            f"the server itself gives the chat template {', '.join(reserved)}",
+            param="chat_template_kwargs",
+        )
+    result = await ranks.call(
+        "chat",
+        messages=[dict(message) for message in conversation.messages],
+        tools=[dict(tool) for tool in shown] or None,
+        template_arguments={
+            **config.template_arguments,
+            **conversation.template_arguments,
+        },
+        continue_final=conversation.continue_final,
+    )
+    return Prompt(result["tokens"], result["boundaries"], result["initial_state"])
+
+
+def ready_ranks(ranks: Ranks) -> Ready:
+    """Give what the ranks said when they were ready.
+
+    Raises: Refusal (503) before, and when no more requests are taken.
+    """
+    if ranks.state != "ready" or ranks.ready is None:
+        raise Refusal(
+            503,
+            f"the server is {ranks.state}: {ranks.words}",
+            code=ranks.state,
+            retry_seconds=5,
+        )
+    return ranks.ready
+
+
+async def checked_grammar(ranks: Ranks, grammar: Mapping[str, Any]) -> None:
+    """Let rank 0 compile a grammar.
+
+    Raises: Refusal (400), with what the grammar library says against it.
+    """
+    try:
+        await ranks.call("check_grammar", grammar=dict(grammar))
+    except Mistake as error:
+        param = "tools" if grammar["kind"] == "tools" else "response_format"
+        raise Refusal(400, f"{param}: {error}", param=param) from error
+
+
+def complete(
+    config: Config,
+    ready: Ready,
+    prompt: Prompt,
+    given: Mapping[str, Any],
+    *,
+    max_tokens: int | None = None,
+    is_cut: bool = False,
+) -> Settings:
+    """Fill in what a request left open, and check that it fits into the context.
+
+    What it left open is the command line's, then generation_config.json's, then
+    OpenAI's default, which is `Settings`' and for `max_tokens` as given here.
+
+    Raises: Refusal (400), with the numbers.
+    """
+    length, context = len(prompt.tokens), ready.context
+    if not length:
+        raise Refusal(400, "the prompt is empty: it needs at least one token")
+    wanted = given.get("max_tokens")
+    least = 0 if wanted == 0 else 1
+    if length + least > context:
+        raise _too_long(f"the prompt has {length} tokens", context)
+    if wanted is not None and length + wanted > context and not is_cut:
+        words = f"the prompt has {length} tokens, and max_tokens asks for {wanted} more"
+        raise _too_long(words, context)
+    settings = Settings(
+        **{
+            "max_tokens": max_tokens,
+            "seed": secrets.randbits(63),
+            **ready.defaults,
+            **config.defaults,
+            **{name: x for name, x in given.items() if x is not None},
+        }
+    )
+    most = settings.max_tokens
+    return replace(
+        settings,
+        max_tokens=min(context - length if most is None else most, context - length),
+    )
+
+
+def choices(start: Start, count: int) -> list[Start]:
+    """Make `count` requests of one: each has its own id, and a seed after the first's.
+
+    The first has the seed itself, so it is what a request for one choice gives.
+    """
+    seed = start.settings.seed
+    return [
+        replace(
+            start,
+            id=secrets.token_hex(12),
+            settings=replace(
+                start.settings, seed=_derived(seed, index) if index else seed
+            ),
+        )
+        for index in range(count)
+    ]
+
+
+def admit(ranks: Ranks, config: Config, starts: Sequence[Start]) -> list[Generation]:
+    """Hand requests to the ranks, all or none.
+
+    Raises: Refusal: 429 where the queue has no room for them, 400 where it never has.
+    """
+    ready_ranks(ranks)
+    room = max(config.max_queue, config.max_concurrency)
+    if len(starts) > room:
+        raise Refusal(
+            400,
+            f"the request asks for {len(starts)} answers at once; this server takes at "
+            f"most {room}",
+            param="n",
+        )
+    under_way = list(ranks.generations.values())
+    waiting = sum(generation.admitted is None for generation in under_way)
+    if (
+        len(under_way) + len(starts) > config.max_concurrency
+        and waiting + len(starts) > config.max_queue
+    ):
+        raise Refusal(
+            429,
+            f"the queue is full: {waiting} requests wait, and at most "
+            f"{config.max_queue} may",
+            code="queue_full",
+            retry_seconds=1,
+        )
+    return [ranks.start(start) for start in starts]
+
+
+def _tools(
+    conversation: Conversation,
+) -> tuple[Sequence[Mapping[str, Any]], Mapping[str, Any] | None]:
+    """The tools that the model is shown, and the grammar that its answer follows.
+
+    With the choice "none" the model sees no tools, and nothing is taken for a call.
+    """
+    tools, choice = conversation.tools, conversation.tool_choice
+    if choice == "none" or (choice == "auto" and not tools):
+        return (), conversation.grammar
+    if choice == "auto":
+        return tools, conversation.grammar
+    if choice == "required":
+        forced = tools
+        words = "tool_choice is 'required', and there are no tools"
+    else:
+        assert not isinstance(choice, str)
+        forced = [t for t in tools if t["function"]["name"] == choice["name"]]
+        names = ", ".join(tool["function"]["name"] for tool in tools) or "none"
+        words = f"there is no tool {choice['name']!r}; the tools are: {names}"
+    if not forced:
+        raise Refusal(400, words, param="tool_choice")
+    if conversation.grammar is not None:
+        raise Refusal(
+            400,
+            "an answer that must be a tool call cannot follow response_format as well",
+            param="response_format",
+        )
+    return tools, {
+        "kind": "tools",
+        "tools": [dict(tool) for tool in forced],
+        "parallel": conversation.parallel_tool_calls,
+        "after_reasoning": True,
+    }
+
+
+def _too_long(words: str, context: int) -> Refusal:
+    return Refusal(
+        400,
+        f"{words}; the context of this server is {context} tokens",
+        code="context_length_exceeded",
+    )
+
+
+def _derived(seed: int, index: int) -> int:
+    """The seed of a choice, from that of the request."""
+    digest = hashlib.sha256(f"{seed} {index}".encode()).digest()
+    return int.from_bytes(digest[:8], "big") >> 1
