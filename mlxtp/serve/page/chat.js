@@ -25,13 +25,22 @@ function button(words, onclick) {
   return made;
 }
 
+const asSentCall = ({ name, arguments: text }, index) => ({
+  id: `call_${index}`,
+  type: "function",
+  function: { name, arguments: text },
+});
+
 /** Messages as the server takes them. */
 function asSent(messages) {
   const sent = [];
   if (settings.system()) sent.push({ role: "system", content: settings.system() });
-  for (const { role, content } of messages) {
-    if (role === "assistant" && !content) continue; // it failed, or was stopped at once
+  for (const { role, content, tools } of messages) {
+    // An answer that failed, or was stopped at once, leaves two questions in a row:
+    // many chat templates refuse that.
+    if (role === "assistant" && !content && !tools) continue;
     if (sent.at(-1)?.role === role) sent.at(-1).content += `\n\n${content}`;
+    else if (tools) sent.push({ role, content, tool_calls: tools.map(asSentCall) });
     else sent.push({ role, content });
   }
   return sent;
@@ -167,8 +176,8 @@ export class Chat {
     if (messages.length === 0) {
       const welcome = element("div", "welcome");
       welcome.append(
-        element("h2", "", "What is on your mind?"),
-        element("p", "soft", "Conversations stay in this browser. Nothing is fetched from elsewhere."),
+        element("h2", "", "A new conversation"),
+        element("p", "soft", "It stays in this browser, and goes to your machines alone."),
       );
       this.log.replaceChildren(welcome);
       return;

@@ -9,21 +9,20 @@ const STATES = {
   starting: "Starting",
   loading: "Loading",
   ready: "Ready",
-  draining: "Ending",
+  draining: "Draining",
   ended: "Lost",
   unreachable: "Lost",
 };
 
 const by = (id) => document.getElementById(id);
 
-function bytes(count) {
-  for (const [size, unit] of [[2 ** 40, "TB"], [2 ** 30, "GB"], [2 ** 20, "MB"]]) {
-    if (count >= size) {
-      const value = count / size;
-      return `${value.toFixed(value < 10 ? 1 : 0)} ${unit}`;
-    }
-  }
-  return `${Math.round(count / 1024)} kB`;
+const UNITS = [[2 ** 40, "TB"], [2 ** 30, "GB"], [2 ** 20, "MB"]];
+
+/** "40 / 256 GB": a part and the whole in the whole's unit. */
+function partOf(part, whole) {
+  const [size, unit] = UNITS.find(([size]) => whole >= size) ?? [1024, "kB"];
+  const digits = whole / size < 10 ? 1 : 0;
+  return `${(part / size).toFixed(digits)} / ${(whole / size).toFixed(digits)} ${unit}`;
 }
 
 const percent = (part) => `${Math.round(100 * part)} %`;
@@ -35,65 +34,56 @@ function element(tag, className, text) {
   return made;
 }
 
-/** A bar of parts: [[part of the whole, class]]. */
-function bar(label, parts) {
-  const made = element("div", "bar");
-  made.setAttribute("role", "img");
-  made.setAttribute("aria-label", label);
-  for (const [part, className] of parts) {
-    const piece = element("span", className);
-    piece.style.width = `${Math.min(100, 100 * part)}%`;
-    made.append(piece);
-  }
-  return made;
-}
-
 function row(list, name, value) {
   list.append(element("dt", "", name), element("dd", "", value));
 }
 
-/** Weights, then caches and what is computed with, of the machine's memory. */
-function rankView(rank, isAlone) {
-  const view = element("div", "rank");
-  const used = Math.max(rank.used_bytes ?? 0, rank.weights_bytes);
-  const head = element("div", "rank-head");
-  const name = isAlone ? "Memory" : `Rank ${rank.rank}`;
-  const words = `${bytes(used)} of ${bytes(rank.memory_bytes)}`;
-  head.append(element("span", "", name), element("span", "soft", words));
-  view.append(
-    head,
-    bar(`${name}: ${words}, weights ${bytes(rank.weights_bytes)}`, [
-      [rank.weights_bytes / rank.memory_bytes, "weights"],
-      [(used - rank.weights_bytes) / rank.memory_bytes, "caches"],
-    ]),
-  );
-  if (rank.collective_share !== null) {
-    const share = element("div", "rank-head");
-    share.append(
-      element("span", "", "In collectives"),
-      element("span", "soft", percent(rank.collective_share)),
-    );
-    view.append(
-      share,
-      bar(`In collectives: ${percent(rank.collective_share)}`, [
-        [rank.collective_share, "collectives"],
-      ]),
-    );
+/** A name, a bar of parts ([part of the whole, class]) and what it says in words. */
+function meter(name, words, parts) {
+  const view = element("div", "meter");
+  const bar = element("span", "bar");
+  for (const [part, className] of parts) {
+    const piece = element("span", className);
+    piece.style.width = `${Math.max(0, Math.min(100, 100 * part))}%`;
+    bar.append(piece);
   }
+  view.append(element("span", "", name), bar, element("span", "value", words));
   return view;
+}
+
+/** A rank's memory, as parts of its machine's, and its time in collectives. */
+function rankMeters(rank, name) {
+  const used = Math.max(rank.used_bytes ?? 0, rank.weights_bytes);
+  const caches = used - rank.weights_bytes;
+  const whole = rank.memory_bytes;
+  const share = rank.collective_share;
+  return [
+    meter(name, partOf(used, whole), [
+      [rank.weights_bytes / whole, "weights"],
+      [caches / whole, "caches"],
+      [(rank.cache_limit_bytes - caches) / whole, "room"],
+    ]),
+    meter("Collectives", share === null ? "–" : percent(share), [
+      [share ?? 0, "collectives"],
+    ]),
+  ];
 }
 
 function hostView(host, ranks) {
   const view = element("section", "card host");
   view.setAttribute("aria-label", host.host);
   const head = element("div", "host-head");
-  head.append(element("h3", "", host.host), element("span", "soft small", host.chip));
   const mine = ranks.filter((rank) => rank.host === host.host);
   const share = mine.reduce((sum, rank) => sum + rank.share, 0);
-  const names = mine.map((rank) => rank.rank).join(", ");
-  const words = `${mine.length === 1 ? "rank" : "ranks"} ${names} · ${percent(share)} of the model`;
-  view.append(head, element("p", "soft small", words));
-  view.append(...mine.map((rank) => rankView(rank, mine.length === 1)));
+  head.append(
+    element("h3", "", host.host),
+    element("span", "soft small chip", host.chip),
+    element("span", "soft small", `share ${percent(share)}`),
+  );
+  view.append(head);
+  for (const rank of mine) {
+    view.append(...rankMeters(rank, mine.length === 1 ? "Memory" : `Rank ${rank.rank}`));
+  }
   return view;
 }
 
@@ -127,6 +117,7 @@ export class Cluster {
     by("hosts").replaceChildren(
       ...cluster.hosts.map((host) => hostView(host, cluster.ranks)),
     );
+    by("legend").hidden = cluster.hosts.length === 0;
     by("links").textContent = cluster.links ? `Links: ${cluster.links}` : "";
   }
 
@@ -135,7 +126,8 @@ export class Cluster {
     const said = words.charAt(0).toUpperCase() + words.slice(1);
     for (const dot of document.querySelectorAll("[data-dot]")) dot.dataset.dot = state;
     by("state").textContent = STATES[state];
-    by("state-words").textContent = isReady ? "" : said;
+    by("state-words").textContent = said;
+    by("progress").hidden = isReady;
     by("loading").hidden = !["starting", "loading"].includes(state);
     if (done === null) by("loading").removeAttribute("value");
     else by("loading").value = done;
@@ -166,7 +158,7 @@ export class Cluster {
     }
     if (cluster.prefix_queries > 0) {
       const part = cluster.prefix_hits / cluster.prefix_queries;
-      row(list, "Prompts from the cache", percent(part));
+      row(list, "Prefix cache", `${percent(part)} of prompts`);
     }
     by("figures").replaceChildren(...list.childNodes);
   }

@@ -12,6 +12,7 @@ const ALLOWED = {
     "u", "ul",
   ],
   ALLOWED_ATTR: ["href", "title", "align", "start", "class"],
+  ADD_URI_SAFE_ATTR: ["align", "start"],
   ALLOWED_URI_REGEXP: /^(?:https?|mailto):/i,
   ALLOW_DATA_ATTR: false,
   ALLOW_ARIA_ATTR: false,
