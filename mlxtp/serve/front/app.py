@@ -10,11 +10,14 @@ from fastapi.middleware.cors import CORSMiddleware
 from starlette.exceptions import HTTPException
 
 from mlxtp.serve.front import (
+    cluster,
     errors,
     health,
+    metrics,
     models,
     openai_chat,
     openai_completions,
+    page,
 )
 from mlxtp.serve.front.config import Config
 from mlxtp.serve.front.ranks import Generation, Mistake, Ranks, Unavailable
@@ -23,7 +26,7 @@ from mlxtp.serve.messages import Event
 
 log = logging.getLogger(__name__)
 
-MODULES = (openai_chat, openai_completions, models, health)
+MODULES = (openai_chat, openai_completions, models, health, metrics, cluster, page)
 
 EXCEPTIONS = (
     errors.Refusal,
@@ -42,7 +45,10 @@ def create_app(ranks: Ranks, config: Config) -> FastAPI:
         docs_url=None,
         redoc_url=None,
     )
+    name = config.model_names[0]
     app.state.ranks, app.state.config = ranks, config
+    app.state.metrics = metrics.Metrics(ranks, name)
+    app.state.cluster = cluster.Cluster(ranks, name)
     for module in MODULES:
         app.include_router(module.router)
     for exception in EXCEPTIONS:
