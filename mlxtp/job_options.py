@@ -167,6 +167,11 @@ def json_object(text: str) -> dict[str, Any]:
     return value
 
 
+def is_utf8(text: str) -> bool:
+    """Whether a word of the command line is; other bytes come as surrogates."""
+    return not any("\ud800" <= character <= "\udfff" for character in text)
+
+
 def flag(name: str) -> str:
     """Return how an option is written: "top_p" is --top-p."""
     return "--" + name.replace("_", "-")

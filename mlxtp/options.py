@@ -14,7 +14,7 @@ from mlxtp import job_options
 from mlxtp.cluster import job
 from mlxtp.comm import launcher
 from mlxtp.comm.errors import UsageError
-from mlxtp.job_options import Args, Conflicts, Limits, flag
+from mlxtp.job_options import Args, Conflicts, Limits, flag, is_utf8
 
 # Options of mlx-lm that a split model does not take, and why.
 REFUSED = {
@@ -30,9 +30,9 @@ TEXTS = ("--prompt", "-p", "--system-prompt", "--prefill-response")
 
 # What an option of this program's own may be.
 LIMITS: Limits = {
-    "prompt": ("some text in UTF-8", lambda text: _is_utf8(text) and text.strip()),
-    "system_prompt": ("text in UTF-8", lambda text: _is_utf8(text)),
-    "prefill_response": ("text in UTF-8", lambda text: _is_utf8(text)),
+    "prompt": ("some text in UTF-8", lambda text: is_utf8(text) and text.strip()),
+    "system_prompt": ("text in UTF-8", lambda text: is_utf8(text)),
+    "prefill_response": ("text in UTF-8", lambda text: is_utf8(text)),
     "min_tokens_to_keep": ("at least 1", lambda n: n >= 1),
     "seed": ("from 0 to 2^64 - 1", lambda n: 0 <= n < 2**64),
     "max_kv_size": ("above 4: the first 4 tokens are kept", lambda n: n > 4),
@@ -141,11 +141,6 @@ def what_helps(
         else:
             helps.append(f"give {flag(name)}")
     return f": {' or '.join(helps)}" if helps else ""
-
-
-def _is_utf8(text: str) -> bool:
-    """Whether a word of the command line is; other bytes come as surrogates."""
-    return not any("\ud800" <= character <= "\udfff" for character in text)
 
 
 def _input_has_no_end() -> bool:

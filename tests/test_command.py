@@ -88,7 +88,7 @@ def test_an_unknown_command_is_one_line_of_rank_0(
     monkeypatch.setattr(sys, "argv", ["mlxtp", "generat", "--seed", "1"])
     with pytest.raises(SystemExit) as ended:
         command.main()
-    wanted = "generate, shard, plan, doctor"
+    wanted = "generate, serve, chat, shard, plan, doctor"
     line = f"mlxtp: there is no command 'generat': wanted {wanted}\n"
     assert capsys.readouterr() == ("", "" if rank else line)
     assert ended.value.code == (0 if rank else 2)  # mpirun's is then 2
