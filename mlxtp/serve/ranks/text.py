@@ -129,12 +129,12 @@ class Text:
         self._check_arguments(arguments)
         chat = _Chat(self, [_prepared(m) for m in messages], tools, arguments)
         text = chat.write(chat.messages, answers=continue_final)
-        chat.check(text, answers=continue_final)
         if len(text) > _LONGEST_PROMPT:
             raise ValueError(
                 f"the chat template makes {len(text)} characters of these messages; at "
                 f"most {_LONGEST_PROMPT} are read"
             )
+        chat.check(text, answers=continue_final)
         tokens = self._checked(self._encoded(text))
         shared = chat.shared_prefixes(text, answers=continue_final)
         lengths = {_common(tokens, self._encoded(text[:stop])) for stop in shared}
