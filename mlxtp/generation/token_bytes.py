@@ -13,6 +13,14 @@ from mlx_lm.tokenizer_utils import (
 _BYTE_TOKEN = re.compile(r"<0x([0-9A-Fa-f]{2})>")
 
 
+def known_tokens(tokenizer: TokenizerWrapper, rows: int) -> list[int]:
+    """List the tokens below `rows` that mlx-lm's detokenizer has a text for."""
+    # Where numbers of tokens have gaps, the last ones are beyond mlx-lm's map.
+    mapped = getattr(tokenizer.detokenizer, "tokenmap", range(rows))
+    limit = min(rows, len(mapped))
+    return sorted(token for token in tokenizer.get_vocab().values() if token < limit)
+
+
 def token_bytes(tokenizer: TokenizerWrapper, rows: int) -> list[bytes]:
     """List the bytes of each token, as mlx-lm's detokenizers write them.
 
@@ -25,12 +33,10 @@ def token_bytes(tokenizer: TokenizerWrapper, rows: int) -> list[bytes]:
 
     Returns: V entries.
     """
-    known = sorted(token for token in tokenizer.get_vocab().values() if token < rows)
+    known = known_tokens(tokenizer, rows)
     result = [b""] * rows
     detokenizer = tokenizer.detokenizer
     if isinstance(detokenizer, SPMStreamingDetokenizer | BPEStreamingDetokenizer):
-        # What is beyond the map has no text in a stream.
-        known = [token for token in known if token < len(detokenizer.tokenmap)]
         of_name = _spm if isinstance(detokenizer, SPMStreamingDetokenizer) else _bpe
         for token in known:
             result[token] = of_name(detokenizer.tokenmap[token])
@@ -66,5 +72,8 @@ def _decoded(
     if match := _BYTE_TOKEN.fullmatch(name):
         return bytes([int(match[1], 16)])
     text = tokenizer.decode([*anchor, token]).removeprefix(before)
-    # A part of a character whose bytes the tokenizer does not tell.
-    return b"" if text.endswith("\ufffd") else text.encode()
+    if "\ufffd" not in text:
+        return text.encode()
+    # A part of a character: its bytes are known if the name has them as GPT-2's do.
+    result = _bpe(name)
+    return result if result.decode(errors="replace") == text else b""
