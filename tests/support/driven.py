@@ -6,10 +6,10 @@ from typing import Any
 
 import mlx.nn as nn
 from mlx_lm.models.cache import make_prompt_cache
-from mlxtp.generation.capacity import CacheBytes, Capacity, RankCapacity
 
 from mlxtp import Communicator
 from mlxtp.generation.batching import reason_against_batches
+from mlxtp.generation.capacity import CacheBytes, Capacity, RankCapacity
 from mlxtp.generation.engine import Drawn, Engine, Score
 from mlxtp.generation.prefix_cache import PrefixIndex, PrefixStore, trimmable_below
 from mlxtp.generation.scheduler import Scheduler

@@ -1,0 +1,227 @@
+"""The whole server with the model that ships, asked by the official clients."""
+
+import json
+import threading
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import anthropic
+import httpx2
+import openai
+import pytest
+from prometheus_client.parser import text_string_to_metric_families
+from pyramid import sweep
+from server import Server, in_float32, running
+
+pytestmark = pytest.mark.once
+
+STORY = "Once upon a time a girl named Mia lived by the sea with her dog Tom. "
+SCHEMA = {
+    "type": "object",
+    "properties": {"name": {"type": "string", "maxLength": 6}, "age": {"enum": [7, 8]}},
+    "required": ["name", "age"],
+    "additionalProperties": False,
+}
+TOOL = {"type": "function", "function": {"name": "look", "parameters": SCHEMA}}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The model in float32: batches and ranks add up in other orders."""
+    return in_float32(tmp_path_factory.mktemp("model") / "stories32")
+
+
+@pytest.fixture(scope="module", params=sweep([1, 3, 5], [3]), ids="{} ranks".format)
+def server(request: pytest.FixtureRequest, folder: Path) -> Iterator[Server]:
+    """A server on so many ranks that all tests here share."""
+    with running("--model", folder, "--ranks", request.param) as server:
+        yield server
+
+
+@pytest.fixture
+def client(server: Server) -> Iterator[openai.OpenAI]:
+    """OpenAI's client."""
+    with openai.OpenAI(
+        base_url=f"{server.url}/v1", api_key="none", max_retries=0, timeout=120
+    ) as client:
+        yield client
+
+
+def test_every_endpoint(server: Server, client: openai.OpenAI) -> None:
+    (model,) = client.models.list().data
+    text = client.completions.create(
+        model=model.id, prompt=STORY, max_tokens=12, temperature=0, echo=True
+    )
+    assert text.choices[0].text.startswith(STORY)
+    assert text.usage is not None and text.usage.completion_tokens == 12
+    messages: list[Any] = [{"role": "user", "content": "Tell me of Mia."}]
+    asked = {"model": model.id, "messages": messages, "seed": 5, "max_tokens": 16}
+    whole = client.chat.completions.create(**asked)
+    with client.chat.completions.create(**asked, stream=True) as stream:
+        parts = [c.choices[0].delta.content or "" for c in stream if c.choices]
+    assert "".join(parts) == whole.choices[0].message.content != ""
+    response = client.responses.create(
+        model=model.id, input="Tell me of Mia.", max_output_tokens=9, temperature=0
+    )
+    assert response.status == "incomplete" and response.output_text
+    with anthropic.Anthropic(base_url=server.url, api_key="none") as other:
+        message = other.messages.create(
+            model=model.id,
+            max_tokens=9,
+            messages=messages,
+            extra_body={"temperature": 0},
+        )
+        counted = other.messages.count_tokens(model=model.id, messages=messages)
+    assert message.content[0].text == response.output_text
+    assert (
+        message.usage.input_tokens + (message.usage.cache_read_input_tokens or 0)
+        == counted.input_tokens
+    )
+    asked = {"model": model.id, "prompt": STORY}
+    tokens = httpx2.post(f"{server.url}/tokenize", json=asked).json()["tokens"]
+    back = httpx2.post(f"{server.url}/detokenize", json={"tokens": tokens}).json()
+    assert STORY in back["prompt"]
+    text = httpx2.get(f"{server.url}/metrics").text
+    metrics = {x.name: x for x in text_string_to_metric_families(text)}
+    assert metrics["mlxtp:generation_tokens"].samples[0].value >= 12 + 16 + 16 + 9 + 9
+    cluster = httpx2.get(f"{server.url}/cluster").json()
+    assert cluster["state"] == "ready"
+    assert "<html" in httpx2.get(f"{server.url}/").text
+
+
+def test_structured(client: openai.OpenAI) -> None:
+    messages: list[Any] = [{"role": "user", "content": "Who is Mia?"}]
+    asked: dict[str, Any] = {"model": client.models.list().data[0].id, "seed": 1}
+    answer = client.chat.completions.create(
+        messages=messages,
+        response_format={
+            "type": "json_schema",
+            "json_schema": {"name": "person", "schema": SCHEMA, "strict": True},
+        },
+        logprobs=True,
+        top_logprobs=3,
+        max_tokens=120,
+        **asked,
+    ).choices[0]
+    if answer.finish_reason == "stop":
+        person = json.loads(answer.message.content or "")
+        assert person.keys() == {"name", "age"} and person["age"] in (7, 8)
+    assert answer.logprobs is not None
+    assert len(answer.logprobs.content[0].top_logprobs) == 3
+    called = client.chat.completions.create(
+        messages=messages, tools=[TOOL], tool_choice="required", temperature=0, **asked
+    ).choices[0]
+    assert called.finish_reason in ("tool_calls", "length")
+    if called.finish_reason == "tool_calls":
+        assert called.message.tool_calls[0].function.name == "look"
+    with pytest.raises(openai.BadRequestError, match="no type"):
+        client.chat.completions.create(
+            messages=messages,
+            response_format={
+                "type": "json_schema",
+                "json_schema": {"name": "x", "schema": {"type": "no type"}},
+            },
+            **asked,
+        )
+
+
+# What is asked at once: beginnings, lengths and settings of all kinds.
+MIXED: list[dict[str, Any]] = [
+    {
+        "prompt": STORY * (1 + n % 4) + ("One day " if n % 3 else ""),
+        "max_tokens": 6 + 5 * (n % 7),
+        **(
+            {"temperature": 0},
+            {"temperature": 0.9, "seed": n},
+            {"temperature": 1.1, "seed": n, "top_p": 0.9, "presence_penalty": 0.5},
+            {"temperature": 0, "frequency_penalty": 0.7, "logprobs": 2},
+            {"temperature": 0.8, "seed": n, "stop": ["the", "."], "n": 2},
+            {"temperature": 0, "logit_bias": {"11": -100}, "stream": True},
+        )[n % 6],
+    }
+    for n in range(24)
+]
+
+
+def test_many_at_once_get_what_each_gets_alone(
+    server: Server, client: openai.OpenAI
+) -> None:
+    """Beside clients that hang up, stall and send rubbish."""
+    model = client.models.list().data[0].id
+    over = threading.Event()
+
+    def disturb(number: int) -> None:
+        while not over.is_set():
+            try:
+                with httpx2.stream(
+                    "POST",
+                    f"{server.url}/v1/completions",
+                    json={"prompt": STORY * (number + 1), "stream": True, "n": 2},
+                    timeout=0.05 * (number + 1),
+                ) as response:
+                    response.read() if number == 1 else next(response.iter_bytes())
+            except (httpx2.HTTPError, StopIteration):
+                pass
+            rubbish = httpx2.post(
+                f"{server.url}/v1/completions",
+                content=[b"{", b"[]", b'{"prompt": 7}'][number],
+                headers={"content-type": "application/json"},
+            )
+            assert rubbish.status_code == 400
+
+    with ThreadPoolExecutor(16) as pool:
+        disturbing = [pool.submit(disturb, number) for number in range(3)]
+        together = list(pool.map(lambda body: ask(client, model, body), MIXED))
+        over.set()
+        for future in disturbing:
+            future.result()
+    alone = [ask(client, model, body) for body in MIXED]
+    assert together == alone
+    deadline = time.monotonic() + 20
+    while metric(server, "mlxtp:num_requests_running") > 0:
+        assert time.monotonic() < deadline
+        time.sleep(0.2)
+
+
+def ask(client: openai.OpenAI, model: str, body: dict[str, Any]) -> list[Any]:
+    """The texts of an answer, and why each ended."""
+    answer = client.completions.create(model=model, **body)
+    if not body.get("stream"):
+        return [(choice.text, choice.finish_reason) for choice in answer.choices]
+    with answer:
+        chunks = [chunk.choices[0] for chunk in answer if chunk.choices]
+    return [("".join(c.text for c in chunks), chunks[-1].finish_reason)]
+
+
+def metric(server: Server, name: str) -> float:
+    """The value of a metric without labels."""
+    text = httpx2.get(f"{server.url}/metrics").text
+    families = text_string_to_metric_families(text)
+    return next(x.samples[0].value for x in families if x.name == name)
+
+
+def test_a_second_turn_reads_what_is_new(client: openai.OpenAI) -> None:
+    asked: dict[str, Any] = {
+        "model": client.models.list().data[0].id,
+        "temperature": 0,
+        "max_tokens": 10,
+    }
+    first = [{"role": "user", "content": f"A second turn. {STORY}"}]
+    one = client.chat.completions.create(messages=first, **asked)
+    turn = {"role": "assistant", "content": one.choices[0].message.content}
+    more = [*first, turn, {"role": "user", "content": "And then?"}]
+    two = client.chat.completions.create(messages=more, **asked)
+    assert one.usage is not None and two.usage is not None
+    # The plain template puts words between that the first turn has not read.
+    assert two.usage.prompt_tokens_details.cached_tokens >= one.usage.prompt_tokens - 1
+
+
+def test_what_can_never_fit(client: openai.OpenAI) -> None:
+    model = client.models.list().data[0].id
+    with pytest.raises(openai.BadRequestError, match="512"):
+        client.completions.create(model=model, prompt=STORY * 100)
+    with pytest.raises(openai.NotFoundError, match="other"):
+        client.completions.create(model="other", prompt=STORY)
