@@ -7,7 +7,6 @@ from mlx_lm.models.cache import make_prompt_cache
 from mlxtp.generation.rows import Rows
 from mlxtp.layers.sums import outputs_unread
 
-
 # Types whose rows get other tokens in mlx-lm's batches than alone: what fills up a
 # shorter row counts there.
 INEXACT = {

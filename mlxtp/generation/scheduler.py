@@ -231,30 +231,30 @@ class Scheduler:
                 break
             if self._is_served_soon(waiting):
                 continue
-            while not self._fits(len(waiting.tokens)):
-                freed = self._prefixes.free(1)
-                forget += freed
-                if not freed:
-                    return admit
+            if not self._has_room(len(waiting.tokens)):
+                break
             self._waiting.remove(waiting)
-            admit.append(self._begin(waiting))
+            admit.append(self._begin(waiting, forget))
         return admit
 
-    def _begin(self, active: _Active) -> Admission:
+    def _begin(self, active: _Active, forget: list[int]) -> Admission:
+        """Let a request begin that has room if the prefix cache gives way."""
         request, tokens = active.request, active.tokens
-        self._active[request.id] = active
         match = None
         if request.settings.prompt_logprobs is None:
             self.looked_up_tokens += len(tokens)
             match = self._prefixes.find(tokens, at_most=len(tokens) - 1)
+        # What was found is used, also where it goes then: it was used last.
+        while not self._fits(len(tokens)):
+            forget += self._prefixes.free(1)
+        self._active[request.id] = active
         if match is not None:
             active.done = match.tokens
             self.found_tokens += match.tokens
         if len(tokens) >= self._trimmable_below:
             last = len(tokens) - 1
-            active.boundaries = [
-                x for x in request.boundaries if active.done < x < last
-            ]
+            inner = (x for x in request.boundaries if active.done < x < last)
+            active.boundaries = list(inner)
         if match is None:
             return Admission(request)
         return Admission(request, match.key, match.tokens)
@@ -264,7 +264,8 @@ class Scheduler:
         if waiting.request.settings.prompt_logprobs is not None:
             return False
         return any(
-            not active.decodes
+            active.left > 0
+            and not active.decodes
             and common_length(active.tokens, waiting.tokens) >= COMMON_TOKENS
             and len(active.tokens) < self._trimmable_below
             for active in self._active.values()
@@ -303,7 +304,19 @@ class Scheduler:
         others = [len(a.tokens) for a in self._active.values() if not a.decodes]
         return rows, others
 
+    def _has_room(self, tokens: int) -> bool:
+        """Whether a prompt has room if the prefix cache gives way.
+
+        While it is read, and when all that are read have joined the rows: else it would
+        be set back at once.
+        """
+        rows, others = self._lengths(1)
+        joined = [*rows, *(length + 1 for length in (*others, tokens))]
+        is_read = self._capacity.fits(rows, [*others, tokens])
+        return is_read and self._capacity.fits(joined, [])
+
     def _fits(self, *more: int) -> bool:
+        """Whether the next pass has room, with prompts of so many tokens besides."""
         rows, others = self._lengths(1)
         return self._capacity.fits(rows, [*others, *more], self._prefixes.nbytes)
 
