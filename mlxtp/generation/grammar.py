@@ -20,7 +20,7 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from llguidance import LLMatcher, LLParserLimits, LLTokenizer
+from llguidance import LLMatcher, LLParserLimits, LLTokenizer, regex_to_lark
 from llguidance import TokenizerWrapper as TokenizerForMatcher
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 from numpy.typing import NDArray
@@ -39,6 +39,9 @@ _LIMITS = LLParserLimits(
 )
 _COMPILED = 32  # grammars that are kept
 _TRIED = 4  # tokens: what is too complex mostly is so behind the first bracket
+# Where one text alone can come next, llguidance would allow only one way to cut it into
+# tokens, its own; the model is to choose.
+_HEADER = '%llguidance {"no_forcing": true}\n'
 # Models get lost in white space: this much still indents 16 levels by 4 spaces.
 _STRICT: "JsonCompileOptions" = {
     "lenient": False,
@@ -198,7 +201,7 @@ def _raise_error(matcher: LLMatcher) -> None:
 
 
 def _source(spec: Spec) -> str:
-    """Write a grammar as llguidance takes it.
+    """Write a grammar in Lark, as llguidance takes it.
 
     Raises: ValueError if it is none of the kinds, or has other fields than its kind.
     """
@@ -213,7 +216,7 @@ def _source(spec: Spec) -> str:
         wrong = f"lacks {missing[0]}" if missing else f"has no field {others[0]}"
         raise ValueError(f"a grammar of kind {kind} {wrong}")
     try:
-        return write(*(spec[name] for name in fields))
+        return _HEADER + write(*(spec[name] for name in fields))
     except RecursionError:
         raise ValueError("the grammar is nested too deeply") from None
 
@@ -224,7 +227,12 @@ def _json() -> str:
 
 def _schema(schema: Mapping[str, Any]) -> str:
     _check_properties_count(schema)
-    return LLMatcher.grammar_from_json_schema(json.dumps(schema), overrides=_STRICT)
+    return f"start: {_of_schema(schema, _STRICT)}"
+
+
+def _of_schema(schema: Mapping[str, Any], options: "JsonCompileOptions") -> str:
+    """A schema as a term of a Lark grammar. Options of its own are not heard."""
+    return f"%json {json.dumps({**schema, 'x-guidance': options})}"
 
 
 def _check_properties_count(schema: Any) -> None:
@@ -264,18 +272,18 @@ def _tools(tools: Sequence[Mapping[str, Any]], parallel: bool) -> str:
             raise ValueError(f"parameters of tool {name}: their type is not object")
         open_ = {} if parameters else {"additionalProperties": False}
         options = _STRICT if function.get("strict") else _LENIENT
-        schema = {"type": "object", **open_, **parameters, "x-guidance": options}
+        schema = _of_schema({"type": "object", **open_, **parameters}, options)
         head = f'{{"name":{json.dumps(name)},"arguments":'
-        rules.append(f'call_{i}: {json.dumps(head)} %json {json.dumps(schema)} "}}"')
-    return LLMatcher.grammar_from_lark("\n".join(rules))
+        rules.append(f'call_{i}: {json.dumps(head)} {schema} "}}"')
+    return "\n".join(rules)
 
 
 def _regex(pattern: str) -> str:
-    return LLMatcher.grammar_from_regex(pattern)
+    return f"start: /{regex_to_lark(pattern, '')}/"
 
 
 def _lark(grammar: str) -> str:
-    return LLMatcher.grammar_from_lark(grammar)
+    return grammar
 
 
 # For each kind its fields, and what writes it.

@@ -98,7 +98,10 @@ def test_in_the_template() -> None:
         ("{{ messages[0].content.__class__.__mro__ }}", "raises SecurityError"),
         ("{{ messages.append(1) }}", "raises SecurityError"),
         ("{% for i in range(10 ** 9) %}{% endfor %}", "raises OverflowError"),
-        ("{{ 'x' * (40 * 2 ** 20) }}" + LOOP, "most 33554432 are read"),
+        (
+            "{% for i in range(400) %}{{ 'x' * 100000 }}{% endfor %}" + LOOP,
+            "most 33554432 are read",
+        ),
         ("{{ bos_token }}fixed", r"leaves message 1 \(system\) out"),
         (LOOP.replace("messages", "messages[1:]"), r"leaves message 1 \(system\) out"),
         (LOOP.replace("messages", "messages[:1]"), r"leaves message 2 \(user\) out"),
