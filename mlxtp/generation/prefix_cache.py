@@ -205,12 +205,14 @@ def _common(one: bytes, other: bytes) -> int:
 
 def _longest_prefix(entries: list[bytes], text: bytes) -> bytes | None:
     """The longest of the sorted `entries` that `text` begins with."""
-    while place := bisect_right(entries, text):
-        before = entries[place - 1]
-        if text.startswith(before):
-            return before
-        # What begins `text` and comes before this one begins both.
-        text = text[: _common(before, text) * TOKEN_BYTES]
+    place = bisect_right(entries, text)
+    if place == 0:
+        return None
+    # No entry that comes before this one has more in common with `text`.
+    most = _common(entries[place - 1], text) * TOKEN_BYTES
+    for entry in reversed(entries[:place]):
+        if len(entry) <= most and text.startswith(entry):
+            return entry
     return None
 
 

@@ -76,11 +76,14 @@ class PrefixFiles:
 
     A file is complete or not there: it is written under another name, and renamed.
     Nothing is written any more once the disk is full.
+
+    Raises: OSError if the folder cannot be made, or is another user's.
     """
 
     def __init__(self, folder: Path, identity: str) -> None:
         self._folder = folder / identity
-        self._folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        self._folder.mkdir(parents=True, exist_ok=True)
+        self._folder.chmod(0o700)
         self._is_full = False
         for file in self._folder.glob(f"{UNFINISHED}*{SUFFIX}"):
             file.unlink(missing_ok=True)

@@ -320,8 +320,8 @@ def test_entries_are_there_after_a_restart(
     comm.barrier()
     again, index = restored(comm, PrefixFiles(shared_path / "kept", name))
     assert len(again) == 1 and len([*folder.iterdir()]) == 1
-    assert [prompts[3] and "is no entry of a prefix cache" in x for x in warnings_of()]
-    assert (len(warnings_of()) == 1) == (comm.rank == 0)
+    skipped = [name_of(prompts[3])] if comm.rank == 0 else []
+    assert [Path(x.split()[0]).stem for x in warnings_of()] == skipped
     match = comm.bcast_object(index and index.find(prompts[4] + PROMPT))
     assert match.tokens == 30
     assert index is None or index.find(prompts[3] + PROMPT) is None
