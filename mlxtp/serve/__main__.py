@@ -9,6 +9,7 @@ import argparse
 import asyncio
 import contextlib
 import ipaddress
+import logging
 import os
 import shlex
 import signal
@@ -58,6 +59,9 @@ def main() -> None:
     the job's where that has ended by itself.
     """
     try:
+        # What the front logs stands beside what `say` prints.
+        logging.basicConfig(format="mlxtp.serve: %(message)s")
+        logging.getLogger("mlxtp").setLevel(logging.INFO)
         args = options.parse(sys.argv[1:])
         given = allocation() if args.hostfile is None else None
         check_first_host(args.hostfile, given)
@@ -174,7 +178,7 @@ async def serve(
             telling.cancel()
             await end_ranks(job, ranks, ended, second)
             lost.cancel()
-        await first_of(serving, second)
+        await serving
         return status
 
 
@@ -187,6 +191,7 @@ class Front(uvicorn.Server):
                 create_app(ranks, config),
                 http="h11",
                 ws="none",
+                log_config=None,
                 log_level="warning",
                 access_log=False,
                 server_header=False,
