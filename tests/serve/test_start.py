@@ -1,8 +1,11 @@
 """How the server starts and ends, with ranks that have no model."""
 
 import asyncio
+import configparser
 import json
 import os
+import plistlib
+import re
 import signal
 import socket
 import subprocess
@@ -72,6 +75,26 @@ MISTAKES: dict[str, tuple[list[str], str]] = {
     "no ranks": (["--ranks", "0"], "the number of ranks is 0: wanted 1 or more"),
     "no hostfile": (["--hostfile", "no/hosts"], "no hostfile no/hosts"),
 }
+
+
+def test_the_services_of_the_documentation() -> None:
+    """The launchd file and the systemd unit start the same, and leave time to end."""
+    page = (Path(__file__).parents[2] / "docs" / "serving.md").read_text()
+    [plist], [unit] = (
+        re.findall(rf"^```{kind}\n(.*?)^```", page, re.MULTILINE | re.DOTALL)
+        for kind in ("xml", "ini")
+    )
+    daemon = plistlib.loads(plist.encode())
+    service = configparser.ConfigParser()
+    service.read_string(unit)
+    words = service["Service"]["ExecStart"].split()
+    assert words[:3] == daemon["ProgramArguments"][:3]
+    for arguments in (words[3:], daemon["ProgramArguments"][3:]):
+        args = options.parse(arguments)
+        assert args.api_key_file and args.hostfile == "hostfiles/studio5"
+        needed = args.drain_seconds + 2 * front.END_SECONDS
+        assert int(service["Service"]["TimeoutStopSec"]) >= needed
+        assert daemon["ExitTimeOut"] >= needed
 
 
 @pytest.mark.parametrize("case", MISTAKES)
@@ -272,7 +295,7 @@ def test_draining(start, capfd: pytest.CaptureFixture[str]) -> None:
     ]
 
 
-def test_draining_has_an_end(start) -> None:
+def test_draining_has_an_end(start, capfd: pytest.CaptureFixture[str]) -> None:
     """Of --drain-seconds, or by a second signal; clients are told."""
 
     async def life(seconds: str, signals: int) -> None:
@@ -290,6 +313,7 @@ def test_draining_has_an_end(start) -> None:
 
     asyncio.run(life("0.2", 1))
     asyncio.run(life("60", 2))
+    assert "Traceback" not in capfd.readouterr().err
 
 
 def test_ranks_that_do_not_end_in_order(
