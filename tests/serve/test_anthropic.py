@@ -6,7 +6,6 @@ from collections.abc import Iterator
 from typing import Any
 
 import anthropic
-import httpx2
 import pytest
 from anthropic.types import RawMessageStreamEvent
 from fake_ranks import READY, FakeRanks
@@ -40,13 +39,6 @@ def client(front: Front) -> Iterator[anthropic.Anthropic]:
         yield client
 
 
-@pytest.fixture(scope="module")
-def web(front: Front) -> Iterator[httpx2.Client]:
-    """A client that knows HTTP alone."""
-    with httpx2.Client(base_url=front.url, timeout=30) as web:
-        yield web
-
-
 def asking(given: Any, **more: Any) -> dict[str, Any]:
     """The body that asks for an answer to a text, or to messages."""
     messages = [{"role": "user", "content": given}] if isinstance(given, str) else given
@@ -60,10 +52,10 @@ def create(client: anthropic.Anthropic, given: Any, **more: Any) -> Any:
     return message
 
 
-def streamed(web: httpx2.Client, given: Any, **more: Any) -> list[dict[str, Any]]:
+def streamed(front: Front, given: Any, **more: Any) -> list[dict[str, Any]]:
     """The events of a stream as they are sent; each has what the client declares."""
     body = asking(given, stream=True, **more)
-    response = web.post("/v1/messages", json=body)
+    response = front.post("/v1/messages", body)
     assert response.headers["content-type"].startswith("text/event-stream")
     events = []
     for block in response.text.strip().split("\n\n"):
@@ -102,10 +94,10 @@ def test_whole(client: anthropic.Anthropic) -> None:
 
 
 def test_the_events_of_a_stream_and_their_order(
-    web: httpx2.Client, client: anthropic.Anthropic
+    front: Front, client: anthropic.Anthropic
 ) -> None:
     whole = create(client, EVERYTHING, tools=[ADD])
-    events = streamed(web, EVERYTHING, tools=[ADD])
+    events = streamed(front, EVERYTHING, tools=[ADD])
     kinds = [
         event["delta"]["type"]
         if event["type"] == "content_block_delta"
@@ -251,9 +243,7 @@ def test_settings_and_how_an_answer_ends(
     assert message.content[0].text == "xx"
 
 
-def test_thinking(
-    front: Front, web: httpx2.Client, client: anthropic.Anthropic
-) -> None:
+def test_thinking(front: Front, client: anthropic.Anthropic) -> None:
     def arguments(**more: Any) -> dict[str, Any]:
         create(client, "Hi", **more)
         given: dict[str, Any] = asked(front)["template_arguments"]
@@ -268,7 +258,7 @@ def test_thinking(
         "reasoning_effort": "low",
         "enable_thinking": True,
     }
-    events = streamed(web, "think: hmm\nHi", thinking={**on, "display": "omitted"})
+    events = streamed(front, "think: hmm\nHi", thinking={**on, "display": "omitted"})
     deltas = [
         e["delta"]["type"] for e in events if e.get("index") == 0 and "delta" in e
     ]
@@ -356,9 +346,9 @@ REFUSED = [
 
 @pytest.mark.parametrize(("more", "name"), REFUSED, ids=[name for _, name in REFUSED])
 def test_what_cannot_be_honoured_is_refused_by_name(
-    web: httpx2.Client, more: dict[str, Any], name: str
+    front: Front, more: dict[str, Any], name: str
 ) -> None:
-    response = web.post("/v1/messages", json={**asking("x"), **more})
+    response = front.post("/v1/messages", {**asking("x"), **more})
     content = response.json()
     assert response.status_code == 400
     assert (content["type"], content["error"]["type"]) == (
@@ -436,12 +426,12 @@ def test_who_hangs_up_is_forgotten_at_once(
 
 
 def test_a_stream_that_waits_is_kept_alive(
-    web: httpx2.Client,
+    front: Front,
     client: anthropic.Anthropic,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(streaming, "KEEP_ALIVE_SECONDS", 0.02)
-    events = streamed(web, "wait: 0.2\nHi")
+    events = streamed(front, "wait: 0.2\nHi")
     assert [event["type"] for event in events].count("ping") > 3
     with client.messages.stream(**asking("wait: 0.1\nHi")) as stream:
         assert stream.get_final_text() == "Hi"

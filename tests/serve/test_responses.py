@@ -5,7 +5,6 @@ import json
 from collections.abc import Iterator
 from typing import Any
 
-import httpx2
 import openai
 import pytest
 from front import Front, serving, until
@@ -40,13 +39,6 @@ def client(front: Front) -> Iterator[openai.OpenAI]:
         yield client
 
 
-@pytest.fixture(scope="module")
-def web(front: Front) -> Iterator[httpx2.Client]:
-    """A client that knows HTTP alone."""
-    with httpx2.Client(base_url=front.url, timeout=30) as web:
-        yield web
-
-
 def create(client: openai.OpenAI, given: Any, **more: Any) -> Response:
     """Ask for a whole response, and check that it has all that the client declares."""
     response = client.responses.create(model="small", input=given, **more)
@@ -54,10 +46,10 @@ def create(client: openai.OpenAI, given: Any, **more: Any) -> Response:
     return response
 
 
-def streamed(web: httpx2.Client, given: Any, **more: Any) -> list[dict[str, Any]]:
+def streamed(front: Front, given: Any, **more: Any) -> list[dict[str, Any]]:
     """The events of a stream as they are sent; each has what the client declares."""
     body = {"model": "small", "input": given, "stream": True, **more}
-    response = web.post("/v1/responses", json=body)
+    response = front.post("/v1/responses", body)
     assert response.headers["content-type"].startswith("text/event-stream")
     events = []
     for block in response.text.strip().split("\n\n"):
@@ -104,10 +96,10 @@ def test_whole(client: openai.OpenAI) -> None:
 
 
 def test_the_events_of_a_stream_and_their_order(
-    web: httpx2.Client, client: openai.OpenAI
+    front: Front, client: openai.OpenAI
 ) -> None:
     whole = create(client, EVERYTHING, tools=[ADD])
-    events = streamed(web, EVERYTHING, tools=[ADD])
+    events = streamed(front, EVERYTHING, tools=[ADD])
     text = ["output_text.delta"] * len("Hello\n") + ["output_text.done"]
     reasoning = ["reasoning_text.delta"] * len("hmm") + ["reasoning_text.done"]
     assert [event["type"].removeprefix("response.") for event in events] == [
@@ -229,7 +221,7 @@ def test_what_the_model_said_in_a_row_is_one_message_until_it_begins_again(
     ]
 
 
-def test_settings(web: httpx2.Client, front: Front, client: openai.OpenAI) -> None:
+def test_settings(front: Front, client: openai.OpenAI) -> None:
     response = create(
         client,
         "Hello",
@@ -265,15 +257,15 @@ def test_settings(web: httpx2.Client, front: Front, client: openai.OpenAI) -> No
     assert (response.temperature, response.reasoning.effort) == (0.5, "high")
     create(client, "Hi", reasoning={"effort": "none"}, max_output_tokens=10_000)
     assert asked(front)["template_arguments"]["enable_thinking"] is False
-    last = streamed(web, "Hello", max_output_tokens=3)[-1]
+    last = streamed(front, "Hello", max_output_tokens=3)[-1]
     assert last["type"] == "response.incomplete"
 
 
-def test_reasoning_as_a_summary(web: httpx2.Client, client: openai.OpenAI) -> None:
+def test_reasoning_as_a_summary(front: Front, client: openai.OpenAI) -> None:
     response = create(client, "think: hmm\nHi", reasoning={"summary": "auto"})
     assert response.output[0].summary[0].text == "hmm"
     assert response.output[0].content == []
-    events = streamed(web, "think: h\nHi", reasoning={"summary": "auto"})
+    events = streamed(front, "think: h\nHi", reasoning={"summary": "auto"})
     assert [e["type"] for e in events if "summary" in e["type"]] == [
         "response.reasoning_summary_part.added",
         "response.reasoning_summary_text.delta",
@@ -282,14 +274,14 @@ def test_reasoning_as_a_summary(web: httpx2.Client, client: openai.OpenAI) -> No
     ]
 
 
-def test_log_probabilities(web: httpx2.Client, client: openai.OpenAI) -> None:
+def test_log_probabilities(front: Front, client: openai.OpenAI) -> None:
     include = ["message.output_text.logprobs"]
     given = "think: h\nHé"
     response = create(client, given, include=include, top_logprobs=2)
     logprobs = response.output[1].content[0].logprobs
     assert bytes(b for one in logprobs for b in one.bytes).decode() == "Hé"
     assert all(len(one.top_logprobs) == 2 for one in logprobs)
-    events = streamed(web, given, include=include)
+    events = streamed(front, given, include=include)
     deltas = [e["logprobs"] for e in events if e["type"].endswith("output_text.delta")]
     assert [len(part) for part in deltas] == [1, 2]
     assert create(client, "Hi").output[0].content[0].logprobs == []
@@ -398,16 +390,16 @@ REFUSED = [
 
 @pytest.mark.parametrize(("body", "param"), REFUSED, ids=[p for _, p in REFUSED])
 def test_what_cannot_be_honoured_is_refused_by_name(
-    web: httpx2.Client, body: dict[str, Any], param: str
+    front: Front, body: dict[str, Any], param: str
 ) -> None:
-    response = web.post("/v1/responses", json={"model": "small", "input": "x", **body})
+    response = front.post("/v1/responses", {"model": "small", "input": "x", **body})
     error = response.json()["error"]
     assert response.status_code == (404 if param == "model" else 400)
     assert error["param"].startswith(param)
     assert param in error["message"] or param == "model"
 
 
-def test_what_changes_no_answer_is_taken(web: httpx2.Client) -> None:
+def test_what_changes_no_answer_is_taken(front: Front) -> None:
     body = {
         "background": False,
         "client_metadata": {"a": "b"},
@@ -427,14 +419,14 @@ def test_what_changes_no_answer_is_taken(web: httpx2.Client) -> None:
         "truncation": "disabled",
         "user": "x",
     }
-    assert streamed(web, "x", **body)[-1]["type"] == "response.completed"
+    assert streamed(front, "x", **body)[-1]["type"] == "response.completed"
 
 
 def test_an_error_in_the_middle_of_an_answer(
-    web: httpx2.Client, client: openai.OpenAI
+    front: Front, client: openai.OpenAI
 ) -> None:
     for kind, code in (("error", "server_error"), ("mistake", "invalid_prompt")):
-        *_, done, last = streamed(web, f"Hi\n{kind}: no memory\n")
+        *_, done, last = streamed(front, f"Hi\n{kind}: no memory\n")
         assert done["type"] == "response.output_text.delta"
         assert last["type"] == "response.failed"
         assert last["response"]["error"] == {"code": code, "message": "no memory"}
@@ -457,10 +449,10 @@ def test_who_hangs_up_is_forgotten_at_once(front: Front, client: openai.OpenAI) 
 
 
 def test_a_stream_that_waits_is_kept_alive(
-    web: httpx2.Client, client: openai.OpenAI, monkeypatch: pytest.MonkeyPatch
+    front: Front, client: openai.OpenAI, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(streaming, "KEEP_ALIVE_SECONDS", 0.02)
     body = {"model": "small", "input": "wait: 0.2\nHi", "stream": True}
-    assert web.post("/v1/responses", json=body).text.count(streaming.KEEP_ALIVE) > 2
+    assert front.post("/v1/responses", body).text.count(streaming.KEEP_ALIVE) > 2
     with client.responses.stream(model="small", input="wait: 0.1\nHi") as stream:
         assert stream.get_final_response().output_text == "Hi"
