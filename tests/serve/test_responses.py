@@ -3,10 +3,12 @@
 import asyncio
 import json
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
 import openai
 import pytest
+from fake_ranks import READY
 from front import Front, serving, until
 from openai.types.responses import Response, ResponseStreamEvent
 from pydantic import BaseModel, TypeAdapter
@@ -259,6 +261,23 @@ def test_settings(front: Front, client: openai.OpenAI) -> None:
     assert asked(front)["template_arguments"]["enable_thinking"] is False
     last = streamed(front, "Hello", max_output_tokens=3)[-1]
     assert last["type"] == "response.incomplete"
+
+
+def test_an_effort_goes_to_the_arguments_that_the_template_reads(
+    front: Front, client: openai.OpenAI, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def template_reads(*names: str) -> None:
+        ready = replace(READY, reasoning_arguments=list(names))
+        monkeypatch.setattr(front.ranks, "ready", ready)
+
+    template_reads("reasoning_effort")
+    create(client, "Hi", reasoning={"effort": "low"})
+    assert asked(front)["template_arguments"] == {"reasoning_effort": "low"}
+    template_reads()
+    create(client, "Hi", reasoning={"effort": "none"})
+    assert asked(front)["template_arguments"] == {}
+    with pytest.raises(openai.BadRequestError, match="reasoning effort 'low'"):
+        create(client, "Hi", reasoning={"effort": "low"})
 
 
 def test_reasoning_as_a_summary(front: Front, client: openai.OpenAI) -> None:
