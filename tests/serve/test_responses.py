@@ -4,6 +4,7 @@ import asyncio
 import json
 from collections.abc import Iterator
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import openai
@@ -13,7 +14,8 @@ from front import Front, serving, until
 from openai.types.responses import Response, ResponseStreamEvent
 from pydantic import BaseModel, TypeAdapter
 
-from mlxtp.serve.front import streaming
+from mlxtp.serve.front import anthropic, responses, streaming
+from mlxtp.serve.front.fields import WITHOUT_EFFECT, Fields
 
 pytestmark = pytest.mark.once
 
@@ -416,6 +418,14 @@ def test_what_cannot_be_honoured_is_refused_by_name(
     assert response.status_code == (404 if param == "model" else 400)
     assert error["param"].startswith(param)
     assert param in error["message"] or param == "model"
+
+
+@pytest.mark.parametrize("body", [responses.Body, anthropic.Body])
+def test_the_docs_name_every_field(body: type[Fields]) -> None:
+    page = Path(__file__).parents[2] / "docs" / "serving.md"
+    section = page.read_text().partition("## Other interfaces")[2]
+    names = body.model_fields.keys() | WITHOUT_EFFECT.keys() - {"prediction"}
+    assert {name for name in names if f"`{name}`" not in section} == set()
 
 
 def test_what_changes_no_answer_is_taken(front: Front) -> None:
