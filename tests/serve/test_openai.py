@@ -13,7 +13,6 @@ from fake_ranks import END, READY, FakeRanks
 from front import Front, serving, until
 
 from mlxtp.serve.front import fields, streaming
-from mlxtp.serve.front.conversation import RESERVED_ARGUMENTS
 from mlxtp.serve.front.openai_chat import ChatCompletion
 from mlxtp.serve.front.openai_completions import Completion
 
@@ -422,9 +421,8 @@ def test_template_arguments(client: openai.OpenAI, front: Front) -> None:
         "x": [1],
     }
     assert front.fake.starts[-1].initial_state == "reasoning"
-    for name in RESERVED_ARGUMENTS:
-        kwargs = {"chat_template_kwargs": {name: "x"}}
-        assert name in refused(front, "chat/completions", **kwargs)["message"]
+    kwargs = {"chat_template_kwargs": {"chat_template": "x"}}
+    assert "chat_template" in refused(front, "chat/completions", **kwargs)["message"]
 
 
 def test_the_last_message_goes_on(front: Front) -> None:

@@ -15,7 +15,7 @@ from openai.types.responses import Response, ResponseStreamEvent
 from pydantic import BaseModel, TypeAdapter
 
 from mlxtp.serve.front import anthropic, responses, streaming
-from mlxtp.serve.front.fields import WITHOUT_EFFECT, Fields
+from mlxtp.serve.front.fields import Fields
 
 pytestmark = pytest.mark.once
 
@@ -424,8 +424,7 @@ def test_what_cannot_be_honoured_is_refused_by_name(
 def test_the_docs_name_every_field(body: type[Fields]) -> None:
     page = Path(__file__).parents[2] / "docs" / "serving.md"
     section = page.read_text().partition("## Other interfaces")[2]
-    names = body.model_fields.keys() | WITHOUT_EFFECT.keys() - {"prediction"}
-    assert {name for name in names if f"`{name}`" not in section} == set()
+    assert {name for name in body.model_fields if f"`{name}`" not in section} == set()
 
 
 def test_what_changes_no_answer_is_taken(front: Front) -> None:

@@ -147,6 +147,8 @@ class Tool(Fields):
             function["description"] = self.function.description
         empty = {"type": "object", "properties": {}}
         function["parameters"] = self.function.parameters or empty
+        if self.function.strict:
+            function["strict"] = True
         return {"type": "function", "function": function}
 
 
