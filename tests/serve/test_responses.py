@@ -3,15 +3,19 @@
 import asyncio
 import json
 from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import openai
 import pytest
+from fake_ranks import READY
 from front import Front, serving, until
 from openai.types.responses import Response, ResponseStreamEvent
 from pydantic import BaseModel, TypeAdapter
 
-from mlxtp.serve.front import streaming
+from mlxtp.serve.front import anthropic, responses, streaming
+from mlxtp.serve.front.fields import Fields
 
 pytestmark = pytest.mark.once
 
@@ -261,6 +265,23 @@ def test_settings(front: Front, client: openai.OpenAI) -> None:
     assert last["type"] == "response.incomplete"
 
 
+def test_an_effort_goes_to_the_arguments_that_the_template_reads(
+    front: Front, client: openai.OpenAI, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def template_reads(*names: str) -> None:
+        ready = replace(READY, reasoning_arguments=list(names))
+        monkeypatch.setattr(front.ranks, "ready", ready)
+
+    template_reads("reasoning_effort")
+    create(client, "Hi", reasoning={"effort": "low"})
+    assert asked(front)["template_arguments"] == {"reasoning_effort": "low"}
+    template_reads()
+    create(client, "Hi", reasoning={"effort": "none"})
+    assert asked(front)["template_arguments"] == {}
+    with pytest.raises(openai.BadRequestError, match="reasoning effort 'low'"):
+        create(client, "Hi", reasoning={"effort": "low"})
+
+
 def test_reasoning_as_a_summary(front: Front, client: openai.OpenAI) -> None:
     response = create(client, "think: hmm\nHi", reasoning={"summary": "auto"})
     assert response.output[0].summary[0].text == "hmm"
@@ -397,6 +418,13 @@ def test_what_cannot_be_honoured_is_refused_by_name(
     assert response.status_code == (404 if param == "model" else 400)
     assert error["param"].startswith(param)
     assert param in error["message"] or param == "model"
+
+
+@pytest.mark.parametrize("body", [responses.Body, anthropic.Body])
+def test_the_docs_name_every_field(body: type[Fields]) -> None:
+    page = Path(__file__).parents[2] / "docs" / "serving.md"
+    section = page.read_text().partition("## Other interfaces")[2]
+    assert {name for name in body.model_fields if f"`{name}`" not in section} == set()
 
 
 def test_what_changes_no_answer_is_taken(front: Front) -> None:

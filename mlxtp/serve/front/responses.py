@@ -15,7 +15,7 @@ from mlxtp.serve.front.conversation import Conversation, begin, checked_model
 from mlxtp.serve.front.errors import Refusal
 from mlxtp.serve.front.fields import Fields, Sampling
 from mlxtp.serve.front.items import MESSAGE, REASONING, SUMMARY, Items, new_id
-from mlxtp.serve.front.pieces import Pieces, effort_arguments
+from mlxtp.serve.front.pieces import Pieces
 from mlxtp.serve.front.ranks import Generation
 from mlxtp.serve.front.streaming import server_sent, stream
 from mlxtp.serve.messages import Event, TokenLogprob
@@ -35,6 +35,8 @@ class Reasoning(Fields):
     is the content of its item.
     """
 
+    context: Literal["auto"] | None = None
+    mode: Literal["standard"] | None = None
     effort: (
         Literal["none", "minimal", "low", "medium", "high", "xhigh", "max"] | None
     ) = None
@@ -220,8 +222,8 @@ def _conversation(body: Body, tools: list[Json]) -> Conversation:
         tool_choice=choice,
         parallel_tool_calls=body.parallel_tool_calls is not False,
         grammar=_grammar(text.format),
-        template_arguments=effort_arguments(reasoning.effort)
-        | (body.chat_template_kwargs or {}),
+        template_arguments=body.chat_template_kwargs or {},
+        effort=reasoning.effort,
         settings=given,
         stop=body.stop or [],
         is_cut=True,
