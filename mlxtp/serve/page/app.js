@@ -36,7 +36,7 @@ function open(conversation) {
   chat.open(conversation);
   list();
   closePanels();
-  if (matchMedia("(hover: hover)").matches) by("prompt").focus();
+  if (!matchMedia("(pointer: coarse)").matches) by("prompt").focus();
 }
 
 function remove(conversation) {
