@@ -142,7 +142,7 @@ def test_conversation(browser, front):
     assert answers(tab, 1) == ["first line\nsecond line"]
     assert said(front.fake.starts[-1]) == [("user", "first line\nsecond line")]
     facts = tab.evaluate("document.querySelector('.facts').innerText")
-    assert re.match(r"23 tokens · [\d.]+ tokens/s · \d+ of the prompt cached", facts)
+    assert re.match(r"23 tokens · [\d.]+ tokens/s · \d+ cached", facts)
 
     # What has come is seen before the end. Esc stops it, and the ranks forget it.
     send(tab, "begun\nhang:")
@@ -186,18 +186,21 @@ def test_conversation(browser, front):
         ("user", "and then"),
     ]
 
-    # Another one; the first is there after the page was loaded again.
+    # Both are there after the page was loaded again, with what came of an answer.
     tab.click("#new")
-    send(tab, "another")
-    assert answers(tab, 1) == ["another"]
+    send(tab, "another\nhang:")
+    tab.wait("document.querySelector('.answer > .markdown')?.innerText === 'another'")
     tab.command("Page.reload")
     tab.wait("document.querySelectorAll('.choose').length === 2")
+    until(lambda: front.fake.cancelled[-1:] == [front.fake.starts[-1].id])
     titles = "[...document.querySelectorAll('.choose')].map(e => e.innerText)"
-    assert tab.evaluate(titles) == ["another", "edited"]
+    assert tab.evaluate(titles) == ["another hang:", "edited"]
+    tab.click("#list li:first-child .choose")
+    assert answers(tab, 1) == ["another"]
     tab.click("#list li:last-child .choose")
     assert answers(tab, 2) == ["edited", "and then"]
     tab.click("#list li:last-child .forget")
-    assert tab.evaluate(titles) == ["another"]
+    assert tab.evaluate(titles) == ["another hang:"]
     tab.click("#notice-action")
     assert answers(tab, 2) == ["edited", "and then"]
     assert len(tab.evaluate(titles)) == 2
