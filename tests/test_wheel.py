@@ -66,6 +66,8 @@ def test_contents(wheel):
     assert "mlxtp/py.typed" in names
     assert "mlxtp/stories/model/model.safetensors" in names
     assert "mlxtp/comm/native/graph.cpp" in names
+    assert "mlxtp/serve/page/index.html" in names
+    assert "mlxtp/serve/page/vendor/marked.LICENSE" in names
 
 
 def test_the_sources_in_cpp_are_in_the_sdist(tmp_path):

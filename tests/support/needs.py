@@ -70,6 +70,7 @@ NEEDS = {
         lambda: program("sshd") and program("ssh"),
         "package openssh-server",
     ),
+    "chromium": Need("Chromium", lambda: program("chromium"), "package chromium"),
     "sanitizers": Need(
         "a C++ compiler with the address and the thread sanitizer",
         sanitizers,

@@ -98,16 +98,14 @@ async function* events(response) {
   throw new Failure("The connection ended before the answer did.");
 }
 
-let model = null;
-
 /** Stream an answer: yields chunks in OpenAI's form. */
 export async function* chat(messages, settings, signal) {
-  model ??= (await (await request("v1/models")).json()).data[0].id;
+  const models = await (await request("v1/models", { signal })).json();
   const response = await request("v1/chat/completions", {
     method: "POST",
     headers: { "Content-Type": "application/json" },
     body: JSON.stringify({
-      model,
+      model: models.data[0].id,
       messages,
       stream: true,
       stream_options: { include_usage: true },

@@ -36,7 +36,7 @@ function open(conversation) {
   chat.open(conversation);
   list();
   closePanels();
-  if (matchMedia("(hover: hover)").matches) by("prompt").focus();
+  if (!matchMedia("(pointer: coarse)").matches) by("prompt").focus();
 }
 
 function remove(conversation) {
@@ -76,6 +76,7 @@ function list() {
 function closePanels() {
   for (const panel of document.querySelectorAll("aside")) panel.classList.remove("open");
   by("shade").hidden = true;
+  document.querySelector("main").inert = false;
 }
 
 for (const button of document.querySelectorAll("[data-open]")) {
@@ -84,6 +85,7 @@ for (const button of document.querySelectorAll("[data-open]")) {
     const panel = by(button.dataset.open);
     panel.classList.add("open");
     by("shade").hidden = false;
+    document.querySelector("main").inert = true;
     panel.querySelector("[data-close]").focus();
   };
 }
@@ -94,6 +96,7 @@ for (const button of document.querySelectorAll("[data-close]")) {
   };
 }
 by("shade").onclick = closePanels;
+matchMedia("(max-width: 70rem)").onchange = closePanels;
 document.addEventListener("keydown", (event) => {
   if (event.key === "Escape") closePanels();
 });
@@ -104,6 +107,9 @@ for (const button of document.querySelectorAll("[data-dismiss]")) {
 by("new").onclick = () => open(conversations.fresh());
 by("notice-close").onclick = () => notice("");
 window.addEventListener("storage", list); // another tab has changed a conversation
+window.addEventListener("pagehide", () => {
+  if (chat.abort) keep(chat.conversation); // what has come of the answer so far
+});
 settings.setUp();
 open(conversations.fresh());
 new Cluster((isReady, words) => chat.setReady(isReady, words)).follow();

@@ -132,6 +132,8 @@ export class Chat {
       this.follows = left < NEAR_END;
       this.toEnd.hidden = this.follows;
     };
+    // A phone's keyboard, or a longer message, takes room from the conversation.
+    new ResizeObserver(() => this.scroll()).observe(this.log);
     this.prompt.oninput = () => this.fit();
     this.prompt.onkeydown = (event) => {
       if (event.key === "Enter" && !event.shiftKey && !event.isComposing) {
@@ -140,7 +142,8 @@ export class Chat {
       }
     };
     document.addEventListener("keydown", (event) => {
-      if (event.key === "Escape" && !document.querySelector("dialog[open]")) this.stop();
+      const isOverlaid = document.querySelector("dialog[open], aside.open");
+      if (event.key === "Escape" && !isOverlaid) this.stop();
     });
   }
 
@@ -385,7 +388,7 @@ class Clock {
       words.push(`${((tokens - 1) / seconds).toFixed(1)} tokens/s`);
     }
     const cached = this.usage.prompt_tokens_details?.cached_tokens;
-    if (cached) words.push(`${cached.toLocaleString("en")} of the prompt cached`);
+    if (cached) words.push(`${cached.toLocaleString("en")} cached`);
     return words.join(" · ");
   }
 }

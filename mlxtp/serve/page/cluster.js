@@ -91,7 +91,7 @@ function hostView(host, ranks) {
 export class Cluster {
   constructor(onState) {
     this.onState = onState;
-    this.speeds = [];
+    this.speeds = Array(SAMPLES).fill(0);
   }
 
   /** Ask for ever; while nobody sees the page, not at all. */
@@ -140,16 +140,16 @@ export class Cluster {
   showSpeed(cluster) {
     const speed = cluster.tokens_per_second;
     this.speeds.push(speed);
-    if (this.speeds.length > SAMPLES) this.speeds.shift();
+    this.speeds.shift();
     by("tokens-a-second").textContent = speed.toFixed(1);
     const top = Math.max(1, ...this.speeds) * 1.1;
     const points = this.speeds.map((value, index) => {
-      const x = 240 - (this.speeds.length - 1 - index) * (240 / (SAMPLES - 1));
-      return [x.toFixed(1), (47 - 46 * (value / top)).toFixed(1)];
+      const x = index * (240 / (SAMPLES - 1));
+      return `${x.toFixed(1)} ${(47 - 46 * (value / top)).toFixed(1)}`;
     });
-    const line = `M${points.map((point) => point.join(" ")).join("L")}`;
+    const line = `M${points.join("L")}`;
     by("line-stroke").setAttribute("d", line);
-    by("line-area").setAttribute("d", `${line}V48H${points[0][0]}Z`);
+    by("line-area").setAttribute("d", `${line}V48H0Z`);
     const list = element("dl");
     row(list, "Requests", `${cluster.running} running, ${cluster.waiting} waiting`);
     row(list, "Caches", `${percent(cluster.cache_use)} of their limit`);

@@ -37,7 +37,7 @@ export function fresh() {
  */
 export function save(conversation) {
   const first = conversation.messages.find((message) => message.role === "user");
-  if (first) conversation.title = first.content.trim().slice(0, LONGEST_TITLE);
+  if (first) conversation.title = first.content.trim().replace(/\s+/g, " ").slice(0, LONGEST_TITLE);
   conversation.changed = Date.now();
   const name = PREFIX + conversation.id;
   if (localStorage.getItem(name) === null && all().length >= MOST) {

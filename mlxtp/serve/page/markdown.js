@@ -4,12 +4,12 @@
 import { Marked } from "./vendor/marked.esm.js";
 import DOMPurify from "./vendor/purify.es.mjs";
 
+const PLAIN = "b|br|code|del|details|em|i|kbd|p|s|strong|sub|summary|sup|u";
 const ALLOWED = {
   ALLOWED_TAGS: [
-    "a", "b", "blockquote", "br", "code", "del", "details", "div", "em", "h1", "h2",
-    "h3", "h4", "h5", "h6", "hr", "i", "kbd", "li", "ol", "p", "pre", "s", "span",
-    "strong", "sub", "summary", "sup", "table", "tbody", "td", "th", "thead", "tr",
-    "u", "ul",
+    ...PLAIN.split("|"),
+    ..."a blockquote h1 h2 h3 h4 h5 h6 hr li ol pre ul".split(" "),
+    ..."table tbody td th thead tr".split(" "),
   ],
   ALLOWED_ATTR: ["href", "title", "align", "start", "class"],
   ADD_URI_SAFE_ATTR: ["align", "start"],
@@ -18,6 +18,7 @@ const ALLOWED = {
   ALLOW_ARIA_ATTR: false,
   RETURN_DOM_FRAGMENT: true,
 };
+const PLAIN_TAG = new RegExp(`&#60;(/?)(${PLAIN})\\s*/?&#62;`, "gi");
 
 const escaped = (text) =>
   text.replace(/[&<>"']/g, (character) => `&#${character.charCodeAt(0)};`);
@@ -26,6 +27,10 @@ const marked = new Marked({
   gfm: true,
   breaks: true,
   renderer: {
+    // Tags that a model writes are shown as text, but for plain ones.
+    html({ text }) {
+      return escaped(text).replace(PLAIN_TAG, "<$1$2>");
+    },
     // Nothing is fetched because a model names it: a picture is a link.
     image({ href, text }) {
       return `<a href="${escaped(href)}">${escaped(text || href)}</a>`;
