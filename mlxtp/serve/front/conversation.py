@@ -95,6 +95,8 @@ async def begin_all(
     shown, grammar = _tools(conversation)
     prompt = await encode(ranks, config, conversation)
     if grammar is not None:
+        is_reasoning = prompt.initial_state == "reasoning"
+        grammar = {**grammar, "after_reasoning": is_reasoning}
         await checked_grammar(ranks, grammar)
     given = {**conversation.settings, "grammar": grammar}
     settings = complete(config, ready, prompt, given, is_cut=conversation.is_cut)
@@ -154,6 +156,26 @@ def ready_ranks(ranks: Ranks) -> Ready:
     return ranks.ready
 
 
+def checked_model(ranks: Ranks, config: Config, model: str | None) -> str:
+    """Give the name of the model that a request asks for; without one it is the first.
+
+    Raises: Refusal (404), with the names that there are.
+    """
+    names = list(config.model_names)
+    if ranks.ready is not None and ranks.ready.model not in names:
+        names.append(ranks.ready.model)
+    if model is None:
+        return names[0]
+    if model not in names:
+        raise Refusal(
+            404,
+            f"there is no model {model!r}; this server has: {', '.join(names)}",
+            param="model",
+            code="model_not_found",
+        )
+    return model
+
+
 async def checked_grammar(ranks: Ranks, grammar: Mapping[str, Any]) -> None:
     """Let rank 0 compile a grammar.
 
@@ -192,6 +214,14 @@ def complete(
     if wanted is not None and length + wanted > context and not is_cut:
         words = f"the prompt has {length} tokens, and max_tokens asks for {wanted} more"
         raise _too_long(words, context)
+    for token in given.get("logit_bias") or ():
+        if not 0 <= token < ready.vocabulary:
+            raise Refusal(
+                400,
+                f"logit_bias: {token} is no token; the model has 0 to "
+                f"{ready.vocabulary - 1}",
+                param="logit_bias",
+            )
     settings = Settings(
         **{
             "max_tokens": max_tokens,
@@ -201,10 +231,11 @@ def complete(
             **{name: x for name, x in given.items() if x is not None},
         }
     )
-    most = settings.max_tokens
+    room, most = context - length, settings.max_tokens
     return replace(
         settings,
-        max_tokens=min(context - length if most is None else most, context - length),
+        max_tokens=room if most is None else min(most, room),
+        top_k=0 if settings.top_k >= ready.vocabulary else settings.top_k,
     )
 
 
@@ -288,7 +319,6 @@ def _tools(
         "kind": "tools",
         "tools": [dict(tool) for tool in forced],
         "parallel": conversation.parallel_tool_calls,
-        "after_reasoning": True,
     }
 
 

@@ -68,6 +68,8 @@ def refusal(error: BaseException) -> Refusal:
             return Refusal(503, str(error), code="unavailable", retry_seconds=5)
         case RequestValidationError() | ValidationError():
             return _invalid(error.errors())
+        case HTTPException(status_code=404, detail="Not Found"):
+            return Refusal(404, "there is no such path; GET /openapi.json lists them")
         case HTTPException():
             return Refusal(error.status_code, str(error.detail))
     log.error("a request failed", exc_info=error)
@@ -100,6 +102,8 @@ def response(error: BaseException, path: str) -> JSONResponse:
         headers["Retry-After"] = str(refused.retry_seconds)
     if refused.status == 401:
         headers["WWW-Authenticate"] = "Bearer"
+    if refused.status == 408:
+        headers["Connection"] = "close"
     if isinstance(error, HTTPException) and error.headers:
         headers |= error.headers
     content = body(refused, is_anthropic=path.startswith(ANTHROPIC_PATH))

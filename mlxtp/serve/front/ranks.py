@@ -12,6 +12,7 @@ import secrets
 import shutil
 import tempfile
 import time
+from collections import deque
 from collections.abc import AsyncIterator, Callable
 from contextlib import suppress
 from dataclasses import replace
@@ -96,6 +97,8 @@ class Ranks:
         self.done: float | None = None
         self.ready: Ready | None = None
         self.stats: Stats | None = None
+        # The last of them, each with its time.
+        self.recent_stats: deque[tuple[float, Stats]] = deque(maxlen=20)
         self.generations: dict[str, Generation] = {}
         self.observers: list[Callable[[Generation, Event | None], None]] = []
         self.is_ready = asyncio.Event()
@@ -147,6 +150,11 @@ class Ranks:
         self.generations[start.id] = generation
         self._observe(generation, None)
         return generation
+
+    def running_and_waiting(self) -> tuple[int, int]:
+        """Count the requests that were admitted, and those that were not."""
+        admitted = [g.admitted is not None for g in self.generations.values()]
+        return sum(admitted), len(admitted) - sum(admitted)
 
     def cancel(self, request_id: str) -> None:
         """Let the ranks forget a request."""
@@ -210,6 +218,7 @@ class Ranks:
                         future.set_exception(Mistake(error))
             case messages.Stats():
                 self.stats = message
+                self.recent_stats.append((time.monotonic(), message))
             case messages.State(words, done):
                 self.words, self.done = words, done
             case messages.Ready():

@@ -1,0 +1,109 @@
+// The page: conversations at the left, one of them in the middle, the cluster at the
+// right. Each module below it has one subject.
+
+import { Chat } from "./chat.js";
+import { Cluster } from "./cluster.js";
+import * as conversations from "./conversations.js";
+import * as settings from "./settings.js";
+
+const by = (id) => document.getElementById(id);
+
+/** Tell the person something, with something that they can do about it. */
+function notice(words, action = null, onAction = null) {
+  by("notice-words").textContent = words;
+  by("notice-action").hidden = !action;
+  by("notice-action").textContent = action ?? "";
+  by("notice-action").onclick = () => {
+    by("notice").hidden = true;
+    onAction();
+  };
+  by("notice").hidden = !words;
+}
+
+function keep(conversation) {
+  try {
+    conversations.save(conversation);
+  } catch (error) {
+    if (!(error instanceof conversations.Full)) throw error;
+    notice(error.message);
+  }
+  list();
+}
+
+const chat = new Chat(keep);
+
+function open(conversation) {
+  chat.open(conversation);
+  list();
+  closePanels();
+  if (matchMedia("(hover: hover)").matches) by("prompt").focus();
+}
+
+function remove(conversation) {
+  conversations.remove(conversation);
+  if (conversation.id === chat.conversation.id) open(conversations.fresh());
+  list();
+  notice("The conversation is deleted.", "Undo", () => {
+    keep(conversation);
+    open(conversation);
+  });
+}
+
+function list() {
+  by("list").replaceChildren(
+    ...conversations.all().map((conversation) => {
+      const item = document.createElement("li");
+      const choose = document.createElement("button");
+      choose.className = "choose";
+      choose.textContent = conversation.title;
+      choose.title = conversation.title;
+      if (conversation.id === chat.conversation.id) {
+        choose.setAttribute("aria-current", "true");
+      }
+      choose.onclick = () => open(conversation);
+      const forget = document.createElement("button");
+      forget.className = "forget";
+      forget.textContent = "×";
+      forget.setAttribute("aria-label", `Delete: ${conversation.title}`);
+      forget.onclick = () => remove(conversation);
+      item.append(choose, forget);
+      return item;
+    }),
+  );
+}
+
+// On narrow screens the two sides lie over the conversation, one at a time.
+function closePanels() {
+  for (const panel of document.querySelectorAll("aside")) panel.classList.remove("open");
+  by("shade").hidden = true;
+}
+
+for (const button of document.querySelectorAll("[data-open]")) {
+  button.onclick = () => {
+    closePanels();
+    const panel = by(button.dataset.open);
+    panel.classList.add("open");
+    by("shade").hidden = false;
+    panel.querySelector("[data-close]").focus();
+  };
+}
+for (const button of document.querySelectorAll("[data-close]")) {
+  button.onclick = () => {
+    closePanels();
+    document.querySelector(`[data-open=${button.dataset.close}]`).focus();
+  };
+}
+by("shade").onclick = closePanels;
+document.addEventListener("keydown", (event) => {
+  if (event.key === "Escape") closePanels();
+});
+for (const button of document.querySelectorAll("[data-dismiss]")) {
+  button.onclick = () => button.closest("dialog").close();
+}
+
+by("new").onclick = () => open(conversations.fresh());
+by("notice-close").onclick = () => notice("");
+window.addEventListener("storage", list); // another tab has changed a conversation
+settings.setUp();
+open(conversations.fresh());
+new Cluster((isReady, words) => chat.setReady(isReady, words)).follow();

@@ -1,0 +1,82 @@
+"""A front on a free port of loopback, before a rank 0 without a model."""
+
+import asyncio
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import httpx2
+import uvicorn
+from fake_ranks import FakeRanks
+
+from mlxtp.serve.front.app import create_app
+from mlxtp.serve.front.config import Config
+from mlxtp.serve.front.ranks import Ranks
+
+NAMES = ("small", "fake")  # the model's
+
+
+@dataclass
+class Front:
+    """A front that runs in a thread of its own."""
+
+    url: str
+    ranks: Ranks
+    fake: FakeRanks
+
+    def post(self, path: str, body: Any, **more: Any) -> httpx2.Response:
+        """Post JSON."""
+        return httpx2.post(f"{self.url}{path}", json=body, timeout=30, **more)
+
+
+@contextmanager
+def serving(fake: FakeRanks | None = None, **config: Any) -> Iterator[Front]:
+    """Serve `fake` with a `Config` of these fields, and end in order."""
+    fake = fake or FakeRanks()
+    begun: list[Front] = []
+    server: list[uvicorn.Server] = []
+
+    async def run() -> None:
+        ranks = Ranks()
+        await ranks.listen()
+        serving_ranks = asyncio.create_task(fake.run(ranks.folder))
+        app = create_app(ranks, Config(**{"model_names": NAMES, **config}))
+        options = uvicorn.Config(app, port=0, log_level="warning", http="h11")
+        server.append(uvicorn.Server(options))
+        running = asyncio.create_task(server[0].serve())
+        while not server[0].started:
+            await asyncio.sleep(0.005)
+        if not fake.loading_seconds:
+            await ranks.is_ready.wait()
+        port = server[0].servers[0].sockets[0].getsockname()[1]
+        begun.append(Front(f"http://127.0.0.1:{port}", ranks, fake))
+        try:
+            await running
+        finally:
+            await ranks.close()
+            await serving_ranks  # it was told End
+            await asyncio.sleep(0.01)
+
+    thread = threading.Thread(target=lambda: asyncio.run(run()))
+    thread.start()
+    try:
+        until(lambda: bool(begun) or not thread.is_alive())
+        yield begun[0]
+    finally:
+        server[0].should_exit = True
+        thread.join()
+
+
+def until(is_so: Callable[[], bool], seconds: float = 20.0) -> None:
+    """Wait until something is so.
+
+    Raises: TimeoutError if it does not get so.
+    """
+    end = time.monotonic() + seconds
+    while not is_so():
+        if time.monotonic() > end:
+            raise TimeoutError
+        time.sleep(0.005)
