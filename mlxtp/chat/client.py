@@ -75,7 +75,7 @@ class Client:
             return None
         told = _decoded(body)
         told = told if isinstance(told, dict) else {}
-        words = told.get("words") or _message(told) or "it loads"
+        words = told.get("message") or _message(told) or "it loads"
         if told.get("state") in ("draining", "ended"):
             raise ServerError(f"the server at {self.url} ends: {words}")
         return Loading(str(words), told.get("done"))

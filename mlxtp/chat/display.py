@@ -3,9 +3,10 @@
 import os
 import signal
 import sys
-import time
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
+from itertools import pairwise
 from typing import Protocol
 
 from markdown_it import MarkdownIt
@@ -22,19 +23,8 @@ from mlxtp.comm.errors import UsageError
 # it, and rich leaves out the text within.
 _PARSER = MarkdownIt("commonmark", {"html": False}).enable(["table", "strikethrough"])
 
-
-@contextmanager
-def _undisturbed() -> Iterator[None]:
-    """Let Ctrl+C wait for the end of this block: half a drawing cannot be redrawn."""
-    came: list[int] = []
-    former = signal.signal(signal.SIGINT, lambda number, _: came.append(number))
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGINT, former)
-    if came:
-        raise KeyboardInterrupt
-
+# How often the block that grows is drawn.
+DRAWING_SECONDS = 0.05
 
 # Shows words, and the part that is done.
 Progress = Callable[[str, float | None], None]
@@ -109,6 +99,19 @@ class Plain:
             raise UsageError(f"cannot write standard output: {said}") from None
 
 
+@contextmanager
+def _undisturbed() -> Iterator[None]:
+    """Let Ctrl+C wait for the end of this block: half a drawing cannot be redrawn."""
+    came: list[int] = []
+    former = signal.signal(signal.SIGINT, lambda number, _: came.append(number))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, former)
+    if came:
+        raise KeyboardInterrupt
+
+
 class _Markdown(Markdown):
     """Markdown without HTML, and with the addresses of links beside their text."""
 
@@ -167,45 +170,55 @@ class Terminal:
     def __init__(self, console: Console) -> None:
         self._console = console
         self._growing = Delta("text", "")
+        self._lock = threading.Lock()  # of `_growing`, and of the screen
 
-    @_undisturbed()
     def begin(self) -> None:
         """Begin an answer."""
-        self._next_seconds = 0.0
         self._live = Live(
             self,
             console=self._console,
-            auto_refresh=False,  # from a thread it would draw while this one prints
+            auto_refresh=False,  # its thread would draw while this one prints
             transient=True,
             redirect_stdout=False,
             redirect_stderr=False,
         )
+        self._has_ended = threading.Event()
+        self._drawing = threading.Thread(target=self._draw, daemon=True)
         self._live.start()
+        self._drawing.start()
 
     @_undisturbed()
     def add(self, delta: Delta) -> None:
         """Add a piece of the answer, and print the blocks that it completes."""
-        if delta.kind != self._growing.kind:
-            self._print()
-            self._growing = Delta(delta.kind, "")
-        text = self._growing.text + delta.text
-        complete, rest = "", text
-        if "\n" in delta.text:
-            complete, rest = _split(delta.kind, text)
-        self._growing = Delta(delta.kind, rest)
-        if complete:
-            self._console.print(_Block(Delta(delta.kind, complete)))
-        begun = time.monotonic()
-        if begun >= self._next_seconds:
-            self._live.refresh()
-            # A long block takes a while: a fifth of the time is for drawing.
-            self._next_seconds = begun + 5 * (time.monotonic() - begun)
+        with self._lock:
+            if delta.kind != self._growing.kind:
+                self._print([self._growing], Delta(delta.kind, ""))
+            text = self._growing.text + delta.text
+            if "\n" in delta.text:
+                blocks, text = _split(delta.kind, text)
+                complete = [Delta(delta.kind, block) for block in blocks]
+                self._print(complete, Delta(delta.kind, text))
+            self._growing = Delta(delta.kind, text)
 
     @_undisturbed()
     def end(self) -> None:
         """Print what is left of the answer."""
-        self._print()
+        self._has_ended.set()
+        self._drawing.join()
+        self._print([self._growing], Delta("text", ""))
         self._live.stop()
+
+    def _draw(self) -> None:
+        """Draw the block that grows, until the answer ends."""
+        while not self._has_ended.wait(DRAWING_SECONDS):
+            with self._lock:
+                self._live.refresh()
+
+    def _print(self, complete: list[Delta], growing: Delta) -> None:
+        """Print blocks for good; another one grows below them."""
+        self._growing = growing
+        for block in complete:
+            self._console.print(_Block(block))
 
     def __rich_console__(
         self, console: Console, options: ConsoleOptions
@@ -225,14 +238,8 @@ class Terminal:
                 Text(words if done is None else f"{words}: {done:.0%}")
             )
 
-    def _print(self) -> None:
-        """Print the block that grows, if there is one, for good."""
-        last, self._growing = self._growing, Delta("text", "")
-        if last.text.strip():
-            self._console.print(_Block(last))
 
-
-def _split(kind: str, text: str) -> tuple[str, str]:
+def _split(kind: str, text: str) -> tuple[list[str], str]:
     """Split a text into the blocks that are complete, and the last one.
 
     Only whole lines tell where a block begins. Of reasoning, which is no Markdown, a
@@ -245,5 +252,7 @@ def _split(kind: str, text: str) -> tuple[str, str]:
     else:
         tokens = _PARSER.parse("\n".join(whole))
         starts = [t.map[0] for t in tokens if t.level == 0 and t.map and t.nesting >= 0]
-    start = starts[-1] if starts else 0
-    return "\n".join(lines[:start]).strip("\n"), "\n".join(lines[start:])
+    spans = pairwise([0, *starts])
+    blocks = ["\n".join(lines[start:stop]) for start, stop in spans]
+    last = starts[-1] if starts else 0
+    return [block for block in blocks if block.strip()], "\n".join(lines[last:])

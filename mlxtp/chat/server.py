@@ -12,10 +12,12 @@ from contextlib import contextmanager, suppress
 
 from mlxtp.chat.client import ServerError, printable
 
-# How `mlxtp.serve` tells where it listens.
+PROGRAM = (sys.executable, "-m", "mlxtp.serve")
+
+# How it tells where it listens.
 _ADDRESS = re.compile(r"mlxtp\.serve: (https?://\S+)")
 
-# It lets requests end, and then all ranks.
+# It lets its requests end, and then all ranks.
 END_SECONDS = 60.0
 
 
@@ -26,9 +28,8 @@ class Server:
     """
 
     def __init__(self, arguments: Sequence[str]) -> None:
-        words = [sys.executable, "-m", "mlxtp.serve", "--port", "0", *arguments]
         self._process = subprocess.Popen(
-            words,
+            [*PROGRAM, "--port", "0", *arguments],
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
