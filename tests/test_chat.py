@@ -380,7 +380,7 @@ if "--broken" in sys.argv:
     sys.exit("mlxtp.serve: error: --broken: \\033[2Jwanted another")
 signal.signal(signal.SIGTERM, lambda *_: sys.exit())
 with serving(FakeRanks(loading_seconds=0.5)) as front:
-    print("mlxtp.serve:", front.url, *sys.argv[1:], flush=True)
+    print(f"mlxtp.serve: {{front.url}}, loading", *sys.argv[1:], flush=True)
     time.sleep(100)
 """
 

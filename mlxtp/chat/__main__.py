@@ -28,11 +28,15 @@ from mlxtp.comm.errors import UsageError
 # How often a server that loads is asked how far it is.
 LOADING_SECONDS = 0.2
 
+# How long a server that lost its ranks takes to end.
+LOSS_SECONDS = 10.0
+
 
 def main() -> None:
     """Run the program. A mistake of the person who started it is one line, status 2."""
     for number in (signal.SIGTERM, signal.SIGHUP):
-        signal.signal(number, _leave)
+        if signal.getsignal(number) != signal.SIG_IGN:  # as nohup has it
+            signal.signal(number, _leave)
     for stream in (sys.stdin, sys.stdout):
         if isinstance(stream, TextIOWrapper):
             stream.reconfigure(errors="replace")
@@ -68,7 +72,7 @@ def connected(
         return
     server = Server(arguments)
     try:
-        with explained(server):
+        with explained(server, LOSS_SECONDS):
             client = Client(server.address(), api_key)
             wait_until_loaded(client, display)
         yield client, server

@@ -15,7 +15,7 @@ from mlxtp.chat.client import ServerError, printable
 PROGRAM = (sys.executable, "-m", "mlxtp.serve")
 
 # How it tells where it listens.
-_ADDRESS = re.compile(r"mlxtp\.serve: (https?://\S+)")
+_ADDRESS = re.compile(r"mlxtp\.serve: (https?://[^\s,]+)")
 
 # It lets its requests end, and then all ranks.
 END_SECONDS = 60.0
@@ -63,13 +63,15 @@ class Server:
             raise ServerError(self.last_words())
         return self._address
 
-    def has_ended(self) -> bool:
-        """Whether its process is over, or is about to be: it has closed its output."""
-        return self._process.poll() is not None or not self._reader.is_alive()
+    def has_ended(self, seconds: float = 0.0) -> bool:
+        """Whether its process is over, or is so within so many seconds."""
+        with suppress(subprocess.TimeoutExpired):
+            self._process.wait(seconds)
+        return self._process.returncode is not None
 
     def last_words(self) -> str:
         """Say how it has ended: its status and its last line."""
-        status = self._process.wait(END_SECONDS)
+        status = self._process.wait()
         self._reader.join(1.0)  # a rank that is left may hold its output open
         lines = [line for line in self._last_lines if line]
         said = lines[-1] if lines else "it said nothing"
@@ -87,11 +89,14 @@ class Server:
 
 
 @contextmanager
-def explained(server: Server | None) -> Iterator[None]:
-    """Where a server of our own has ended, say how: that is why it gives no answer."""
+def explained(server: Server | None, seconds: float = 0.0) -> Iterator[None]:
+    """Where a server of our own has ended, say how: that is why it gives no answer.
+
+    `seconds` is how long its end may take after it gave none.
+    """
     try:
         yield
     except ServerError:
-        if server is None or not server.has_ended():
+        if server is None or not server.has_ended(seconds):
             raise
         raise ServerError(server.last_words()) from None
