@@ -103,10 +103,10 @@ class _Scores:
 
     def evaluated(self) -> list[Score]:
         """Return the scores, one for each token."""
-        chosen, top, logprobs = (x.tolist() for x in self.arrays)
+        lists: list[Any] = [x.tolist() for x in self.arrays]
         return [
             Score(x, sorted(zip(*pairs, strict=True), key=lambda pair: -pair[1]))
-            for x, *pairs in zip(chosen, top, logprobs, strict=True)  # type: ignore[arg-type]
+            for x, *pairs in zip(*lists, strict=True)
         ]
 
 
@@ -335,8 +335,9 @@ class Engine:
         """Note what the last pass drew, for the rows that are still there."""
         if self._drawn is None:
             return
-        names, tokens = self._drawn
-        for name, token in zip(names, tokens.tolist(), strict=True):  # type: ignore[arg-type]
+        names, drawn = self._drawn
+        tokens: Any = drawn.tolist()
+        for name, token in zip(names, tokens, strict=True):
             row = self._of.get(name)
             if row is None:
                 continue

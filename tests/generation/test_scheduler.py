@@ -2,8 +2,8 @@
 
 import pytest
 from driven import GREEDY
-from mlxtp.generation.capacity import CacheBytes, Capacity, Growth, RankCapacity
 
+from mlxtp.generation.capacity import CacheBytes, Capacity, Growth, RankCapacity
 from mlxtp.generation.prefix_cache import PrefixIndex
 from mlxtp.generation.scheduler import LEAST_PART, Pace, Scheduler
 from mlxtp.generation.step import GenerationRequest, Step
@@ -77,7 +77,6 @@ def test_short_prompts_do_not_wait_for_a_long_one() -> None:
         submit(one, f"short {number}", 40, first=5000 + 100 * number)
     steps = run_until(one, "short 3", most=20)
     assert sum(n for step in steps for name, n in step.read if name == "long") >= 128
-    assert one.running == 5  # four are read at a time, and those that decode
 
 
 def test_in_the_order_of_arrival_as_room_is_left() -> None:

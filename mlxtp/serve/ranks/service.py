@@ -4,7 +4,7 @@ import time
 from collections.abc import Collection, Iterator
 from dataclasses import dataclass, replace
 
-from mlxtp.generation.engine import Drawn, Result
+from mlxtp.generation.engine import Drawn, Result, Score
 from mlxtp.generation.prefix_cache import PrefixIndex
 from mlxtp.generation.scheduler import Scheduler
 from mlxtp.generation.step import GenerationRequest, Step
@@ -112,7 +112,7 @@ class Service:
                 waiting=scheduler.waiting,
                 cache_use=scheduler.use,
                 prefix_entries=len(prefixes),
-                prefix_bytes=prefixes.nbytes,
+                prefix_bytes=max(prefixes.nbytes),
                 prefix_queries=scheduler.looked_up_tokens,
                 prefix_hits=scheduler.found_tokens,
                 preemptions=scheduler.preemptions,
@@ -191,7 +191,7 @@ class Service:
                     pairs = zip(prompt[1:], scores, strict=False)
                     of_prompt = [
                         None,
-                        *(token_logprob(self._text, x, score) for x, score in pairs),
+                        *(self._logprob(x, score) for x, score in pairs),
                     ]
                 yield Event(
                     name,
@@ -231,7 +231,7 @@ class Service:
             self._end(name)
         logprobs = []
         if drawn.score is not None:
-            logprobs = [token_logprob(self._text, token, drawn.score)]
+            logprobs = [self._logprob(token, drawn.score)]
         return Event(
             name,
             tokens=[token],
@@ -240,6 +240,10 @@ class Service:
             finish=finish,
             stop=answer.stopped,
         )
+
+    def _logprob(self, token: int, score: Score) -> messages.TokenLogprob:
+        tokens, logprobs = zip(*score.top, strict=True) if score.top else ((), ())
+        return token_logprob(self._text, token, score.logprob, tokens, logprobs)
 
     def _end(self, name: str) -> None:
         del self._open[name]
