@@ -27,6 +27,7 @@ from mlx_lm.sample_utils import (
     make_logits_processors,
     make_sampler,
 )
+from mlx_lm.utils import maybe_set_recommended_wired_limit
 
 from mlxtp.generation.agreed import agreed
 from mlxtp.generation.grammar import Grammars, Matcher
@@ -218,6 +219,7 @@ class Engine:
         self._last: _Reader | None = None  # whose prompt was read last
         self._agree = agreed(lambda tokens: tokens, model.comm)
         self._passes = 0
+        maybe_set_recommended_wired_limit()  # of a GPU of Apple's
 
     @property
     def is_busy(self) -> bool:

@@ -286,6 +286,11 @@ class PrefixStore:
                 self._unwritten = [other for other in self._unwritten if other != key]
                 self._files.remove(name_of(tokens))
 
+    @property
+    def has_unwritten(self) -> bool:
+        """Whether there is something for `write_one`."""
+        return bool(self._unwritten)
+
     def write_one(self) -> bool:
         """Write one entry to disk, the oldest first; return whether there was one.
 

@@ -44,6 +44,7 @@ class Step:
         forget: entries of the prefix cache that go.
         join: requests whose prompts are read: they decode from now on.
         read: tokens of prompts to be read in this pass: (id, number).
+        writes: no pass is made: an entry of the prefix cache is written to disk.
         counts: gather what each rank has counted.
         is_idle: nothing is to be done until the next step, which may take days.
         is_end: the job ends.
@@ -55,6 +56,7 @@ class Step:
     forget: tuple[int, ...] = ()
     join: tuple[str, ...] = ()
     read: tuple[tuple[str, int], ...] = ()
+    writes: bool = False
     counts: bool = False
     is_idle: bool = False
     is_end: bool = False

@@ -1,6 +1,7 @@
 """Requests that join, leave and share: each gets the tokens that it gets alone."""
 
 from dataclasses import replace
+from pathlib import Path
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -14,7 +15,9 @@ from metal_kernels import use_plain_operations
 from mlx_lm.generate import generate_step
 from mlx_lm.sample_utils import make_sampler
 from mlx_lm.utils import load_model, load_tokenizer
+from reference import on_rank_0
 from saved_types import saved
+from tiny import Tiny
 
 import mlxtp
 from mlxtp import Communicator
@@ -274,3 +277,28 @@ def test_interrupted_and_gone_on(
     )
     rest.take(request)
     assert rest.run()["x"] == expected[8:]
+
+
+def test_quantized_caches(shared_path: Path, comm: Communicator) -> None:
+    """They stand in no batch; tokens are `stream_generate`'s."""
+    folder = shared_path / "wide"
+    on_rank_0(comm, lambda: Tiny({"head_dim": 32}).save(folder))
+    model, tokenizer = mlxtp.load(folder, comm)
+    driven = Driven(model, comm, concurrency=1, kv_bits=8, kv_group_size=32)
+    prompts = {"a": LONG[:40], "b": LONG[:90]}
+    for name, prompt in prompts.items():
+        driven.submit(name, prompt, max_tokens=8)
+    driven.run()
+    for name, prompt in prompts.items():
+        stream = mlxtp.stream_generate(
+            model,
+            tokenizer,
+            prompt,
+            max_tokens=8,
+            prefill_step_size=37,
+            kv_bits=8,
+            kv_group_size=32,
+            quantized_kv_start=0,
+        )
+        streamed = [response.token for response in stream]
+        assert streamed == driven.tokens[name][: len(streamed)]

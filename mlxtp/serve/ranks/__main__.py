@@ -9,12 +9,15 @@ import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from textwrap import shorten
 from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
 from mlx_lm.models.cache import make_prompt_cache
+from mlx_lm.tokenizer_utils import TokenizerWrapper
 
+import mlxtp
 from mlxtp import loading
 from mlxtp.checkpoint.progress import Advance
 from mlxtp.cluster.job import JobError
@@ -24,6 +27,7 @@ from mlxtp.comm import launcher
 from mlxtp.comm.communicator import Communicator
 from mlxtp.comm.errors import UsageError
 from mlxtp.comm.same_start import check_same_start
+from mlxtp.dryrun.loops import try_options
 from mlxtp.generation.batching import reason_against_batches
 from mlxtp.generation.capacity import Capacity, measure
 from mlxtp.generation.engine import Engine
@@ -56,6 +60,9 @@ SAMPLING = {
     "min_p": (0, 1),
     "repetition_penalty": (0.01, 100),
 }
+
+# Where logits of a prompt are wanted, those of so many tokens are there at once.
+LOGITS_PART = 32
 
 # The part of the memory for caches that the prefix cache may take, where nothing is
 # said: it gives way when requests need it.
@@ -112,6 +119,8 @@ def load(args: Args, comm: Communicator, link: Link | None) -> Job:
         trust_remote_code=args.trust_remote_code,
     )
     tokenizer = prepared.load_tokenizer()
+    if args.kv_bits is not None:
+        check_quantized_caches(args, prepared, tokenizer)
     defaults = sampling_defaults(prepared.location.folder)
     model = prepared.load(
         fetch=args.fetch,
@@ -127,7 +136,7 @@ def load(args: Args, comm: Communicator, link: Link | None) -> Job:
             prepared.rebuild,
             kv_gb=args.kv_gb,
             part=args.prefill_step_size,
-            rows=args.max_concurrency,
+            rows=max(args.max_concurrency, LOGITS_PART),
             kv_bits=args.kv_bits,
             kv_group_size=args.kv_group_size,
             quantized_kv_start=args.quantized_kv_start,
@@ -167,6 +176,7 @@ def load(args: Args, comm: Communicator, link: Link | None) -> Job:
         prefixes,
         concurrency=1 if against else args.max_concurrency,
         part=args.prefill_step_size,
+        logits_part=LOGITS_PART,
         trimmable_below=trimmable_below(make_prompt_cache(model)),
     )
     link.send(
@@ -185,7 +195,7 @@ def load(args: Args, comm: Communicator, link: Link | None) -> Job:
         )
     )
     service = Service(
-        link, text, scheduler, prefixes, context=context, ends=ends, rows=rows
+        link, text, scheduler, prefixes, store, context=context, ends=ends, rows=rows
     )
     return Job(engine, store, service)
 
@@ -204,6 +214,7 @@ def serve(job: Job, comm: Communicator) -> None:
         is_idle = step.is_idle
         if is_idle:
             mx.clear_cache()
+        elif step.writes:
             job.store.write_one()
         else:
             result = job.engine.run(step)
@@ -213,6 +224,32 @@ def serve(job: Job, comm: Communicator) -> None:
             counts = comm.allgather_object(rank_counts(comm))
             if job.service:
                 job.service.tell_counts(counts)
+
+
+def check_quantized_caches(
+    args: Args, prepared: Prepared, tokenizer: TokenizerWrapper
+) -> None:
+    """Generate a few tokens with quantized caches and no weights.
+
+    Raises: UsageError if mlx-lm cannot quantize the caches of this model.
+    """
+    options = {
+        "kv_bits": args.kv_bits,
+        "kv_group_size": args.kv_group_size,
+        "max_tokens": 2,
+    }
+    models = [(prepared.empty.model, prepared.table)]
+    with prepared.comm.agreement():
+        try:
+            try_options(
+                mlxtp.stream_generate, models, tokenizer, options, token=1, length=8
+            )
+        except Exception as error:  # mlx-lm and MLX name no errors for it
+            said = shorten(f"{type(error).__name__}: {error}", 300)
+            raise ValueError(
+                f"--kv-bits {args.kv_bits} in groups of {args.kv_group_size}: "
+                f"{prepared.name} cannot generate: {said}"
+            ) from error
 
 
 def tell(link: Link | None, message: messages.Message) -> None:

@@ -5,7 +5,7 @@ from collections.abc import Collection, Iterator
 from dataclasses import dataclass, replace
 
 from mlxtp.generation.engine import Drawn, Result, Score
-from mlxtp.generation.prefix_cache import PrefixIndex
+from mlxtp.generation.prefix_cache import PrefixIndex, PrefixStore
 from mlxtp.generation.scheduler import Scheduler
 from mlxtp.generation.step import GenerationRequest, Step
 from mlxtp.serve import messages
@@ -37,6 +37,7 @@ class Service:
         text: the tokenizer's work.
         scheduler: decides the steps.
         prefixes: what the prefix cache holds.
+        store: rank 0's part of it.
         context: the most tokens of a request.
         ends: tokens that end a text.
         rows: how many tokens the model knows.
@@ -48,13 +49,14 @@ class Service:
         text: Text,
         scheduler: Scheduler,
         prefixes: PrefixIndex,
+        store: PrefixStore,
         *,
         context: int,
         ends: Collection[int],
         rows: int,
     ) -> None:
         self._link, self._text = link, text
-        self._scheduler, self._prefixes = scheduler, prefixes
+        self._scheduler, self._prefixes, self._store = scheduler, prefixes, store
         self._context, self._ends, self._rows = context, frozenset(ends), rows
         self._open: dict[str, _Open] = {}
         self._step = Step(is_idle=True)
@@ -77,7 +79,9 @@ class Service:
             if not self._scheduler.is_idle:
                 break
             if not self._step.is_idle:
-                self._step, self._last_pass = Step(is_idle=True, counts=True), None
+                self._last_pass = None
+                writes = self._store.has_unwritten
+                self._step = Step(writes=writes, is_idle=not writes, counts=not writes)
                 return self._step
         step = self._scheduler.decide()
         now = time.monotonic()
