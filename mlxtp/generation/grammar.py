@@ -47,6 +47,8 @@ _STRICT: "JsonCompileOptions" = {
     "lenient": False,
     "coerce_one_of": False,
     "whitespace_pattern": r"[\x20\x0A\x0D\x09]{1,65}",
+    # Without u: "\\u0061" would be taken for another name than "a".
+    "json_allowed_escapes": 'bfnrt"\\',
 }
 # OpenAI promises a tool's schema only where the tool is `strict`.
 _LENIENT: "JsonCompileOptions" = {**_STRICT, "lenient": True, "coerce_one_of": True}

@@ -49,7 +49,7 @@ class AnswerText:
         self._start, self._format = start, _format(text, start)
         tokenizer = text.tokenizer
         self._parse = tokenizer.tool_parser or json_tools.parse_tool_call
-        self._shown = text.known - set(tokenizer.eos_token_ids)
+        self._known, self._ends = text.known, tokenizer.eos_token_ids
         self._stops = [*start.stop]
         if start.is_chat and grammar is None:
             self._stops += text.stop
@@ -86,7 +86,7 @@ class AnswerText:
         return self._given()
 
     def _add(self, token: int) -> None:
-        if token in self._shown:
+        if token in self._known and token not in self._ends:
             self._detokenizer.add_token(token)
 
     def _given(self) -> list[Piece]:
