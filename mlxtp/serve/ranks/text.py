@@ -118,7 +118,7 @@ class Text:
             continue_final: the model goes on with the last message, an assistant's.
 
         Returns: "tokens" (L,); "boundaries", lengths of the prompt that another prompt
-            may share: behind the system prompt, and where the next turn goes on;
+            may share: behind system prompt and tools, and where the next turn goes on;
             "initial_state", in which the answer begins: "normal", "reasoning", or one
             of the model's format.
 
@@ -324,21 +324,20 @@ class _Chat:
     def shared_prefixes(self, text: str, *, answers: bool) -> set[int]:
         """Find how much of a prompt other prompts begin with.
 
-        Returns: numbers of characters: of the system prompt, with what comes before any
-            user's words, and up to where the next turn goes on.
+        Returns: numbers of characters: up to where the next turn goes on, and up to the
+            user's first words where a system prompt or tools stand before them.
         """
         *before, last = self.messages
         if answers:
             answered = [*before, {**last, "content": last["content"] + "§"}]
         else:
             answered = [*self.messages, {"role": "assistant", "content": "§"}]
-        system = takewhile(
-            lambda m: m["role"] in ("system", "developer"), self.messages
-        )
-        others: list[list[Message]] = [
-            [*answered, {"role": "user", "content": "§"}],
-            [*system, {"role": "user", "content": "§"}],
-        ]
+        roles = ("system", "developer")
+        system = [*takewhile(lambda m: m["role"] in roles, self.messages)]
+        user = {"role": "user", "content": "§"}
+        others = [[*answered, user]]
+        if system or self._tools:
+            others.append([*system, user])
         result = set()
         for other in others:
             with suppress(ValueError):
