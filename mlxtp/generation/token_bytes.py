@@ -56,7 +56,12 @@ def _spm(name: bytes) -> bytes:
 
 def _bpe(name: str) -> bytes:
     decoder = _byte_decoder()
-    return b"".join(bytes([decoder[c]]) if c in decoder else c.encode() for c in name)
+    try:
+        return bytes(map(decoder.__getitem__, name))
+    except KeyError:  # an added token, written as it is
+        return b"".join(
+            bytes([decoder[c]]) if c in decoder else c.encode() for c in name
+        )
 
 
 def _decoded(

@@ -328,6 +328,37 @@ def test_what_is_taken() -> None:
     grammars.check(of_tool({"not": {}, "format": "odd"}))
 
 
+@pytest.mark.parametrize(
+    ("text", "is_right"),
+    [
+        ('{"a":null}', True),
+        ('{"a":null,"x":"\\n\\"é"}', True),
+        ('{"a":null,"x":1,"b":null}', True),
+        ('{"a":null,"b":1}', False),
+        ('{"a":null,"a":1}', False),
+        ('{"a":null,"\\u0061":1}', False),
+        ('{"a":null,"\\u0062":1}', False),
+        ('{"a":null' + " " * 66 + "}", False),
+        ('{"x":1}', False),
+    ],
+)
+def test_names_that_come_twice(text: str, is_right: bool) -> None:
+    spec = schema(
+        {
+            "type": "object",
+            "properties": {"a": {"type": "null"}},
+            "patternProperties": {"^b": {"type": "null"}},
+            "required": ["a"],
+        }
+    )
+    grammars = Grammars(SHARED, len(SHARED))
+    if is_right:
+        assert grammars.matcher(spec, SHARED.encode(text)).is_over
+    else:
+        with pytest.raises(ValueError, match="cannot be followed"):
+            grammars.matcher(spec, SHARED.encode(text))
+
+
 def test_a_token_that_is_not_allowed() -> None:
     grammars = Grammars(SHARED, len(SHARED))
     [a], [b] = SHARED.encode("a"), SHARED.encode("b")

@@ -1,6 +1,5 @@
 """The text of answers is taken apart, however it is cut into tokens."""
 
-import json
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -103,6 +102,11 @@ CASES = {
         [("reasoning", "so"), ADD, ("text", "!")],
         THINK,
     ),
+    "no call": Case(
+        "minimax_m2",
+        "<minimax:tool_call><invoke name></minimax:tool_call>",
+        [("text", "<minimax:tool_call><invoke name></minimax:tool_call>")],
+    ),
     "no JSON": Case(
         "json_tools",
         "<tool_call>{'a'}</tool_call> <tool_call>[1]</tool_call>.",
@@ -112,6 +116,13 @@ CASES = {
         "glm47",
         "<tool_call>I think</tool_call>",
         [("text", "<tool_call>I think</tool_call>")],
+    ),
+    "minimax_m2": Case(
+        "minimax_m2",
+        '<minimax:tool_call>\n<invoke name="add">\n<parameter name="a">2</parameter>\n'
+        '</invoke>\n<invoke name="weather">\n<parameter name="city">Köln</parameter>\n'
+        "</invoke>\n</minimax:tool_call>",
+        [ADD, WEATHER],
     ),
     "half a surrogate pair": Case(
         "json_tools",
@@ -288,14 +299,11 @@ def test_tokens_without_text(kind: Any) -> None:
 def test_calls_of_a_grammar() -> None:
     tokenizer = byte_level(special=THINK, parser="json_tools", template=TEMPLATE)
     grammar = {"kind": "tools", "tools": TOOLS, "parallel": True}
-    calls = [("add", {"a": 2}), ("weather", {"city": "Köln <think>"})]
-    content = [{"name": name, "arguments": arguments} for name, arguments in calls]
-    array = json.dumps(content, separators=(",", ":"))
+    calls = [("add", '{"a":\n1e400}'), ("weather", '{"city":"Köln <think>"}')]
+    written = [f'{{"name":"{name}","arguments":{text}}}' for name, text in calls]
+    array = f"[{','.join(written)}]"
     tokens = tokenizer.encode(array)
-    expected = [
-        ("tool", {"name": n, "arguments": json.dumps(a, ensure_ascii=False)})
-        for n, a in calls
-    ]
+    expected = [("tool", {"name": name, "arguments": text}) for name, text in calls]
     # Also where the template has opened the reasoning.
     options: dict[str, Any] = {"grammar": grammar, "initial_state": "reasoning"}
     pieces, answer = told(tokenizer, tokens, **options)

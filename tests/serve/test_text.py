@@ -4,11 +4,15 @@ import json
 from pathlib import Path
 from typing import Any
 
+import mlx.core as mx
+import numpy as np
 import pytest
 from mlx_lm.utils import load_tokenizer
 from toy_tokenizers import END, byte_level, naive, sentence_piece
 
 import mlxtp.stories
+from mlxtp.serve.messages import TokenLogprob
+from mlxtp.serve.ranks.logprobs import likeliest, token_logprob
 from mlxtp.serve.ranks.text import Text
 
 pytestmark = pytest.mark.once
@@ -144,14 +148,14 @@ def test_arguments_of_templates() -> None:
     ):
         with pytest.raises(ValueError, match=f"{name} cannot be set"):
             text.chat([HI], template_arguments={name: ""})
-    with pytest.raises(ValueError, match="template has no reasoning_effort"):
+    with pytest.raises(ValueError, match="template takes no argument reasoning_effort"):
         text.chat([HI], template_arguments={"reasoning_effort": "low"})
     with pytest.raises(ValueError, match="tokenize cannot be set"):
         text_of(template_arguments={"tokenize": True})
     # A model that does not reason can be told not to.
     text = text_of(special=[])
     assert text.chat([HI], template_arguments={"enable_thinking": False})
-    with pytest.raises(ValueError, match="template has no enable_thinking"):
+    with pytest.raises(ValueError, match="template takes no argument enable_thinking"):
         text.chat([HI], template_arguments={"enable_thinking": True})
 
 
@@ -246,6 +250,32 @@ def test_tokens_to_text_and_back(kind: Any) -> None:
             text.tokens(wrong)
     with pytest.raises(ValueError, match="needs at least one"):
         text.text("")
+
+
+def test_how_likely_tokens_are() -> None:
+    tokenizer = byte_level([" the", "ab"])
+    text = Text(tokenizer, len(tokenizer) + 2)
+    of = {bytes_: token for token, bytes_ in enumerate(text.bytes_of)}
+    [the, part] = of[b" the"], of[b"\xc3"]
+    logits = np.full((2, text.rows), -np.inf, np.float32)
+    logits[0, [the, part, of[b"ab"]]] = -1, -0.5, -3
+    logits[1, of[b"ab"]] = 0
+    tokens, values = likeliest(mx.array(logits), 2)
+    told = token_logprob(text, of[b"ab"], -3.0, tokens[0].tolist(), values[0].tolist())
+    assert told == TokenLogprob(
+        of[b"ab"],
+        "ab",
+        [97, 98],
+        -3.0,
+        [
+            TokenLogprob(part, "\ufffd", [0xC3], -0.5),
+            TokenLogprob(the, " the", [*b" the"], -1.0),
+        ],
+    )
+    # No infinity: JSON has none.
+    told = token_logprob(text, the, -np.inf, tokens[1].tolist(), values[1].tolist())
+    assert [told.logprob, *(other.logprob for other in told.top)] == [-9999, 0, -9999]
+    assert likeliest(mx.array(logits), 10**6)[0].shape == (2, text.rows)
 
 
 def test_grammars_are_checked() -> None:

@@ -49,7 +49,7 @@ class AnswerText:
         self._start, self._format = start, _format(text, start)
         tokenizer = text.tokenizer
         self._parse = tokenizer.tool_parser or json_tools.parse_tool_call
-        self._shown = text.known - set(tokenizer.eos_token_ids)
+        self._known, self._ends = text.known, tokenizer.eos_token_ids
         self._stops = [*start.stop]
         if start.is_chat and grammar is None:
             self._stops += text.stop
@@ -86,7 +86,7 @@ class AnswerText:
         return self._given()
 
     def _add(self, token: int) -> None:
-        if token in self._shown:
+        if token in self._known and token not in self._ends:
             self._detokenizer.add_token(token)
 
     def _given(self) -> list[Piece]:
@@ -160,6 +160,8 @@ class AnswerText:
             parsed = self._parse(text, self._start.tools)
             calls = parsed if isinstance(parsed, list) else [parsed]
             result = [_checked(call, self._start.tools or ()) for call in calls]
+            if not result:
+                raise ValueError("no call")
         except Exception:  # parsers meet what a model writes, and raise what they like
             self._say(f"{self._format.tool_call_start}{text}{end}")
         else:
@@ -255,7 +257,7 @@ def _checked(call: Any, tools: Sequence[dict[str, Any]]) -> dict[str, str]:
 
 
 def _read_calls(text: str) -> tuple[list[dict[str, str]], str]:
-    """Read an array of calls as far as it goes.
+    """Read an array of calls, as their grammar writes it, as far as it goes.
 
     Returns: the calls, and the text behind the last whole one if the array has no end.
     """
@@ -263,12 +265,13 @@ def _read_calls(text: str) -> tuple[list[dict[str, str]], str]:
     position = 1
     while position < len(text):
         try:
-            call, position = json.JSONDecoder().raw_decode(text, position)
+            call, end = json.JSONDecoder().raw_decode(text, position)
         except ValueError:
             return calls, text[position if calls else 0 :]
-        arguments = _json(call["arguments"])
+        # As the model wrote them: 1e400 is JSON, and would be read as infinity.
+        arguments = text[position : end - 1].partition(',"arguments":')[2]
         calls.append({"name": call["name"], "arguments": arguments})
-        position += 1  # a comma, or the end of the array
+        position = end + 1  # behind a comma, or the end of the array
     return calls, ""
 
 

@@ -46,7 +46,7 @@ _INTERNAL = {
     "messages",
     "raise_exception",
     "strftime_now",
-}
+} - {"documents"}
 _LONGEST_PROMPT = 32 << 20  # characters
 
 
@@ -67,6 +67,7 @@ class Text:
         has_template, has_tools, has_reasoning: the model has a chat template, a form of
             tool calls, a mark for its reasoning.
         stop: texts that end an answer to a chat, beside those of the request.
+        known: the tokens that have a text.
     """
 
     def __init__(
@@ -82,6 +83,7 @@ class Text:
         self.has_template = tokenizer.has_chat_template and not ignore_chat_template
         self.has_tools = tokenizer.has_tool_calling
         self.has_reasoning = tokenizer.has_thinking
+        self.known = frozenset(known_tokens(tokenizer, rows))
         self.stop = () if self.has_template else (PLAIN_STOP,)
         self.notes = []
         if not self.has_template:
@@ -116,7 +118,7 @@ class Text:
             continue_final: the model goes on with the last message, an assistant's.
 
         Returns: "tokens" (L,); "boundaries", lengths of the prompt that another prompt
-            may share: behind the system prompt, and where the next turn goes on;
+            may share: behind system prompt and tools, and where the next turn goes on;
             "initial_state", in which the answer begins: "normal", "reasoning", or one
             of the model's format.
 
@@ -127,7 +129,8 @@ class Text:
             raise ValueError("messages: a chat needs at least one")
         arguments = {**self._arguments, **(template_arguments or {})}
         self._check_arguments(arguments)
-        chat = _Chat(self, [_prepared(m) for m in messages], tools, arguments)
+        prepared = [self._prepared(message) for message in messages]
+        chat = _Chat(self, prepared, tools, arguments)
         text = chat.write(chat.messages, answers=continue_final)
         if len(text) > _LONGEST_PROMPT:
             raise ValueError(
@@ -190,10 +193,17 @@ class Text:
         """The bytes of each token (V,)."""
         return token_bytes(self.tokenizer, self.rows)
 
-    @cached_property
-    def known(self) -> frozenset[int]:
-        """The tokens that have a text."""
-        return frozenset(known_tokens(self.tokenizer, self.rows))
+    def _prepared(self, message: Message) -> Message:
+        """A message as templates want it: with text, and arguments of calls as objects.
+
+        Raises: ValueError if arguments are no JSON object.
+        """
+        result = {**message, "content": message.get("content") or ""}
+        if message["role"] == "developer" and not self._knows("developer"):
+            result["role"] = "system"
+        if calls := message.get("tool_calls"):
+            result["tool_calls"] = [_prepared_call(call) for call in calls]
+        return result
 
     def _encoded(self, text: str) -> list[int]:
         # A template writes special tokens itself; ours does not know them.
@@ -217,9 +227,7 @@ class Text:
             if name == "enable_thinking" and not value and not self.has_reasoning:
                 continue
             if not self._knows(name):
-                raise ValueError(
-                    f"chat_template_kwargs: the model's chat template has no {name}"
-                )
+                raise ValueError(f"the model's chat template takes no argument {name}")
 
     def _knows(self, name: str) -> bool:
         """The template reads a variable of this name; a program may read any."""
@@ -316,37 +324,25 @@ class _Chat:
     def shared_prefixes(self, text: str, *, answers: bool) -> set[int]:
         """Find how much of a prompt other prompts begin with.
 
-        Returns: numbers of characters: of the system prompt, with what comes before any
-            user's words, and up to where the next turn goes on.
+        Returns: numbers of characters: up to where the next turn goes on, and up to the
+            user's first words where a system prompt or tools stand before them.
         """
         *before, last = self.messages
         if answers:
             answered = [*before, {**last, "content": last["content"] + "§"}]
         else:
             answered = [*self.messages, {"role": "assistant", "content": "§"}]
-        system = takewhile(
-            lambda m: m["role"] in ("system", "developer"), self.messages
-        )
-        others: list[list[Message]] = [
-            [*answered, {"role": "user", "content": "§"}],
-            [*system, {"role": "user", "content": "§"}],
-        ]
+        roles = ("system", "developer")
+        system = [*takewhile(lambda m: m["role"] in roles, self.messages)]
+        user = {"role": "user", "content": "§"}
+        others = [[*answered, user]]
+        if system or self._tools:
+            others.append([*system, user])
         result = set()
         for other in others:
             with suppress(ValueError):
                 result.add(_common(text, self.write(other)))
         return result
-
-
-def _prepared(message: Message) -> Message:
-    """A message as templates want it: with text, and arguments of calls as objects.
-
-    Raises: ValueError if arguments are no JSON object.
-    """
-    result = {**message, "content": message.get("content") or ""}
-    if calls := message.get("tool_calls"):
-        result["tool_calls"] = [_prepared_call(call) for call in calls]
-    return result
 
 
 def _prepared_call(call: Mapping[str, Any]) -> dict[str, Any]:
