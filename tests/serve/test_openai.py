@@ -650,11 +650,14 @@ def test_who_hangs_up_is_cancelled() -> None:
         streamed["messages"] = user("abc\nhang:")
         hang_up_after(front, "/v1/chat/completions", {**streamed, "n": 2}, b'"c"')
         until(lambda: len(fake.cancelled) == 3)
-        completion = {"prompt": ["hang:", "hang:"]}  # one decodes, one waits
-        with front.connected("/v1/completions", completion):
-            until(lambda: front.ranks.running_and_waiting() == (1, 1))
-        until(lambda: len(fake.cancelled) == 5)
-        assert not front.ranks.generations
+        for path, body in (  # one decodes, one waits
+            ("/v1/completions", {"prompt": ["hang:", "hang:"]}),
+            ("/v1/chat/completions", {**asked, "n": 2}),
+        ):
+            with front.connected(path, body):
+                until(lambda: front.ranks.running_and_waiting() == (1, 1))
+            until(lambda: not front.ranks.generations)
+        until(lambda: len(fake.cancelled) == len(fake.starts) == 7)
         answer = front.post("/v1/completions", {"prompt": "fine"})
         assert answer.json()["choices"][0]["text"] == "fine"
 
