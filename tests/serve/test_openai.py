@@ -169,6 +169,7 @@ def test_a_stream_ends_with_done(front: Front) -> None:
     ("name", "value", "setting", "expected"),
     [
         ("temperature", 0, "temperature", 0),
+        ("temperature", 1e-30, "temperature", 0),
         ("top_p", 0.5, "top_p", 0.5),
         ("top_k", 7, "top_k", 7),
         ("top_k", -1, "top_k", 0),
@@ -675,6 +676,10 @@ def test_a_full_queue() -> None:
             assert "1 requests run, 2 wait" in answer.json()["error"]["message"]
             answer = front.post("/v1/completions", {"prompt": "a", "n": 4})
             assert answer.status_code == 400 and "at most 3" in answer.text
+            encoded = len(front.fake.calls)
+            many = {"prompt": ["a"] * 128, "n": 128}
+            assert front.post("/v1/completions", many).status_code == 400
+            assert len(front.fake.calls) == encoded
         until(lambda: not front.ranks.generations)
 
 
