@@ -225,6 +225,12 @@ def test_what_the_model_said_in_a_row_is_one_message_until_it_begins_again(
     ]
 
 
+def test_no_item_is_blank(client: openai.OpenAI) -> None:
+    response = create(client, "think: h\n\n \ncall: add\n\n", tools=[ADD])
+    assert [item.type for item in response.output] == ["reasoning", "function_call"]
+    assert create(client, "\n Hi").output_text == "\n Hi"
+
+
 def test_settings(front: Front, client: openai.OpenAI) -> None:
     response = create(
         client,
