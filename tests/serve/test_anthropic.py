@@ -3,6 +3,7 @@
 import asyncio
 import json
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
 import anthropic
@@ -243,7 +244,9 @@ def test_settings_and_how_an_answer_ends(
     assert message.content[0].text == "xx"
 
 
-def test_thinking(front: Front, client: anthropic.Anthropic) -> None:
+def test_thinking(
+    front: Front, client: anthropic.Anthropic, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def arguments(**more: Any) -> dict[str, Any]:
         create(client, "Hi", **more)
         given: dict[str, Any] = asked(front)["template_arguments"]
@@ -263,6 +266,10 @@ def test_thinking(front: Front, client: anthropic.Anthropic) -> None:
         e["delta"]["type"] for e in events if e.get("index") == 0 and "delta" in e
     ]
     assert deltas == ["signature_delta"]
+    # Agents ask every model to think: one that cannot answers all the same.
+    ready = replace(READY, reasoning_arguments=[])
+    monkeypatch.setattr(front.ranks, "ready", ready)
+    assert arguments(thinking=on) == {}
 
 
 def test_a_schema(front: Front, client: anthropic.Anthropic) -> None:

@@ -3,15 +3,23 @@
 import asyncio
 import json
 from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import openai
 import pytest
+from fake_ranks import READY
 from front import Front, serving, until
 from openai.types.responses import Response, ResponseStreamEvent
 from pydantic import BaseModel, TypeAdapter
 
-from mlxtp.serve.front import streaming
+from mlxtp.generation.settings import Settings
+from mlxtp.serve.front import anthropic, responses, streaming
+from mlxtp.serve.front.errors import Refusal
+from mlxtp.serve.front.fields import Fields
+from mlxtp.serve.front.ranks import Generation, Ranks
+from mlxtp.serve.messages import Start
 
 pytestmark = pytest.mark.once
 
@@ -221,6 +229,12 @@ def test_what_the_model_said_in_a_row_is_one_message_until_it_begins_again(
     ]
 
 
+def test_no_item_is_blank(client: openai.OpenAI) -> None:
+    response = create(client, "think: h\n\n \ncall: add\n\n", tools=[ADD])
+    assert [item.type for item in response.output] == ["reasoning", "function_call"]
+    assert create(client, "\n Hi").output_text == "\n Hi"
+
+
 def test_settings(front: Front, client: openai.OpenAI) -> None:
     response = create(
         client,
@@ -259,6 +273,23 @@ def test_settings(front: Front, client: openai.OpenAI) -> None:
     assert asked(front)["template_arguments"]["enable_thinking"] is False
     last = streamed(front, "Hello", max_output_tokens=3)[-1]
     assert last["type"] == "response.incomplete"
+
+
+def test_an_effort_goes_to_the_arguments_that_the_template_reads(
+    front: Front, client: openai.OpenAI, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def template_reads(*names: str) -> None:
+        ready = replace(READY, reasoning_arguments=list(names))
+        monkeypatch.setattr(front.ranks, "ready", ready)
+
+    template_reads("reasoning_effort")
+    create(client, "Hi", reasoning={"effort": "low"})
+    assert asked(front)["template_arguments"] == {"reasoning_effort": "low"}
+    template_reads()
+    create(client, "Hi", reasoning={"effort": "none"})
+    assert asked(front)["template_arguments"] == {}
+    with pytest.raises(openai.BadRequestError, match="reasoning effort 'low'"):
+        create(client, "Hi", reasoning={"effort": "low"})
 
 
 def test_reasoning_as_a_summary(front: Front, client: openai.OpenAI) -> None:
@@ -399,6 +430,13 @@ def test_what_cannot_be_honoured_is_refused_by_name(
     assert param in error["message"] or param == "model"
 
 
+@pytest.mark.parametrize("body", [responses.Body, anthropic.Body])
+def test_the_docs_name_every_field(body: type[Fields]) -> None:
+    page = Path(__file__).parents[2] / "docs" / "serving.md"
+    section = page.read_text().partition("## Other interfaces")[2]
+    assert {name for name in body.model_fields if f"`{name}`" not in section} == set()
+
+
 def test_what_changes_no_answer_is_taken(front: Front) -> None:
     body = {
         "background": False,
@@ -435,6 +473,22 @@ def test_an_error_in_the_middle_of_an_answer(
         create(client, "error: no memory\n")
     with pytest.raises(openai.BadRequestError, match="no memory"):
         create(client, "mistake: no memory\n")
+
+
+def test_an_error_after_a_long_wait_ends_a_stream_that_has_not_begun() -> None:
+    start = Start(id="1", prompt=[1], settings=Settings(max_tokens=1, seed=0))
+    body = responses.Body(model="small", input="x")
+    ranks = Ranks()
+    answer = responses.Answer(body, "small", {}, Generation(start, ranks))
+    asyncio.run(ranks.close())
+    lines = answer.failed(Refusal(503, "gone")).splitlines()
+    events = [json.loads(x.removeprefix("data: ")) for x in lines if x[:5] == "data:"]
+    assert [event["sequence_number"] for event in events] == [0, 1, 2]
+    assert [(event["type"], event["response"]["status"]) for event in events] == [
+        ("response.created", "in_progress"),
+        ("response.in_progress", "in_progress"),
+        ("response.failed", "failed"),
+    ]
 
 
 def test_who_hangs_up_is_forgotten_at_once(front: Front, client: openai.OpenAI) -> None:

@@ -20,7 +20,7 @@ from mlxtp.serve.front.conversation import (
 )
 from mlxtp.serve.front.errors import Refusal
 from mlxtp.serve.front.fields import Fields
-from mlxtp.serve.front.pieces import Pieces, effort_arguments
+from mlxtp.serve.front.pieces import Pieces
 from mlxtp.serve.front.ranks import Generation
 from mlxtp.serve.front.streaming import server_sent, stream
 from mlxtp.serve.messages import Event
@@ -31,7 +31,7 @@ router = APIRouter()
 
 
 class Thinking(Fields):
-    """Whether the model is to think. No model keeps to a budget of tokens."""
+    """Whether the model is to think, if it can. None keeps to a budget of tokens."""
 
     type: Literal["enabled", "adaptive", "disabled"]
     budget_tokens: int | None = None
@@ -94,9 +94,6 @@ class Asked(Fields):
         self.check_names()
         choice = self.tool_choice or ToolChoice(type="auto")
         output = self.output_config or OutputConfig()
-        arguments = effort_arguments(output.effort)
-        if self.thinking is not None:
-            arguments["enable_thinking"] = self.thinking.type != "disabled"
         messages = anthropic_input.messages(self.messages, self.system)
         return Conversation(
             messages=messages,
@@ -106,7 +103,10 @@ class Asked(Fields):
             grammar={"kind": "schema", "schema": output.format.schema_}
             if output.format is not None
             else None,
-            template_arguments=arguments,
+            effort=output.effort,
+            thinking=None
+            if self.thinking is None
+            else self.thinking.type != "disabled",
             continue_final=messages[-1]["role"] == "assistant",
         )
 
@@ -200,7 +200,11 @@ class Answer:
 
     def message(self) -> Json:
         """Give the message as it is now."""
-        return {**self._about, "content": self._blocks.done, "usage": self._usage()}
+        return {
+            **self._about,
+            "content": list(self._blocks.done),
+            "usage": self._usage(),
+        }
 
     def _usage(self) -> Json:
         """Count tokens: those of the prompt that were cached stand apart."""

@@ -32,6 +32,8 @@ class Conversation:
         parallel_tool_calls: several calls in one answer.
         grammar: what the answer must be, as `Settings.grammar`; None for anything.
         template_arguments: of the chat template, such as `enable_thinking`.
+        effort: how much the model is to reason, in OpenAI's words; "none" is none.
+        thinking: the model is to reason, if it can, or is not to; None leaves it open.
         settings: those that the client gave, in `Settings`' names.
         stop: texts that end the answer.
         continue_final: the answer goes on with the last message, an assistant's.
@@ -44,6 +46,8 @@ class Conversation:
     parallel_tool_calls: bool = True
     grammar: Mapping[str, Any] | None = None
     template_arguments: Mapping[str, Any] = field(default_factory=dict)
+    effort: str | None = None
+    thinking: bool | None = None
     settings: Mapping[str, Any] = field(default_factory=dict)
     stop: Sequence[str] = ()
     continue_final: bool = False
@@ -103,7 +107,7 @@ async def encode(ranks: Ranks, config: Config, conversation: Conversation) -> Pr
 
     Raises: Refusal, Mistake or Unavailable, with what the client is to read.
     """
-    ready_ranks(ranks)
+    ready = ready_ranks(ranks)
     shown, _ = _tools(conversation)
     result = await ranks.call(
         "chat",
@@ -111,11 +115,35 @@ async def encode(ranks: Ranks, config: Config, conversation: Conversation) -> Pr
         tools=[dict(tool) for tool in shown] or None,
         template_arguments={
             **config.template_arguments,
+            **_reasoning_arguments(ready, conversation),
             **conversation.template_arguments,
         },
         continue_final=conversation.continue_final,
     )
     return Prompt(result["tokens"], result["boundaries"], result["initial_state"])
+
+
+def _reasoning_arguments(ready: Ready, conversation: Conversation) -> dict[str, Any]:
+    """The arguments by which a conversation turns reasoning on, off, up or down.
+
+    Raises: Refusal (400) for an effort, where the chat template reads none of them.
+    """
+    arguments: dict[str, Any] = {}
+    effort = conversation.effort
+    if effort is not None:
+        arguments = {"reasoning_effort": effort, "enable_thinking": effort != "none"}
+    if conversation.thinking is not None:
+        arguments["enable_thinking"] = conversation.thinking
+    known = {n: x for n, x in arguments.items() if n in ready.reasoning_arguments}
+    if effort not in (None, "none") and not known:
+        raise Refusal(
+            400,
+            f"reasoning effort {effort!r}: this model's chat template cannot turn "
+            "reasoning up or down",
+            param="reasoning_effort",
+            code="unsupported",
+        )
+    return known
 
 
 def ready_ranks(ranks: Ranks) -> Ready:

@@ -21,7 +21,6 @@ from mlxtp.serve.front.answers import (
 from mlxtp.serve.front.conversation import Conversation, begin_all, checked_model
 from mlxtp.serve.front.errors import Refusal
 from mlxtp.serve.front.fields import Fields, Sampling
-from mlxtp.serve.front.pieces import effort_arguments
 from mlxtp.serve.front.ranks import Generation
 from mlxtp.serve.front.streaming import cancel_all, server_sent, stream
 from mlxtp.serve.messages import TokenLogprob
@@ -257,10 +256,8 @@ class ChatCompletion(Sampling):
             tool_choice=self.tool_choice or "auto",
             parallel_tool_calls=self.parallel_tool_calls is not False,
             grammar=None if answer is None else answer.grammar(),
-            template_arguments={
-                **effort_arguments(self.reasoning_effort),
-                **(self.chat_template_kwargs or {}),
-            },
+            template_arguments=self.chat_template_kwargs or {},
+            effort=self.reasoning_effort,
             settings=given,
             stop=self.stop or [],
             continue_final=self._continues(),

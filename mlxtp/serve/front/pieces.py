@@ -36,10 +36,3 @@ class Pieces:
                     continue
                 self._is_blank, value = False, self._blank
             yield kind, value
-
-
-def effort_arguments(effort: str | None) -> dict[str, Any]:
-    """Give the arguments of the chat template that stand for an effort of reasoning."""
-    if effort is None:
-        return {}
-    return {"reasoning_effort": effort, "enable_thinking": effort != "none"}
