@@ -14,8 +14,12 @@ from front import Front, serving, until
 from openai.types.responses import Response, ResponseStreamEvent
 from pydantic import BaseModel, TypeAdapter
 
+from mlxtp.generation.settings import Settings
 from mlxtp.serve.front import anthropic, responses, streaming
+from mlxtp.serve.front.errors import Refusal
 from mlxtp.serve.front.fields import Fields
+from mlxtp.serve.front.ranks import Generation, Ranks
+from mlxtp.serve.messages import Start
 
 pytestmark = pytest.mark.once
 
@@ -223,6 +227,12 @@ def test_what_the_model_said_in_a_row_is_one_message_until_it_begins_again(
         {"role": "assistant", "content": "No."},
         {"role": "system", "content": "late"},
     ]
+
+
+def test_no_item_is_blank(client: openai.OpenAI) -> None:
+    response = create(client, "think: h\n\n \ncall: add\n\n", tools=[ADD])
+    assert [item.type for item in response.output] == ["reasoning", "function_call"]
+    assert create(client, "\n Hi").output_text == "\n Hi"
 
 
 def test_settings(front: Front, client: openai.OpenAI) -> None:
@@ -463,6 +473,22 @@ def test_an_error_in_the_middle_of_an_answer(
         create(client, "error: no memory\n")
     with pytest.raises(openai.BadRequestError, match="no memory"):
         create(client, "mistake: no memory\n")
+
+
+def test_an_error_after_a_long_wait_ends_a_stream_that_has_not_begun() -> None:
+    start = Start(id="1", prompt=[1], settings=Settings(max_tokens=1, seed=0))
+    body = responses.Body(model="small", input="x")
+    ranks = Ranks()
+    answer = responses.Answer(body, "small", {}, Generation(start, ranks))
+    asyncio.run(ranks.close())
+    lines = answer.failed(Refusal(503, "gone")).splitlines()
+    events = [json.loads(x.removeprefix("data: ")) for x in lines if x[:5] == "data:"]
+    assert [event["sequence_number"] for event in events] == [0, 1, 2]
+    assert [(event["type"], event["response"]["status"]) for event in events] == [
+        ("response.created", "in_progress"),
+        ("response.in_progress", "in_progress"),
+        ("response.failed", "failed"),
+    ]
 
 
 def test_who_hangs_up_is_forgotten_at_once(front: Front, client: openai.OpenAI) -> None:

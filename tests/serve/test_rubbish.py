@@ -92,7 +92,7 @@ def check(front: Front, path: str, content: bytes) -> None:
         assert "server_error" not in answer.text and "api_error" not in answer.text
 
 
-@settings(max_examples=120, suppress_health_check=list(HealthCheck))
+@settings(max_examples=80, suppress_health_check=list(HealthCheck))
 @given(data=st.data())
 def test_bodies(front: Front, names: dict[str, list[str]], data: st.DataObject) -> None:
     path = data.draw(st.sampled_from(sorted(BODIES)))

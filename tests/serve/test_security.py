@@ -1,5 +1,6 @@
 """Who is let in, and how much they may send."""
 
+import asyncio
 import json
 import socket
 from collections.abc import Iterator
@@ -10,10 +11,12 @@ from fake_ranks import FakeRanks
 from front import Front, serving, until
 
 from mlxtp.serve.front import security
+from mlxtp.serve.front.config import Config
 
 pytestmark = pytest.mark.once
 
 BODY = {"prompt": "a"}
+HOST = [(b"host", b"localhost")]
 SITE = "https://chat.example"
 PATHS = ("/v1/models", "/metrics", "/cluster", "/openapi.json", "/nothing")
 
@@ -154,6 +157,37 @@ def test_requests_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
             answer = front.get("/health")
             assert answer.status_code == 429 and answer.headers["retry-after"] == "1"
         until(lambda: front.get("/health").status_code == 200)
+
+
+def test_who_does_not_read(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Is let go: an answer that nobody reads holds no place for ever."""
+    monkeypatch.setattr(security, "SEND_SECONDS", 0.05)
+    ended = []
+
+    async def app(scope: Any, receive: Any, send: Any) -> None:
+        try:
+            await send({"type": "http.response.start", "status": 200})
+        finally:
+            ended.append(scope["path"])
+
+    async def request() -> None:
+        scope = {"type": "http", "path": "/", "method": "GET", "headers": HOST}
+        parts = [{"type": "http.request"}]
+
+        async def receive() -> Any:
+            return parts.pop() if parts else await asyncio.Event().wait()
+
+        async def send(message: Any) -> None:
+            await asyncio.Event().wait()
+
+        guard = security.Guard(app, Config(("small",)))
+        await asyncio.wait_for(guard(scope, receive, send), 10)
+
+    asyncio.run(request())
+    assert ended == ["/"]
+    assert "read nothing" in caplog.text
 
 
 @pytest.mark.parametrize(

@@ -200,7 +200,11 @@ class Answer:
 
     def message(self) -> Json:
         """Give the message as it is now."""
-        return {**self._about, "content": self._blocks.done, "usage": self._usage()}
+        return {
+            **self._about,
+            "content": list(self._blocks.done),
+            "usage": self._usage(),
+        }
 
     def _usage(self) -> Json:
         """Count tokens: those of the prompt that were cached stand apart."""

@@ -17,6 +17,9 @@ from mlxtp.serve.front.errors import Refusal
 from mlxtp.serve.front.ranks import Generation, Mistake, Ranks
 from mlxtp.serve.messages import Ready, Start
 
+# Below this the likeliest token is taken: logits divided by less are no numbers.
+LEAST_TEMPERATURE = 1e-4
+
 
 @dataclass(frozen=True)
 class Conversation:
@@ -76,6 +79,7 @@ async def begin_all(
     Raises: Refusal, Mistake or Unavailable, with what the client is to read.
     """
     ready = ready_ranks(ranks)
+    check_room(ranks, config, count)
     shown, grammar = _tools(conversation)
     prompt = await encode(ranks, config, conversation)
     if grammar is not None:
@@ -236,6 +240,9 @@ def complete(
     return replace(
         settings,
         max_tokens=room if most is None else min(most, room),
+        temperature=0
+        if settings.temperature < LEAST_TEMPERATURE
+        else settings.temperature,
         top_k=0 if settings.top_k >= ready.vocabulary else settings.top_k,
     )
 
@@ -258,22 +265,21 @@ def choices(start: Start, count: int) -> list[Start]:
     ]
 
 
-def admit(ranks: Ranks, config: Config, starts: Sequence[Start]) -> list[Generation]:
-    """Hand requests to the ranks, all or none.
+def check_room(ranks: Ranks, config: Config, count: int) -> None:
+    """Look whether the queue has room for so many requests.
 
-    Raises: Refusal: 429 where the queue has no room for them, 400 where it never has.
+    Raises: Refusal: 429 where it has none, 400 where it never has.
     """
-    ready_ranks(ranks)
     room = config.max_concurrency + config.max_queue
-    if len(starts) > room:
+    if count > room:
         raise Refusal(
             400,
-            f"the request asks for {len(starts)} answers at once; this server takes at "
-            f"most {room}",
+            f"the request asks for {count} answers at once; this server takes at most "
+            f"{room}",
             param="n",
         )
     running, waiting = ranks.running_and_waiting()
-    if running + waiting + len(starts) > room:
+    if running + waiting + count > room:
         raise Refusal(
             429,
             f"the queue is full: {running} requests run, {waiting} wait, and together "
@@ -281,6 +287,15 @@ def admit(ranks: Ranks, config: Config, starts: Sequence[Start]) -> list[Generat
             code="queue_full",
             retry_seconds=1,
         )
+
+
+def admit(ranks: Ranks, config: Config, starts: Sequence[Start]) -> list[Generation]:
+    """Hand requests to the ranks, all or none.
+
+    Raises: Refusal, as `check_room` and `ready_ranks`.
+    """
+    ready_ranks(ranks)  # both may have changed while prompts were encoded
+    check_room(ranks, config, len(starts))
     return [ranks.start(start) for start in starts]
 
 

@@ -87,7 +87,6 @@ class Answer:
     def __init__(
         self, body: Body, model: str, names: Mapping[str, Json], generation: Generation
     ) -> None:
-        self._body = body
         self._names = names
         self._generation = generation
         self._items = Items()
@@ -104,19 +103,16 @@ class Answer:
 
         Raises: Mistake or Unavailable where the generation fails.
         """
-        has_begun = False
         async for event in self._generation:
-            if not has_begun:
-                has_begun = True
-                for kind in ("created", "in_progress"):
-                    yield self._numbered(
-                        {"type": f"response.{kind}", "response": self.response()}
-                    )
-            for told in self._told(event):
+            for told in [*self._begun(), *self._told(event)]:
                 yield self._numbered(told)
-        yield self._numbered(
-            {"type": f"response.{self._about['status']}", "response": self.response()}
-        )
+        yield self._numbered(self._state(self._about["status"]))
+
+    def _begun(self) -> Iterator[Json]:
+        """The events that a stream begins with, if it has not begun."""
+        if not self._number:
+            yield self._state("created")
+            yield self._state("in_progress")
 
     def _told(self, event: Event) -> Iterator[Json]:
         """What has become of the items in a step."""
@@ -143,6 +139,7 @@ class Answer:
 
     def failed(self, error: Refusal) -> str:
         """End a stream with an error."""
+        begun = list(self._begun())
         for _ in self._items.close("incomplete"):
             pass  # nobody waits for its events
         code = "invalid_prompt" if error.status == 400 else "server_error"
@@ -150,12 +147,12 @@ class Answer:
             "status": "failed",
             "error": {"code": code, "message": error.message},
         }
-        event = {"type": "response.failed", "response": self.response()}
-        return sent(self._numbered(event))
+        events = [*begun, self._state("failed")]
+        return "".join(sent(self._numbered(event)) for event in events)
 
     def response(self) -> Json:
         """Give the response as it is now."""
-        response = {**self._about, "output": self._items.done}
+        response = {**self._about, "output": list(self._items.done)}
         if response["status"] in ("completed", "incomplete"):
             response["usage"] = self._usage()
         return response
@@ -175,6 +172,10 @@ class Answer:
             },
             "total_tokens": read + made,
         }
+
+    def _state(self, name: str) -> Json:
+        """The event that gives the whole response, in this state."""
+        return {"type": f"response.{name}", "response": self.response()}
 
     def _numbered(self, event: Json) -> Json:
         self._number += 1
@@ -307,7 +308,7 @@ def _about(body: Body, model: str, generation: Generation) -> Json:
         "reasoning": {"effort": reasoning.effort, "summary": reasoning.summary},
         "store": False,
         "temperature": settings.temperature,
-        "text": {"format": shown.model_dump(by_alias=True, exclude_none=True)},
+        "text": {"format": shown.model_dump(by_alias=True, exclude_unset=True)},
         "tool_choice": body.tool_choice or "auto",
         "tools": body.tools or [],
         "top_logprobs": body.top_logprobs or 0,
