@@ -139,9 +139,7 @@ class Ready:
     is_batched: bool
     notes: list[str] = field(default_factory=list)
     links: str = ""
-    reasoning_arguments: list[str] = field(
-        default_factory=lambda: ["enable_thinking", "reasoning_effort"]
-    )
+    reasoning_arguments: list[str] = field(default_factory=list)
 
 
 @dataclass(frozen=True)

@@ -62,6 +62,7 @@ READY = messages.Ready(
     has_reasoning=True,
     is_batched=True,
     links="ring over TCP",
+    reasoning_arguments=["enable_thinking", "reasoning_effort"],
 )
 
 

@@ -61,6 +61,9 @@ SAMPLING = {
     "repetition_penalty": (0.01, 100),
 }
 
+# Arguments of chat templates that turn reasoning on, off, up or down.
+REASONING = ("enable_thinking", "reasoning_effort")
+
 # Where logits of a prompt are wanted, those of so many tokens are there at once.
 LOGITS_PART = 32
 
@@ -192,6 +195,7 @@ def load(args: Args, comm: Communicator, link: Link | None) -> Job:
             is_batched=against is None,
             notes=[*text.notes, *notes(against, context, prepared.config)],
             links=comm.describe(),
+            reasoning_arguments=[x for x in REASONING if text.reads(x)],
         )
     )
     service = Service(

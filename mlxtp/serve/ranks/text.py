@@ -91,7 +91,7 @@ class Text:
                 "the model has no chat template: chats are written plainly, as "
                 "'User: ...' and 'Assistant: ...', tools as JSON"
             )
-        elif not self.has_tools and self._knows("tools"):
+        elif not self.has_tools and self.reads("tools"):
             self.notes.append(
                 "mlx-lm has no parser for this model's tool calls: they are expected "
                 'as <tool_call>{"name": ..., "arguments": ...}</tool_call>'
@@ -199,7 +199,7 @@ class Text:
         Raises: ValueError if arguments are no JSON object.
         """
         result = {**message, "content": message.get("content") or ""}
-        if message["role"] == "developer" and not self._knows("developer"):
+        if message["role"] == "developer" and not self.reads("developer"):
             result["role"] = "system"
         if calls := message.get("tool_calls"):
             result["tool_calls"] = [_prepared_call(call) for call in calls]
@@ -226,11 +226,11 @@ class Text:
                 raise ValueError(f"chat_template_kwargs: {name} cannot be set")
             if name == "enable_thinking" and not value and not self.has_reasoning:
                 continue
-            if not self._knows(name):
+            if not self.reads(name):
                 raise ValueError(f"the model's chat template takes no argument {name}")
 
-    def _knows(self, name: str) -> bool:
-        """The template reads a variable of this name; a program may read any."""
+    def reads(self, name: str) -> bool:
+        """Whether the template reads a variable of this name; a program may any."""
         if not self.has_template:
             return re.search(rf"\b{re.escape(name)}\b", PLAIN_TEMPLATE) is not None
         template = self.tokenizer.chat_template
