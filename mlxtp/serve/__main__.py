@@ -80,12 +80,10 @@ def check_first_host(file: str | None, given: Allocation | None) -> None:
     """
     if file is not None:
         try:
-            first, source = (
-                hostfile.by_rank(hostfile.read(file))[0],
-                f"--hostfile {file}",
-            )
+            first = hostfile.by_rank(hostfile.read(file))[0]
         except ValueError as error:
             raise JobError(str(error)) from None
+        source = f"--hostfile {file}"
     elif given is not None:
         first, source = given.hosts[0], f"{given.system}'s hosts"
     else:
