@@ -78,7 +78,7 @@ class Asked(Fields):
 
     model: str
     messages: list[anthropic_input.Message] = Field(min_length=1)
-    system: str | list[Json] | None = None
+    system: str | list[Any] | None = None
     tools: list[Any] | None = None
     tool_choice: ToolChoice | None = None
     thinking: Thinking | None = None
@@ -192,7 +192,7 @@ class Answer:
         match event.finish:
             case "tool_calls":
                 return "tool_use"
-            case "length" if len(self._generation.tokens) < self._max_tokens:
+            case "length" if self._pieces.tokens < self._max_tokens:
                 return "model_context_window_exceeded"
             case "length":
                 return "max_tokens"
@@ -209,7 +209,7 @@ class Answer:
             "input_tokens": len(self._generation.start.prompt) - cached,
             "cache_creation_input_tokens": 0,
             "cache_read_input_tokens": cached,
-            "output_tokens": len(self._generation.tokens),
+            "output_tokens": self._pieces.tokens,
             "output_tokens_details": {"thinking_tokens": self._pieces.reasoning_tokens},
         }
 
@@ -274,7 +274,7 @@ def _choice(choice: ToolChoice) -> str | dict[str, str]:
             if choice.name is None:
                 raise Refusal(
                     400,
-                    "tool_choice of type tool needs a name",
+                    "tool_choice.name is wanted where the type is tool",
                     param="tool_choice.name",
                 )
             return {"name": choice.name}

@@ -17,26 +17,6 @@ from mlxtp.serve.front.errors import Refusal
 from mlxtp.serve.front.ranks import Generation, Mistake, Ranks
 from mlxtp.serve.messages import Ready, Start
 
-# Arguments of `apply_chat_template` that are the server's own.
-RESERVED_ARGUMENTS = {
-    "add_generation_prompt",
-    "chat_template",
-    "continue_final_message",
-    "conversation",
-    "documents",
-    "max_length",
-    "messages",
-    "padding",
-    "return_assistant_tokens_mask",
-    "return_dict",
-    "return_tensors",
-    "self",
-    "tokenize",
-    "tokenizer_kwargs",
-    "tools",
-    "truncation",
-}
-
 
 @dataclass(frozen=True)
 class Conversation:
@@ -121,13 +101,6 @@ async def encode(ranks: Ranks, config: Config, conversation: Conversation) -> Pr
     """
     ready_ranks(ranks)
     shown, _ = _tools(conversation)
-    reserved = sorted(RESERVED_ARGUMENTS & conversation.template_arguments.keys())
-    if reserved:
-        raise Refusal(
-            400,
-            f"the server itself gives the chat template {', '.join(reserved)}",
-            param="chat_template_kwargs",
-        )
     result = await ranks.call(
         "chat",
         messages=[dict(message) for message in conversation.messages],

@@ -21,6 +21,7 @@ from mlxtp.serve.front.answers import (
 from mlxtp.serve.front.conversation import Conversation, begin_all, checked_model
 from mlxtp.serve.front.errors import Refusal
 from mlxtp.serve.front.fields import Fields, Sampling
+from mlxtp.serve.front.pieces import effort_arguments
 from mlxtp.serve.front.ranks import Generation
 from mlxtp.serve.front.streaming import cancel_all, server_sent, stream
 from mlxtp.serve.messages import TokenLogprob
@@ -147,6 +148,8 @@ class Tool(Fields):
             function["description"] = self.function.description
         empty = {"type": "object", "properties": {}}
         function["parameters"] = self.function.parameters or empty
+        if self.function.strict:
+            function["strict"] = True
         return {"type": "function", "function": function}
 
 
@@ -254,18 +257,14 @@ class ChatCompletion(Sampling):
             tool_choice=self.tool_choice or "auto",
             parallel_tool_calls=self.parallel_tool_calls is not False,
             grammar=None if answer is None else answer.grammar(),
-            template_arguments=self._template_arguments(),
+            template_arguments={
+                **effort_arguments(self.reasoning_effort),
+                **(self.chat_template_kwargs or {}),
+            },
             settings=given,
             stop=self.stop or [],
             continue_final=self._continues(),
         )
-
-    def _template_arguments(self) -> dict[str, Any]:
-        arguments: dict[str, Any] = {}
-        if self.reasoning_effort is not None:
-            arguments["reasoning_effort"] = self.reasoning_effort
-            arguments["enable_thinking"] = self.reasoning_effort != "none"
-        return arguments | (self.chat_template_kwargs or {})
 
     def _continues(self) -> bool:
         """Whether the answer goes on with the last message."""

@@ -43,9 +43,12 @@ class Reasoning(Fields):
 
 
 class Format(Fields):
-    """What the text of the answer is to be."""
+    """What the text of the answer is to be. A schema holds, `strict` or not."""
 
     type: Literal["text", "json_object", "json_schema"]
+    name: str | None = None
+    description: str | None = None
+    strict: bool | None = None
     schema_: Json | None = Field(default=None, alias="schema")
 
 
@@ -157,7 +160,7 @@ class Answer:
 
     def _usage(self) -> Json:
         read = len(self._generation.start.prompt)
-        made = len(self._generation.tokens)
+        made = self._pieces.tokens
         return {
             "input_tokens": read,
             "input_tokens_details": {
@@ -284,7 +287,7 @@ def _about(body: Body, model: str, generation: Generation) -> Json:
     settings = generation.start.settings
     reasoning = body.reasoning or Reasoning()
     text = body.text or Text()
-    shown = text.format.model_dump(by_alias=True) if text.format else {"type": "text"}
+    shown = text.format or Format(type="text")
     return {
         "id": new_id("resp"),
         "object": "response",
@@ -302,7 +305,7 @@ def _about(body: Body, model: str, generation: Generation) -> Json:
         "reasoning": {"effort": reasoning.effort, "summary": reasoning.summary},
         "store": False,
         "temperature": settings.temperature,
-        "text": {"format": shown},
+        "text": {"format": shown.model_dump(by_alias=True, exclude_none=True)},
         "tool_choice": body.tool_choice or "auto",
         "tools": body.tools or [],
         "top_logprobs": body.top_logprobs or 0,
