@@ -240,16 +240,12 @@ def signals() -> Iterator[tuple[Future, Future]]:
 
 
 async def tell_when_ready(ranks: Ranks) -> None:
-    """Say when requests are answered, and what is special about the model."""
+    """Say when requests are answered, and what the ranks say of the model."""
     await ranks.is_ready.wait()
     ready = ranks.ready
     assert isinstance(ready, Ready)
     count = len(ready.ranks)
     say(f"ready: {ready.model} on {count} ranks, {ready.context:,} tokens of context")
-    if not ready.is_batched:
-        say("requests run one after the other: these caches cannot be batched")
-    if not ready.has_template:
-        say("the model has no chat template: chats get a plain one")
     for note in ready.notes:
         say(note)
 

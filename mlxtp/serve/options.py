@@ -288,9 +288,9 @@ def _add_options_of_ranks(parser: argparse.ArgumentParser) -> None:
     """Add what the ranks are told."""
     job_options.add_options(parser)
     parser.add_argument(
-        "--use-default-chat-template",
+        "--ignore-chat-template",
         action="store_true",
-        help="Use the default chat template of the tokenizer",
+        help="Write chats plainly, as for a model without a template",
     )
     requests = parser.add_argument_group("requests and their caches")
     requests.add_argument(
