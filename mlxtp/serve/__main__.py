@@ -164,7 +164,7 @@ async def serve(
                 f"WARNING: whoever reaches {url(listener)} can use the model: there is "
                 "no key; give --api-key-file FILE"
             )
-        telling = asyncio.create_task(tell_when_ready(ranks))
+        telling = asyncio.create_task(tell_when_ready(ranks, config))
         try:
             await first_of(first, ended, lost, serving)
             if first.done():
@@ -239,13 +239,14 @@ def signals() -> Iterator[tuple[Future, Future]]:
             loop.remove_signal_handler(number)
 
 
-async def tell_when_ready(ranks: Ranks) -> None:
+async def tell_when_ready(ranks: Ranks, config: Config) -> None:
     """Say when requests are answered, and what the ranks say of the model."""
     await ranks.is_ready.wait()
     ready = ranks.ready
     assert isinstance(ready, Ready)
-    count = len(ready.ranks)
-    say(f"ready: {ready.model} on {count} ranks, {ready.context:,} tokens of context")
+    name, count = config.model_names[0], len(ready.ranks)
+    on_ranks = "one rank" if count == 1 else f"{count} ranks"
+    say(f"ready: {name} on {on_ranks}, {ready.context:,} tokens of context")
     for note in ready.notes:
         say(note)
 

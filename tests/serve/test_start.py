@@ -289,7 +289,7 @@ def test_draining(start, capfd: pytest.CaptureFixture[str]) -> None:
     assert command.startswith(sys.executable)
     assert listening.startswith("mlxtp.serve: http://127.0.0.1:")
     assert "loading stories on one rank; --ranks N or" in listening
-    assert ready == "mlxtp.serve: ready: fake-model on 5 ranks, 4,096 tokens of context"
+    assert ready == "mlxtp.serve: ready: stories on 5 ranks, 4,096 tokens of context"
     assert [line.partition(",")[0] for line in rest] == [
         "mlxtp.serve: ends when the requests under way have ended"
     ]
