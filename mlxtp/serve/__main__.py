@@ -80,12 +80,10 @@ def check_first_host(file: str | None, given: Allocation | None) -> None:
     """
     if file is not None:
         try:
-            first, source = (
-                hostfile.by_rank(hostfile.read(file))[0],
-                f"--hostfile {file}",
-            )
+            first = hostfile.by_rank(hostfile.read(file))[0]
         except ValueError as error:
             raise JobError(str(error)) from None
+        source = f"--hostfile {file}"
     elif given is not None:
         first, source = given.hosts[0], f"{given.system}'s hosts"
     else:
@@ -166,7 +164,7 @@ async def serve(
                 f"WARNING: whoever reaches {url(listener)} can use the model: there is "
                 "no key; give --api-key-file FILE"
             )
-        telling = asyncio.create_task(tell_when_ready(ranks))
+        telling = asyncio.create_task(tell_when_ready(ranks, config))
         try:
             await first_of(first, ended, lost, serving)
             if first.done():
@@ -241,17 +239,14 @@ def signals() -> Iterator[tuple[Future, Future]]:
             loop.remove_signal_handler(number)
 
 
-async def tell_when_ready(ranks: Ranks) -> None:
-    """Say when requests are answered, and what is special about the model."""
+async def tell_when_ready(ranks: Ranks, config: Config) -> None:
+    """Say when requests are answered, and what the ranks say of the model."""
     await ranks.is_ready.wait()
     ready = ranks.ready
     assert isinstance(ready, Ready)
-    count = len(ready.ranks)
-    say(f"ready: {ready.model} on {count} ranks, {ready.context:,} tokens of context")
-    if not ready.is_batched:
-        say("requests run one after the other: these caches cannot be batched")
-    if not ready.has_template:
-        say("the model has no chat template: chats get a plain one")
+    name, count = config.model_names[0], len(ready.ranks)
+    on_ranks = "one rank" if count == 1 else f"{count} ranks"
+    say(f"ready: {name} on {on_ranks}, {ready.context:,} tokens of context")
     for note in ready.notes:
         say(note)
 
