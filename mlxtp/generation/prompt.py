@@ -72,28 +72,46 @@ def _render(
 
     def write(last: str) -> str:
         answer = [] if prefill is None else [_message("assistant", prefill)]
-        return tokenizer.apply_chat_template(
+        return rendered(
             [*messages[:-1], {**messages[-1], "content": last}, *answer],
-            tokenize=False,
+            tokenizer,
             continue_final_message=prefill is not None,
             add_generation_prompt=prefill is None,
             **config,
         )
 
     query = messages[-1]["content"]
+    text, marked = write(query), write(f"<query>{query}")
+    begin = marked.find("<query>")
+    if text == marked or (from_last and begin < 0):
+        raise ValueError("the chat template leaves the prompt out")
+    if prefill is not None:
+        check_prefill(text, prefill)
+    return text[begin:] if from_last else text
+
+
+def rendered(
+    messages: Sequence[Message], tokenizer: TokenizerWrapper, **arguments: Any
+) -> str:
+    """Write messages as the chat template does, with arguments for it.
+
+    Templates of tokenizers run in jinja2's sandbox.
+
+    Raises: ValueError, in the template's words, if it raises.
+    """
     try:
-        text, marked = write(query), write(f"<query>{query}")
+        return tokenizer.apply_chat_template(messages, tokenize=False, **arguments)
     except Exception as error:  # templates are programs, and raise what they like
         said = textwrap.shorten(str(error), 200)
         raise ValueError(
             f"the chat template raises {type(error).__name__}: {said}"
         ) from error
-    begin = marked.find("<query>")
-    if text == marked or (from_last and begin < 0):
-        raise ValueError("the chat template leaves the prompt out")
-    if prefill is not None and not text.rstrip().endswith(prefill.strip()):
+
+
+def check_prefill(text: str, prefill: str) -> None:
+    """Raise ValueError if a prompt does not end with the beginning of the response."""
+    if not text.rstrip().endswith(prefill.strip()):
         raise ValueError("the chat template leaves the beginning of the response out")
-    return text[begin:] if from_last else text
 
 
 def tokens_of(

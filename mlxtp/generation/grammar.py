@@ -1,0 +1,297 @@
+"""Structured output: which tokens may come next, so that the text follows a grammar.
+
+Grammars are llguidance's, and so is what they can say. A grammar is plain data:
+
+    {"kind": "json"}                         an object
+    {"kind": "schema", "schema": {...}}      JSON that a JSON schema describes
+    {"kind": "tools", "tools": [...],        an array of {"name", "arguments"}: calls of
+     "parallel": true}                       OpenAI's tools; one if not parallel
+    {"kind": "regex", "pattern": "..."}      Rust's regular expressions, the whole text
+    {"kind": "lark", "grammar": "..."}       llguidance's form of Lark's grammars
+
+With `"after_reasoning": true` the text begins within the model's reasoning; anything is
+allowed up to its end.
+"""
+
+import functools
+import json
+import textwrap
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from llguidance import LLMatcher, LLParserLimits, LLTokenizer, regex_to_lark
+from llguidance import TokenizerWrapper as TokenizerForMatcher
+from mlx_lm.tokenizer_utils import TokenizerWrapper
+from numpy.typing import NDArray
+
+from mlxtp.generation.token_bytes import token_bytes
+
+if TYPE_CHECKING:  # not there at run time
+    from llguidance._lib import JsonCompileOptions
+
+Spec = Mapping[str, Any]
+
+# They count work, not time, so that all ranks come to the same end. A grammar at these
+# limits takes 0.4 s to compile, and 15 ms and 40 MB for a mask.
+_LIMITS = LLParserLimits(
+    max_grammar_size=20_000, max_lexer_states=20_000, verbose_errors=False
+)
+_COMPILED = 32  # grammars that are kept
+_TRIED = 4  # tokens: what is too complex mostly is so behind the first bracket
+# Where one text alone can come next, llguidance would allow only one way to cut it into
+# tokens, its own; the model is to choose.
+_HEADER = '%llguidance {"no_forcing": true}\n'
+# Models get lost in white space: this much still indents 16 levels by 4 spaces.
+_STRICT: "JsonCompileOptions" = {
+    "lenient": False,
+    "coerce_one_of": False,
+    "whitespace_pattern": r"[\x20\x0A\x0D\x09]{1,65}",
+    # Without u: "\\u0061" would be taken for another name than "a".
+    "json_allowed_escapes": 'bfnrt"\\',
+}
+# OpenAI promises a tool's schema only where the tool is `strict`.
+_LENIENT: "JsonCompileOptions" = {**_STRICT, "lenient": True, "coerce_one_of": True}
+
+
+class Grammars:
+    """Compile grammars for a tokenizer; the same on all ranks.
+
+    To make one takes about a second for 128,000 tokens.
+
+    Args:
+        tokenizer: mlx-lm's.
+        rows: V, of the model's vocabulary. Tokens that the tokenizer does not know, and
+            special ones within the text, are never allowed.
+    """
+
+    def __init__(self, tokenizer: TokenizerWrapper, rows: int) -> None:
+        self._wrapped, self._rows = tokenizer, rows
+        ends = sorted(token for token in tokenizer.eos_token_ids if token < rows)
+        self._tokenizer: LLTokenizer | None = None
+        if ends:
+            vocabulary = _Vocabulary(tokenizer, rows, ends)
+            self._tokenizer = LLTokenizer(
+                TokenizerForMatcher(vocabulary), eos_token=ends
+            )
+        self._kept = functools.lru_cache(_COMPILED)(self._compiled)
+
+    def check(self, spec: Spec) -> None:
+        """Compile a grammar and try its first tokens; may run in any thread.
+
+        Nothing of it is kept: what a matcher may still compute must not depend on which
+        grammars one rank has checked.
+
+        Raises: ValueError for what is no grammar, cannot be done, or costs too much.
+        """
+        matcher = Matcher(self._compiled(_source(spec)), self._rows, ())
+        for _ in range(_TRIED):
+            mask = matcher.mask()
+            assert mask is not None
+            if matcher.is_over:
+                break
+            matcher.accept(int(mask.argmax()))
+        self._reasoning_end(spec)
+
+    def matcher(self, spec: Spec, generated: Sequence[int] = ()) -> "Matcher":
+        """Make a matcher for a request that has `generated` (L,) tokens already.
+
+        Raises: ValueError as `check`, or if the tokens do not follow the grammar.
+        """
+        compiled = self._kept(_source(spec)).deep_copy()
+        matcher = Matcher(compiled, self._rows, self._reasoning_end(spec))
+        for token in generated:
+            matcher.accept(token)
+        return matcher
+
+    def _reasoning_end(self, spec: Spec) -> tuple[int, ...]:
+        """The tokens behind which the grammar begins; none for the text's beginning."""
+        if not spec.get("after_reasoning"):
+            return ()
+        if not self._wrapped.think_end_tokens:
+            raise ValueError(
+                "after_reasoning: the model's tokenizer marks no end of its reasoning"
+            )
+        return tuple(self._wrapped.think_end_tokens)
+
+    def _compiled(self, source: str) -> LLMatcher:
+        if self._tokenizer is None:
+            raise ValueError(
+                "a grammar needs a token that ends the text: the tokenizer has none"
+            )
+        matcher = LLMatcher(self._tokenizer, source, limits=_LIMITS, log_level=0)
+        _raise_error(matcher)
+        return matcher
+
+
+class Matcher:
+    """How far a text has followed its grammar."""
+
+    def __init__(
+        self, matcher: LLMatcher, rows: int, reasoning_end: tuple[int, ...]
+    ) -> None:
+        self._matcher, self._rows = matcher, rows
+        self._reasoning_end = reasoning_end
+        self._latest: tuple[int, ...] = ()  # of the reasoning, as many as its end has
+
+    @property
+    def _is_reasoning(self) -> bool:
+        return self._latest != self._reasoning_end
+
+    def mask(self) -> NDArray[np.bool_] | None:
+        """Which tokens (V,) may come next; None for any.
+
+        Raises: ValueError if none may, or if the grammar is too complex here.
+        """
+        if self._is_reasoning:
+            return None
+        packed = np.frombuffer(self._matcher.compute_bitmask(), np.uint8)
+        _raise_error(self._matcher)
+        bits = np.unpackbits(packed, count=self._rows, bitorder="little")
+        return bits.view(np.bool_)
+
+    def accept(self, token: int) -> None:
+        """Go on behind a token.
+
+        Raises: ValueError if it does not follow the grammar.
+        """
+        if self._is_reasoning:
+            length = len(self._reasoning_end)
+            self._latest = (*self._latest, token)[-length:]
+        else:
+            self._matcher.consume_token(token)
+            _raise_error(self._matcher)
+
+    @property
+    def is_over(self) -> bool:
+        """Only a token that ends the text may follow."""
+        return not self._is_reasoning and self._matcher.is_stopped()
+
+
+class _Vocabulary:
+    """What llguidance asks of a tokenizer."""
+
+    bos_token_id = None
+
+    def __init__(
+        self, tokenizer: TokenizerWrapper, rows: int, ends: Sequence[int]
+    ) -> None:
+        self.tokens = token_bytes(tokenizer, rows)
+        self.eos_token_id = ends[0]
+        added = tokenizer.added_tokens_decoder.items()
+        special = {token for token, content in added if content.special}
+        special |= {*tokenizer.all_special_ids, *ends}
+        self.special_token_ids = sorted(token for token in special if token < rows)
+        self._of_byte = {
+            text: token for token, text in enumerate(self.tokens) if len(text) == 1
+        }
+
+    def __call__(self, text: bytes) -> list[int]:
+        """Any tokens of a text: masks do not depend on which."""
+        return [self._of_byte.get(bytes([byte]), 0) for byte in text]
+
+
+def _raise_error(matcher: LLMatcher) -> None:
+    if not matcher.is_error():
+        return
+    said = matcher.get_error().split("\n<")[0]
+    if said == "NoExtensionBias":
+        said = "no token of the model can come next"
+    said = textwrap.shorten(said, 300)
+    raise ValueError(f"the grammar cannot be followed: {said}")
+
+
+def _source(spec: Spec) -> str:
+    """Write a grammar in Lark, as llguidance takes it.
+
+    Raises: ValueError if it is none of the kinds, or has other fields than its kind.
+    """
+    kind = spec.get("kind")
+    if kind not in _KINDS:
+        kinds = ", ".join(_KINDS)
+        raise ValueError(f"the kind of a grammar is {kind!r}: it is one of {kinds}")
+    fields, write = _KINDS[kind]
+    others = sorted({*spec} - {"kind", "after_reasoning", *fields})
+    missing = [name for name in fields if name not in spec]
+    if others or missing:
+        wrong = f"lacks {missing[0]}" if missing else f"has no field {others[0]}"
+        raise ValueError(f"a grammar of kind {kind} {wrong}")
+    try:
+        return _HEADER + write(*(spec[name] for name in fields))
+    except RecursionError:
+        raise ValueError("the grammar is nested too deeply") from None
+
+
+def _json() -> str:
+    return _schema({"type": "object"})
+
+
+def _schema(schema: Mapping[str, Any]) -> str:
+    _check_properties_count(schema)
+    return f"start: {_of_schema(schema, _STRICT)}"
+
+
+def _of_schema(schema: Mapping[str, Any], options: "JsonCompileOptions") -> str:
+    """A schema as a term of a Lark grammar. Options of its own are not heard."""
+    return f"%json {json.dumps({**schema, 'x-guidance': options})}"
+
+
+def _check_properties_count(schema: Any) -> None:
+    """Refuse `minProperties` where a name may come twice, and count as one.
+
+    Raises: ValueError.
+    """
+    if isinstance(schema, list):
+        for part in schema:
+            _check_properties_count(part)
+    if not isinstance(schema, Mapping):
+        return
+    least = schema.get("minProperties")
+    is_open = schema.get("additionalProperties", True) or "patternProperties" in schema
+    if isinstance(least, int) and least > 1 and is_open:
+        raise ValueError(
+            "minProperties above 1 cannot be honoured where names are not given one by "
+            "one: give properties, and additionalProperties false"
+        )
+    for part in schema.values():
+        _check_properties_count(part)
+
+
+def _tools(tools: Sequence[Mapping[str, Any]], parallel: bool) -> str:
+    """An array of calls, without white space around arguments.
+
+    Each schema stands for itself, so that references in it keep their root.
+    """
+    if not tools:
+        raise ValueError("a grammar of kind tools needs a tool")
+    rules = ['start: "[" call' + (' ("," call)*' if parallel else "") + ' "]"']
+    rules.append("call: " + " | ".join(f"call_{i}" for i in range(len(tools))))
+    for i, tool in enumerate(tools):
+        function = tool["function"]
+        name, parameters = function["name"], function.get("parameters") or {}
+        if parameters.get("type", "object") != "object":
+            raise ValueError(f"parameters of tool {name}: their type is not object")
+        open_ = {} if parameters else {"additionalProperties": False}
+        options = _STRICT if function.get("strict") else _LENIENT
+        schema = _of_schema({"type": "object", **open_, **parameters}, options)
+        head = f'{{"name":{json.dumps(name)},"arguments":'
+        rules.append(f'call_{i}: {json.dumps(head)} {schema} "}}"')
+    return "\n".join(rules)
+
+
+def _regex(pattern: str) -> str:
+    return f"start: /{regex_to_lark(pattern, '')}/"
+
+
+def _lark(grammar: str) -> str:
+    return grammar
+
+
+# For each kind its fields, and what writes it.
+_KINDS: dict[Any, tuple[tuple[str, ...], Any]] = {
+    "json": ((), _json),
+    "schema": (("schema",), _schema),
+    "tools": (("tools", "parallel"), _tools),
+    "regex": (("pattern",), _regex),
+    "lark": (("grammar",), _lark),
+}
