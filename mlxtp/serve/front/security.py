@@ -192,8 +192,9 @@ class Guard:
     ) -> None:
         most = self._config.max_body_bytes
         announced = headers.get("content-length", "0")
-        size, is_whole = int(announced) if announced.isdecimal() else 0, False
-        while not is_whole:
+        size = int(announced) if announced.isdecimal() else 0
+        is_whole = False
+        while True:
             if max(size, len(body)) > most:
                 raise Refusal(413, f"the body is longer than {most} bytes")
             if self._body_bytes > BODIES * most:
@@ -203,6 +204,8 @@ class Guard:
                     code="too_many_requests",
                     retry_seconds=1,
                 )
+            if is_whole:
+                return
             message = await receive()
             if message["type"] == "http.disconnect":
                 raise _Gone
