@@ -107,9 +107,14 @@ for (const button of document.querySelectorAll("[data-dismiss]")) {
 by("new").onclick = () => open(conversations.fresh());
 by("notice-close").onclick = () => notice("");
 window.addEventListener("storage", list); // another tab has changed a conversation
-window.addEventListener("pagehide", () => {
-  if (chat.abort) keep(chat.conversation); // what has come of the answer so far
-});
+// A desktop's browser ends requests before `pagehide`; a phone's has nothing before it.
+for (const leaving of ["beforeunload", "pagehide"]) {
+  window.addEventListener(leaving, () => {
+    if (!chat.abort) return;
+    keep(chat.conversation); // what has come of the answer so far
+    chat.stop();
+  });
+}
 settings.setUp();
 open(conversations.fresh());
 new Cluster((isReady, words) => chat.setReady(isReady, words)).follow();
