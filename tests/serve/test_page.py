@@ -206,6 +206,13 @@ def test_conversation(browser, front):
     tab.click("#notice-action")
     assert answers(tab, 2) == ["edited", "and then"]
     assert len(tab.evaluate(titles)) == 2
+
+    # One that is deleted while it is answered does not come back.
+    send(tab, "more\nhang:")
+    tab.wait("document.querySelector('.answer[aria-busy=true]')?.innerText === 'more'")
+    tab.click("#list li:first-child .forget")
+    until(lambda: front.fake.cancelled[-1:] == [front.fake.starts[-1].id])
+    assert tab.evaluate(titles) == ["another hang:"]
     assert tab.complaints() == []
 
 
