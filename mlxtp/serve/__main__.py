@@ -80,7 +80,10 @@ def check_first_host(file: str | None, given: Allocation | None) -> None:
     """
     if file is not None:
         try:
-            first, source = next(iter(hostfile.read(file))), f"--hostfile {file}"
+            first, source = (
+                hostfile.by_rank(hostfile.read(file))[0],
+                f"--hostfile {file}",
+            )
         except ValueError as error:
             raise JobError(str(error)) from None
     elif given is not None:
@@ -148,22 +151,22 @@ async def serve(
         ranks = Ranks()
         try:
             await ranks.listen()
+            front = Front(ranks, config)
             os.environ[FOLDER_VARIABLE] = str(ranks.folder)
             job = start_ranks(args, given)
         except BaseException:
             await ranks.close()
             raise
-        ended = asyncio.ensure_future(asyncio.to_thread(job.wait))
-        lost = asyncio.ensure_future(ranks.is_lost.wait())
-        front = Front(ranks, config)
-        serving = asyncio.ensure_future(front.serve([listener]))
+        ended = asyncio.create_task(asyncio.to_thread(job.wait))
+        lost = asyncio.create_task(ranks.is_lost.wait())
+        serving = asyncio.create_task(front.serve([listener]))
         say(f"{url(listener)}, loading {config.model_names[0]} {where(args, given)}")
         if not (config.api_keys or is_loopback(listener)):
             say(
                 f"WARNING: whoever reaches {url(listener)} can use the model: there is "
                 "no key; give --api-key-file FILE"
             )
-        telling = asyncio.ensure_future(tell_when_ready(ranks))
+        telling = asyncio.create_task(tell_when_ready(ranks))
         try:
             await first_of(first, ended, lost, serving)
             if first.done():
@@ -284,11 +287,12 @@ async def after_loss(ranks: Ranks, ended: Future) -> int:
     await first_of(ended, timeout_seconds=END_SECONDS)
     outcome = ended.result() if ended.done() else Outcome(1, None)
     if outcome.verdict is not None:
-        ranks.lost(outcome.verdict.sentence())
+        words = outcome.verdict.sentence()
     else:
-        ranks.lost(f"the ranks have ended with status {outcome.status}")
+        words = f"the ranks have ended with status {outcome.status}"
         if outcome.status != 2:
-            say(ranks.words)
+            say(words)
+    ranks.lost(words)
     return outcome.status or 1
 
 

@@ -124,6 +124,8 @@ class Ready:
         is_batched: several requests at once; else one after the other.
         notes: lines for the log, such as what the model lacks.
         links: how arrays travel, in words.
+        reasoning_arguments: which arguments that turn reasoning on, off, up or down the
+            chat template reads, of "enable_thinking" and "reasoning_effort".
     """
 
     model: str
@@ -137,6 +139,9 @@ class Ready:
     is_batched: bool
     notes: list[str] = field(default_factory=list)
     links: str = ""
+    reasoning_arguments: list[str] = field(
+        default_factory=lambda: ["enable_thinking", "reasoning_effort"]
+    )
 
 
 @dataclass(frozen=True)

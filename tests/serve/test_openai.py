@@ -13,7 +13,6 @@ from fake_ranks import END, READY, FakeRanks
 from front import Front, serving, until
 
 from mlxtp.serve.front import fields, streaming
-from mlxtp.serve.front.conversation import RESERVED_ARGUMENTS
 from mlxtp.serve.front.openai_chat import ChatCompletion
 from mlxtp.serve.front.openai_completions import Completion
 
@@ -170,6 +169,7 @@ def test_a_stream_ends_with_done(front: Front) -> None:
     ("name", "value", "setting", "expected"),
     [
         ("temperature", 0, "temperature", 0),
+        ("temperature", 1e-30, "temperature", 0),
         ("top_p", 0.5, "top_p", 0.5),
         ("top_k", 7, "top_k", 7),
         ("top_k", -1, "top_k", 0),
@@ -422,9 +422,8 @@ def test_template_arguments(client: openai.OpenAI, front: Front) -> None:
         "x": [1],
     }
     assert front.fake.starts[-1].initial_state == "reasoning"
-    for name in RESERVED_ARGUMENTS:
-        kwargs = {"chat_template_kwargs": {name: "x"}}
-        assert name in refused(front, "chat/completions", **kwargs)["message"]
+    kwargs = {"chat_template_kwargs": {"chat_template": "x"}}
+    assert "chat_template" in refused(front, "chat/completions", **kwargs)["message"]
 
 
 def test_the_last_message_goes_on(front: Front) -> None:
@@ -652,11 +651,14 @@ def test_who_hangs_up_is_cancelled() -> None:
         streamed["messages"] = user("abc\nhang:")
         hang_up_after(front, "/v1/chat/completions", {**streamed, "n": 2}, b'"c"')
         until(lambda: len(fake.cancelled) == 3)
-        completion = {"prompt": ["hang:", "hang:"]}  # one decodes, one waits
-        with front.connected("/v1/completions", completion):
-            until(lambda: front.ranks.running_and_waiting() == (1, 1))
-        until(lambda: len(fake.cancelled) == 5)
-        assert not front.ranks.generations
+        for path, body in (  # one decodes, one waits
+            ("/v1/completions", {"prompt": ["hang:", "hang:"]}),
+            ("/v1/chat/completions", {**asked, "n": 2}),
+        ):
+            with front.connected(path, body):
+                until(lambda: front.ranks.running_and_waiting() == (1, 1))
+            until(lambda: not front.ranks.generations)
+        until(lambda: len(fake.cancelled) == len(fake.starts) == 7)
         answer = front.post("/v1/completions", {"prompt": "fine"})
         assert answer.json()["choices"][0]["text"] == "fine"
 
@@ -674,6 +676,10 @@ def test_a_full_queue() -> None:
             assert "1 requests run, 2 wait" in answer.json()["error"]["message"]
             answer = front.post("/v1/completions", {"prompt": "a", "n": 4})
             assert answer.status_code == 400 and "at most 3" in answer.text
+            encoded = len(front.fake.calls)
+            many = {"prompt": ["a"] * 128, "n": 128}
+            assert front.post("/v1/completions", many).status_code == 400
+            assert len(front.fake.calls) == encoded
         until(lambda: not front.ranks.generations)
 
 

@@ -75,6 +75,8 @@ def chat(
 
     `enable_thinking` in the template arguments begins the answer in its reasoning.
     """
+    if "chat_template" in (template_arguments or {}):
+        raise ValueError("chat_template_kwargs: chat_template cannot be set")
     text = f"<|tools|>{json.dumps(tools)}\n" if tools else ""
     boundaries = []
     for message in messages:

@@ -90,7 +90,8 @@ def serving(fake: FakeRanks | None = None, **config: Any) -> Iterator[Front]:
     finally:
         for front in begun:
             front.client.close()
-        server[0].should_exit = True
+        # What a failed test has left open is not waited for.
+        server[0].should_exit = server[0].force_exit = True
         thread.join()
 
 

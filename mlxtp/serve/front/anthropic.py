@@ -20,7 +20,7 @@ from mlxtp.serve.front.conversation import (
 )
 from mlxtp.serve.front.errors import Refusal
 from mlxtp.serve.front.fields import Fields
-from mlxtp.serve.front.pieces import Pieces, effort_arguments
+from mlxtp.serve.front.pieces import Pieces
 from mlxtp.serve.front.ranks import Generation
 from mlxtp.serve.front.streaming import server_sent, stream
 from mlxtp.serve.messages import Event
@@ -31,7 +31,7 @@ router = APIRouter()
 
 
 class Thinking(Fields):
-    """Whether the model is to think. No model keeps to a budget of tokens."""
+    """Whether the model is to think, if it can. None keeps to a budget of tokens."""
 
     type: Literal["enabled", "adaptive", "disabled"]
     budget_tokens: int | None = None
@@ -78,7 +78,7 @@ class Asked(Fields):
 
     model: str
     messages: list[anthropic_input.Message] = Field(min_length=1)
-    system: str | list[Json] | None = None
+    system: str | list[Any] | None = None
     tools: list[Any] | None = None
     tool_choice: ToolChoice | None = None
     thinking: Thinking | None = None
@@ -94,9 +94,6 @@ class Asked(Fields):
         self.check_names()
         choice = self.tool_choice or ToolChoice(type="auto")
         output = self.output_config or OutputConfig()
-        arguments = effort_arguments(output.effort)
-        if self.thinking is not None:
-            arguments["enable_thinking"] = self.thinking.type != "disabled"
         messages = anthropic_input.messages(self.messages, self.system)
         return Conversation(
             messages=messages,
@@ -106,7 +103,10 @@ class Asked(Fields):
             grammar={"kind": "schema", "schema": output.format.schema_}
             if output.format is not None
             else None,
-            template_arguments=arguments,
+            effort=output.effort,
+            thinking=None
+            if self.thinking is None
+            else self.thinking.type != "disabled",
             continue_final=messages[-1]["role"] == "assistant",
         )
 
@@ -192,7 +192,7 @@ class Answer:
         match event.finish:
             case "tool_calls":
                 return "tool_use"
-            case "length" if len(self._generation.tokens) < self._max_tokens:
+            case "length" if self._pieces.tokens < self._max_tokens:
                 return "model_context_window_exceeded"
             case "length":
                 return "max_tokens"
@@ -200,7 +200,11 @@ class Answer:
 
     def message(self) -> Json:
         """Give the message as it is now."""
-        return {**self._about, "content": self._blocks.done, "usage": self._usage()}
+        return {
+            **self._about,
+            "content": list(self._blocks.done),
+            "usage": self._usage(),
+        }
 
     def _usage(self) -> Json:
         """Count tokens: those of the prompt that were cached stand apart."""
@@ -209,7 +213,7 @@ class Answer:
             "input_tokens": len(self._generation.start.prompt) - cached,
             "cache_creation_input_tokens": 0,
             "cache_read_input_tokens": cached,
-            "output_tokens": len(self._generation.tokens),
+            "output_tokens": self._pieces.tokens,
             "output_tokens_details": {"thinking_tokens": self._pieces.reasoning_tokens},
         }
 
@@ -274,7 +278,7 @@ def _choice(choice: ToolChoice) -> str | dict[str, str]:
             if choice.name is None:
                 raise Refusal(
                     400,
-                    "tool_choice of type tool needs a name",
+                    "tool_choice.name is wanted where the type is tool",
                     param="tool_choice.name",
                 )
             return {"name": choice.name}

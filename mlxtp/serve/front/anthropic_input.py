@@ -6,6 +6,7 @@ from typing import Any, Literal
 
 from pydantic import Field
 
+from mlxtp.serve.front.errors import Refusal
 from mlxtp.serve.front.fields import Fields
 from mlxtp.serve.front.openai_chat import TOOL_NAME
 from mlxtp.serve.front.typed import typed
@@ -52,7 +53,7 @@ class ToolResultBlock(Fields):
 
     type: Literal["tool_result"]
     tool_use_id: str
-    content: str | list[Json] = ""
+    content: str | list[Any] = ""
     is_error: bool | None = None
 
 
@@ -60,7 +61,7 @@ class Message(Fields):
     """A message of a conversation."""
 
     role: Literal["user", "assistant", "system"]
-    content: str | list[Json]
+    content: str | list[Any]
 
 
 class Tool(Fields):
@@ -94,7 +95,7 @@ def messages(
     Raises: Refusal for a block that this server cannot take.
     """
     all_messages: list[Json] = []
-    text = text_of(system or "", "system", but=BILLING_HEADER)
+    text = text_of(system or "", "system", without=BILLING_HEADER)
     if text:
         all_messages.append({"role": "system", "content": text})
     for index, message in enumerate(given):
@@ -131,9 +132,10 @@ def _user(content: Sequence[Json], where: str) -> list[Json]:
     for index, value in enumerate(content):
         match typed(USER, value, f"{where}.{index}"):
             case TextBlock(text=text):
-                if not all_messages or all_messages[-1]["role"] != "user":
-                    all_messages.append({"role": "user", "content": ""})
-                all_messages[-1]["content"] += text
+                if all_messages and all_messages[-1]["role"] == "user":
+                    all_messages[-1]["content"] += "\n" + text
+                else:
+                    all_messages.append({"role": "user", "content": text})
             case ToolResultBlock() as result:
                 text = text_of(result.content, f"{where}.{index}.content")
                 all_messages.append(
@@ -146,8 +148,10 @@ def _user(content: Sequence[Json], where: str) -> list[Json]:
     return all_messages
 
 
-def text_of(content: str | Sequence[Json], where: str, but: str | None = None) -> str:
-    """Join the text of blocks, but for those that begin with `but`.
+def text_of(
+    content: str | Sequence[Json], where: str, without: str | None = None
+) -> str:
+    """Join the text of blocks, leaving out those that begin with `without`.
 
     Raises: Refusal for a block that is no text.
     """
@@ -156,7 +160,7 @@ def text_of(content: str | Sequence[Json], where: str, but: str | None = None) -
     texts = []
     for index, value in enumerate(content):
         block = typed({"text": TextBlock}, value, f"{where}.{index}")
-        if but is None or not block.text.startswith(but):
+        if without is None or not block.text.startswith(without):
             texts.append(block.text)
     return "\n".join(texts)
 
@@ -166,9 +170,15 @@ def functions(tools: Sequence[Json]) -> list[Json]:
 
     Raises: Refusal for a tool that this server cannot offer.
     """
-    shown = []
+    shown: list[Json] = []
     for index, value in enumerate(tools):
         tool = typed({"custom": Tool}, value, f"tools.{index}", "custom")
+        if any(tool.name == other["function"]["name"] for other in shown):
+            raise Refusal(
+                400,
+                f"tools.{index}: there is another tool {tool.name}",
+                param=f"tools.{index}",
+            )
         about = {
             "name": tool.name,
             "description": tool.description or "",

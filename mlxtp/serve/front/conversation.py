@@ -17,25 +17,8 @@ from mlxtp.serve.front.errors import Refusal
 from mlxtp.serve.front.ranks import Generation, Mistake, Ranks
 from mlxtp.serve.messages import Ready, Start
 
-# Arguments of `apply_chat_template` that are the server's own.
-RESERVED_ARGUMENTS = {
-    "add_generation_prompt",
-    "chat_template",
-    "continue_final_message",
-    "conversation",
-    "documents",
-    "max_length",
-    "messages",
-    "padding",
-    "return_assistant_tokens_mask",
-    "return_dict",
-    "return_tensors",
-    "self",
-    "tokenize",
-    "tokenizer_kwargs",
-    "tools",
-    "truncation",
-}
+# Below this the likeliest token is taken: logits divided by less are no numbers.
+LEAST_TEMPERATURE = 1e-4
 
 
 @dataclass(frozen=True)
@@ -49,6 +32,8 @@ class Conversation:
         parallel_tool_calls: several calls in one answer.
         grammar: what the answer must be, as `Settings.grammar`; None for anything.
         template_arguments: of the chat template, such as `enable_thinking`.
+        effort: how much the model is to reason, in OpenAI's words; "none" is none.
+        thinking: the model is to reason, if it can, or is not to; None leaves it open.
         settings: those that the client gave, in `Settings`' names.
         stop: texts that end the answer.
         continue_final: the answer goes on with the last message, an assistant's.
@@ -61,6 +46,8 @@ class Conversation:
     parallel_tool_calls: bool = True
     grammar: Mapping[str, Any] | None = None
     template_arguments: Mapping[str, Any] = field(default_factory=dict)
+    effort: str | None = None
+    thinking: bool | None = None
     settings: Mapping[str, Any] = field(default_factory=dict)
     stop: Sequence[str] = ()
     continue_final: bool = False
@@ -92,6 +79,7 @@ async def begin_all(
     Raises: Refusal, Mistake or Unavailable, with what the client is to read.
     """
     ready = ready_ranks(ranks)
+    check_room(ranks, config, count)
     shown, grammar = _tools(conversation)
     prompt = await encode(ranks, config, conversation)
     if grammar is not None:
@@ -119,26 +107,43 @@ async def encode(ranks: Ranks, config: Config, conversation: Conversation) -> Pr
 
     Raises: Refusal, Mistake or Unavailable, with what the client is to read.
     """
-    ready_ranks(ranks)
+    ready = ready_ranks(ranks)
     shown, _ = _tools(conversation)
-    reserved = sorted(RESERVED_ARGUMENTS & conversation.template_arguments.keys())
-    if reserved:
-        raise Refusal(
-            400,
-            f"the server itself gives the chat template {', '.join(reserved)}",
-            param="chat_template_kwargs",
-        )
     result = await ranks.call(
         "chat",
         messages=[dict(message) for message in conversation.messages],
         tools=[dict(tool) for tool in shown] or None,
         template_arguments={
             **config.template_arguments,
+            **_reasoning_arguments(ready, conversation),
             **conversation.template_arguments,
         },
         continue_final=conversation.continue_final,
     )
     return Prompt(result["tokens"], result["boundaries"], result["initial_state"])
+
+
+def _reasoning_arguments(ready: Ready, conversation: Conversation) -> dict[str, Any]:
+    """The arguments by which a conversation turns reasoning on, off, up or down.
+
+    Raises: Refusal (400) for an effort, where the chat template reads none of them.
+    """
+    arguments: dict[str, Any] = {}
+    effort = conversation.effort
+    if effort is not None:
+        arguments = {"reasoning_effort": effort, "enable_thinking": effort != "none"}
+    if conversation.thinking is not None:
+        arguments["enable_thinking"] = conversation.thinking
+    known = {n: x for n, x in arguments.items() if n in ready.reasoning_arguments}
+    if effort not in (None, "none") and not known:
+        raise Refusal(
+            400,
+            f"reasoning effort {effort!r}: this model's chat template cannot turn "
+            "reasoning up or down",
+            param="reasoning_effort",
+            code="unsupported",
+        )
+    return known
 
 
 def ready_ranks(ranks: Ranks) -> Ready:
@@ -235,6 +240,9 @@ def complete(
     return replace(
         settings,
         max_tokens=room if most is None else min(most, room),
+        temperature=0
+        if settings.temperature < LEAST_TEMPERATURE
+        else settings.temperature,
         top_k=0 if settings.top_k >= ready.vocabulary else settings.top_k,
     )
 
@@ -257,22 +265,21 @@ def choices(start: Start, count: int) -> list[Start]:
     ]
 
 
-def admit(ranks: Ranks, config: Config, starts: Sequence[Start]) -> list[Generation]:
-    """Hand requests to the ranks, all or none.
+def check_room(ranks: Ranks, config: Config, count: int) -> None:
+    """Look whether the queue has room for so many requests.
 
-    Raises: Refusal: 429 where the queue has no room for them, 400 where it never has.
+    Raises: Refusal: 429 where it has none, 400 where it never has.
     """
-    ready_ranks(ranks)
     room = config.max_concurrency + config.max_queue
-    if len(starts) > room:
+    if count > room:
         raise Refusal(
             400,
-            f"the request asks for {len(starts)} answers at once; this server takes at "
-            f"most {room}",
+            f"the request asks for {count} answers at once; this server takes at most "
+            f"{room}",
             param="n",
         )
     running, waiting = ranks.running_and_waiting()
-    if running + waiting + len(starts) > room:
+    if running + waiting + count > room:
         raise Refusal(
             429,
             f"the queue is full: {running} requests run, {waiting} wait, and together "
@@ -280,6 +287,15 @@ def admit(ranks: Ranks, config: Config, starts: Sequence[Start]) -> list[Generat
             code="queue_full",
             retry_seconds=1,
         )
+
+
+def admit(ranks: Ranks, config: Config, starts: Sequence[Start]) -> list[Generation]:
+    """Hand requests to the ranks, all or none.
+
+    Raises: Refusal, as `check_room` and `ready_ranks`.
+    """
+    ready_ranks(ranks)  # both may have changed while prompts were encoded
+    check_room(ranks, config, len(starts))
     return [ranks.start(start) for start in starts]
 
 

@@ -147,6 +147,8 @@ class Tool(Fields):
             function["description"] = self.function.description
         empty = {"type": "object", "properties": {}}
         function["parameters"] = self.function.parameters or empty
+        if self.function.strict:
+            function["strict"] = True
         return {"type": "function", "function": function}
 
 
@@ -254,18 +256,12 @@ class ChatCompletion(Sampling):
             tool_choice=self.tool_choice or "auto",
             parallel_tool_calls=self.parallel_tool_calls is not False,
             grammar=None if answer is None else answer.grammar(),
-            template_arguments=self._template_arguments(),
+            template_arguments=self.chat_template_kwargs or {},
+            effort=self.reasoning_effort,
             settings=given,
             stop=self.stop or [],
             continue_final=self._continues(),
         )
-
-    def _template_arguments(self) -> dict[str, Any]:
-        arguments: dict[str, Any] = {}
-        if self.reasoning_effort is not None:
-            arguments["reasoning_effort"] = self.reasoning_effort
-            arguments["enable_thinking"] = self.reasoning_effort != "none"
-        return arguments | (self.chat_template_kwargs or {})
 
     def _continues(self) -> bool:
         """Whether the answer goes on with the last message."""

@@ -21,6 +21,7 @@ from mlxtp.serve.front.answers import (
 from mlxtp.serve.front.conversation import (
     Prompt,
     admit,
+    check_room,
     checked_model,
     choices,
     complete,
@@ -162,6 +163,7 @@ async def completions(body: Completion, ranks: TheRanks, config: TheConfig) -> R
     model = checked_model(ranks, config, body.model)
     given, count = body.settings(), body.n or 1
     ready = ready_ranks(ranks)
+    check_room(ranks, config, len(body.prompt) * count)
     starts: list[Start] = []
     echoes: list[Echo | None] = []
     for prompt in body.prompt:

@@ -7,13 +7,15 @@ from mlxtp.serve.messages import Event
 
 
 class Pieces:
-    """Hold blank text back until other text of its kind follows; count reasoning.
+    """Hold blank text back until other text of its kind follows; count tokens.
 
     Models write empty lines around reasoning and tool calls: no block is to hold
-    nothing else. `reasoning_tokens` are those that came until other text did.
+    nothing else. `tokens` are those of the events so far, and `reasoning_tokens` those
+    of them that were reasoning.
     """
 
     def __init__(self, initial_state: str) -> None:
+        self.tokens = 0
         self.reasoning_tokens = 0
         self._kind = "reasoning" if initial_state == "reasoning" else "text"
         self._blank = ""
@@ -21,6 +23,7 @@ class Pieces:
 
     def take(self, event: Event) -> Iterator[tuple[str, Any]]:
         """Yield the pieces of an event that are to be told now."""
+        self.tokens += len(event.tokens)
         kinds = {kind for kind, _ in event.pieces} or {self._kind}
         if "reasoning" in kinds:
             self.reasoning_tokens += len(event.tokens)
@@ -33,10 +36,3 @@ class Pieces:
                     continue
                 self._is_blank, value = False, self._blank
             yield kind, value
-
-
-def effort_arguments(effort: str | None) -> dict[str, Any]:
-    """Give the arguments of the chat template that stand for an effort of reasoning."""
-    if effort is None:
-        return {}
-    return {"reasoning_effort": effort, "enable_thinking": effort != "none"}

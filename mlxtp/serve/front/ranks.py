@@ -191,20 +191,22 @@ class Ranks:
         self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter
     ) -> None:
         """Take what one connection sends: rank 0's, which says the key first."""
-        with suppress(ValueError, OSError):
-            hello = messages.decoded(await reader.readline())
-            if (
-                not isinstance(hello, messages.Hello)
-                or not hmac.compare_digest(hello.key, self._key)
-                or self._writer is not None
-            ):
-                writer.close()
-                return
-            self._writer, self.state = writer, "loading"
-            while line := await reader.readline():
-                self._hear(messages.decoded(line))
-        if self._writer is writer:
-            self.lost("the ranks have gone")
+        try:
+            with suppress(ValueError, OSError):
+                hello = messages.decoded(await reader.readline())
+                if (
+                    not isinstance(hello, messages.Hello)
+                    or not hmac.compare_digest(hello.key, self._key)
+                    or self._writer is not None
+                ):
+                    writer.close()
+                    return
+                self._writer, self.state = writer, "loading"
+                while line := await reader.readline():
+                    self._hear(messages.decoded(line))
+        finally:
+            if self._writer is writer:
+                self.lost("the ranks have gone")
 
     def _hear(self, message: messages.Message) -> None:
         match message:

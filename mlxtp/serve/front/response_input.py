@@ -204,7 +204,9 @@ def functions(tools: Sequence[Any]) -> tuple[list[Json], dict[str, dict[str, str
             function = typed({"function": FunctionTool}, other, place)
             name = flat_name(namespace.get("namespace"), function.name)
             if name in names:
-                raise Refusal(400, f"two tools have the name {name}", param=place)
+                raise Refusal(
+                    400, f"{place}: there is another tool {name}", param=place
+                )
             names[name] = {"name": function.name, **namespace}
             about = {
                 "name": name,

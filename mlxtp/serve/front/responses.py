@@ -15,7 +15,7 @@ from mlxtp.serve.front.conversation import Conversation, begin, checked_model
 from mlxtp.serve.front.errors import Refusal
 from mlxtp.serve.front.fields import Fields, Sampling
 from mlxtp.serve.front.items import MESSAGE, REASONING, SUMMARY, Items, new_id
-from mlxtp.serve.front.pieces import Pieces, effort_arguments
+from mlxtp.serve.front.pieces import Pieces
 from mlxtp.serve.front.ranks import Generation
 from mlxtp.serve.front.streaming import server_sent, stream
 from mlxtp.serve.messages import Event, TokenLogprob
@@ -35,6 +35,8 @@ class Reasoning(Fields):
     is the content of its item.
     """
 
+    context: Literal["auto"] | None = None
+    mode: Literal["standard"] | None = None
     effort: (
         Literal["none", "minimal", "low", "medium", "high", "xhigh", "max"] | None
     ) = None
@@ -43,9 +45,12 @@ class Reasoning(Fields):
 
 
 class Format(Fields):
-    """What the text of the answer is to be."""
+    """What the text of the answer is to be. A schema holds, `strict` or not."""
 
     type: Literal["text", "json_object", "json_schema"]
+    name: str | None = None
+    description: str | None = None
+    strict: bool | None = None
     schema_: Json | None = Field(default=None, alias="schema")
 
 
@@ -82,7 +87,6 @@ class Answer:
     def __init__(
         self, body: Body, model: str, names: Mapping[str, Json], generation: Generation
     ) -> None:
-        self._body = body
         self._names = names
         self._generation = generation
         self._items = Items()
@@ -99,19 +103,16 @@ class Answer:
 
         Raises: Mistake or Unavailable where the generation fails.
         """
-        has_begun = False
         async for event in self._generation:
-            if not has_begun:
-                has_begun = True
-                for kind in ("created", "in_progress"):
-                    yield self._numbered(
-                        {"type": f"response.{kind}", "response": self.response()}
-                    )
-            for told in self._told(event):
+            for told in [*self._begun(), *self._told(event)]:
                 yield self._numbered(told)
-        yield self._numbered(
-            {"type": f"response.{self._about['status']}", "response": self.response()}
-        )
+        yield self._numbered(self._state(self._about["status"]))
+
+    def _begun(self) -> Iterator[Json]:
+        """The events that a stream begins with, if it has not begun."""
+        if not self._number:
+            yield self._state("created")
+            yield self._state("in_progress")
 
     def _told(self, event: Event) -> Iterator[Json]:
         """What has become of the items in a step."""
@@ -138,6 +139,7 @@ class Answer:
 
     def failed(self, error: Refusal) -> str:
         """End a stream with an error."""
+        begun = list(self._begun())
         for _ in self._items.close("incomplete"):
             pass  # nobody waits for its events
         code = "invalid_prompt" if error.status == 400 else "server_error"
@@ -145,19 +147,19 @@ class Answer:
             "status": "failed",
             "error": {"code": code, "message": error.message},
         }
-        event = {"type": "response.failed", "response": self.response()}
-        return sent(self._numbered(event))
+        events = [*begun, self._state("failed")]
+        return "".join(sent(self._numbered(event)) for event in events)
 
     def response(self) -> Json:
         """Give the response as it is now."""
-        response = {**self._about, "output": self._items.done}
+        response = {**self._about, "output": list(self._items.done)}
         if response["status"] in ("completed", "incomplete"):
             response["usage"] = self._usage()
         return response
 
     def _usage(self) -> Json:
         read = len(self._generation.start.prompt)
-        made = len(self._generation.tokens)
+        made = self._pieces.tokens
         return {
             "input_tokens": read,
             "input_tokens_details": {
@@ -170,6 +172,10 @@ class Answer:
             },
             "total_tokens": read + made,
         }
+
+    def _state(self, name: str) -> Json:
+        """The event that gives the whole response, in this state."""
+        return {"type": f"response.{name}", "response": self.response()}
 
     def _numbered(self, event: Json) -> Json:
         self._number += 1
@@ -217,8 +223,8 @@ def _conversation(body: Body, tools: list[Json]) -> Conversation:
         tool_choice=choice,
         parallel_tool_calls=body.parallel_tool_calls is not False,
         grammar=_grammar(text.format),
-        template_arguments=effort_arguments(reasoning.effort)
-        | (body.chat_template_kwargs or {}),
+        template_arguments=body.chat_template_kwargs or {},
+        effort=reasoning.effort,
         settings=given,
         stop=body.stop or [],
         is_cut=True,
@@ -284,7 +290,7 @@ def _about(body: Body, model: str, generation: Generation) -> Json:
     settings = generation.start.settings
     reasoning = body.reasoning or Reasoning()
     text = body.text or Text()
-    shown = text.format.model_dump(by_alias=True) if text.format else {"type": "text"}
+    shown = text.format or Format(type="text")
     return {
         "id": new_id("resp"),
         "object": "response",
@@ -302,7 +308,7 @@ def _about(body: Body, model: str, generation: Generation) -> Json:
         "reasoning": {"effort": reasoning.effort, "summary": reasoning.summary},
         "store": False,
         "temperature": settings.temperature,
-        "text": {"format": shown},
+        "text": {"format": shown.model_dump(by_alias=True, exclude_unset=True)},
         "tool_choice": body.tool_choice or "auto",
         "tools": body.tools or [],
         "top_logprobs": body.top_logprobs or 0,

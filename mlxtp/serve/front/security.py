@@ -10,8 +10,8 @@
 - *Origins*: a browser says which site's page asks. Others than the server's own are let
   in where they are named, else refused, also where the browser would only hide the
   answer.
-- *Sizes*: of headers, of bodies, of all bodies together, of the time that one may take,
-  and of the number of requests at once.
+- *Sizes*: of headers, of bodies, of all bodies together, of the time that sending and
+  reading may take, and of the number of requests at once.
 - *Garbage*: a body that is no JSON, or nested too deep, goes no further.
 
 Who has hung up is noticed here too, at every stage: the request's task is cancelled.
@@ -40,6 +40,7 @@ OPEN_FOLDER = "/page/"
 
 MAX_HEADER_BYTES = 32 << 10
 BODY_SECONDS = 60.0
+SEND_SECONDS = 300.0  # how long a client may read nothing of what is sent to it
 # All bodies together, in bodies of the largest size.
 BODIES = 8
 # Requests at once besides those that wait or run: for /health, /metrics, the page.
@@ -63,31 +64,37 @@ class Guard:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
-        is_sent = False
+        is_sent = is_stalled = False
 
-        async def noting_send(message: Message) -> None:
-            nonlocal is_sent
+        async def watched_send(message: Message) -> None:
+            nonlocal is_sent, is_stalled
             is_sent = True
-            await send(message)
+            try:
+                async with asyncio.timeout(SEND_SECONDS):
+                    await send(message)
+            except TimeoutError:
+                is_stalled = True
+                raise
 
         self._requests += 1
-        size = 0
+        body = bytearray()
         try:
             self._check(scope)
-            body = await self._read(scope, receive)
-            size = len(body)
-            self._body_bytes += size
-            await _until_gone(self._app, scope, body, receive, noting_send)
+            await self._read(scope, receive, body)
+            await _until_gone(self._app, scope, bytes(body), receive, watched_send)
         except _Gone:
             pass
         except Exception as error:
-            if is_sent:
+            if is_stalled:
+                log.warning("a client read nothing for %.0f s", SEND_SECONDS)
+            elif is_sent:
                 raise
-            answer = errors.response(error, scope["path"])
-            await answer(scope, receive, send)
+            else:
+                answer = errors.response(error, scope["path"])
+                await answer(scope, receive, send)
         finally:
             self._requests -= 1
-            self._body_bytes -= size
+            self._body_bytes -= len(body)
 
     def _check(self, scope: Scope) -> None:
         """Look at what stands before the body.
@@ -101,8 +108,8 @@ class Guard:
         if not self._keys and not self._is_own(host):
             raise Refusal(
                 403,
-                f"the Host {host!r} is no name of this server; without an API key it "
-                "answers to addresses, and to " + ", ".join(sorted(self._names)),
+                f"the Host {host!r} is no name of this server: without an API key it "
+                "answers to addresses, to localhost, and to its own names",
                 code="unknown_host",
             )
         origin = headers.get("origin")
@@ -162,33 +169,34 @@ class Guard:
         ]
         return any(matches)
 
-    async def _read(self, scope: Scope, receive: Receive) -> bytes:
+    async def _read(self, scope: Scope, receive: Receive, body: bytearray) -> None:
         """Read a body, and look whether it is JSON.
 
         Raises: Refusal: 413, 429, 408, 415 or 400.
         """
+        headers = Headers(scope=scope)
         try:
             async with asyncio.timeout(BODY_SECONDS):
-                body = await self._read_all(receive, Headers(scope=scope))
+                await self._read_all(receive, headers, body)
         except TimeoutError as error:
             raise Refusal(
                 408, f"the body did not come within {BODY_SECONDS:.0f} s"
             ) from error
         if scope["method"] == "POST":
-            _check_json(body, Headers(scope=scope).get("content-type", ""))
+            _check_json(bytes(body), headers.get("content-type", ""))
             if self._config.log_prompts:
                 log.info("%s: %s", scope["path"], body.decode())
-        return body
 
-    async def _read_all(self, receive: Receive, headers: Headers) -> bytes:
+    async def _read_all(
+        self, receive: Receive, headers: Headers, body: bytearray
+    ) -> None:
         most = self._config.max_body_bytes
         announced = headers.get("content-length", "0")
-        body = bytearray()
-        size = int(announced) if announced.isdecimal() else 0
-        while True:
+        size, is_whole = int(announced) if announced.isdecimal() else 0, False
+        while not is_whole:
             if max(size, len(body)) > most:
                 raise Refusal(413, f"the body is longer than {most} bytes")
-            if self._body_bytes + max(size, len(body)) > BODIES * most:
+            if self._body_bytes > BODIES * most:
                 raise Refusal(
                     429,
                     "too much is being sent at once",
@@ -198,9 +206,10 @@ class Guard:
             message = await receive()
             if message["type"] == "http.disconnect":
                 raise _Gone
-            body += message.get("body", b"")
-            if not message.get("more_body"):
-                return bytes(body)
+            part = message.get("body", b"")
+            body += part
+            self._body_bytes += len(part)
+            is_whole = not message.get("more_body")
 
 
 class _Gone(Exception):

@@ -3,7 +3,6 @@
 import asyncio
 import json
 from collections.abc import AsyncIterator, Callable, Sequence
-from contextlib import suppress
 from typing import Any
 
 from fastapi.responses import StreamingResponse
@@ -14,6 +13,7 @@ from mlxtp.serve.front.ranks import Generation
 
 KEEP_ALIVE_SECONDS = 10.0
 KEEP_ALIVE = ": keep-alive\n\n"
+MOST_UNSENT = 64  # events that are kept for a client that reads slowly
 
 
 def server_sent(data: Any, event: str | None = None) -> str:
@@ -28,23 +28,27 @@ def openai_error(error: errors.Refusal) -> str:
 
 
 class EventStream(StreamingResponse):
-    """A stream of events that cancels its generations when it ends, however it does."""
+    """A stream of events that ends what makes them when it ends, however it does."""
 
     def __init__(
-        self, content: AsyncIterator[str], generations: Sequence[Generation]
+        self,
+        content: AsyncIterator[str],
+        making: "asyncio.Task[None]",
+        generations: Sequence[Generation],
     ) -> None:
         super().__init__(
             content,
             media_type="text/event-stream",
             headers={"Cache-Control": "no-cache", "X-Accel-Buffering": "no"},
         )
-        self._generations = generations
+        self._making, self._generations = making, generations
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Send the stream, as ASGI has it."""
         try:
             await super().__call__(scope, receive, send)
         finally:
+            self._making.cancel()
             cancel_all(self._generations)
 
 
@@ -52,6 +56,10 @@ def cancel_all(generations: Sequence[Generation]) -> None:
     """Cancel those that are not over."""
     for generation in generations:
         generation.cancel()
+
+
+# Texts as they are made; then None, or what went wrong.
+_Made = asyncio.Queue[str | Exception | None]
 
 
 async def stream(
@@ -68,37 +76,56 @@ async def stream(
 
     Raises: what `events` raises before its first one.
     """
-    first = asyncio.ensure_future(anext(events))
+    made: _Made = asyncio.Queue(MOST_UNSENT)
+    making = asyncio.create_task(_make(events, made))
     try:
-        await asyncio.wait({first}, timeout=KEEP_ALIVE_SECONDS)
-        if first.done():
-            first.result()
+        first = await _next(made, keep_alive)
+        if isinstance(first, Exception):
+            raise first
     except BaseException:
-        first.cancel()
+        making.cancel()
         cancel_all(generations)
         raise
-    content = _sent(first, events, error_event, keep_alive)
-    return EventStream(content, generations)
+    content = _sent(first, made, error_event, keep_alive)
+    return EventStream(content, making, generations)
+
+
+async def _make(events: AsyncIterator[str], made: _Made) -> None:
+    """Hand on what is made, as far as what was made before has been sent."""
+    try:
+        async for event in events:
+            await made.put(event)
+    except Exception as error:
+        await made.put(error)
+    else:
+        await made.put(None)
+
+
+async def _next(made: _Made, keep_alive: str) -> str | Exception | None:
+    try:
+        async with asyncio.timeout(KEEP_ALIVE_SECONDS):
+            return await made.get()
+    except TimeoutError:
+        return keep_alive
 
 
 async def _sent(
-    upcoming: "asyncio.Future[str]",
-    events: AsyncIterator[str],
+    upcoming: str | Exception | None,
+    made: _Made,
     error_event: Callable[[errors.Refusal], str],
     keep_alive: str,
 ) -> AsyncIterator[str]:
-    """Yield events as they come, from the upcoming one on."""
-    try:
-        with suppress(StopAsyncIteration):
-            while True:
-                if not upcoming.done():
-                    await asyncio.wait({upcoming}, timeout=KEEP_ALIVE_SECONDS)
-                if not upcoming.done():
-                    yield keep_alive
-                    continue
-                yield upcoming.result()
-                upcoming = asyncio.ensure_future(anext(events))
-    except Exception as error:
-        yield error_event(errors.refusal(error))
-    finally:
-        upcoming.cancel()
+    """Yield events from the upcoming one on; those that have gathered together."""
+    while upcoming is not None:
+        text = ""
+        while isinstance(upcoming, str):
+            text += upcoming
+            if made.empty():
+                break
+            upcoming = made.get_nowait()
+        if isinstance(upcoming, Exception):
+            yield text + error_event(errors.refusal(upcoming))
+            return
+        yield text
+        if upcoming is not None:
+            upcoming = await _next(made, keep_alive)
