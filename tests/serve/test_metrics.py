@@ -49,6 +49,10 @@ def test_metrics():
             return front.post("/v1/completions", body)
 
         assert complete("four").status_code == 200  # 4 tokens, and the one at the end
+        one = samples(front)
+        parts = ("time_to_first_token_seconds_sum", "inter_token_latency_seconds_sum")
+        whole = one["e2e_request_latency_seconds_sum",]
+        assert sum(one[part,] for part in parts) == pytest.approx(whole)
         assert complete("three", max_tokens=3).status_code == 200
         assert complete("mistake: no").status_code == 400
         assert complete("error: no").status_code == 503

@@ -58,17 +58,18 @@ call: <img/src=x/onerror=harm=1> {"a": "<img src=x onerror=harm=1>"}
 
 
 @pytest.fixture(scope="module")
-def browser():
+def front():
+    with serving(FakeRanks()) as front:
+        yield front
+
+
+@pytest.fixture(scope="module")
+def browser(front):
+    """Ends before the front does, which waits for those that are connected."""
     skip_without("chromium")
     browser = Browser()
     yield browser
     browser.close()
-
-
-@pytest.fixture(scope="module")
-def front():
-    with serving(FakeRanks()) as front:
-        yield front
 
 
 def ready(browser, front, **screen):
@@ -190,13 +191,14 @@ def test_conversation(browser, front):
     tab.click("#new")
     send(tab, "another\nhang:")
     tab.wait("document.querySelector('.answer > .markdown')?.innerText === 'another'")
-    tab.command("Page.reload")
+    tab.reload()
     tab.wait("document.querySelectorAll('.choose').length === 2")
     until(lambda: front.fake.cancelled[-1:] == [front.fake.starts[-1].id])
     titles = "[...document.querySelectorAll('.choose')].map(e => e.innerText)"
     assert tab.evaluate(titles) == ["another hang:", "edited"]
     tab.click("#list li:first-child .choose")
     assert answers(tab, 1) == ["another"]
+    assert tab.evaluate("document.querySelector('.error').hidden")
     tab.click("#list li:last-child .choose")
     assert answers(tab, 2) == ["edited", "and then"]
     tab.click("#list li:last-child .forget")
@@ -204,6 +206,13 @@ def test_conversation(browser, front):
     tab.click("#notice-action")
     assert answers(tab, 2) == ["edited", "and then"]
     assert len(tab.evaluate(titles)) == 2
+
+    # One that is deleted while it is answered does not come back.
+    send(tab, "more\nhang:")
+    tab.wait("document.querySelector('.answer[aria-busy=true]')?.innerText === 'more'")
+    tab.click("#list li:first-child .forget")
+    until(lambda: front.fake.cancelled[-1:] == [front.fake.starts[-1].id])
+    assert tab.evaluate(titles) == ["another hang:"]
     assert tab.complaints() == []
 
 
@@ -266,7 +275,7 @@ def test_what_models_write(browser, front):
     assert tab.evaluate("document.querySelector('.tool-name').textContent") == (
         "Calls <img/src=x/onerror=harm=1>"
     )
-    tab.command("Page.reload")
+    tab.reload()
     tab.click(".choose")
     answers(tab, 2)
     assert tab.evaluate("window.harm ?? null") is None

@@ -79,6 +79,15 @@ class Browser:
                 return answer["result"]
             self.events.append(answer)
 
+    def wait(self, session, method, known):
+        """Wait for an event of a page that is not among the first `known` ones."""
+        end = time.monotonic() + LIMIT_SECONDS
+        while not any(
+            event.get("sessionId") == session and event["method"] == method
+            for event in self.events[known:]
+        ):
+            self.events.append(self._read(end))
+
     def _read(self, end):
         while b"\0" not in self._rest:
             if not select.select([self._in], [], [], max(0, end - time.monotonic()))[0]:
@@ -117,14 +126,20 @@ class Tab:
         for domain in ("Page", "Runtime", "Log"):
             self.command(f"{domain}.enable")
         self.resize(width, height, is_dark)
-        self.command("Page.navigate", url=address)
-        self.wait(
-            "document.readyState === 'complete' && location.href !== 'about:blank'"
-        )
+        self._load("Page.navigate", url=address)
 
     def command(self, method, **parameters):
         """Send a command of this page, and give what it returns."""
         return self._browser.command(method, session=self._session, **parameters)
+
+    def reload(self):
+        """Load the page again."""
+        self._load("Page.reload")
+
+    def _load(self, method, **parameters):
+        known = len(self._browser.events)
+        self.command(method, **parameters)
+        self._browser.wait(self._session, "Page.loadEventFired", known)
 
     def resize(self, width, height, is_dark=False):
         """Be a screen of this size; a narrow one is a phone's."""

@@ -13,7 +13,7 @@ export class Failure extends Error {
 let asking = null;
 let isRefused = false; // the person has closed the dialog: ask again when they act
 
-/** Ask for the key once, however many requests want it. Resolves to true if there is one. */
+/** Ask for the key once, however many requests want it. Gives whether there is one. */
 function askForKey(wasWrong) {
   asking ??= new Promise((resolve) => {
     const dialog = document.getElementById("key");
@@ -48,7 +48,8 @@ async function failure(response) {
   }
   if (response.status === 429) {
     const seconds = response.headers.get("retry-after");
-    words = `Too many requests wait already${seconds ? `: try again in ${seconds} s` : ""}.`;
+    const when = seconds ? `: try again in ${seconds} s` : "";
+    words = `Too many requests wait already${when}.`;
   }
   return new Failure(words || `The server answered ${response.status}.`, response.status);
 }

@@ -4,6 +4,7 @@
 import { Chat } from "./chat.js";
 import { Cluster } from "./cluster.js";
 import * as conversations from "./conversations.js";
+import { element } from "./elements.js";
 import * as settings from "./settings.js";
 
 const by = (id) => document.getElementById(id);
@@ -41,7 +42,10 @@ function open(conversation) {
 
 function remove(conversation) {
   conversations.remove(conversation);
-  if (conversation.id === chat.conversation.id) open(conversations.fresh());
+  if (conversation.id === chat.conversation.id) {
+    chat.goBack(0); // what still comes of an answer is not kept
+    open(conversations.fresh());
+  }
   list();
   notice("The conversation is deleted.", "Undo", () => {
     keep(conversation);
@@ -52,18 +56,13 @@ function remove(conversation) {
 function list() {
   by("list").replaceChildren(
     ...conversations.all().map((conversation) => {
-      const item = document.createElement("li");
-      const choose = document.createElement("button");
-      choose.className = "choose";
-      choose.textContent = conversation.title;
+      const item = element("li");
+      const choose = element("button", "choose", conversation.title);
       choose.title = conversation.title;
-      if (conversation.id === chat.conversation.id) {
-        choose.setAttribute("aria-current", "true");
-      }
-      choose.onclick = () => open(conversation);
-      const forget = document.createElement("button");
-      forget.className = "forget";
-      forget.textContent = "×";
+      const isOpen = conversation.id === chat.conversation.id;
+      if (isOpen) choose.setAttribute("aria-current", "true");
+      choose.onclick = () => (isOpen ? closePanels() : open(conversation));
+      const forget = element("button", "forget", "×");
       forget.setAttribute("aria-label", `Delete: ${conversation.title}`);
       forget.onclick = () => remove(conversation);
       item.append(choose, forget);
@@ -107,9 +106,14 @@ for (const button of document.querySelectorAll("[data-dismiss]")) {
 by("new").onclick = () => open(conversations.fresh());
 by("notice-close").onclick = () => notice("");
 window.addEventListener("storage", list); // another tab has changed a conversation
-window.addEventListener("pagehide", () => {
-  if (chat.abort) keep(chat.conversation); // what has come of the answer so far
-});
+// A desktop's browser ends requests before `pagehide`; a phone's has nothing before it.
+for (const leaving of ["beforeunload", "pagehide"]) {
+  window.addEventListener(leaving, () => {
+    if (!chat.abort) return;
+    keep(chat.conversation); // what has come of the answer so far
+    chat.stop();
+  });
+}
 settings.setUp();
 open(conversations.fresh());
 new Cluster((isReady, words) => chat.setReady(isReady, words)).follow();

@@ -1,8 +1,9 @@
 // A conversation on the page: its messages, and the answer that streams.
 
 import * as api from "./api.js";
+import { button, copyButton, element } from "./elements.js";
+import { Markdown } from "./markdown.js";
 import * as settings from "./settings.js";
-import { Markdown, copyButton } from "./markdown.js";
 
 const NEAR_END = 80; // pixels: whoever reads further up is not scrolled
 
@@ -10,20 +11,6 @@ const FINISHED = {
   length: "ended at the most tokens",
   stopped: "stopped",
 };
-
-function element(tag, className, text) {
-  const made = document.createElement(tag);
-  if (className) made.className = className;
-  if (text !== undefined) made.textContent = text;
-  return made;
-}
-
-function button(words, onclick) {
-  const made = element("button", "text", words);
-  made.type = "button";
-  made.onclick = onclick;
-  return made;
-}
 
 const asSentCall = ({ name, arguments: text }, index) => ({
   id: `call_${index}`,
@@ -63,7 +50,9 @@ class AnswerView {
     this.error = element("p", "error");
     this.foot = element("footer");
     this.facts = element("span", "facts");
-    this.foot.append(copyButton(() => message.content), button("Retry", onRetry), this.facts);
+    this.foot.append(
+      copyButton(() => message.content), button("Retry", onRetry), this.facts,
+    );
     this.waiting = element("p", "waiting");
     this.waiting.append(element("span"), element("span"), element("span"));
     this.element.append(
@@ -180,7 +169,7 @@ export class Chat {
       const welcome = element("div", "welcome");
       welcome.append(
         element("h2", "", "A new conversation"),
-        element("p", "soft", "It stays in this browser, and goes to your machines alone."),
+        element("p", "soft", "It stays in this browser and on your own machines."),
       );
       this.log.replaceChildren(welcome);
       return;
@@ -220,7 +209,7 @@ export class Chat {
     form.append(area, buttons);
     const leave = () => {
       this.draw();
-      this.log.querySelectorAll("article")[index]?.querySelector("footer button:last-child").focus();
+      this.log.children[index].querySelector("footer button:last-child").focus();
     };
     cancel.onclick = leave;
     form.onsubmit = (event) => {
@@ -320,7 +309,8 @@ export class Chat {
     message.facts = [clock.facts(), FINISHED[finish]].filter(Boolean).join(" · ");
     view.show(true);
     if (this.abort === abort) this.abort = null;
-    this.onChange(conversation, index);
+    if (!conversation.messages.includes(message)) return; // it was forgotten meanwhile
+    this.onChange(conversation);
     if (this.conversation !== conversation) return;
     this.showStop();
     this.scroll();

@@ -1,6 +1,7 @@
 // The cluster beside the conversation: what GET /cluster says, once a second.
 
 import { request } from "./api.js";
+import { element } from "./elements.js";
 
 const PERIOD = 1000; // ms
 const SAMPLES = 120;
@@ -26,13 +27,6 @@ function partOf(part, whole) {
 }
 
 const percent = (part) => `${Math.round(100 * part)} %`;
-
-function element(tag, className, text) {
-  const made = document.createElement(tag);
-  if (className) made.className = className;
-  if (text !== undefined) made.textContent = text;
-  return made;
-}
 
 function row(list, name, value) {
   list.append(element("dt", "", name), element("dd", "", value));

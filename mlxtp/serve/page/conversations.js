@@ -36,8 +36,8 @@ export function fresh() {
  * Throws Full, with what to do, if there are too many or the browser has no more room.
  */
 export function save(conversation) {
-  const first = conversation.messages.find((message) => message.role === "user");
-  if (first) conversation.title = first.content.trim().replace(/\s+/g, " ").slice(0, LONGEST_TITLE);
+  const first = conversation.messages[0].content.trim().replace(/\s+/g, " ");
+  conversation.title = first.slice(0, LONGEST_TITLE);
   conversation.changed = Date.now();
   const name = PREFIX + conversation.id;
   if (localStorage.getItem(name) === null && all().length >= MOST) {

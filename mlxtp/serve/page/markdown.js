@@ -3,6 +3,7 @@
 
 import { Marked } from "./vendor/marked.esm.js";
 import DOMPurify from "./vendor/purify.es.mjs";
+import { copyButton, element } from "./elements.js";
 
 const PLAIN = "b|br|code|del|details|em|i|kbd|p|s|strong|sub|summary|sup|u";
 const ALLOWED = {
@@ -52,48 +53,19 @@ DOMPurify.addHook("afterSanitizeAttributes", (node) => {
   }
 });
 
-/** Put text on the clipboard, also where the page is not served by https. */
-export async function copy(text) {
-  if (navigator.clipboard) return navigator.clipboard.writeText(text);
-  const area = document.createElement("textarea");
-  area.value = text;
-  document.body.append(area);
-  area.select();
-  document.execCommand("copy");
-  area.remove();
-}
-
-/** A button that copies what `text` returns. */
-export function copyButton(text) {
-  const button = document.createElement("button");
-  button.type = "button";
-  button.className = "text";
-  button.textContent = "Copy";
-  button.onclick = async () => {
-    await copy(text());
-    button.textContent = "Copied";
-    setTimeout(() => (button.textContent = "Copy"), 1500);
-  };
-  return button;
-}
-
 function dressed(fragment) {
   for (const pre of fragment.querySelectorAll("pre")) {
     const code = pre.querySelector("code");
-    const box = document.createElement("div");
-    const head = document.createElement("div");
-    const language = document.createElement("span");
-    box.className = "code";
-    head.className = "code-head";
-    language.textContent = code?.className.replace("language-", "") ?? "";
-    head.append(language, copyButton(() => pre.textContent));
+    const box = element("div", "code");
+    const head = element("div", "code-head");
+    const language = code?.className.replace("language-", "") ?? "";
+    head.append(element("span", "", language), copyButton(() => pre.textContent));
     pre.replaceWith(box);
     pre.tabIndex = 0; // it scrolls, so the keyboard has to reach it
     box.append(head, pre);
   }
   for (const table of fragment.querySelectorAll("table")) {
-    const box = document.createElement("div");
-    box.className = "table";
+    const box = element("div", "table");
     box.tabIndex = 0;
     table.replaceWith(box);
     box.append(table);
@@ -117,7 +89,7 @@ export class Markdown {
     while (this.element.childElementCount > same) this.element.lastElementChild.remove();
     this.blocks.length = same;
     for (const token of tokens.slice(same)) {
-      const block = document.createElement("div");
+      const block = element("div");
       block.append(dressed(DOMPurify.sanitize(marked.parser([token]), ALLOWED)));
       this.element.append(block);
       this.blocks.push(token.raw);
