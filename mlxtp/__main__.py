@@ -9,6 +9,8 @@ from mlxtp.comm import launcher
 # Each is a program of its own, in the module of that name.
 COMMANDS = {
     "generate": "generate text from one model on all ranks",
+    "serve": "serve one model on all ranks, with OpenAI's and Anthropic's interfaces",
+    "chat": "talk with a model in the terminal",
     "shard": "cut a checkpoint into the slices of each rank, ahead of time",
     "plan": "what a model needs on some machines, whether it fits, and its speed",
     "doctor": "examine the machines of a cluster and what joins them",

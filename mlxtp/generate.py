@@ -22,7 +22,7 @@ from mlx_lm.sample_utils import make_logits_processors, make_sampler
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 
 import mlxtp
-from mlxtp import loading, options
+from mlxtp import job_options, loading, options
 from mlxtp.cluster import job
 from mlxtp.comm import launcher
 from mlxtp.comm.communicator import Communicator
@@ -64,11 +64,11 @@ def connect(arguments: list[str]) -> tuple[argparse.Namespace, Communicator]:
         args = options.parse(arguments)
     except UsageError:
         # What one rank alone refuses, one of another version say, the others wait for.
-        connection = options.connection_alone(arguments)
+        connection = job_options.connection_alone(arguments)
         check_same_start(Communicator.world(**connection), arguments)
         raise
     job.start_if_asked(args, arguments, "mlxtp.generate", started=launcher.size())
-    comm = Communicator.world(**options.connection(args))
+    comm = Communicator.world(**job_options.connection(args))
     check_same_start(comm, arguments)
     return args, comm
 

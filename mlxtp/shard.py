@@ -10,7 +10,7 @@ import sys
 from collections.abc import Iterable
 from pathlib import Path
 
-from mlxtp import options
+from mlxtp import job_options
 from mlxtp.checkpoint import cut, verify, writing
 from mlxtp.checkpoint.cut import Origin, Shard
 from mlxtp.checkpoint.headers import (
@@ -155,7 +155,7 @@ def _parser() -> argparse.ArgumentParser:
     world.add_argument("--ranks", type=int, help="for so many ranks, with equal shares")
     world.add_argument(
         "--shares",
-        type=options.shares,
+        type=job_options.shares,
         help="shares of the ranks, whole numbers such as 2,1,1,1,1",
     )
     result.add_argument("--output", type=Path, metavar="DIR", help="where to write")

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from mlxtp import __main__ as command
-from mlxtp import options
+from mlxtp import job_options, options
 from mlxtp.cluster import job
 from mlxtp.comm import launcher
 
@@ -88,7 +88,7 @@ def test_an_unknown_command_is_one_line_of_rank_0(
     monkeypatch.setattr(sys, "argv", ["mlxtp", "generat", "--seed", "1"])
     with pytest.raises(SystemExit) as ended:
         command.main()
-    wanted = "generate, shard, plan, doctor"
+    wanted = "generate, serve, chat, shard, plan, doctor"
     line = f"mlxtp: there is no command 'generat': wanted {wanted}\n"
     assert capsys.readouterr() == ("", "" if rank else line)
     assert ended.value.code == (0 if rank else 2)  # mpirun's is then 2
@@ -182,7 +182,7 @@ def test_mpirun_has_started_ranks_already(
 def test_a_refused_command_line_tells_how_the_others_connect(
     given: str, transport: str | None
 ) -> None:
-    assert options.connection_alone(given.split()).get("transport") == transport
+    assert job_options.connection_alone(given.split()).get("transport") == transport
 
 
 def test_a_shortened_option_is_taken_out_of_what_the_ranks_get(

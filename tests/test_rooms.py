@@ -9,8 +9,8 @@ import pytest
 
 pytestmark = pytest.mark.once
 
-# Rooms on one floor do not know each other. The command line stands below the programs
-# that share it, and what starts them by name above.
+# Rooms on one floor do not know each other. Command lines stand below the programs that
+# share them, and what starts them by name above.
 FLOORS: list[set[str]] = [
     {"partition", "cluster", "stories"},
     {"comm", "families", "checkpoint"},
@@ -19,8 +19,9 @@ FLOORS: list[set[str]] = [
     {"dryrun"},
     {"loading"},
     {"generation"},
+    {"job_options"},
     {"options"},
-    {"generate", "shard", "plan", "doctor"},
+    {"generate", "chat", "shard", "serve", "plan", "doctor"},
     {"__main__"},
 ]
 FLOOR_OF = {name: number for number, names in enumerate(FLOORS) for name in names}

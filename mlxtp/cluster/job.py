@@ -194,8 +194,16 @@ class Job:
         return {**os.environ, **asks}
 
 
+def start_alone(command: Sequence[str], **streams: Any) -> "RunningJob":
+    """Start a program as a world of one rank, without mpirun.
+
+    `streams` are those of `Job.start`.
+    """
+    return RunningJob(subprocess.Popen(command, process_group=0, **streams))
+
+
 class RunningJob:
-    """A job that was started: its `process` is mpirun's."""
+    """A job that was started: its `process` is mpirun's, or that of the one rank."""
 
     def __init__(self, process: "subprocess.Popen[bytes]") -> None:
         self.process = process

@@ -20,6 +20,7 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 
+from mlxtp.comm import choices
 from mlxtp.comm.codec import GROUP_SIZE, Codec, Int8Codec, PlainCodec
 from mlxtp.comm.gathers import DirectGather, Gather, RingGather, in_pieces
 from mlxtp.comm.transports import MessageRequest, MessageTransport
@@ -146,8 +147,7 @@ ALGORITHMS: dict[str, tuple[type[OneShot] | type[TwoShot], type[Gather]]] = {
     "direct-one-shot": (OneShot, DirectGather),
     "direct-two-shot": (TwoShot, DirectGather),
 }
-# What `algorithms` takes: one of them, or several among which the fastest is taken.
-CHOICES = ("auto", "ring", "direct", *ALGORITHMS)
+assert tuple(ALGORITHMS) == choices.ALGORITHMS
 
 
 def algorithms(size: int, name: str = "auto") -> list[str]:

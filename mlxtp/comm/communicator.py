@@ -15,8 +15,14 @@ import mlx.core as mx
 import numpy as np
 
 from mlxtp.comm import launcher
-from mlxtp.comm.allreduce import CHOICES
 from mlxtp.comm.arithmetic import machines_differ
+from mlxtp.comm.choices import (
+    ALLREDUCES,
+    BACKENDS,
+    TIMEOUT_SECONDS,
+    TRANSPORTS,
+    WIRES,
+)
 from mlxtp.comm.eager import EagerCollectives
 from mlxtp.comm.errors import UsageError
 from mlxtp.comm.graph import GraphCollectives
@@ -26,15 +32,8 @@ from mlxtp.comm.native.start import start as start_native
 from mlxtp.comm.progress import Progress
 from mlxtp.comm.request import Request
 from mlxtp.comm.traffic import Traffic
-from mlxtp.comm.transports import (
-    BACKENDS,
-    TRANSPORTS,
-    MessageTransport,
-    connect,
-    start_backend,
-)
+from mlxtp.comm.transports import MessageTransport, connect, start_backend
 
-TIMEOUT_SECONDS = 60.0
 # No allreduce has it; MPI promises tags up to 32767.
 EXCHANGE_TAG = 32767
 
@@ -114,7 +113,7 @@ class Communicator:
         - Over MPI it measures the algorithms of an allreduce, for about a second.
 
         Args:
-            transport: which collectives on arrays, of `transports.TRANSPORTS`.
+            transport: which collectives on arrays, of `choices.TRANSPORTS`.
             allreduce: the algorithm of an allreduce, as in `allreduce.ALGORITHMS`, or
                 "ring" or "direct" for both of its kind; of several the fastest is
                 taken for each size.
@@ -408,11 +407,10 @@ def _check_names(transport: str, allreduce: str, wire: str) -> None:
 
     Raises: UsageError, with what is wanted.
     """
-    wires = ("plain", "int8")
     for what, name, known in (
         ("transport", transport, TRANSPORTS),
-        ("allreduce", allreduce, CHOICES),
-        ("wire", wire, wires),
+        ("allreduce", allreduce, ALLREDUCES),
+        ("wire", wire, WIRES),
     ):
         if name not in known:
             raise UsageError(f"{what} {name!r}: wanted one of {', '.join(known)}")

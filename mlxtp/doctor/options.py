@@ -5,8 +5,7 @@ from pathlib import Path
 
 from mlxtp.cluster import job
 from mlxtp.comm import launcher
-from mlxtp.comm.communicator import TIMEOUT_SECONDS
-from mlxtp.comm.transports import TRANSPORTS
+from mlxtp.comm.choices import TIMEOUT_SECONDS, TRANSPORTS
 from mlxtp.doctor.speed import DTYPES
 
 

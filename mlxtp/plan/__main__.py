@@ -13,7 +13,7 @@ from pathlib import Path
 
 from rich.console import Console
 
-from mlxtp import options
+from mlxtp import job_options
 from mlxtp.cluster import hostfile
 from mlxtp.cluster.measured import Measured
 from mlxtp.comm import launcher
@@ -150,7 +150,7 @@ def _network(
 
 
 def _shares(text: str) -> str | list[int]:
-    return text if text == "auto" else options.shares(text)
+    return text if text == "auto" else job_options.shares(text)
 
 
 def _sizes(text: str) -> list[float]:

@@ -209,12 +209,14 @@ def script(start: Start) -> list[tuple[str, Any]]:
 class FakeRanks:
     """A rank 0 that answers by the script; `running` requests go on at once.
 
-    `starts`, `calls` and `cancelled` note what the front has asked for.
+    A call takes `call_seconds`. `starts`, `calls` and `cancelled` note what the front
+    has asked for.
     """
 
     ready: messages.Ready = READY
     step_seconds: float = 0.0
     loading_seconds: float = 0.0
+    call_seconds: float = 0.0
     running: int = 32
     starts: list[Start] = field(default_factory=list)
     calls: list[messages.Call] = field(default_factory=list)
@@ -254,12 +256,10 @@ class FakeRanks:
 
     def _hear(self, message: messages.Message) -> None:
         match message:
-            case messages.Call(call, name, arguments):
+            case messages.Call():
                 self.calls.append(message)
-                try:
-                    self._send(messages.Answer(call, CALLS[name](**arguments)))
-                except ValueError as error:
-                    self._send(messages.Answer(call, error=str(error)))
+                name = f"call {message.call}"
+                self._tasks[name] = asyncio.create_task(self._answer_call(message))
             case Start():
                 self.starts.append(message)
                 self._tasks[message.id] = asyncio.create_task(self._generate(message))
@@ -267,6 +267,15 @@ class FakeRanks:
                 self.cancelled.append(request_id)
                 if task := self._tasks.pop(request_id, None):
                     task.cancel()
+
+    async def _answer_call(self, call: messages.Call) -> None:
+        await asyncio.sleep(self.call_seconds)
+        try:
+            result = CALLS[call.name](**call.arguments)
+            self._send(messages.Answer(call.call, result))
+        except ValueError as error:
+            self._send(messages.Answer(call.call, error=str(error)))
+        self._tasks.pop(f"call {call.call}", None)
 
     async def _generate(self, start: Start) -> None:
         async with self._room:
@@ -350,7 +359,7 @@ class FakeRanks:
                 messages.Stats(
                     running=min(len(self._tasks), self.running),
                     waiting=max(0, len(self._tasks) - self.running),
-                    cache_use=len(self._tasks) / self.running,
+                    cache_use=min(1.0, len(self._tasks) / self.running),
                     prefix_entries=3,
                     prefix_bytes=1 << 20,
                     prefix_queries=100,

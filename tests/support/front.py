@@ -1,12 +1,15 @@
 """A front on a free port of loopback, before a rank 0 without a model."""
 
 import asyncio
+import json
+import socket
 import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
+from urllib.parse import urlsplit
 
 import httpx2
 import uvicorn
@@ -26,10 +29,28 @@ class Front:
     url: str
     ranks: Ranks
     fake: FakeRanks
+    client: httpx2.Client
+
+    def get(self, path: str, **more: Any) -> httpx2.Response:
+        """Get a path."""
+        return self.client.get(f"{self.url}{path}", **more)
 
     def post(self, path: str, body: Any, **more: Any) -> httpx2.Response:
         """Post JSON."""
-        return httpx2.post(f"{self.url}{path}", json=body, timeout=30, **more)
+        return self.client.post(f"{self.url}{path}", json=body, **more)
+
+    @contextmanager
+    def connected(self, path: str, body: Any) -> Iterator[socket.socket]:
+        """Post JSON over a connection that is closed at the end, answered or not."""
+        content = json.dumps(body).encode()
+        with socket.create_connection(("127.0.0.1", urlsplit(self.url).port)) as made:
+            made.sendall(
+                f"POST {path} HTTP/1.1\r\nHost: localhost\r\n"
+                "Content-Type: application/json\r\n"
+                f"Content-Length: {len(content)}\r\n\r\n".encode()
+                + content
+            )
+            yield made
 
 
 @contextmanager
@@ -52,7 +73,8 @@ def serving(fake: FakeRanks | None = None, **config: Any) -> Iterator[Front]:
         if not fake.loading_seconds:
             await ranks.is_ready.wait()
         port = server[0].servers[0].sockets[0].getsockname()[1]
-        begun.append(Front(f"http://127.0.0.1:{port}", ranks, fake))
+        client = httpx2.Client(timeout=30, verify=False, trust_env=False)
+        begun.append(Front(f"http://127.0.0.1:{port}", ranks, fake, client))
         try:
             await running
         finally:
@@ -66,6 +88,8 @@ def serving(fake: FakeRanks | None = None, **config: Any) -> Iterator[Front]:
         until(lambda: bool(begun) or not thread.is_alive())
         yield begun[0]
     finally:
+        for front in begun:
+            front.client.close()
         server[0].should_exit = True
         thread.join()
 

@@ -5,20 +5,16 @@ backends, which `start_backend` starts besides, are each a `GraphTransport`: the
 collectives that stand in MLX's graph.
 """
 
+from __future__ import annotations
+
 from collections.abc import Sequence
-from typing import Any, Protocol, runtime_checkable
+from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
-import mlx.core as mx
-import numpy as np
+from mlxtp.comm.choices import BACKENDS, TRANSPORTS
 
-# Which collectives on arrays a job has.
-TRANSPORTS = {
-    "mpi": "over MPI, in MLX's graph",
-    "mpi-eager": "over MPI, in Python: each evaluates what it sends",
-    "ring": "over MLX's backend for TCP, in its graph",
-    "jaccl": "over MLX's backend for RDMA over Thunderbolt, in its graph",
-}
-BACKENDS = ("ring", "jaccl")  # of MLX
+if TYPE_CHECKING:  # `comm.launcher` comes by here, in programs without MLX
+    import mlx.core as mx
+    import numpy as np
 
 
 class Transport(Protocol):

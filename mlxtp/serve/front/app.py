@@ -10,6 +10,7 @@ from fastapi.middleware.cors import CORSMiddleware
 from starlette.exceptions import HTTPException
 
 from mlxtp.serve.front import (
+    anthropic,
     cluster,
     errors,
     health,
@@ -18,6 +19,7 @@ from mlxtp.serve.front import (
     openai_chat,
     openai_completions,
     page,
+    responses,
 )
 from mlxtp.serve.front.config import Config
 from mlxtp.serve.front.ranks import Generation, Mistake, Ranks, Unavailable
@@ -26,7 +28,17 @@ from mlxtp.serve.messages import Event
 
 log = logging.getLogger(__name__)
 
-MODULES = (openai_chat, openai_completions, models, health, metrics, cluster, page)
+MODULES = (
+    openai_chat,
+    openai_completions,
+    responses,
+    anthropic,
+    models,
+    health,
+    metrics,
+    cluster,
+    page,
+)
 
 EXCEPTIONS = (
     errors.Refusal,

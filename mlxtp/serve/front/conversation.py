@@ -263,7 +263,7 @@ def admit(ranks: Ranks, config: Config, starts: Sequence[Start]) -> list[Generat
     Raises: Refusal: 429 where the queue has no room for them, 400 where it never has.
     """
     ready_ranks(ranks)
-    room = max(config.max_queue, config.max_concurrency)
+    room = config.max_concurrency + config.max_queue
     if len(starts) > room:
         raise Refusal(
             400,
@@ -271,16 +271,12 @@ def admit(ranks: Ranks, config: Config, starts: Sequence[Start]) -> list[Generat
             f"most {room}",
             param="n",
         )
-    under_way = list(ranks.generations.values())
-    waiting = sum(generation.admitted is None for generation in under_way)
-    if (
-        len(under_way) + len(starts) > config.max_concurrency
-        and waiting + len(starts) > config.max_queue
-    ):
+    running, waiting = ranks.running_and_waiting()
+    if running + waiting + len(starts) > room:
         raise Refusal(
             429,
-            f"the queue is full: {waiting} requests wait, and at most "
-            f"{config.max_queue} may",
+            f"the queue is full: {running} requests run, {waiting} wait, and together "
+            f"they may be {room}",
             code="queue_full",
             retry_seconds=1,
         )

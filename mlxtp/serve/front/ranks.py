@@ -102,6 +102,7 @@ class Ranks:
         self.generations: dict[str, Generation] = {}
         self.observers: list[Callable[[Generation, Event | None], None]] = []
         self.is_ready = asyncio.Event()
+        self.is_lost = asyncio.Event()
         self.folder = Path(tempfile.mkdtemp(prefix="mlxtp-"))  # for this user alone
         self._key = secrets.token_hex(32)
         self._numbers = itertools.count()
@@ -168,6 +169,7 @@ class Ranks:
         self._writer, self.words = None, words
         self.state = "ended"
         self.is_ready.clear()
+        self.is_lost.set()
         for future in self._calls.values():
             if not future.done():
                 future.set_exception(Unavailable(words))

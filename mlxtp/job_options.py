@@ -1,0 +1,214 @@
+"""The options that programs over ranks share: of the model, and between the ranks.
+
+The rules stand first: what an option may be, and what does not go together. Nothing
+here imports MLX or mlx-lm, so the front of a server checks its command line with it.
+"""
+
+import argparse
+import json
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any, NoReturn
+
+from mlxtp.comm.choices import (
+    ALLREDUCES,
+    BACKENDS,
+    TIMEOUT_SECONDS,
+    TRANSPORTS,
+    WIRES,
+)
+from mlxtp.comm.errors import UsageError
+
+Args = argparse.Namespace
+
+# What an option may be, in words and as a test; None is always allowed.
+Limits = Mapping[str, tuple[str, Callable[[Any], bool]]]
+# Options that do not go together: which, and what is said of them.
+Conflicts = Iterable[tuple[Callable[[Args], bool], str]]
+
+LIMITS: Limits = {
+    "model": ("a folder or a Hugging Face repo", lambda name: bool(name.strip())),
+    "max_tokens": ("at least 1, or -1 for no limit", lambda n: n >= 1 or n == -1),
+    "temp": ("at least 0", lambda x: 0 <= x < float("inf")),
+    "top_p": ("from 0 to 1", lambda x: 0 <= x <= 1),
+    "min_p": ("from 0 to 1", lambda x: 0 <= x <= 1),
+    "top_k": ("at least 0", lambda n: n >= 0),
+    "xtc_probability": ("from 0 to 1", lambda x: 0 <= x <= 1),
+    "xtc_threshold": ("from 0 to 0.5", lambda x: 0 <= x <= 0.5),
+    "repetition_penalty": ("above 0", lambda x: 0 < x < float("inf")),
+    "prefill_step_size": ("at least 1", lambda n: n >= 1),
+    "kv_bits": ("2, 3, 4, 5, 6 or 8", lambda n: n in (2, 3, 4, 5, 6, 8)),
+    "kv_group_size": ("32, 64 or 128", lambda n: n in (32, 64, 128)),
+    "quantized_kv_start": ("at least 0", lambda n: n >= 0),
+    "timeout": ("above 0", lambda x: 0 < x < float("inf")),
+}
+
+CONFLICTS: Conflicts = [
+    (
+        lambda args: (
+            args.transport in BACKENDS
+            and (args.allreduce, args.wire) != ("auto", "plain")
+        ),
+        "--transport {args.transport}: MLX's backend chooses the algorithm itself; "
+        "--allreduce and --wire go with --transport mpi and mpi-eager",
+    ),
+]
+
+
+class Parser(argparse.ArgumentParser):
+    """A parser that raises a mistake instead of printing it and ending."""
+
+    def error(self, message: str) -> NoReturn:
+        """Raise UsageError with the message."""
+        raise UsageError(message)
+
+    def _get_values(self, action: argparse.Action, arg_strings: list[str]) -> Any:
+        # Before Python 3.13 argparse drops the word "--", also where it is the value.
+        if arg_strings == ["--"] and action.nargs is None:
+            value = self._get_value(action, "--")
+            self._check_value(action, value)
+            return value
+        return super()._get_values(action, arg_strings)
+
+
+def add_options(parser: argparse.ArgumentParser) -> None:
+    """Add all options of the model and of the ranks to a parser."""
+    parser.add_argument(
+        "--model",
+        help="A folder or a Hugging Face repo. Default: the small model that comes "
+        "with mlxtp.",
+    )
+    parser.add_argument(
+        "--trust-remote-code",
+        action="store_true",
+        help="Run code that comes with the model's tokenizer",
+    )
+    parser.add_argument(
+        "--adapter-path", metavar="FOLDER", help="A LoRA or DoRA adapter of the model"
+    )
+    work = parser.add_argument_group("what each rank does")
+    work.add_argument(
+        "--shares",
+        type=shares,
+        help="Shares of the ranks in the work, whole numbers such as 2,1,1,1,1. "
+        "Default: equal.",
+    )
+    work.add_argument(
+        "--fetch",
+        choices=["all", "root"],
+        default="all",
+        help="Who fetches a model from the hub: all ranks, or root, rank 0, which "
+        "passes the others their slices. Default: all.",
+    )
+    work.add_argument(
+        "--agree-experts",
+        action="store_true",
+        help="Let all ranks take rank 0's choice of experts, at the price of a "
+        "collective in each layer that has them: for machines whose chips differ.",
+    )
+    _add_connection(parser)
+
+
+def check(args: Args, limits: Limits, conflicts: Conflicts) -> None:
+    """Compare the options that there are with `limits`, then with `conflicts`.
+
+    Raises: UsageError, for the first rule that is broken.
+    """
+    for name, (wanted, is_allowed) in limits.items():
+        value = getattr(args, name, None)
+        if value is not None and not is_allowed(value):
+            raise UsageError(f"{flag(name)} is {value!r}: wanted {wanted}")
+    for is_given, message in conflicts:
+        if is_given(args):
+            raise UsageError(message.format(args=args))
+
+
+def connection(args: Args) -> dict[str, Any]:
+    """The arguments of `Communicator.world`."""
+    return {
+        "transport": args.transport,
+        "allreduce": args.allreduce,
+        "wire": args.wire,
+        "timeout_seconds": args.timeout,
+    }
+
+
+def connection_alone(arguments: list[str]) -> dict[str, Any]:
+    """The same of a command line that is refused; nothing where it is wrong there.
+
+    So a rank that alone refuses its command line connects as the others do.
+    """
+    parser = Parser(add_help=False)
+    _add_connection(parser)
+    try:
+        args, _ = parser.parse_known_args(arguments)
+        check(args, LIMITS, ())
+    except UsageError:
+        return {}
+    return connection(args)
+
+
+def shares(text: str) -> list[int]:
+    """Shares of the ranks, as the command line gives them: 2,1,1,1,1."""
+    numbers = [int(part) if part.strip().isdigit() else 0 for part in text.split(",")]
+    if min(numbers) < 1:
+        wanted = "whole numbers above 0, one for each rank, such as 2,1,1,1,1"
+        raise argparse.ArgumentTypeError(f"{text!r}: wanted {wanted}")
+    return numbers
+
+
+def json_object(text: str) -> dict[str, Any]:
+    """A JSON object, as the command line gives it."""
+    try:
+        value = json.loads(text)
+    except ValueError:
+        value = None
+    if not isinstance(value, dict):
+        raise argparse.ArgumentTypeError(f"{text!r}: wanted a JSON object")
+    return value
+
+
+def is_utf8(text: str) -> bool:
+    """Whether a word of the command line is; other bytes come as surrogates."""
+    return not any("\ud800" <= character <= "\udfff" for character in text)
+
+
+def flag(name: str) -> str:
+    """Return how an option is written: "top_p" is --top-p."""
+    return "--" + name.replace("_", "-")
+
+
+def _add_connection(parser: argparse.ArgumentParser) -> None:
+    """Add the options by which ranks connect."""
+    ranks = parser.add_argument_group("between the ranks")
+    ranks.add_argument(
+        "--transport",
+        choices=TRANSPORTS,
+        default="mpi",
+        help="How arrays travel. "
+        + "; ".join(f"{name}: {how}" for name, how in TRANSPORTS.items())
+        + ". Default: mpi.",
+    )
+    ranks.add_argument(
+        "--allreduce",
+        choices=ALLREDUCES,
+        default="auto",
+        metavar="NAME",
+        help="Over --transport mpi and mpi-eager, the algorithm of an allreduce: ring "
+        "or direct, or one of them with -one-shot or -two-shot behind. Default: auto, "
+        "the one that a short measurement finds the fastest for each size.",
+    )
+    ranks.add_argument(
+        "--wire",
+        choices=WIRES,
+        default="plain",
+        help="Over --transport mpi and mpi-eager, int8 sends activations with 8 bits: "
+        "an experiment for slow links, and not exact. Default: plain.",
+    )
+    ranks.add_argument(
+        "--timeout",
+        type=float,
+        default=TIMEOUT_SECONDS,
+        metavar="SECONDS",
+        help="End the job when a rank is silent or a collective waits for so long; "
+        f"the time to load does not count. Default: {TIMEOUT_SECONDS:g}.",
+    )

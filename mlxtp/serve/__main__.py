@@ -1,0 +1,362 @@
+"""Serve a model on all ranks: `python -m mlxtp.serve`.
+
+This process is the front, which clients talk to: it imports neither MLX nor MPI. It
+starts the job of the ranks, and ends it. The whole life of a server, from top to
+bottom.
+"""
+
+import argparse
+import asyncio
+import contextlib
+import ipaddress
+import logging
+import os
+import shlex
+import signal
+import socket
+import subprocess
+import sys
+from collections.abc import Iterator
+from typing import Any
+
+import uvicorn
+
+from mlxtp.cluster import hostfile
+from mlxtp.cluster.addresses import is_here
+from mlxtp.cluster.allocation import Allocation, allocation
+from mlxtp.cluster.job import (
+    END_SECONDS,
+    Job,
+    JobError,
+    Outcome,
+    RunningJob,
+    start_alone,
+)
+from mlxtp.comm import launcher
+from mlxtp.comm.errors import UsageError
+from mlxtp.serve import options
+from mlxtp.serve.front.app import create_app
+from mlxtp.serve.front.config import Config
+from mlxtp.serve.front.ranks import Ranks
+from mlxtp.serve.messages import FOLDER_VARIABLE, Ready
+
+Future = asyncio.Future[Any]
+
+# What every rank runs.
+PROGRAM = (sys.executable, "-m", "mlxtp.serve.ranks")
+
+# At the end, how long clients may take to read the rest of their answers.
+LAST_READ_SECONDS = 2
+
+# How often it is looked whether all requests have ended.
+POLL_SECONDS = 0.05
+
+
+def main() -> None:
+    """Check the command line, start the ranks and serve until a signal comes.
+
+    The status is 0 after a signal, 2 for a mistake of the person who started it, and
+    the job's where that has ended by itself.
+    """
+    try:
+        # What the front logs stands beside what `say` prints.
+        logging.basicConfig(format="mlxtp.serve: %(message)s")
+        logging.getLogger("mlxtp").setLevel(logging.INFO)
+        args = options.parse(sys.argv[1:])
+        given = allocation() if args.hostfile is None else None
+        check_first_host(args.hostfile, given)
+        with listen(args.host, args.port) as listener:
+            config = options.config(args, listener.getsockname()[1])
+            status = asyncio.run(serve(args, config, listener, given))
+    except (UsageError, JobError) as error:
+        launcher.refuse("mlxtp.serve", error)
+    sys.exit(status)
+
+
+def check_first_host(file: str | None, given: Allocation | None) -> None:
+    """Compare this machine with the host of rank 0, to which the front talks.
+
+    Raises: JobError if it is another one, or there is no such hostfile.
+    """
+    if file is not None:
+        try:
+            first, source = (
+                hostfile.by_rank(hostfile.read(file))[0],
+                f"--hostfile {file}",
+            )
+        except ValueError as error:
+            raise JobError(str(error)) from None
+    elif given is not None:
+        first, source = given.hosts[0], f"{given.system}'s hosts"
+    else:
+        return
+    if not is_here(first):
+        raise JobError(
+            f"{source}: the first host is {first}, and this is {socket.gethostname()}: "
+            "start the server on the first host"
+        )
+
+
+def listen(host: str, port: int) -> socket.socket:
+    """Listen on an address, so that the port is known to be free before ranks start.
+
+    Raises: UsageError if that is not possible.
+    """
+    with contextlib.ExitStack() as stack:
+        try:
+            family, *_, address = socket.getaddrinfo(
+                host, port, type=socket.SOCK_STREAM
+            )[0]
+            listener = stack.enter_context(socket.socket(family))
+            listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            listener.bind(address)
+            listener.listen()
+        except OSError as error:
+            raise UsageError(
+                f"cannot listen on {host} port {port}: {error.strerror}: give another "
+                "--port or --host"
+            ) from None
+        stack.pop_all()
+    return listener
+
+
+def start_ranks(args: argparse.Namespace, given: Allocation | None) -> RunningJob:
+    """Start the job of the ranks and print its line; one rank needs no mpirun.
+
+    Raises: JobError where there is no mpirun, or for a wrong number of ranks.
+    """
+    command = [*PROGRAM, *options.ranks_arguments(args)]
+    if args.ranks is None and args.hostfile is None and given is None:
+        say_line(command)
+        return start_alone(command, stdin=subprocess.DEVNULL)
+    job = Job(command, args.hostfile, args.ranks, verdict=True)
+    say_line(job.line())
+    return job.start(stdin=subprocess.DEVNULL)
+
+
+async def serve(
+    args: argparse.Namespace,
+    config: Config,
+    listener: socket.socket,
+    given: Allocation | None,
+) -> int:
+    """Start the ranks and the front, and end them; return the exit status.
+
+    It lasts until a signal, or the end of the job. Nothing is left behind: no process,
+    no folder, no socket.
+
+    Raises: JobError, as `start_ranks` does.
+    """
+    with signals() as (first, second):
+        ranks = Ranks()
+        try:
+            await ranks.listen()
+            front = Front(ranks, config)
+            os.environ[FOLDER_VARIABLE] = str(ranks.folder)
+            job = start_ranks(args, given)
+        except BaseException:
+            await ranks.close()
+            raise
+        ended = asyncio.create_task(asyncio.to_thread(job.wait))
+        lost = asyncio.create_task(ranks.is_lost.wait())
+        serving = asyncio.create_task(front.serve([listener]))
+        say(f"{url(listener)}, loading {config.model_names[0]} {where(args, given)}")
+        if not (config.api_keys or is_loopback(listener)):
+            say(
+                f"WARNING: whoever reaches {url(listener)} can use the model: there is "
+                "no key; give --api-key-file FILE"
+            )
+        telling = asyncio.create_task(tell_when_ready(ranks))
+        try:
+            await first_of(first, ended, lost, serving)
+            if first.done():
+                await drain(front, ranks, config.drain_seconds, second, lost)
+                status = 0
+            elif serving.done():
+                raise RuntimeError("the front has ended") from serving.exception()
+            else:
+                status = await after_loss(ranks, ended)
+            front.should_exit = True
+        finally:
+            telling.cancel()
+            await end_ranks(job, ranks, ended, second)
+            lost.cancel()
+        await serving
+        return status
+
+
+class Front(uvicorn.Server):
+    """uvicorn with limits of ours; the signals are not its own."""
+
+    def __init__(self, ranks: Ranks, config: Config) -> None:
+        super().__init__(
+            uvicorn.Config(
+                create_app(ranks, config),
+                http="h11",
+                ws="none",
+                log_config=None,
+                log_level="warning",
+                access_log=False,
+                server_header=False,
+                proxy_headers=False,
+                timeout_graceful_shutdown=LAST_READ_SECONDS,
+            )
+        )
+
+    def capture_signals(self) -> contextlib.AbstractContextManager[None]:  # type: ignore[override]
+        """Leave signals to `serve`."""
+        return contextlib.nullcontext()
+
+    def is_busy(self) -> bool:
+        """Whether requests are under way."""
+        return bool(self.server_state.tasks)
+
+
+@contextlib.contextmanager
+def signals() -> Iterator[tuple[Future, Future]]:
+    """Give two futures: of the first signal that asks for the end, and of the second.
+
+    A signal that is ignored stays so: nohup lets a process outlive its terminal.
+    """
+    loop = asyncio.get_running_loop()
+    first, second = loop.create_future(), loop.create_future()
+
+    def note() -> None:
+        if not first.done():
+            first.set_result(None)
+        elif not second.done():
+            second.set_result(None)
+
+    numbers = [
+        number
+        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+        if signal.getsignal(number) != signal.SIG_IGN
+    ]
+    for number in numbers:
+        loop.add_signal_handler(number, note)
+    try:
+        yield first, second
+    finally:
+        for number in numbers:
+            loop.remove_signal_handler(number)
+
+
+async def tell_when_ready(ranks: Ranks) -> None:
+    """Say when requests are answered, and what is special about the model."""
+    await ranks.is_ready.wait()
+    ready = ranks.ready
+    assert isinstance(ready, Ready)
+    count = len(ready.ranks)
+    say(f"ready: {ready.model} on {count} ranks, {ready.context:,} tokens of context")
+    if not ready.is_batched:
+        say("requests run one after the other: these caches cannot be batched")
+    if not ready.has_template:
+        say("the model has no chat template: chats get a plain one")
+    for note in ready.notes:
+        say(note)
+
+
+async def drain(
+    front: Front,
+    ranks: Ranks,
+    seconds: float,
+    second: Future,
+    lost: Future,
+) -> None:
+    """Take no more requests, and let those end that are under way.
+
+    For so many seconds at most, until a second signal, or until the ranks are lost.
+    """
+    if ranks.state != "ended":
+        ranks.state = "draining"
+    until = asyncio.get_running_loop().time() + seconds
+    if front.is_busy():
+        say(f"ends when the requests under way have ended, in {seconds:g} s at most")
+    while front.is_busy() and not (second.done() or lost.done()):
+        if asyncio.get_running_loop().time() > until:
+            return
+        await asyncio.sleep(POLL_SECONDS)
+
+
+async def after_loss(ranks: Ranks, ended: Future) -> int:
+    """Do what is to be done when the job has ended by itself; return the status.
+
+    Clients are told, and the server ends. The job has said itself why it ended where
+    that was a mistake (status 2) or a rank that was lost (the verdict).
+    """
+    await first_of(ended, timeout_seconds=END_SECONDS)
+    outcome = ended.result() if ended.done() else Outcome(1, None)
+    if outcome.verdict is not None:
+        words = outcome.verdict.sentence()
+    else:
+        words = f"the ranks have ended with status {outcome.status}"
+        if outcome.status != 2:
+            say(words)
+    ranks.lost(words)
+    return outcome.status or 1
+
+
+async def end_ranks(
+    job: RunningJob,
+    ranks: Ranks,
+    ended: Future,
+    second: Future,
+) -> None:
+    """End the ranks in order, else by a signal, else by force; wait for their end."""
+    # Ranks that still load do not listen, and nobody waits for what they do.
+    in_order = ranks.state in ("ready", "draining") and ranks.ready is not None
+    await ranks.close()
+    ranks.lost("the server ends")
+    if in_order:
+        await first_of(ended, second, timeout_seconds=END_SECONDS)
+    if not ended.done():
+        job.process.terminate()
+        await first_of(ended, timeout_seconds=END_SECONDS)
+    if not ended.done():
+        job.process.kill()
+    await ended
+
+
+async def first_of(*futures: Future, timeout_seconds: float | None = None) -> None:
+    """Wait until one of them is done, or for so long."""
+    await asyncio.wait(
+        futures, timeout=timeout_seconds, return_when=asyncio.FIRST_COMPLETED
+    )
+
+
+def where(args: argparse.Namespace, given: Allocation | None) -> str:
+    """Say on which ranks the model is."""
+    count = "one rank" if args.ranks == 1 else f"{args.ranks} ranks"
+    on_ranks = "the ranks" if args.ranks is None else count
+    if args.hostfile is not None:
+        return f"on {on_ranks} of {args.hostfile}"
+    if given is not None:
+        return f"on {on_ranks} of {given.system}'s hosts {', '.join(given.hosts)}"
+    if args.ranks is None:
+        return "on one rank; --ranks N or --hostfile HOSTFILE starts more"
+    return f"on {on_ranks}"
+
+
+def url(listener: socket.socket) -> str:
+    """Return the address that clients take."""
+    host, port = listener.getsockname()[:2]
+    return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
+
+
+def is_loopback(listener: socket.socket) -> bool:
+    """Whether programs on this machine alone can connect."""
+    return ipaddress.ip_address(listener.getsockname()[0]).is_loopback
+
+
+def say(words: str) -> None:
+    """Print a line of the server's log."""
+    print(f"mlxtp.serve: {words}", file=sys.stderr, flush=True)
+
+
+def say_line(command: list[str]) -> None:
+    """Print the command line that is run."""
+    print(shlex.join(command), file=sys.stderr, flush=True)
+
+
+if __name__ == "__main__":
+    main()

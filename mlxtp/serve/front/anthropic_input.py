@@ -1,0 +1,178 @@
+"""What `/v1/messages` takes: blocks and tools, made into a conversation's."""
+
+import json
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal
+
+from pydantic import Field
+
+from mlxtp.serve.front.fields import Fields
+from mlxtp.serve.front.openai_chat import TOOL_NAME
+from mlxtp.serve.front.typed import typed
+
+Json = dict[str, Any]
+
+# Claude Code puts this block first, with other words in every request: a model needs it
+# for nothing, and with it no prompt would begin like another.
+BILLING_HEADER = "x-anthropic-billing-header:"
+
+
+class TextBlock(Fields):
+    """Text."""
+
+    type: Literal["text"]
+    text: str
+
+
+class ThinkingBlock(Fields):
+    """What the model has thought."""
+
+    type: Literal["thinking"]
+    thinking: str
+
+
+class RedactedBlock(Fields):
+    """Another server's thinking, which nobody can read here: it is left out."""
+
+    type: Literal["redacted_thinking"]
+    data: str
+
+
+class ToolUseBlock(Fields):
+    """A call of a tool that the model has made."""
+
+    type: Literal["tool_use"]
+    id: str
+    name: str
+    input: Json
+
+
+class ToolResultBlock(Fields):
+    """What a tool has answered. The model sees an error as text behind "Error: "."""
+
+    type: Literal["tool_result"]
+    tool_use_id: str
+    content: str | list[Json] = ""
+    is_error: bool | None = None
+
+
+class Message(Fields):
+    """A message of a conversation."""
+
+    role: Literal["user", "assistant", "system"]
+    content: str | list[Json]
+
+
+class Tool(Fields):
+    """A function that the client has. `strict` holds where a call is forced."""
+
+    type: Literal["custom"] | None = None
+    name: str = Field(pattern=TOOL_NAME)
+    input_schema: Json
+    description: str | None = None
+    strict: bool | None = None
+
+
+TEXT: Mapping[str, type[Fields]] = {"text": TextBlock}
+USER: Mapping[str, type[Fields]] = {**TEXT, "tool_result": ToolResultBlock}
+ASSISTANT: Mapping[str, type[Fields]] = {
+    **TEXT,
+    "thinking": ThinkingBlock,
+    "redacted_thinking": RedactedBlock,
+    "tool_use": ToolUseBlock,
+}
+
+
+def messages(
+    given: Sequence[Message], system: str | Sequence[Json] | None
+) -> list[Json]:
+    """Make OpenAI's messages of Anthropic's.
+
+    A user's message becomes one for each result of a tool, and one for the text between
+    them.
+
+    Raises: Refusal for a block that this server cannot take.
+    """
+    all_messages: list[Json] = []
+    text = text_of(system or "", "system", but=BILLING_HEADER)
+    if text:
+        all_messages.append({"role": "system", "content": text})
+    for index, message in enumerate(given):
+        where = f"messages.{index}.content"
+        if isinstance(message.content, str) or message.role == "system":
+            content = text_of(message.content, where)
+            all_messages.append({"role": message.role, "content": content})
+        elif message.role == "assistant":
+            all_messages.append(_assistant(message.content, where))
+        else:
+            all_messages += _user(message.content, where)
+    return all_messages
+
+
+def _assistant(content: Sequence[Json], where: str) -> Json:
+    message: Json = {"role": "assistant", "content": ""}
+    for index, value in enumerate(content):
+        match typed(ASSISTANT, value, f"{where}.{index}"):
+            case TextBlock(text=text):
+                message["content"] += text
+            case ThinkingBlock(thinking=text):
+                message["reasoning_content"] = (
+                    message.get("reasoning_content", "") + text
+                )
+            case ToolUseBlock() as use:
+                function = {"name": use.name, "arguments": json.dumps(use.input)}
+                call = {"id": use.id, "type": "function", "function": function}
+                message.setdefault("tool_calls", []).append(call)
+    return message
+
+
+def _user(content: Sequence[Json], where: str) -> list[Json]:
+    all_messages: list[Json] = []
+    for index, value in enumerate(content):
+        match typed(USER, value, f"{where}.{index}"):
+            case TextBlock(text=text):
+                if not all_messages or all_messages[-1]["role"] != "user":
+                    all_messages.append({"role": "user", "content": ""})
+                all_messages[-1]["content"] += text
+            case ToolResultBlock() as result:
+                text = text_of(result.content, f"{where}.{index}.content")
+                all_messages.append(
+                    {
+                        "role": "tool",
+                        "tool_call_id": result.tool_use_id,
+                        "content": f"Error: {text}" if result.is_error else text,
+                    }
+                )
+    return all_messages
+
+
+def text_of(content: str | Sequence[Json], where: str, but: str | None = None) -> str:
+    """Join the text of blocks, but for those that begin with `but`.
+
+    Raises: Refusal for a block that is no text.
+    """
+    if isinstance(content, str):
+        return content
+    texts = []
+    for index, value in enumerate(content):
+        block = typed({"text": TextBlock}, value, f"{where}.{index}")
+        if but is None or not block.text.startswith(but):
+            texts.append(block.text)
+    return "\n".join(texts)
+
+
+def functions(tools: Sequence[Json]) -> list[Json]:
+    """Make OpenAI's tools of Anthropic's.
+
+    Raises: Refusal for a tool that this server cannot offer.
+    """
+    shown = []
+    for index, value in enumerate(tools):
+        tool = typed({"custom": Tool}, value, f"tools.{index}", "custom")
+        about = {
+            "name": tool.name,
+            "description": tool.description or "",
+            "parameters": tool.input_schema,
+        }
+        shown.append({"type": "function", "function": about})
+    return shown

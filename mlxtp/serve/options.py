@@ -1,0 +1,351 @@
+"""The command line of the server, of the front and of its ranks. No MLX.
+
+The rules stand first: what an option may be, and what does not go together. The front
+checks the whole line, and hands on to the ranks what is theirs: both ends parse those
+options with `_add_options_of_ranks`.
+"""
+
+import argparse
+import os
+import re
+from collections.abc import Sequence
+from pathlib import Path
+
+from mlxtp import job_options
+from mlxtp.cluster import job
+from mlxtp.comm import launcher
+from mlxtp.comm.errors import UsageError
+from mlxtp.job_options import Args, Conflicts, Limits, flag
+from mlxtp.serve.front.config import Config
+
+# Holds an API key where neither --api-key nor --api-key-file is given.
+KEY_VARIABLE = "MLXTP_API_KEY"
+
+# How clients call the model that comes with mlxtp.
+DEFAULT_NAME = "stories"
+
+# What an option of the server's own may be; None is always allowed.
+LIMITS: Limits = {
+    "host": ("a name or an address of this machine", lambda host: bool(host.strip())),
+    "port": ("from 0 to 65535, 0 for any that is free", lambda n: 0 <= n < 2**16),
+    "max_concurrency": ("at least 1", lambda n: n >= 1),
+    "max_queue": ("at least 0", lambda n: n >= 0),
+    "context": ("at least 1", lambda n: n >= 1),
+    "kv_gb": ("above 0", lambda x: 0 < x < float("inf")),
+    "prefix_cache_gb": ("at least 0", lambda x: 0 <= x < float("inf")),
+    "prefix_cache_dir": ("a folder", lambda name: bool(name.strip())),
+    "drain_seconds": ("at least 0", lambda x: 0 <= x < float("inf")),
+    "presence_penalty": ("from -2 to 2", lambda x: -2 <= x <= 2),
+    "frequency_penalty": ("from -2 to 2", lambda x: -2 <= x <= 2),
+    "served_model_name": (
+        "names in UTF-8",
+        lambda names: all(job_options.is_utf8(name) and name.strip() for name in names),
+    ),
+}
+
+CONFLICTS: Conflicts = [
+    (
+        lambda args: args.api_key is not None and args.api_key_file is not None,
+        "--api-key and --api-key-file: give one of them",
+    ),
+    (
+        lambda args: args.prefix_cache_dir is not None and args.prefix_cache_gb == 0,
+        "--prefix-cache-dir keeps what --prefix-cache-gb 0 turns off: leave one out",
+    ),
+]
+
+# Sampling options, and what `Settings` calls them.
+SAMPLING = {
+    "max_tokens": "max_tokens",
+    "temp": "temperature",
+    "top_p": "top_p",
+    "top_k": "top_k",
+    "min_p": "min_p",
+    "xtc_probability": "xtc_probability",
+    "xtc_threshold": "xtc_threshold",
+    "repetition_penalty": "repetition_penalty",
+    "presence_penalty": "presence_penalty",
+    "frequency_penalty": "frequency_penalty",
+}
+
+
+def parse(arguments: Sequence[str]) -> Args:
+    """Parse and check the command line of the front.
+
+    Raises: UsageError, that says what was given and what was wanted; JobError under
+        mpirun.
+    """
+    if launcher.size():
+        raise job.JobError(
+            "it starts mpirun itself: start it without, with --ranks N or --hostfile "
+            "HOSTFILE"
+        )
+    return _checked(_parser(), arguments, [*CONFLICTS, *job_options.CONFLICTS])
+
+
+def parse_ranks(arguments: Sequence[str]) -> Args:
+    """Parse and check the command line of the ranks, which `ranks_arguments` makes.
+
+    Raises: UsageError, as `parse` does.
+    """
+    return _checked(_ranks_parser(), arguments, job_options.CONFLICTS)
+
+
+def ranks_arguments(args: Args) -> list[str]:
+    """Return the command line of the ranks: what `args` have other than the default."""
+    words = []
+    for name, default in vars(_ranks_parser().parse_args([])).items():
+        value = getattr(args, name)
+        if value == default:
+            continue
+        if value is True:
+            words.append(flag(name))
+        elif isinstance(value, list):
+            words.append(f"{flag(name)}={','.join(map(str, value))}")
+        else:
+            words.append(f"{flag(name)}={value}")
+    return words
+
+
+def config(args: Args, port: int) -> Config:
+    """Return what the front is told; `port` is the one that it listens on.
+
+    Raises: UsageError for a file of keys that cannot be read, or a key that is none.
+    """
+    given = {SAMPLING[name]: getattr(args, name) for name in SAMPLING}
+    defaults = {name: value for name, value in given.items() if value is not None}
+    if args.max_tokens == -1:
+        defaults["max_tokens"] = None  # to the end of the context
+    return Config(
+        model_names=tuple(args.served_model_name or [args.model or DEFAULT_NAME]),
+        host=args.host,
+        port=port,
+        api_keys=_api_keys(args),
+        max_concurrency=args.max_concurrency,
+        max_queue=args.max_queue,
+        allowed_origins=tuple(args.allowed_origins),
+        defaults=defaults,
+        template_arguments=args.chat_template_config,
+        log_prompts=args.log_prompts,
+        drain_seconds=args.drain_seconds,
+    )
+
+
+def _checked(
+    parser: argparse.ArgumentParser, arguments: Sequence[str], conflicts: Conflicts
+) -> Args:
+    args = launcher.parse(parser, arguments)
+    job_options.check(args, {**LIMITS, **job_options.LIMITS}, conflicts)
+    return args
+
+
+def _api_keys(args: Args) -> tuple[str, ...]:
+    """Return the keys that let clients in, from where they are given.
+
+    The variable is taken out of the environment, of which mpirun passes a part on to
+    all hosts. Messages name no key.
+    """
+    variable = os.environ.pop(KEY_VARIABLE, None)
+    if args.api_key_file is not None:
+        source, keys = f"--api-key-file {args.api_key_file}", _lines(args.api_key_file)
+    elif args.api_key is not None:
+        source, keys = "--api-key", [args.api_key]
+    elif variable is not None:
+        source, keys = KEY_VARIABLE, [variable]
+    else:
+        return ()
+    # A key travels in a header of HTTP.
+    if not keys or not all(re.fullmatch("[!-~]+", key) for key in keys):
+        raise UsageError(f"{source}: wanted a key of ASCII letters, digits and signs")
+    return tuple(keys)
+
+
+def _lines(file: str) -> list[str]:
+    """Return the lines of a file of keys, without empty ones."""
+    try:
+        text = Path(file).read_text(errors="replace")
+    except OSError as error:
+        raise UsageError(f"--api-key-file {file}: {error.strerror}") from None
+    return [line.strip() for line in text.splitlines() if line.strip()]
+
+
+def _origins(text: str) -> list[str]:
+    """Origins of web pages, as the command line gives them: https://a.org,..."""
+    origins = [part.strip().rstrip("/").lower() for part in text.split(",")]
+    if not all(re.fullmatch(r"\*|[a-z][a-z0-9+.-]*://[^/\s]+", one) for one in origins):
+        wanted = "origins such as https://chat.example.org, or *"
+        raise argparse.ArgumentTypeError(f"{text!r}: wanted {wanted}")
+    return origins
+
+
+def _parser() -> argparse.ArgumentParser:
+    result = job_options.Parser(
+        prog="mlxtp.serve",
+        usage="python -m mlxtp.serve [--ranks N] [--hostfile HOSTFILE] [OPTION ...]",
+        description="Serve one language model on all ranks, with OpenAI's and "
+        "Anthropic's interfaces. It starts mpirun itself, on the host that comes first "
+        "in the hostfile.",
+    )
+    job.add_options(result)
+    _add_options_of_clients(result)
+    _add_sampling(result)
+    _add_options_of_ranks(result)
+    return result
+
+
+def _ranks_parser() -> argparse.ArgumentParser:
+    result = job_options.Parser(
+        prog="mlxtp.serve.ranks",
+        usage="python -m mlxtp.serve.ranks [OPTION ...]",
+        description="What python -m mlxtp.serve starts on every rank.",
+    )
+    _add_options_of_ranks(result)
+    return result
+
+
+def _add_options_of_clients(parser: argparse.ArgumentParser) -> None:
+    """Add who may ask, and under which address."""
+    clients = parser.add_argument_group("clients")
+    clients.add_argument(
+        "--host",
+        default="127.0.0.1",
+        help="Listen on this address; 0.0.0.0 for all of this machine. Default: "
+        "127.0.0.1, for programs on this machine alone.",
+    )
+    clients.add_argument(
+        "--port", type=int, default=8080, help="Listen on this port. Default: 8080."
+    )
+    clients.add_argument(
+        "--api-key",
+        metavar="KEY",
+        help="Let in who gives this key. Others on this machine can read a command "
+        "line: better give a file.",
+    )
+    clients.add_argument(
+        "--api-key-file",
+        metavar="FILE",
+        help="Let in who gives one of the keys of this file, a line each. Default: the "
+        f"key in the environment's {KEY_VARIABLE}, or everybody.",
+    )
+    clients.add_argument(
+        "--served-model-name",
+        nargs="+",
+        metavar="NAME",
+        help="How clients call the model; answers carry the first name. Default: what "
+        "--model says.",
+    )
+    clients.add_argument(
+        "--allowed-origins",
+        type=_origins,
+        action="extend",
+        default=[],
+        metavar="ORIGIN,...",
+        help="Let pages of these origins ask, such as https://chat.example.org; * for "
+        "all. Default: the server's own page alone.",
+    )
+    clients.add_argument(
+        "--max-queue",
+        type=int,
+        default=256,
+        metavar="N",
+        help="So many requests may wait; more are told to come again. Default: 256.",
+    )
+    clients.add_argument(
+        "--drain-seconds",
+        type=float,
+        default=30.0,
+        metavar="SECONDS",
+        help="At the end, the longest that requests under way may take. Default: 30.",
+    )
+    clients.add_argument(
+        "--log-prompts",
+        action="store_true",
+        help="Write prompts and answers to the log",
+    )
+
+
+def _add_sampling(parser: argparse.ArgumentParser) -> None:
+    """Add what a request gets that leaves it open."""
+    sampling = parser.add_argument_group(
+        "sampling",
+        "What a request gets that leaves it open. Default: what the model's "
+        "generation_config.json says, or else OpenAI's default.",
+    )
+    for name in SAMPLING:
+        kind: type = int if name in ("max_tokens", "top_k") else float
+        sampling.add_argument(flag(name), type=kind, metavar="X")
+    sampling.add_argument(
+        "--chat-template-config",
+        "--chat-template-args",
+        type=job_options.json_object,
+        default={},
+        metavar="JSON",
+        help="Arguments for the chat template, as a JSON object",
+    )
+
+
+def _add_options_of_ranks(parser: argparse.ArgumentParser) -> None:
+    """Add what the ranks are told."""
+    job_options.add_options(parser)
+    parser.add_argument(
+        "--use-default-chat-template",
+        action="store_true",
+        help="Use the default chat template of the tokenizer",
+    )
+    requests = parser.add_argument_group("requests and their caches")
+    requests.add_argument(
+        "--max-concurrency",
+        type=int,
+        default=32,
+        metavar="N",
+        help="The most requests at once. Default: 32.",
+    )
+    requests.add_argument(
+        "--context",
+        type=int,
+        metavar="TOKENS",
+        help="The most tokens of a request, prompt and answer. Default: the model's.",
+    )
+    requests.add_argument(
+        "--kv-gb",
+        type=float,
+        metavar="GB",
+        help="The most memory that caches take on a rank. Default: what is left beside "
+        "the weights.",
+    )
+    requests.add_argument(
+        "--prefill-step-size",
+        type=int,
+        default=512,
+        metavar="TOKENS",
+        help="The most tokens of a prompt that are read between two steps of the "
+        "others. Default: 512.",
+    )
+    requests.add_argument(
+        "--prefix-cache-gb",
+        type=float,
+        metavar="GB",
+        help="The most memory on a rank that keeps what requests have computed, for "
+        "those that begin alike; 0 keeps nothing. Default: a part of the caches'.",
+    )
+    requests.add_argument(
+        "--prefix-cache-dir",
+        metavar="DIR",
+        help="Keep that in this folder of each host as well, over restarts",
+    )
+    requests.add_argument(
+        "--kv-bits", type=int, help="Bits of quantized KV caches. Default: unquantized."
+    )
+    requests.add_argument(
+        "--kv-group-size",
+        type=int,
+        default=64,
+        help="Group size of quantized KV caches. Default: 64.",
+    )
+    requests.add_argument(
+        "--quantized-kv-start",
+        type=int,
+        default=0,
+        metavar="TOKENS",
+        help="With --kv-bits, caches are quantized from this length on. Default: 0.",
+    )

@@ -1,0 +1,396 @@
+"""How the server starts and ends, with ranks that have no model."""
+
+import asyncio
+import configparser
+import json
+import os
+import plistlib
+import re
+import signal
+import socket
+import subprocess
+import sys
+import time
+from contextlib import closing
+from dataclasses import dataclass
+from http.client import HTTPConnection
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import fake_ranks
+import pytest
+from processes import is_running
+
+from mlxtp.cluster import allocation as allocations
+from mlxtp.cluster.job import JobError, Outcome
+from mlxtp.cluster.verdict import RankOnHost, Verdict
+from mlxtp.serve import __main__ as front
+from mlxtp.serve import options
+from mlxtp.serve.front.ranks import Ranks
+from mlxtp.serve.messages import FOLDER_VARIABLE
+
+pytestmark = pytest.mark.once
+
+# Notes its process, then is the fake rank 0.
+FAKE = (
+    "import os, runpy, sys; print(os.getpid(), file=open(sys.argv.pop(1), 'a')); "
+    f"runpy.run_path({fake_ranks.__file__!r}, run_name='__main__')"
+)
+# A rank 0 that is never ready, and one that does not hear that it is to end.
+LOADING = FAKE.replace("runpy.", "import time; time.sleep(60); runpy.")
+DEAF = FAKE.replace(
+    "runpy.", "import fake_ranks; fake_ranks.messages._READERS['End'] = dict; runpy."
+)
+REFUSING = "from mlxtp.comm import launcher; launcher.refuse('mlxtp.serve', 'no model')"
+
+MISTAKES: dict[str, tuple[list[str], str]] = {
+    "an unknown option": (["--prt", "1"], "unrecognized arguments: --prt 1"),
+    "no number": (["--port", "web"], "argument --port: invalid int value: 'web'"),
+    "no port": (["--port", "70000"], "--port is 70000: wanted from 0 to 65535"),
+    "no address": (["--host", " "], "--host is ' ': wanted a name or an address"),
+    "no concurrency": (["--max-concurrency", "0"], "wanted at least 1"),
+    "a negative queue": (["--max-queue", "-1"], "wanted at least 0"),
+    "no context": (["--context", "0"], "--context is 0: wanted at least 1"),
+    "no cache": (["--kv-gb", "nan"], "--kv-gb is nan: wanted above 0"),
+    "endless draining": (["--drain-seconds", "inf"], "wanted at least 0"),
+    "cold sampling": (["--temp", "-1"], "--temp is -1.0: wanted at least 0"),
+    "a wide penalty": (["--presence-penalty", "3"], "wanted from -2 to 2"),
+    "no name": (["--served-model-name", "a", ""], "wanted names in UTF-8"),
+    "no origin": (["--allowed-origins", "a.org"], "'a.org': wanted origins such as"),
+    "an origin's page": (["--allowed-origins", "*,http://a/b"], "wanted origins"),
+    "no object": (["--chat-template-args", "[1]"], "'[1]': wanted a JSON object"),
+    "two kinds of keys": (["--api-key", "a", "--api-key-file", "b"], "one of them"),
+    "no file of keys": (["--api-key-file", "no/keys"], "No such file or directory"),
+    "an empty file of keys": (["--api-key-file", os.devnull], "wanted a key"),
+    "a key with a space": (
+        ["--api-key", "se cret"],
+        "--api-key: wanted a key of ASCII",
+    ),
+    "a kept cache of none": (
+        ["--prefix-cache-dir", "x", "--prefix-cache-gb", "0"],
+        "--prefix-cache-gb 0 turns off",
+    ),
+    "shares that are none": (["--shares", "1,x"], "'1,x': wanted whole numbers"),
+    "MLX's algorithms": (["--transport", "ring", "--wire", "int8"], "--wire go with"),
+    "no ranks": (["--ranks", "0"], "the number of ranks is 0: wanted 1 or more"),
+    "no hostfile": (["--hostfile", "no/hosts"], "no hostfile no/hosts"),
+}
+
+
+def test_the_services_of_the_documentation() -> None:
+    """The launchd file and the systemd unit start the same, and leave time to end."""
+    page = (Path(__file__).parents[2] / "docs" / "serving.md").read_text()
+    [plist], [unit] = (
+        re.findall(rf"^```{kind}\n(.*?)^```", page, re.MULTILINE | re.DOTALL)
+        for kind in ("xml", "ini")
+    )
+    daemon = plistlib.loads(plist.encode())
+    service = configparser.ConfigParser()
+    service.read_string(unit)
+    words = service["Service"]["ExecStart"].split()
+    assert words[:3] == daemon["ProgramArguments"][:3]
+    for arguments in (words[3:], daemon["ProgramArguments"][3:]):
+        args = options.parse(arguments)
+        assert args.api_key_file and args.hostfile == "hostfiles/studio5"
+        needed = args.drain_seconds + 2 * front.END_SECONDS
+        assert int(service["Service"]["TimeoutStopSec"]) >= needed
+        assert daemon["ExitTimeOut"] >= needed
+
+
+@pytest.mark.parametrize("case", MISTAKES)
+def test_a_mistake_is_one_line(
+    case: str, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    arguments, words = MISTAKES[case]
+    monkeypatch.setenv(FOLDER_VARIABLE, "")
+    monkeypatch.setattr(sys, "argv", ["mlxtp.serve", "--port", "0", *arguments])
+    with pytest.raises(SystemExit) as end:
+        front.main()
+    said = capfd.readouterr()
+    assert end.value.code == 2 and said.out == "" and said.err.count("\n") == 1
+    assert said.err.startswith("mlxtp.serve: error: ") and words in said.err
+    assert "cret" not in said.err
+    folder = os.environ[FOLDER_VARIABLE]
+    assert folder == "" or not Path(folder).exists()
+
+
+def test_a_port_in_use_is_one_line_of_a_program_without_mlx() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        program = (
+            "import sys; from mlxtp.serve import __main__ as front;"
+            "print(*{'mlx', 'mlx_lm', 'mpi4py', 'numpy'} & {*sys.modules});"
+            f"sys.argv[1:] = ['--port', '{port}']; front.main()"
+        )
+        done = subprocess.run(
+            [sys.executable, "-c", program], capture_output=True, text=True, timeout=60
+        )
+    assert done.returncode == 2 and done.stdout == "\n"
+    line = (
+        f"mlxtp.serve: error: cannot listen on 127.0.0.1 port {port}: Address already"
+    )
+    assert done.stderr.startswith(line) and done.stderr.count("\n") == 1
+
+
+def test_under_mpirun_it_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("OMPI_COMM_WORLD_SIZE", "2")
+    with pytest.raises(JobError, match="it starts mpirun itself"):
+        options.parse([])
+
+
+def test_the_ranks_get_what_is_theirs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And the front its own; no rank gets a key."""
+    keys = tmp_path / "keys"
+    keys.write_text("first-secret\n\nsecond-secret\n")
+    monkeypatch.setenv(options.KEY_VARIABLE, "third-secret")
+    of_ranks = ["--model=-m", "--shares=2,1", "--kv-bits=8", "--trust-remote-code"]
+    of_front = [*("--temp", "0", "--max-tokens", "-1"), "--api-key-file", str(keys)]
+    of_front += ["--allowed-origins", "http://A.org/,https://b:1"]
+    of_front += ["--allowed-origins=*", "--chat-template-config", '{"a": 1}']
+    args = options.parse([*of_ranks, *of_front])
+    words = options.ranks_arguments(args)
+    assert sorted(words) == sorted(of_ranks)
+    for name, value in vars(options.parse_ranks(words)).items():
+        assert value == getattr(args, name)
+
+    config = options.config(args, 81)
+    assert config.api_keys == ("first-secret", "second-secret") and config.port == 81
+    assert config.model_names == ("-m",) and config.template_arguments == {"a": 1}
+    assert config.allowed_origins == ("http://a.org", "https://b:1", "*")
+    assert config.defaults == {"temperature": 0.0, "max_tokens": None}
+    assert options.KEY_VARIABLE not in os.environ  # mpirun would pass it on
+
+    monkeypatch.setenv(options.KEY_VARIABLE, "third-secret")
+    unset = options.config(options.parse([]), 81)
+    assert unset.api_keys == ("third-secret",)
+    assert unset.defaults == {} and options.ranks_arguments(options.parse([])) == []
+
+
+def test_the_first_host_is_this_machine(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of a hostfile, of Slurm's hosts, of PBS's."""
+    hosts = tmp_path / "hosts"
+    hosts.write_text("localhost slots=2\nfar.invalid slots=2\n")
+    front.check_first_host(str(hosts), None)
+    monkeypatch.setenv("PBS_NODEFILE", str(hosts))
+    given = allocations.allocation()
+    assert given is not None and given.hosts == ("localhost", "far.invalid")
+    front.check_first_host(None, given)
+
+    scontrol = tmp_path / "scontrol"
+    scontrol.write_text('#!/bin/sh\necho "$3" | tr , "\\n"\n')
+    scontrol.chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
+    monkeypatch.setenv("SLURM_JOB_NODELIST", "far.invalid,localhost")
+    given = allocations.allocation()
+    assert given is not None and given.hosts == ("far.invalid", "localhost")
+    with pytest.raises(JobError, match="Slurm's hosts: the first host is far"):
+        front.check_first_host(None, given)
+    scontrol.write_text("#!/bin/sh\nexit 1\n")
+    with pytest.raises(JobError, match="scontrol does not tell its hosts"):
+        allocations.allocation()
+
+
+class Answer(NamedTuple):
+    """What came back."""
+
+    status: int
+    headers: Any
+    text: str
+
+
+@dataclass
+class Server:
+    """A server in this process; `life` gives its status."""
+
+    port: int
+    life: "asyncio.Task[int]"
+    pids: Path
+
+    async def get(self, path: str, body: dict[str, Any] | None = None) -> Answer:
+        """What comes back, or of a POST with `body`."""
+        return await asyncio.to_thread(self._get, path, body)
+
+    def _get(self, path: str, body: dict[str, Any] | None) -> Answer:
+        connection = HTTPConnection("127.0.0.1", self.port, timeout=20)
+        with closing(connection):
+            method = "GET" if body is None else "POST"
+            headers = {"Content-Type": "application/json"}
+            connection.request(method, path, json.dumps(body), headers)
+            answer = connection.getresponse()
+            return Answer(answer.status, answer.headers, answer.read().decode())
+
+    async def is_ready(self) -> None:
+        while (await self.get("/health")).status != 200:
+            await asyncio.sleep(0.02)
+
+    async def ask(self, prompt: str) -> Answer:
+        """Everything that a stream answers."""
+        body = {"model": "stories", "prompt": prompt, "stream": True}
+        return await self.get("/v1/completions", body)
+
+    async def ranks(self, count: int = 1) -> list[int]:
+        """The processes of the ranks, when so many are there."""
+        while not (self.pids.exists() and self.pids.read_text().count("\n") == count):
+            await asyncio.sleep(0.02)
+        return [int(pid) for pid in self.pids.read_text().split()]
+
+    async def end(self) -> int:
+        """The status, when everything has ended and nothing is left."""
+        status = await asyncio.wait_for(self.life, 30)
+        assert not Path(os.environ[FOLDER_VARIABLE]).exists()
+        pids = [int(pid) for pid in self.pids.read_text().split()]
+        assert pids and not any(map(is_running, pids))
+        with pytest.raises(ConnectionRefusedError):
+            await self.get("/health")
+        return status
+
+
+@pytest.fixture
+def start(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Any:
+    """A function that starts a server on a free port, whose ranks are a program."""
+    monkeypatch.setenv(FOLDER_VARIABLE, "")  # is put back at the end
+    monkeypatch.setenv("PYTHONPATH", str(Path(fake_ranks.__file__).parent), ":")
+
+    def start(program: str, *arguments: str) -> Server:
+        pids = tmp_path / f"pids-{time.monotonic_ns()}"
+        command = (sys.executable, "-c", program, str(pids))
+        monkeypatch.setattr(front, "PROGRAM", command)
+        args = options.parse(["--port", "0", *arguments])
+        listener = front.listen(args.host, args.port)
+        config = options.config(args, listener.getsockname()[1])
+        life = asyncio.create_task(front.serve(args, config, listener, None))
+        return Server(config.port, life, pids)
+
+    return start
+
+
+def test_draining(start, capfd: pytest.CaptureFixture[str]) -> None:
+    """SIGTERM: what is under way ends, new requests are sent away, and all ends."""
+
+    async def life() -> None:
+        server = start(FAKE, "--served-model-name", "stories")
+        await server.is_ready()
+        stream = asyncio.create_task(server.ask("wait: 0.5\nSecret words"))
+        await asyncio.sleep(0.3)
+        os.kill(os.getpid(), signal.SIGTERM)
+        await asyncio.sleep(0.1)
+        refused = await server.ask("too late")
+        assert refused.status == 503 and refused.headers["Retry-After"]
+        answer = await stream
+        assert answer.status == 200 and "error" not in answer.text
+        assert await server.end() == 0
+
+    asyncio.run(life())
+    command, listening, ready, *rest = capfd.readouterr().err.splitlines()
+    assert command.startswith(sys.executable)
+    assert listening.startswith("mlxtp.serve: http://127.0.0.1:")
+    assert "loading stories on one rank; --ranks N or" in listening
+    assert ready == "mlxtp.serve: ready: fake-model on 5 ranks, 4,096 tokens of context"
+    assert [line.partition(",")[0] for line in rest] == [
+        "mlxtp.serve: ends when the requests under way have ended"
+    ]
+
+
+def test_draining_has_an_end(start, capfd: pytest.CaptureFixture[str]) -> None:
+    """Of --drain-seconds, or by a second signal; clients are told."""
+
+    async def life(seconds: str, signals: int) -> None:
+        server = start(FAKE, "--drain-seconds", seconds)
+        await server.is_ready()
+        stream = asyncio.create_task(server.ask("hang:"))
+        await asyncio.sleep(0.2)
+        for _ in range(signals):
+            os.kill(os.getpid(), signal.SIGINT)
+            await asyncio.sleep(0.1)
+        began = time.monotonic()
+        assert "the server ends" in (await stream).text
+        assert await server.end() == 0
+        assert time.monotonic() - began < 5
+
+    asyncio.run(life("0.2", 1))
+    asyncio.run(life("60", 2))
+    assert "Traceback" not in capfd.readouterr().err
+
+
+def test_ranks_that_do_not_end_in_order(
+    start, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """Those that load are ended at once, those that do not listen after a while."""
+    monkeypatch.setattr(front, "END_SECONDS", 0.5)
+
+    async def life(program: str) -> None:
+        server = start(program, "--host", "0.0.0.0")
+        await server.ranks()
+        if program == DEAF:
+            await server.is_ready()
+        else:
+            assert (await server.get("/health")).status == 503
+        os.kill(os.getpid(), signal.SIGTERM)
+        assert await server.end() == 0
+
+    asyncio.run(life(LOADING))
+    asyncio.run(life(DEAF))
+    said = capfd.readouterr().err
+    assert said.count("can use the model: there is no key; give --api-key-file") == 2
+
+
+def test_the_job_ends_by_itself(start, capfd: pytest.CaptureFixture[str]) -> None:
+    """Before it is ready, with a mistake; afterwards, with a stream under way."""
+
+    async def refused() -> None:
+        server = start(REFUSING, "--ranks", "2")
+        assert await server.life == 2
+
+    asyncio.run(refused())
+    said = capfd.readouterr().err
+    assert said.count("\nmlxtp.serve: error: no model\n") == 1
+    assert len(said.splitlines()) == 3
+
+    async def killed() -> None:
+        server = start(FAKE)
+        await server.is_ready()
+        stream = asyncio.create_task(server.ask("hang:"))
+        await asyncio.sleep(0.2)
+        [pid] = await server.ranks()
+        os.kill(pid, signal.SIGKILL)
+        assert "the ranks have" in (await stream).text
+        assert await server.end() == 128 + signal.SIGKILL
+
+    asyncio.run(killed())
+    last = capfd.readouterr().err.splitlines()[-1]
+    assert last == "mlxtp.serve: the ranks have ended with status 137"
+
+    async def judged() -> None:
+        studio4 = RankOnHost(4, "studio4")
+        verdict = Verdict("died", (studio4,), RankOnHost(0, "studio0"), None, 60.0)
+        ended = asyncio.get_running_loop().create_future()
+        ended.set_result(Outcome(1, verdict))
+        ranks = Ranks()
+        assert await front.after_loss(ranks, ended) == 1
+        assert ranks.words == verdict.sentence()
+        await ranks.close()
+
+    asyncio.run(judged())
+    assert capfd.readouterr().err == ""  # the job has said it
+
+
+def test_with_mpirun(start, capfd: pytest.CaptureFixture[str]) -> None:
+    """Its line is printed, without the key, and all ranks end."""
+
+    async def life() -> None:
+        server = start(FAKE, "--ranks", "2", "--host", "0.0.0.0", "--api-key", "secret")
+        await server.ranks(2)
+        await server.is_ready()
+        os.kill(os.getpid(), signal.SIGHUP)
+        assert await server.end() == 0
+
+    asyncio.run(life())
+    said = capfd.readouterr().err
+    line, listening, *_ = said.splitlines()
+    assert "/mpirun --prefix " in line and f" -x {FOLDER_VARIABLE} " in line
+    assert listening.endswith("loading stories on 2 ranks")
+    assert "secret" not in said and "WARNING" not in said
