@@ -39,7 +39,8 @@ class Wrong(FakeRanks):
     """After the first requests, one answer in three begins otherwise."""
 
     def _tell(self, start, **changes):
-        if len(self.starts) > soak.KINDS and len(self.starts) % 3 == 0:
+        number = [other.id for other in self.starts].index(start.id)
+        if number >= soak.KINDS and number % 3 == 0:
             for logprob in changes.get("logprobs", []):
                 vars(logprob).update(text="?", bytes=[ord("?")])
         super()._tell(start, **changes)
