@@ -107,7 +107,7 @@ async def good_client(
     """Ask until the end; return the number of tokens, and where answers part."""
     draw, tokens, partings = random.Random(number), 0, []
     async with client(url) as http:
-        while time.monotonic() < end:
+        while not tokens or time.monotonic() < end:
             body, alone = draw.choice(expected)
             answer = await ask(http, body, draw.random() < 0.5)
             tokens += len(answer.tokens)
