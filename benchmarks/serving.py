@@ -97,7 +97,9 @@ class Server:
 def served(side: str, args: Any) -> Iterator[Server]:
     """Start a server of `COMMANDS`, wait until it answers, and end it.
 
-    Raises: RuntimeError with what it said, if it ends or does not answer.
+    What it said is printed where something fails.
+
+    Raises: RuntimeError if it ends or does not answer.
     """
     with socket.create_server(("127.0.0.1", 0)) as listener:
         port = listener.getsockname()[1]
@@ -113,9 +115,12 @@ def served(side: str, args: Any) -> Iterator[Server]:
         server = Server(process, f"http://127.0.0.1:{port}")
         try:
             if not _answers(server):
-                log.seek(0)
-                raise RuntimeError(f"{side}: {log.read().decode()}")
+                raise RuntimeError(f"{side} does not answer")
             yield server
+        except BaseException:
+            log.seek(0)
+            print(log.read().decode(errors="replace"), file=sys.stderr)
+            raise
         finally:
             process.send_signal(signal.SIGTERM)
             try:
