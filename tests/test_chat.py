@@ -138,6 +138,14 @@ def test_what_a_model_writes_controls_no_terminal(chat, capsys) -> None:
     assert "http://a/[2J" in shown and "[bold]x[/bold]" in shown and "[dim]y" in shown
 
 
+def test_it_needs_neither_mlx_nor_mpi() -> None:
+    program = "import mlxtp.chat.__main__, sys; print(*sys.modules)"
+    imported = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, check=True
+    )
+    assert not {"mlx", "mlx_lm", "mpi4py"} & set(imported.stdout.split())
+
+
 # A server by hand: what HTTP's libraries would not do.
 
 
@@ -377,7 +385,8 @@ sys.path[:0] = {sys.path[:]!r}
 from front import serving
 from fake_ranks import FakeRanks
 if "--broken" in sys.argv:
-    sys.exit("mlxtp.serve: error: --broken: \\033[2Jwanted another")
+    print("mlxtp.serve: error: --broken: \\033[2Jwanted another")
+    sys.exit(2)
 signal.signal(signal.SIGTERM, lambda *_: sys.exit())
 with serving(FakeRanks(loading_seconds=0.5)) as front:
     print(f"mlxtp.serve: {{front.url}}, loading", *sys.argv[1:], flush=True)
@@ -407,5 +416,5 @@ def test_a_server_of_its_own(chat, monkeypatch) -> None:
 
     status, answers, notes = chat("hello", url="", options=("--broken",))
     assert status == 2 and answers == ""
-    assert "ended with status 1: mlxtp.serve: error: --broken: [2Jwanted" in notes
+    assert "ended with status 2: mlxtp.serve: error: --broken: [2Jwanted" in notes
     assert notes.count("\n") == 1

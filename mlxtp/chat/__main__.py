@@ -118,11 +118,7 @@ class Chat:
         self._conversation = Conversation(system)
         # What each command is called with, what it does, and how.
         self.commands: dict[str, tuple[str, str, Callable[[str], None]]] = {
-            "/system": (
-                "[TEXT]",
-                "tell the model, or show what it knows",
-                self.system,
-            ),
+            "/system": ("[TEXT]", "set the system message, or show it", self.system),
             "/reset": ("", "begin a new conversation", self.reset),
             "/retry": ("", "ask for the last answer again", self.retry),
             "/save": ("FILE", "write the conversation, .json or .md", self.save),

@@ -78,7 +78,8 @@ class Client:
         words = told.get("message") or _message(told) or "it loads"
         if told.get("state") in ("draining", "ended"):
             raise ServerError(f"the server at {self.url} ends: {words}")
-        return Loading(str(words), told.get("done"))
+        done = told.get("done")
+        return Loading(str(words), done if isinstance(done, float) else None)
 
     def models(self) -> list[str]:
         """List the names of the server's models.
@@ -195,33 +196,45 @@ def _events(response: HTTPResponse) -> Iterator[Delta | Usage]:
         chunk = _decoded(data)
         if not isinstance(chunk, dict) or "error" in chunk:
             raise ServerError(_message(chunk) or "the server sent what is no event")
-        for choice in chunk.get("choices") or []:
-            is_complete |= choice.get("finish_reason") is not None
-            yield from _deltas(choice.get("delta") or {})
-        if usage := chunk.get("usage"):
-            details = usage.get("prompt_tokens_details") or {}
-            yield Usage(
-                usage.get("prompt_tokens", 0),
-                details.get("cached_tokens") or 0,
-                usage.get("completion_tokens", 0),
-            )
+        try:
+            choices = chunk.get("choices") or []
+            is_complete |= any(choice.get("finish_reason") for choice in choices)
+            pieces = [piece for choice in choices for piece in _deltas(choice)]
+            usage = _usage(chunk.get("usage"))
+        except (AttributeError, TypeError, ValueError):
+            raise ServerError("the server sent what is no event") from None
+        yield from pieces
+        if usage is not None:
+            yield usage
     if not is_complete:
         raise ServerError("the connection broke: the answer is not complete")
 
 
-def _deltas(delta: dict[str, Any]) -> Iterator[Delta]:
+def _deltas(choice: dict[str, Any]) -> Iterator[Delta]:
+    delta = choice.get("delta") or {}
     # vLLM and mlx-lm call it reasoning.
     if reasoning := delta.get("reasoning_content") or delta.get("reasoning"):
-        yield Delta("reasoning", reasoning)
+        yield Delta("reasoning", str(reasoning))
     if content := delta.get("content"):
-        yield Delta("text", content)
+        yield Delta("text", str(content))
+
+
+def _usage(usage: dict[str, Any] | None) -> Usage | None:
+    if not usage:
+        return None
+    details = usage.get("prompt_tokens_details") or {}
+    return Usage(
+        int(usage.get("prompt_tokens") or 0),
+        int(details.get("cached_tokens") or 0),
+        int(usage.get("completion_tokens") or 0),
+    )
 
 
 def _decoded(data: bytes) -> Any:
     """Decode JSON, with all of its texts made printable; None if it is none."""
     try:
         return _cleaned(json.loads(data))
-    except ValueError:
+    except (ValueError, RecursionError):
         return None
 
 

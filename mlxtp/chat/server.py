@@ -47,7 +47,7 @@ class Server:
         """Read all that it prints, so that it never waits for a reader."""
         assert self._process.stdout is not None
         for line in self._process.stdout:
-            self._last_lines.append(printable(line).strip())
+            self._last_lines.append(printable(line).rstrip())
             if match := _ADDRESS.search(line):
                 self._address = match[1]
                 self._has_told.set()
@@ -70,11 +70,11 @@ class Server:
         return self._process.returncode is not None
 
     def last_words(self) -> str:
-        """Say how it has ended: its status and its last line."""
+        """Say how it has ended: its status and its last line, or lines if it broke."""
         status = self._process.wait()
         self._reader.join(1.0)  # a rank that is left may hold its output open
-        lines = [line for line in self._last_lines if line]
-        said = lines[-1] if lines else "it said nothing"
+        lines = [line for line in self._last_lines if line] or ["it said nothing"]
+        said = lines[-1] if status in (0, 2) else "\n" + "\n".join(lines)
         return f"the server ended with status {status}: {said}"
 
     def end(self) -> None:

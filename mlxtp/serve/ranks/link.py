@@ -2,6 +2,7 @@
 
 import os
 import queue
+import shutil
 import socket
 import threading
 from concurrent.futures import ThreadPoolExecutor
@@ -28,6 +29,7 @@ class Link:
         """
         self.callee: Any = None
         self.received: queue.SimpleQueue[Message] = queue.SimpleQueue()
+        self._folder = folder
         self._socket = socket.socket(socket.AF_UNIX)
         self._socket.connect(str(folder / messages.SOCKET_NAME))
         self._sending = threading.Lock()
@@ -75,6 +77,8 @@ class Link:
                     self._answering.submit(self._answer, message)
                 else:
                     self.received.put(message)
+        # Of a front that was killed nobody else would remove the folder.
+        shutil.rmtree(self._folder, ignore_errors=True)
         self.received.put(End())
 
     def _answer(self, call: Call) -> None:
