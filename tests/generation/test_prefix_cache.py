@@ -81,10 +81,14 @@ class Plain:
             del self.entries[key]
 
     def add(self, tokens: list[int], is_trimmable: bool) -> tuple[bool, list[int]]:
-        for key, (entry, other) in self.entries.items():
-            if entry == tokens or (other and entry[: len(tokens)] == tokens):
-                self.use(key)
-                return False, []
+        covering = {
+            array("I", entry).tobytes(): key
+            for key, (entry, other) in self.entries.items()
+            if entry == tokens or (other and entry[: len(tokens)] == tokens)
+        }
+        if covering:
+            self.use(covering[min(covering)])  # of several the first in their order
+            return False, []
         if len(tokens) < 2 or len(tokens) > self.limit:
             return False, []
         begins = [
