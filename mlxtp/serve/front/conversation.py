@@ -17,9 +17,6 @@ from mlxtp.serve.front.errors import Refusal
 from mlxtp.serve.front.ranks import Generation, Mistake, Ranks
 from mlxtp.serve.messages import Ready, Start
 
-# Below this the likeliest token is taken: logits divided by less are no numbers.
-LEAST_TEMPERATURE = 1e-4
-
 
 @dataclass(frozen=True)
 class Conversation:
@@ -240,10 +237,6 @@ def complete(
     return replace(
         settings,
         max_tokens=room if most is None else min(most, room),
-        temperature=0
-        if settings.temperature < LEAST_TEMPERATURE
-        else settings.temperature,
-        top_k=0 if settings.top_k >= ready.vocabulary else settings.top_k,
     )
 
 
