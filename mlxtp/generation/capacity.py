@@ -43,21 +43,21 @@ SHORTEST = 256
 
 @dataclass(frozen=True)
 class Growth:
-    """What grows with each token: `token_bytes` up to `window` tokens, None for all.
+    """Caches that take `token_bytes` for each token.
 
-    While a prompt is read a window holds the tokens that are read besides (`is_cut`
-    False), or has room for a step more at all times (`is_cut`).
+    With a `window` they hold that many tokens, and those of a prompt that are read in a
+    pass besides. One `in_chunks` (mlx-lm's ChunkedKVCache) has room for a step more.
     """
 
     token_bytes: float
     window: int | None = None
-    is_cut: bool = False
+    in_chunks: bool = False
 
     def room(self, tokens: int, part: int) -> int:
         """The most tokens that there is room for when `tokens` have been read."""
         if self.window is None:
             return tokens + STEP - 1
-        beyond = part + STEP - 1 if self.is_cut else part - 1
+        beyond = part + STEP - 1 if self.in_chunks else part - 1
         return min(tokens + STEP - 1, self.window + beyond)
 
 
@@ -231,25 +231,27 @@ def measure(
         kv_group_size: mlx-lm's.
         quantized_kv_start: mlx-lm's.
 
-    Raises: UsageError, with the numbers, if `kv_gb` is not there or is not enough.
-    Communicates: one allgather of objects.
+    Raises: UsageError, with the numbers, if `kv_gb` is not there or is not enough, and
+        if caches cannot be quantized so.
+    Communicates: two allgathers of objects.
     """
     mx.clear_cache()
     is_fused = gpu_limit_bytes() is not None and kv_bits is None
-    cache = (
-        CacheBytes.of(model)
-        if kv_bits is None
-        else CacheBytes.quantized(model, kv_bits, kv_group_size, quantized_kv_start)
-    )
-    mine = _Facts(
-        comm.host,
-        cache,
-        0.0 if is_fused else _score_bytes(model, comm.rank, part),
-        _working_bytes(model, comm.rank, build, part, rows),
-        available_bytes(gpu_limit_bytes()),
-        # Metal's limit counts what is there already.
-        mx.get_active_memory() if mx.metal.is_available() else 0,
-    )
+    with comm.agreement():
+        cache = (
+            CacheBytes.of(model)
+            if kv_bits is None
+            else CacheBytes.quantized(model, kv_bits, kv_group_size, quantized_kv_start)
+        )
+        mine = _Facts(
+            comm.host,
+            cache,
+            0.0 if is_fused else _score_bytes(model, comm.rank, part),
+            _working_bytes(model, comm.rank, build, part, rows),
+            available_bytes(gpu_limit_bytes()),
+            # Metal's limit counts what is there already.
+            mx.get_active_memory() if mx.metal.is_available() else 0,
+        )
     ranks: list[_Facts] = comm.allgather_object(mine)
     free = _free_bytes(ranks)
     limits = free

@@ -85,6 +85,7 @@ class Scheduler:
         self._waiting: deque[_Active] = deque()
         self._active: dict[str, _Active] = {}  # in the order of admission
         self._ended: list[_Active] = []  # to be dropped in the next step
+        self._longest_gone = 0  # tokens of the rows that are dropped in this step
         self._numbers = itertools.count()
         self._turns = itertools.cycle((True, False))
 
@@ -155,6 +156,8 @@ class Scheduler:
         drop = [active.request.id for active in self._ended]
         for active in self._ended:
             self._keep(active, keep, forget)
+        gone = (len(active.tokens) for active in self._ended if active.decodes)
+        self._longest_gone = max(gone, default=0)
         self._ended = []
         return keep, drop, forget
 
@@ -316,8 +319,12 @@ class Scheduler:
         return is_read and self._capacity.fits(joined, [])
 
     def _fits(self, *more: int) -> bool:
-        """Whether the next pass has room, with prompts of so many tokens besides."""
+        """Whether the next pass has room, with prompts of so many tokens besides.
+
+        Rows stay filled up to the longest that has gone until they are written to.
+        """
         rows, others = self._lengths(1)
+        rows[:1] = [max(length, self._longest_gone) for length in rows[:1]]
         return self._capacity.fits(rows, [*others, *more], self._prefixes.nbytes)
 
 

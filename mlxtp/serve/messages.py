@@ -9,7 +9,7 @@ sends the key; then each message is one line: an object whose "is" names the cla
 """
 
 import json
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from typing import Any
 
 from mlxtp.generation.settings import Settings
@@ -250,8 +250,9 @@ Message = Call | Start | Cancel | End | Hello | State | Ready | Answer | Events 
 
 def encoded(message: Message) -> bytes:
     """Write a message as a line."""
-    content = {"is": type(message).__name__, **asdict(message)}
-    return json.dumps(content, separators=(",", ":")).encode() + b"\n"
+    content = {"is": type(message).__name__, **vars(message)}
+    # What stands in a message are plain data and dataclasses.
+    return json.dumps(content, separators=(",", ":"), default=vars).encode() + b"\n"
 
 
 def decoded(line: bytes) -> Message:

@@ -216,6 +216,8 @@ def test_limits_are_those_of_the_hosts(
     assert 0 < given_limit.longest(10**6) < ample.longest(10**6)
     with pytest.raises(UsageError, match=r"--kv-gb 2: that is 2.* GB on rank 0, and"):
         measured(10**9, kv_gb=2)
+    with pytest.raises(UsageError, match="quantization group size 24"):
+        measured(10**9, kv_bits=8, kv_group_size=24)
     with pytest.raises(UsageError, match=r"caches of 256 tokens take .* GB on rank"):
         measured(10**6)
     with pytest.raises(UsageError, match=r"--kv-gb 1e-05 gives 1e-05 GB for them"):

@@ -19,9 +19,10 @@ from mlx_lm.tokenizer_utils import TokenizerWrapper
 
 import mlxtp
 from mlxtp import loading
+from mlxtp.checkpoint.memory import gpu_limit_bytes
 from mlxtp.checkpoint.progress import Advance
 from mlxtp.cluster.job import JobError
-from mlxtp.cluster.memory import host_memory
+from mlxtp.cluster.memory import available_bytes, host_memory
 from mlxtp.cluster.processor import processor
 from mlxtp.comm import launcher
 from mlxtp.comm.communicator import Communicator
@@ -66,6 +67,10 @@ REASONING = ("enable_thinking", "reasoning_effort")
 
 # Where logits of a prompt are wanted, those of so many tokens are there at once.
 LOGITS_PART = 32
+
+# The part of a host's free memory that MLX may keep for arrays to come, on all ranks:
+# half of what `capacity.measure` leaves.
+BUFFERS_PART = 0.05
 
 # The part of the memory for caches that the prefix cache may take, where nothing is
 # said: it gives way when requests need it.
@@ -145,6 +150,8 @@ def load(args: Args, comm: Communicator, link: Link | None) -> Job:
             quantized_kv_start=args.quantized_kv_start,
         )
         against = reason_against_batches(model)
+    free = available_bytes(gpu_limit_bytes())
+    mx.set_cache_limit(round(BUFFERS_PART * free / comm.size))
     if args.kv_bits is not None:
         against = "mlx-lm has no batches of quantized caches"
     rows = prepared.table.vocabulary_rows
