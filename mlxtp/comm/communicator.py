@@ -33,7 +33,12 @@ from mlxtp.comm.native.start import start as start_native
 from mlxtp.comm.progress import Progress
 from mlxtp.comm.request import Request
 from mlxtp.comm.traffic import Traffic
-from mlxtp.comm.transports import MessageTransport, connect, start_backend
+from mlxtp.comm.transports import (
+    MessageRequest,
+    MessageTransport,
+    connect,
+    start_backend,
+)
 
 # No allreduce has it; MPI promises tags up to 32767.
 EXCHANGE_TAG = 32767
@@ -90,6 +95,7 @@ class Communicator:
         if control is None:
             return
         self._progress = Progress()
+        self._announcing: list[MessageRequest] = []  # sends that may be under way
         self._heartbeat: Heartbeat | None = None
         if heartbeat:
             self._heartbeat = Heartbeat(control, self._progress, timeout_seconds)
@@ -265,28 +271,26 @@ class Communicator:
             return self._announced(self._control, value, is_idle)
 
     def _announced(self, control: MessageTransport, value: Any, is_idle: bool) -> Any:
-        nap = IDLE_NAP_SECONDS if is_idle else NAP_SECONDS
-        first = np.zeros(ANNOUNCE_BYTES, np.uint8)
         room = ANNOUNCE_BYTES - 8
         if self.rank == 0:
+            control.wait_napping(self._announcing, NAP_SECONDS)  # the last one
+            first = np.zeros(ANNOUNCE_BYTES, np.uint8)
             content = np.frombuffer(pickle.dumps(value), np.uint8)
             first[:8].view(np.int64)[0] = content.size
             first[8 : 8 + content.size] = content[:room]
             parts = [first, content[room:]] if content.size > room else [first]
-            control.wait_napping(
-                [
-                    control.send(part, to, ANNOUNCE_TAG)
-                    for to in range(1, self.size)
-                    for part in parts
-                ],
-                NAP_SECONDS,
-            )
+            self._announcing = [
+                control.send(part, to, ANNOUNCE_TAG)
+                for to in range(1, self.size)
+                for part in parts
+            ]
             return value
-        self._receive(control, first, nap)
-        rest = np.empty(max(int(first[:8].view(np.int64)[0]) - room, 0), np.uint8)
+        first = np.empty(ANNOUNCE_BYTES, np.uint8)
+        self._receive(control, first, IDLE_NAP_SECONDS if is_idle else NAP_SECONDS)
+        size = int(first[:8].view(np.int64)[0])
+        rest = np.empty(max(size - room, 0), np.uint8)
         if rest.size:
             self._receive(control, rest, NAP_SECONDS)
-        size = int(first[:8].view(np.int64)[0])
         return pickle.loads(first[8 : 8 + min(size, room)].tobytes() + rest.tobytes())
 
     def _receive(

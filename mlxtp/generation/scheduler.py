@@ -27,8 +27,8 @@ READERS = 4
 # A prompt waits for one that is being read if it has so many tokens in common with it.
 COMMON_TOKENS = 64
 
-# The shortest part of a prompt: a shorter one takes hardly less time.
-LEAST_PART = 8
+# The part of a prompt that is read beside rows before a pass was measured.
+FIRST_PART = 32
 
 # How much a part of a prompt may add to a pass, in passes that only decode.
 PART_OF_PASS = 0.8
@@ -291,7 +291,7 @@ class Scheduler:
             read.append((active.request.id, count))
             active.done += count
             left -= count
-            if left < LEAST_PART:
+            if left == 0:
                 break
         return read
 
@@ -339,7 +339,7 @@ class Pace:
         self._token_seconds: float | None = None  # that a token of a prompt adds
         self._now = (0, 0)  # tokens that are read, and rows, in the pass that is made
         self._before = (0, 0)
-        self._largest = LEAST_PART * 4
+        self._largest = FIRST_PART
 
     @property
     def decode_seconds(self) -> float | None:
@@ -372,7 +372,7 @@ class Pace:
             return min(most, self._largest)
         # A measure of few tokens says little of many: at most twice as many.
         part = min(int(PART_OF_PASS * decode / token), 2 * self._largest, most)
-        self._largest = max(part, LEAST_PART)
+        self._largest = max(part, 1)
         return min(self._largest, most)
 
 

@@ -5,7 +5,7 @@ from driven import GREEDY
 
 from mlxtp.generation.capacity import CacheBytes, Capacity, Growth, RankCapacity
 from mlxtp.generation.prefix_cache import PrefixIndex
-from mlxtp.generation.scheduler import LEAST_PART, Pace, Scheduler
+from mlxtp.generation.scheduler import FIRST_PART, Pace, Scheduler
 from mlxtp.generation.step import GenerationRequest, Step
 
 pytestmark = pytest.mark.once
@@ -160,7 +160,7 @@ def test_caches_that_cannot_be_taken_back_are_kept_at_turns() -> None:
 def test_a_part_takes_as_long_as_a_pass() -> None:
     """Measured: 10 ms a pass, and 1 ms a token that is read."""
     pace = Pace()
-    assert pace.part(512) == 4 * LEAST_PART  # nothing is known
+    assert pace.part(512) == FIRST_PART  # nothing is known
     for _ in range(40):
         pace.begin(0, 4)
         pace.passed(0.010)
