@@ -1,7 +1,7 @@
 """The server: tokens a second of many clients, and how they wait for each other.
 
-A model of eight layers with random weights, in float32, unless --model names another.
-What is measured:
+A model with random weights, in float32, of eight layers, 512 wide, unless --layers and
+--hidden say otherwise. What is measured:
 
   (nothing)  clients at once, beside mlx-lm's own server over MPI
   --stream   one client, beside `mlxtp.stream_generate` on as many ranks
@@ -48,6 +48,7 @@ def main() -> None:
     parser.add_argument("--hostfile", type=Path)
     parser.add_argument("--folder", type=Path, help="keep the checkpoint here")
     parser.add_argument("--layers", type=int, default=8)
+    parser.add_argument("--hidden", type=int, default=512, help="a multiple of 64")
     parser.add_argument("--number", type=int, nargs="+", help="of clients; 1 4 8 16")
     parser.add_argument("--prompt-tokens", type=int, default=64)
     parser.add_argument("--long-tokens", type=int, default=2000, help="--gaps")
@@ -63,7 +64,13 @@ def main() -> None:
         return
     with tempfile.TemporaryDirectory() as temporary:
         args.folder = args.folder or Path(temporary) / "model"
-        make_model(args.folder, {**SMALL, "num_hidden_layers": args.layers})
+        changes = {
+            "num_hidden_layers": args.layers,
+            "hidden_size": args.hidden,
+            "intermediate_size": 4 * args.hidden,
+            "head_dim": args.hidden // SMALL["num_attention_heads"],
+        }
+        make_model(args.folder, {**SMALL, **changes})
         print(json.dumps(MODES[args.mode](args)))
 
 
