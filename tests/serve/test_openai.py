@@ -172,7 +172,6 @@ def test_a_stream_ends_with_done(front: Front) -> None:
         ("top_p", 0.5, "top_p", 0.5),
         ("top_k", 7, "top_k", 7),
         ("top_k", -1, "top_k", 0),
-        ("top_k", 1000, "top_k", 0),  # more than there are
         ("min_p", 0.1, "min_p", 0.1),
         ("xtc_probability", 0.3, "xtc_probability", 0.3),
         ("xtc_threshold", 0.2, "xtc_threshold", 0.2),

@@ -10,7 +10,6 @@ from fastapi import APIRouter, Response
 from fastapi.responses import JSONResponse
 from pydantic import BeforeValidator, Field, PlainValidator
 
-from mlxtp.serve.front.access import TheConfig, TheRanks
 from mlxtp.serve.front.answers import (
     Answer,
     chat_logprobs,
@@ -18,6 +17,7 @@ from mlxtp.serve.front.answers import (
     usage,
     visible_logprobs,
 )
+from mlxtp.serve.front.config import TheConfig, TheRanks
 from mlxtp.serve.front.conversation import Conversation, begin_all, checked_model
 from mlxtp.serve.front.errors import Refusal
 from mlxtp.serve.front.fields import Fields, Sampling
@@ -353,8 +353,7 @@ async def _whole(
                 "finish_reason": answer.finish,
             }
         )
-    reasoning = sum(answer.reasoning_tokens for answer in answers)
-    counted = usage(generations, choices=len(generations), reasoning_tokens=reasoning)
+    counted = usage(generations, choices=len(generations))
     return {**head.write("chat.completion", choices), "usage": counted}
 
 
@@ -401,9 +400,6 @@ async def _chunks(
         if event.finish is not None:
             yield chunk(index, {}, event.finish)
     if with_usage:
-        reasoning = sum(answer.reasoning_tokens for answer in answers)
-        counted = usage(
-            generations, choices=len(generations), reasoning_tokens=reasoning
-        )
+        counted = usage(generations, choices=len(generations))
         yield server_sent({**head.write(kind, []), "usage": counted})
     yield server_sent("[DONE]")

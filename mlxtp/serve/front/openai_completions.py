@@ -10,7 +10,6 @@ from fastapi import APIRouter, Response
 from fastapi.responses import JSONResponse
 from pydantic import Field, PlainValidator
 
-from mlxtp.serve.front.access import TheConfig, TheRanks
 from mlxtp.serve.front.answers import (
     Answer,
     CompletionLogprobs,
@@ -18,6 +17,7 @@ from mlxtp.serve.front.answers import (
     usage,
     visible_logprobs,
 )
+from mlxtp.serve.front.config import TheConfig, TheRanks
 from mlxtp.serve.front.conversation import (
     Prompt,
     admit,
