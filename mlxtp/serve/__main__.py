@@ -195,6 +195,7 @@ class Front(uvicorn.Server):
                 create_app(ranks, config),
                 http="h11",
                 ws="none",
+                lifespan="off",
                 log_config=None,
                 log_level="warning",
                 access_log=False,

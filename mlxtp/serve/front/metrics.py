@@ -109,7 +109,7 @@ class Metrics:
         )
         self._whole = histogram(
             "e2e_request_latency_seconds",
-            "From when the ranks get a request to its end, of those with a whole answer.",
+            "From when the ranks get a request to its end, if that is whole.",
             REQUEST_SECONDS,
         )
         self._registry.register(_OfRanks(ranks, model_name))

@@ -2,7 +2,7 @@
 
 import secrets
 import time
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncGenerator, Sequence
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal
 
@@ -362,7 +362,7 @@ async def _chunks(
     generations: Sequence[Generation],
     with_logprobs: bool,
     with_usage: bool,
-) -> AsyncIterator[str]:
+) -> AsyncGenerator[str]:
     """Yield an answer's chunks: a role, then what each event brings, then the finish.
 
     Log-probabilities of tokens that bring no text yet come with the next ones that do.

@@ -2,7 +2,7 @@
 
 import secrets
 import time
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncGenerator, Sequence
 from dataclasses import dataclass
 from typing import Annotated, Any
 
@@ -203,7 +203,7 @@ async def _chunks(
     generations: Sequence[Generation],
     told: Sequence[Choice],
     counted_by: int | None,
-) -> AsyncIterator[str]:
+) -> AsyncGenerator[str]:
     """Yield chunks; usage, where it is wanted, counts a prompt for so many choices."""
     with_usage = {} if counted_by is None else {"usage": None}
     async for index, event in merged(generations):
