@@ -1,4 +1,4 @@
-"""The options that programs over ranks share: of the model, and between the ranks.
+"""What command lines share: options of the model and between ranks, parsing, checks.
 
 The rules stand first: what an option may be, and what does not go together. Nothing
 here imports MLX or mlx-lm, so the front of a server checks its command line with it.
@@ -19,6 +19,9 @@ from mlxtp.comm.choices import (
 from mlxtp.comm.errors import UsageError
 
 Args = argparse.Namespace
+
+# Holds a server's key where no option gives one, for the server and for its client.
+KEY_VARIABLE = "MLXTP_API_KEY"
 
 # What an option may be, in words and as a test; None is always allowed.
 Limits = Mapping[str, tuple[str, Callable[[Any], bool]]]

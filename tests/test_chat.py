@@ -283,7 +283,7 @@ def test_markdown_as_it_comes_is_the_whole_one(cuts: list[int]) -> None:
     deltas = [Delta("reasoning", "I think.\n\nLong: " + "so " * 20)]
     pieces = [Delta("text", DOCUMENT[a:b]) for a, b in pairwise(places)]
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(display, "DRAWING_SECONDS", 0.0)
+        patch.setattr(display, "DRAWING_SECONDS", 0.002)
         shown = screen_of(deltas + pieces)
     assert shown == screen_of([*deltas, Delta("text", DOCUMENT)])
     assert shown.count("x29 = 29") == 1 and "HTML" in shown and "│" not in shown

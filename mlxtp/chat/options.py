@@ -2,21 +2,19 @@
 
 import argparse
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 from mlxtp.comm.errors import UsageError
+from mlxtp.job_options import KEY_VARIABLE, Limits, Parser, check, flag
 
-KEY_VARIABLE = "MLXTP_API_KEY"
-
-# What an option may be, in words and as a test.
-LIMITS: dict[str, tuple[str, Callable[[Any], bool]]] = {
+# What an option may be, in words and as a test; None is always allowed.
+LIMITS: Limits = {
     "temp": ("at least 0", lambda x: 0 <= x < float("inf")),
     "top_p": ("above 0, at most 1", lambda x: 0 < x <= 1),
     "max_tokens": ("at least 1", lambda n: n >= 1),
     "seed": ("from 0 to 2^63 - 1", lambda n: 0 <= n < 2**63),
-    "api_key": ("printable ASCII", lambda key: key.isascii() and key.isprintable()),
 }
 
 
@@ -37,16 +35,15 @@ def parse(arguments: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
     if args.url is None:
         for name in ("model", "api_key", "api_key_file"):
             if getattr(args, name) is not None:
-                others += [_flag(name), str(getattr(args, name))]
+                others += [flag(name), str(getattr(args, name))]
     if args.api_key_file is not None:
         args.api_key = _key_in(args.api_key_file)
     elif args.api_key is None:
         args.api_key = os.environ.get(KEY_VARIABLE)
-    for name, (wanted, is_allowed) in LIMITS.items():
-        value = getattr(args, name)
-        if value is not None and not is_allowed(value):
-            given = "" if name == "api_key" else f" is {value!r}"
-            raise UsageError(f"{_flag(name)}{given}: wanted {wanted}")
+    check(args, LIMITS, ())
+    key = args.api_key or ""
+    if not (key.isascii() and key.isprintable()):  # it is not to be printed
+        raise UsageError("--api-key: wanted printable ASCII")
     return args, others
 
 
@@ -72,20 +69,8 @@ def _key_in(file: Path) -> str:
     return lines[0]
 
 
-def _flag(name: str) -> str:
-    return f"--{name.replace('_', '-')}"
-
-
-class _Parser(argparse.ArgumentParser):
-    """A parser whose mistakes are exceptions."""
-
-    def error(self, message: str) -> NoReturn:
-        """Raise what is wrong."""
-        raise UsageError(message)
-
-
 def _parser() -> argparse.ArgumentParser:
-    result = _Parser(
+    result = Parser(
         prog="mlxtp.chat",
         usage="python -m mlxtp.chat [--url URL | --model MODEL --ranks N ...] "
         "[OPTION ...]",

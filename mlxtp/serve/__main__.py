@@ -107,12 +107,15 @@ def listen(host: str, port: int) -> socket.socket:
             )[0]
             listener = stack.enter_context(socket.socket(family))
             listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            # Connections have it too: those of machines that vanished end some day.
+            listener.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
             listener.bind(address)
             listener.listen()
-        except OSError as error:
+        except (OSError, UnicodeError) as error:  # the latter for what is no name
+            reason = getattr(error, "strerror", None) or str(error)
             raise UsageError(
-                f"cannot listen on {host} port {port}: {error.strerror}: give another "
-                "--port or --host"
+                f"cannot listen on {host} port {port}: {reason}: give another --port "
+                "or --host"
             ) from None
         stack.pop_all()
     return listener
@@ -192,6 +195,7 @@ class Front(uvicorn.Server):
                 create_app(ranks, config),
                 http="h11",
                 ws="none",
+                lifespan="off",
                 log_config=None,
                 log_level="warning",
                 access_log=False,

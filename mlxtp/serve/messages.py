@@ -18,6 +18,11 @@ FOLDER_VARIABLE = "MLXTP_SERVE_FOLDER"
 SOCKET_NAME = "ranks"
 KEY_NAME = "key"
 
+# The longest line that the front reads: log-probabilities of all tokens of a prompt.
+LONGEST_LINE = 1 << 30
+# The longest `Answer`, in bytes: the front reads it between two events of others.
+LONGEST_ANSWER = 64 << 20
+
 
 # From the front to rank 0.
 

@@ -15,11 +15,8 @@ from mlxtp import job_options
 from mlxtp.cluster import job
 from mlxtp.comm import launcher
 from mlxtp.comm.errors import UsageError
-from mlxtp.job_options import Args, Conflicts, Limits, flag
+from mlxtp.job_options import KEY_VARIABLE, Args, Conflicts, Limits, flag
 from mlxtp.serve.front.config import Config
-
-# Holds an API key where neither --api-key nor --api-key-file is given.
-KEY_VARIABLE = "MLXTP_API_KEY"
 
 # How clients call the model that comes with mlxtp.
 DEFAULT_NAME = "stories"

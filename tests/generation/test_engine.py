@@ -87,11 +87,13 @@ def prompt(comm: Communicator) -> list[int]:
     return tokenizer.encode(text)[:220]
 
 
+EVERY_TOKEN = 1 << 20  # as a `top_k`: more than there are
+
 SAMPLED = {
     "greedy": GREEDY,
     "warm": replace(GREEDY, temperature=0.9, seed=3),
     "top": replace(GREEDY, temperature=1.1, seed=4, top_p=0.8, top_k=20, min_p=0.01),
-    "other seed": replace(GREEDY, temperature=0.9, seed=5),
+    "other seed": replace(GREEDY, temperature=0.9, seed=5, top_k=EVERY_TOKEN),
     "scores": replace(GREEDY, logprobs=3),
     "penalties": replace(
         GREEDY,
@@ -131,7 +133,7 @@ def test_settings_hold_in_a_batch(
                 settings.temperature,
                 settings.top_p,
                 settings.min_p,
-                top_k=settings.top_k,
+                top_k=settings.top_k % EVERY_TOKEN,
             ),
         )
         streamed = [response.token for response in stream]

@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+import sys
 from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
@@ -124,6 +125,12 @@ def test_the_events_of_a_stream_and_their_order(
     assert (first["content"], first["stop_reason"]) == ([], None)
     assert last["usage"] == usage
     assert last["delta"] == {"stop_reason": "tool_use", "stop_sequence": None}
+
+
+def test_arguments_that_no_body_can_hold(client: anthropic.Anthropic) -> None:
+    """A number beyond all floats, half of a surrogate pair: JSON all the same."""
+    message = create(client, 'call: add {"a": 1e400, "b": "x\\ud800"}', tools=[ADD])
+    assert message.content[0].input == {"a": sys.float_info.max, "b": "x?"}
 
 
 def test_helpers_of_the_client(client: anthropic.Anthropic) -> None:
@@ -313,6 +320,7 @@ def test_counting_tokens(front: Front, client: anthropic.Anthropic) -> None:
 
 
 IMAGE = {"type": "image", "source": {"type": "url", "url": "https://x/y.png"}}
+NONSENSE = {"type": "json_schema", "schema": {"type": "nonsense"}}
 REFUSED = [
     ({"mcp_servers": [{"name": "x"}]}, "mcp_servers"),
     ({"container": "x"}, "container"),
@@ -332,6 +340,7 @@ REFUSED = [
     ({"stop_sequences": [""]}, "stop_sequences.0"),
     ({"messages": []}, "messages"),
     ({"messages": [{"role": "robot", "content": ""}]}, "messages.0.role"),
+    ({"messages": [{"role": "user", "content": []}]}, "messages.0.content"),
     ({"messages": [{"role": "user", "content": [7]}]}, "messages.0.content.0"),
     ({"messages": [{"role": "user", "content": [IMAGE]}]}, "messages.0.content.0.type"),
     (
@@ -348,6 +357,7 @@ REFUSED = [
         "messages.0.content.0.content.0.type",
     ),
     ({"system": [IMAGE]}, "system.0.type"),
+    ({"output_config": {"format": NONSENSE}}, "output_config.format"),
 ]
 
 

@@ -1,8 +1,9 @@
 """OpenAI's endpoints, asked by OpenAI's client, before a rank 0 without a model."""
 
+import asyncio
 import json
 import time
-from collections.abc import Iterator
+from collections.abc import AsyncGenerator, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -172,7 +173,6 @@ def test_a_stream_ends_with_done(front: Front) -> None:
         ("top_p", 0.5, "top_p", 0.5),
         ("top_k", 7, "top_k", 7),
         ("top_k", -1, "top_k", 0),
-        ("top_k", 1000, "top_k", 0),  # more than there are
         ("min_p", 0.1, "min_p", 0.1),
         ("xtc_probability", 0.3, "xtc_probability", 0.3),
         ("xtc_threshold", 0.2, "xtc_threshold", 0.2),
@@ -690,6 +690,33 @@ def test_who_waits_hears_something(monkeypatch: pytest.MonkeyPatch) -> None:
         assert told.count(streaming.KEEP_ALIVE) >= 2
         first, _, rest = told.partition(streaming.KEEP_ALIVE)
         assert '"a"' in first and '"b"' in rest and rest.endswith("data: [DONE]\n\n")
+
+
+def test_what_makes_a_stream_ends_with_it() -> None:
+    """Also where it waits for a client that reads nothing, and then hangs up."""
+    ended = []
+
+    async def events() -> AsyncGenerator[str]:
+        try:
+            while True:
+                yield "data: x"
+        finally:
+            ended.append(True)
+
+    async def life() -> None:
+        making = events()  # is known here, so that nobody else ends it
+        response = await streaming.stream(making, [])
+        forever = asyncio.Event().wait
+        sending = asyncio.create_task(
+            response({"type": "http"}, lambda: forever(), lambda message: forever())  # type: ignore[arg-type, return-value]
+        )
+        await asyncio.sleep(0.01)
+        sending.cancel()
+        await asyncio.wait({sending})
+        await asyncio.sleep(0.01)
+        assert ended
+
+    asyncio.run(life())
 
 
 def test_what_the_docs_list() -> None:

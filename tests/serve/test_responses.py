@@ -288,7 +288,7 @@ def test_an_effort_goes_to_the_arguments_that_the_template_reads(
     template_reads()
     create(client, "Hi", reasoning={"effort": "none"})
     assert asked(front)["template_arguments"] == {}
-    with pytest.raises(openai.BadRequestError, match="reasoning effort 'low'"):
+    with pytest.raises(openai.BadRequestError, match=r"reasoning\.effort is 'low'"):
         create(client, "Hi", reasoning={"effort": "low"})
 
 
@@ -415,6 +415,14 @@ REFUSED = [
     ),
     ({"input": [{"type": "function_call", "call_id": "1"}]}, "input.0.name"),
     ({"input": [{"role": "user", "content": "x", "odd": 1}]}, "input.0.odd"),
+    (
+        {
+            "text": {
+                "format": {"type": "json_schema", "schema": {"type": "nonsense"}},
+            }
+        },
+        "text.format",
+    ),
     ({"model": "other"}, "model"),
 ]
 

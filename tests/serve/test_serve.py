@@ -112,7 +112,12 @@ def test_structured(client: openai.OpenAI) -> None:
     assert answer.logprobs is not None
     assert len(answer.logprobs.content[0].top_logprobs) == 3
     called = client.chat.completions.create(
-        messages=messages, tools=[TOOL], tool_choice="required", temperature=0, **asked
+        messages=messages,
+        tools=[TOOL],
+        tool_choice="required",
+        parallel_tool_calls=False,
+        temperature=0,
+        **asked,
     ).choices[0]
     assert called.finish_reason in ("tool_calls", "length")
     if called.finish_reason == "tool_calls":

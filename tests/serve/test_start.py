@@ -48,6 +48,7 @@ MISTAKES: dict[str, tuple[list[str], str]] = {
     "no number": (["--port", "web"], "argument --port: invalid int value: 'web'"),
     "no port": (["--port", "70000"], "--port is 70000: wanted from 0 to 65535"),
     "no address": (["--host", " "], "--host is ' ': wanted a name or an address"),
+    "no name of a host": (["--host", "a" * 64], "cannot listen on aaa"),
     "no concurrency": (["--max-concurrency", "0"], "wanted at least 1"),
     "a negative queue": (["--max-queue", "-1"], "wanted at least 0"),
     "no context": (["--context", "0"], "--context is 0: wanted at least 1"),

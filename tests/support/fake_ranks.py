@@ -32,7 +32,6 @@ from pathlib import Path
 from typing import Any
 
 from mlxtp.serve import messages
-from mlxtp.serve.front.ranks import LONGEST_LINE
 from mlxtp.serve.messages import Event, Start, TokenLogprob
 
 END = 256  # the token that ends a text
@@ -229,7 +228,7 @@ class FakeRanks:
     async def run(self, folder: Path) -> None:
         """Serve a front until it says End, or has gone."""
         reader, writer = await asyncio.open_unix_connection(
-            folder / messages.SOCKET_NAME, limit=LONGEST_LINE
+            folder / messages.SOCKET_NAME, limit=messages.LONGEST_LINE
         )
         self._writer = writer
         self._room = asyncio.Semaphore(self.running)

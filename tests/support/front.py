@@ -65,7 +65,9 @@ def serving(fake: FakeRanks | None = None, **config: Any) -> Iterator[Front]:
         await ranks.listen()
         serving_ranks = asyncio.create_task(fake.run(ranks.folder))
         app = create_app(ranks, Config(**{"model_names": NAMES, **config}))
-        options = uvicorn.Config(app, port=0, log_level="warning", http="h11")
+        options = uvicorn.Config(
+            app, port=0, log_level="warning", http="h11", lifespan="off"
+        )
         server.append(uvicorn.Server(options))
         running = asyncio.create_task(server[0].serve())
         while not server[0].started:

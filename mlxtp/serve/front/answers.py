@@ -1,9 +1,9 @@
-"""What events of a request add up to, in OpenAI's words."""
+"""What events of a request add up to: text, pieces, tokens, log-probabilities."""
 
 import asyncio
 import codecs
 import secrets
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -45,6 +45,31 @@ async def merged(
             task.cancel()
 
 
+class Pieces:
+    """Hold blank text back until other text of its kind follows.
+
+    Models write empty lines around reasoning and tool calls: no block or item of an
+    answer is to hold nothing else.
+    """
+
+    def __init__(self) -> None:
+        self._kind: str | None = None
+        self._blank = ""
+        self._is_blank = True
+
+    def take(self, event: Event) -> Iterator[tuple[str, Any]]:
+        """Yield the pieces of an event that are to be told now."""
+        for kind, value in event.pieces:
+            if kind != self._kind:
+                self._kind, self._blank, self._is_blank = kind, "", True
+            if kind != "tool" and self._is_blank:
+                self._blank += value
+                if not self._blank.strip():
+                    continue
+                self._is_blank, value = False, self._blank
+            yield kind, value
+
+
 @dataclass
 class Answer:
     """The text of one request, as far as it has come."""
@@ -53,9 +78,7 @@ class Answer:
     reasoning: str = ""
     calls: list[dict[str, Any]] = field(default_factory=list)
     logprobs: list[TokenLogprob] = field(default_factory=list)
-    reasoning_tokens: int = 0
     finish: str | None = None
-    _is_reasoning: bool = False
 
     def take(self, event: Event) -> None:
         """Add what an event brings."""
@@ -66,9 +89,6 @@ class Answer:
                 self.reasoning += value
             else:
                 self.calls.append(tool_call(value))
-            self._is_reasoning = kind == "reasoning"
-        if self._is_reasoning:
-            self.reasoning_tokens += len(event.tokens)
         self.logprobs += visible_logprobs(event)
         self.finish = event.finish
 
@@ -144,31 +164,23 @@ def _token_text(one: TokenLogprob) -> str:
     return "bytes:" + "".join(f"\\x{byte:02x}" for byte in one.bytes)
 
 
-def usage(
-    generations: Sequence[Generation],
-    *,
-    choices: int = 1,
-    reasoning_tokens: int | None = None,
-) -> dict[str, Any]:
+def usage(generations: Sequence[Generation], *, choices: int = 1) -> dict[str, Any]:
     """Count tokens: a prompt once, though it has several choices.
 
     Args:
         generations: all choices of the first prompt, then all of the next.
         choices: of each prompt.
-        reasoning_tokens: those of the answers that are reasoning.
     """
     firsts = generations[::choices]
     prompt = sum(len(generation.start.prompt) for generation in firsts)
     answer = sum(len(generation.tokens) for generation in generations)
-    counted: dict[str, Any] = {
+    reasoning = sum(generation.reasoning_tokens for generation in generations)
+    return {
         "prompt_tokens": prompt,
         "completion_tokens": answer,
         "total_tokens": prompt + answer,
         "prompt_tokens_details": {
             "cached_tokens": sum(generation.cached for generation in firsts)
         },
+        "completion_tokens_details": {"reasoning_tokens": reasoning},
     }
-    if reasoning_tokens is not None:
-        details = {"reasoning_tokens": reasoning_tokens}
-        counted["completion_tokens_details"] = details
-    return counted

@@ -10,8 +10,9 @@ from fastapi.responses import JSONResponse
 from pydantic import Field
 
 from mlxtp.serve.front import anthropic_input, errors
-from mlxtp.serve.front.access import TheConfig, TheRanks
-from mlxtp.serve.front.blocks import TEXT, THINKING, Blocks
+from mlxtp.serve.front.answers import Pieces
+from mlxtp.serve.front.anthropic_blocks import TEXT, THINKING, Blocks
+from mlxtp.serve.front.config import TheConfig, TheRanks
 from mlxtp.serve.front.conversation import (
     Conversation,
     begin,
@@ -20,7 +21,6 @@ from mlxtp.serve.front.conversation import (
 )
 from mlxtp.serve.front.errors import Refusal
 from mlxtp.serve.front.fields import Fields
-from mlxtp.serve.front.pieces import Pieces
 from mlxtp.serve.front.ranks import Generation
 from mlxtp.serve.front.streaming import server_sent, stream
 from mlxtp.serve.messages import Event
@@ -108,6 +108,8 @@ class Asked(Fields):
             if self.thinking is None
             else self.thinking.type != "disabled",
             continue_final=messages[-1]["role"] == "assistant",
+            grammar_field="output_config.format",
+            effort_field="output_config.effort",
         )
 
 
@@ -134,7 +136,7 @@ class Answer:
     def __init__(self, body: Body, model: str, generation: Generation) -> None:
         self._generation = generation
         self._blocks = Blocks()
-        self._pieces = Pieces(generation.start.initial_state)
+        self._pieces = Pieces()
         self._is_silent = (
             body.thinking is not None and body.thinking.display == "omitted"
         )
@@ -192,7 +194,7 @@ class Answer:
         match event.finish:
             case "tool_calls":
                 return "tool_use"
-            case "length" if self._pieces.tokens < self._max_tokens:
+            case "length" if len(self._generation.tokens) < self._max_tokens:
                 return "model_context_window_exceeded"
             case "length":
                 return "max_tokens"
@@ -207,14 +209,20 @@ class Answer:
         }
 
     def _usage(self) -> Json:
-        """Count tokens: those of the prompt that were cached stand apart."""
+        """Count tokens: those of the prompt that were cached stand apart.
+
+        The message that begins a stream has none of its own yet.
+        """
         cached = self._generation.cached
+        is_over = self._about["stop_reason"] is not None
+        made = len(self._generation.tokens) if is_over else 0
+        thinking = self._generation.reasoning_tokens if is_over else 0
         return {
             "input_tokens": len(self._generation.start.prompt) - cached,
             "cache_creation_input_tokens": 0,
             "cache_read_input_tokens": cached,
-            "output_tokens": self._pieces.tokens,
-            "output_tokens_details": {"thinking_tokens": self._pieces.reasoning_tokens},
+            "output_tokens": made,
+            "output_tokens_details": {"thinking_tokens": thinking},
         }
 
 

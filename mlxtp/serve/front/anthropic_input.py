@@ -7,9 +7,8 @@ from typing import Any, Literal
 from pydantic import Field
 
 from mlxtp.serve.front.errors import Refusal
-from mlxtp.serve.front.fields import Fields
+from mlxtp.serve.front.fields import Fields, typed
 from mlxtp.serve.front.openai_chat import TOOL_NAME
-from mlxtp.serve.front.typed import typed
 
 Json = dict[str, Any]
 
@@ -128,6 +127,8 @@ def _assistant(content: Sequence[Json], where: str) -> Json:
 
 
 def _user(content: Sequence[Json], where: str) -> list[Json]:
+    if not content:
+        raise Refusal(400, f"{where} is empty", param=where, code="invalid")
     all_messages: list[Json] = []
     for index, value in enumerate(content):
         match typed(USER, value, f"{where}.{index}"):

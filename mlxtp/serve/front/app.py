@@ -13,7 +13,6 @@ from mlxtp.serve.front import (
     anthropic,
     cluster,
     errors,
-    health,
     metrics,
     models,
     openai_chat,
@@ -34,7 +33,6 @@ MODULES = (
     responses,
     anthropic,
     models,
-    health,
     metrics,
     cluster,
     page,
@@ -50,7 +48,7 @@ EXCEPTIONS = (
 
 
 def create_app(ranks: Ranks, config: Config) -> FastAPI:
-    """Make the application that serves `ranks`; endpoints get both by `access`."""
+    """Make the application that serves `ranks`; `config` gives both to endpoints."""
     app = FastAPI(
         title="mlxtp",
         description="A language model on several machines.",

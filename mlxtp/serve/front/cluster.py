@@ -1,4 +1,4 @@
-"""GET /cluster: hosts, ranks, memory, links, speed and state, for the page."""
+"""`GET /health` and `/cluster`: whether requests are taken, and how the ranks are."""
 
 import time
 from collections import deque
@@ -6,13 +6,24 @@ from dataclasses import asdict
 from typing import Any
 
 from fastapi import APIRouter, Request
+from fastapi.responses import JSONResponse
 
+from mlxtp.serve.front.config import TheRanks
 from mlxtp.serve.front.ranks import Generation, Ranks
 from mlxtp.serve.messages import Event
 
 WINDOW_SECONDS = 3.0  # what is said of now is said of so many seconds
 
 router = APIRouter()
+
+
+@router.get("/health")
+async def health(ranks: TheRanks) -> JSONResponse:
+    """Answer 200 when the ranks take requests, else 503, with the state."""
+    is_ready = ranks.state == "ready"
+    content = {"state": ranks.state, "message": ranks.words, "done": ranks.done}
+    headers = {} if is_ready else {"Retry-After": "5"}
+    return JSONResponse(content, 200 if is_ready else 503, headers)
 
 
 @router.get("/cluster")

@@ -1,8 +1,12 @@
-"""What the command line says of the front: data that every endpoint can read."""
+"""What the command line says of the front, and how an endpoint gets at it."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Annotated, Any
+
+from fastapi import Depends, Request
+
+from mlxtp.serve.front.ranks import Ranks
 
 
 @dataclass(frozen=True)
@@ -38,3 +42,18 @@ class Config:
     log_prompts: bool = False
     drain_seconds: float = 30.0
     max_body_bytes: int = 32 << 20
+
+
+def _ranks(request: Request) -> Ranks:
+    ranks: Ranks = request.app.state.ranks
+    return ranks
+
+
+def _config(request: Request) -> Config:
+    config: Config = request.app.state.config
+    return config
+
+
+# Arguments of an endpoint, which FastAPI fills in.
+TheRanks = Annotated[Ranks, Depends(_ranks)]
+TheConfig = Annotated[Config, Depends(_config)]

@@ -35,6 +35,7 @@ class Conversation:
         stop: texts that end the answer.
         continue_final: the answer goes on with the last message, an assistant's.
         is_cut: `max_tokens` that lead beyond the context are cut, not refused.
+        grammar_field, effort_field: where the client gave these, for messages.
     """
 
     messages: Sequence[Mapping[str, Any]]
@@ -49,6 +50,8 @@ class Conversation:
     stop: Sequence[str] = ()
     continue_final: bool = False
     is_cut: bool = False
+    grammar_field: str = "response_format"
+    effort_field: str = "reasoning_effort"
 
 
 @dataclass(frozen=True)
@@ -82,7 +85,7 @@ async def begin_all(
     if grammar is not None:
         is_reasoning = prompt.initial_state == "reasoning"
         grammar = {**grammar, "after_reasoning": is_reasoning}
-        await checked_grammar(ranks, grammar)
+        await _check_grammar(ranks, grammar, conversation.grammar_field)
     given = {**conversation.settings, "grammar": grammar}
     settings = complete(config, ready, prompt, given, is_cut=conversation.is_cut)
     start = Start(
@@ -135,9 +138,9 @@ def _reasoning_arguments(ready: Ready, conversation: Conversation) -> dict[str, 
     if effort not in (None, "none") and not known:
         raise Refusal(
             400,
-            f"reasoning effort {effort!r}: this model's chat template cannot turn "
-            "reasoning up or down",
-            param="reasoning_effort",
+            f"{conversation.effort_field} is {effort!r}: this model's chat template "
+            "cannot turn reasoning up or down",
+            param=conversation.effort_field,
             code="unsupported",
         )
     return known
@@ -178,15 +181,15 @@ def checked_model(ranks: Ranks, config: Config, model: str | None) -> str:
     return model
 
 
-async def checked_grammar(ranks: Ranks, grammar: Mapping[str, Any]) -> None:
-    """Let rank 0 compile a grammar.
+async def _check_grammar(ranks: Ranks, grammar: Mapping[str, Any], field: str) -> None:
+    """Let rank 0 compile a grammar that comes of a field, or of the tools.
 
     Raises: Refusal (400), with what the grammar library says against it.
     """
     try:
         await ranks.call("check_grammar", grammar=dict(grammar))
     except Mistake as error:
-        param = "tools" if grammar["kind"] == "tools" else "response_format"
+        param = "tools" if grammar["kind"] == "tools" else field
         raise Refusal(400, f"{param}: {error}", param=param) from error
 
 
@@ -315,10 +318,11 @@ def _tools(
     if not forced:
         raise Refusal(400, words, param="tool_choice")
     if conversation.grammar is not None:
+        field = conversation.grammar_field
         raise Refusal(
             400,
-            "an answer that must be a tool call cannot follow response_format as well",
-            param="response_format",
+            f"an answer that must be a tool call cannot follow {field} as well",
+            param=field,
         )
     return tools, {
         "kind": "tools",

@@ -94,7 +94,7 @@ class Metrics:
         }
         self._first_token = histogram(
             "time_to_first_token_seconds",
-            "From a request's arrival to its first token.",
+            "From when the ranks get a request to its first token.",
             FIRST_TOKEN_SECONDS,
         )
         self._between_tokens = histogram(
@@ -104,12 +104,12 @@ class Metrics:
         )
         self._queue = histogram(
             "request_queue_time_seconds",
-            "From a request's arrival to its admission.",
+            "From when the ranks get a request to its admission.",
             REQUEST_SECONDS,
         )
         self._whole = histogram(
             "e2e_request_latency_seconds",
-            "From a request's arrival to its end, of those with a whole answer.",
+            "From when the ranks get a request to its end, if that is whole.",
             REQUEST_SECONDS,
         )
         self._registry.register(_OfRanks(ranks, model_name))

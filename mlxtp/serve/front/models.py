@@ -7,8 +7,7 @@ from typing import Annotated, Any
 from fastapi import APIRouter
 from pydantic import Field
 
-from mlxtp.serve.front.access import TheConfig, TheRanks
-from mlxtp.serve.front.config import Config
+from mlxtp.serve.front.config import Config, TheConfig, TheRanks
 from mlxtp.serve.front.conversation import (
     Conversation,
     checked_model,

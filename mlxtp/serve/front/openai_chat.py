@@ -2,7 +2,7 @@
 
 import secrets
 import time
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncGenerator, Sequence
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal
 
@@ -10,7 +10,6 @@ from fastapi import APIRouter, Response
 from fastapi.responses import JSONResponse
 from pydantic import BeforeValidator, Field, PlainValidator
 
-from mlxtp.serve.front.access import TheConfig, TheRanks
 from mlxtp.serve.front.answers import (
     Answer,
     chat_logprobs,
@@ -18,6 +17,7 @@ from mlxtp.serve.front.answers import (
     usage,
     visible_logprobs,
 )
+from mlxtp.serve.front.config import TheConfig, TheRanks
 from mlxtp.serve.front.conversation import Conversation, begin_all, checked_model
 from mlxtp.serve.front.errors import Refusal
 from mlxtp.serve.front.fields import Fields, Sampling
@@ -353,8 +353,7 @@ async def _whole(
                 "finish_reason": answer.finish,
             }
         )
-    reasoning = sum(answer.reasoning_tokens for answer in answers)
-    counted = usage(generations, choices=len(generations), reasoning_tokens=reasoning)
+    counted = usage(generations, choices=len(generations))
     return {**head.write("chat.completion", choices), "usage": counted}
 
 
@@ -363,7 +362,7 @@ async def _chunks(
     generations: Sequence[Generation],
     with_logprobs: bool,
     with_usage: bool,
-) -> AsyncIterator[str]:
+) -> AsyncGenerator[str]:
     """Yield an answer's chunks: a role, then what each event brings, then the finish.
 
     Log-probabilities of tokens that bring no text yet come with the next ones that do.
@@ -401,9 +400,6 @@ async def _chunks(
         if event.finish is not None:
             yield chunk(index, {}, event.finish)
     if with_usage:
-        reasoning = sum(answer.reasoning_tokens for answer in answers)
-        counted = usage(
-            generations, choices=len(generations), reasoning_tokens=reasoning
-        )
+        counted = usage(generations, choices=len(generations))
         yield server_sent({**head.write(kind, []), "usage": counted})
     yield server_sent("[DONE]")

@@ -2,7 +2,7 @@
 
 import secrets
 import time
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncGenerator, Sequence
 from dataclasses import dataclass
 from typing import Annotated, Any
 
@@ -10,7 +10,6 @@ from fastapi import APIRouter, Response
 from fastapi.responses import JSONResponse
 from pydantic import Field, PlainValidator
 
-from mlxtp.serve.front.access import TheConfig, TheRanks
 from mlxtp.serve.front.answers import (
     Answer,
     CompletionLogprobs,
@@ -18,6 +17,7 @@ from mlxtp.serve.front.answers import (
     usage,
     visible_logprobs,
 )
+from mlxtp.serve.front.config import TheConfig, TheRanks
 from mlxtp.serve.front.conversation import (
     Prompt,
     admit,
@@ -203,7 +203,7 @@ async def _chunks(
     generations: Sequence[Generation],
     told: Sequence[Choice],
     counted_by: int | None,
-) -> AsyncIterator[str]:
+) -> AsyncGenerator[str]:
     """Yield chunks; usage, where it is wanted, counts a prompt for so many choices."""
     with_usage = {} if counted_by is None else {"usage": None}
     async for index, event in merged(generations):

@@ -22,9 +22,6 @@ from typing import Any, Literal
 from mlxtp.serve import messages
 from mlxtp.serve.messages import Event, Ready, Start, Stats
 
-# A line may hold the tokens of a long prompt.
-LONGEST_LINE = 64 << 20
-
 
 class Mistake(ValueError):
     """What a client asked for cannot be done; the message says what was wanted."""
@@ -37,17 +34,20 @@ class Unavailable(RuntimeError):
 class Generation:
     """A request that was started: iterate over it for its events.
 
-    `start` is what was asked for, `tokens` are those generated so far. Times are
-    seconds of the monotonic clock, None before.
+    `start` is what was asked for, `tokens` are those generated so far, of which
+    `reasoning_tokens` are reasoning, `cached` those of the prompt that were not read.
+    Times are seconds of the monotonic clock, None before.
     """
 
     def __init__(self, start: Start, ranks: "Ranks") -> None:
         self.start = start
         self.tokens: list[int] = list(start.generated)
+        self.reasoning_tokens = 0
         self.cached = 0
         self.begun = time.monotonic()
         self.admitted: float | None = None
         self.is_over = False
+        self._is_reasoning = start.initial_state == "reasoning"
         self._ranks = ranks
         self._events: asyncio.Queue[Event] = asyncio.Queue()
 
@@ -56,6 +56,12 @@ class Generation:
         if event.admitted:
             self.admitted, self.cached = time.monotonic(), event.cached
         self.tokens += event.tokens
+        kinds = [kind for kind, _ in event.pieces]
+        # A token that brings no text is of the kind of the text before it.
+        if "reasoning" in kinds or (self._is_reasoning and not kinds):
+            self.reasoning_tokens += len(event.tokens)
+        if kinds:
+            self._is_reasoning = kinds[-1] == "reasoning"
         self.is_over = event.finish is not None
         self._events.put_nowait(event)
 
@@ -116,7 +122,7 @@ class Ranks:
         with os.fdopen(key, "w") as file:
             file.write(self._key)
         self._server = await asyncio.start_unix_server(
-            self._serve, self.folder / messages.SOCKET_NAME, limit=LONGEST_LINE
+            self._serve, self.folder / messages.SOCKET_NAME, limit=messages.LONGEST_LINE
         )
 
     async def close(self) -> None:
@@ -199,12 +205,12 @@ class Ranks:
                     or not hmac.compare_digest(hello.key, self._key)
                     or self._writer is not None
                 ):
-                    writer.close()
                     return
                 self._writer, self.state = writer, "loading"
                 while line := await reader.readline():
                     self._hear(messages.decoded(line))
         finally:
+            writer.close()
             if self._writer is writer:
                 self.lost("the ranks have gone")
 

@@ -8,15 +8,14 @@ from fastapi import APIRouter, Response
 from fastapi.responses import JSONResponse
 from pydantic import Field
 
-from mlxtp.serve.front import response_input
-from mlxtp.serve.front.access import TheConfig, TheRanks
-from mlxtp.serve.front.answers import visible_logprobs
+from mlxtp.serve.front import responses_input
+from mlxtp.serve.front.answers import Pieces, visible_logprobs
+from mlxtp.serve.front.config import TheConfig, TheRanks
 from mlxtp.serve.front.conversation import Conversation, begin, checked_model
 from mlxtp.serve.front.errors import Refusal
 from mlxtp.serve.front.fields import Fields, Sampling
-from mlxtp.serve.front.items import MESSAGE, REASONING, SUMMARY, Items, new_id
-from mlxtp.serve.front.pieces import Pieces
 from mlxtp.serve.front.ranks import Generation
+from mlxtp.serve.front.responses_items import MESSAGE, REASONING, SUMMARY, Items, new_id
 from mlxtp.serve.front.streaming import server_sent, stream
 from mlxtp.serve.messages import Event, TokenLogprob
 
@@ -90,7 +89,7 @@ class Answer:
         self._names = names
         self._generation = generation
         self._items = Items()
-        self._pieces = Pieces(generation.start.initial_state)
+        self._pieces = Pieces()
         self._logprobs: list[Json] = []
         self._number = 0
         self._about = _about(body, model, generation)
@@ -159,7 +158,7 @@ class Answer:
 
     def _usage(self) -> Json:
         read = len(self._generation.start.prompt)
-        made = self._pieces.tokens
+        made = len(self._generation.tokens)
         return {
             "input_tokens": read,
             "input_tokens_details": {
@@ -168,7 +167,7 @@ class Answer:
             },
             "output_tokens": made,
             "output_tokens_details": {
-                "reasoning_tokens": self._pieces.reasoning_tokens
+                "reasoning_tokens": self._generation.reasoning_tokens
             },
             "total_tokens": read + made,
         }
@@ -187,7 +186,7 @@ async def responses(body: Body, ranks: TheRanks, config: TheConfig) -> Response:
     """Answer an input, whole or as a stream."""
     body.check_names()
     model = checked_model(ranks, config, body.model)
-    tools, names = response_input.functions(body.tools or [])
+    tools, names = responses_input.functions(body.tools or [])
     generation = await begin(ranks, config, _conversation(body, tools))
     answer = Answer(body, model, names, generation)
     if body.stream:
@@ -218,7 +217,7 @@ def _conversation(body: Body, tools: list[Json]) -> Conversation:
         tools = [tool for tool in tools if tool["function"]["name"] in allowed]
     text, reasoning = body.text or Text(), body.reasoning or Reasoning()
     return Conversation(
-        messages=response_input.messages(body.input, body.instructions),
+        messages=responses_input.messages(body.input, body.instructions),
         tools=tools,
         tool_choice=choice,
         parallel_tool_calls=body.parallel_tool_calls is not False,
@@ -228,6 +227,8 @@ def _conversation(body: Body, tools: list[Json]) -> Conversation:
         settings=given,
         stop=body.stop or [],
         is_cut=True,
+        grammar_field="text.format",
+        effort_field="reasoning.effort",
     )
 
 
@@ -254,7 +255,7 @@ def _function_name(choice: Any) -> str:
     """The name by which the model knows the function that a choice names."""
     match choice:
         case {"type": "function", "name": str(name), "namespace": str(namespace)}:
-            return response_input.flat_name(namespace, name)
+            return responses_input.flat_name(namespace, name)
         case {"type": "function", "name": str(name)}:
             return name
     raise _no_choice(choice)

@@ -2,7 +2,8 @@
 
 import asyncio
 import json
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Sequence
+from contextlib import aclosing
 from typing import Any
 
 from fastapi.responses import StreamingResponse
@@ -63,7 +64,7 @@ _Made = asyncio.Queue[str | Exception | None]
 
 
 async def stream(
-    events: AsyncIterator[str],
+    events: AsyncGenerator[str],
     generations: Sequence[Generation],
     *,
     error_event: Callable[[errors.Refusal], str] = openai_error,
@@ -90,11 +91,12 @@ async def stream(
     return EventStream(content, making, generations)
 
 
-async def _make(events: AsyncIterator[str], made: _Made) -> None:
+async def _make(events: AsyncGenerator[str], made: _Made) -> None:
     """Hand on what is made, as far as what was made before has been sent."""
     try:
-        async for event in events:
-            await made.put(event)
+        async with aclosing(events):  # it may have tasks of its own
+            async for event in events:
+                await made.put(event)
     except Exception as error:
         await made.put(error)
     else:

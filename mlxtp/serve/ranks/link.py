@@ -57,8 +57,7 @@ class Link:
 
     def send(self, message: Message) -> None:
         """Tell the front something; nothing happens if it is gone."""
-        with self._sending, suppress(OSError):
-            self._socket.sendall(messages.encoded(message))
+        self._write(messages.encoded(message))
 
     def take(self, *, wait: bool) -> list[Message]:
         """Return what has come; with `wait` there is at least one."""
@@ -84,10 +83,19 @@ class Link:
     def _answer(self, call: Call) -> None:
         try:
             result = getattr(self.callee, call.name)(**call.arguments)
+            line = messages.encoded(Answer(call.call, result))
+            if len(line) > messages.LONGEST_ANSWER:
+                raise ValueError(
+                    f"the result has {len(line) >> 20} MiB of JSON; at most "
+                    f"{messages.LONGEST_ANSWER >> 20} are given"
+                )
         except ValueError as error:
-            self.send(Answer(call.call, error=str(error)))
+            line = messages.encoded(Answer(call.call, error=str(error)))
         except Exception as error:  # what a template or a tokenizer may raise
             words = f"{type(error).__name__}: {error}"
-            self.send(Answer(call.call, error=words))
-        else:
-            self.send(Answer(call.call, result))
+            line = messages.encoded(Answer(call.call, error=words))
+        self._write(line)
+
+    def _write(self, line: bytes) -> None:
+        with self._sending, suppress(OSError):
+            self._socket.sendall(line)

@@ -6,9 +6,8 @@ from typing import Annotated, Any, Literal
 from pydantic import BeforeValidator, Field
 
 from mlxtp.serve.front.errors import Refusal
-from mlxtp.serve.front.fields import Fields
+from mlxtp.serve.front.fields import Fields, typed
 from mlxtp.serve.front.openai_chat import TOOL_NAME
-from mlxtp.serve.front.typed import typed
 
 Json = dict[str, Any]
 

@@ -2,6 +2,7 @@
 
 import json
 import secrets
+import sys
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -57,7 +58,7 @@ class Blocks:
         yield self._event("content_block_start", content_block=block)
         yield self._delta("input_json_delta", "partial_json", arguments)
         yield self._event("content_block_stop")
-        self.done.append({**block, "input": json.loads(arguments)})
+        self.done.append({**block, "input": _input(arguments)})
 
     def close(self) -> Iterator[Json]:
         """End the block that is open, if one is."""
@@ -75,3 +76,20 @@ class Blocks:
 
     def _event(self, kind: str, **fields: Any) -> Json:
         return {"type": kind, "index": len(self.done), **fields}
+
+
+def _input(arguments: str) -> Json:
+    """Read a call's arguments as what a body can hold.
+
+    A model may write what JSON has a form for and a body has not: a number beyond all
+    floats, and half of a surrogate pair.
+    """
+
+    def finite(number: str) -> float:
+        most = sys.float_info.max
+        return max(-most, min(float(number), most))
+
+    read = json.loads(arguments, parse_float=finite)
+    whole = json.dumps(read, ensure_ascii=False).encode(errors="replace")
+    content: Json = json.loads(whole)
+    return content

@@ -1,0 +1,40 @@
+"""The socket between front and rank 0, with both of its ends."""
+
+import asyncio
+from typing import Any
+
+import pytest
+
+from mlxtp.serve import messages
+from mlxtp.serve.front.ranks import Mistake, Ranks
+from mlxtp.serve.ranks.link import Link
+
+pytestmark = pytest.mark.once
+
+
+class Callee:
+    """What rank 0 calls for the front."""
+
+    def echo(self, text: str) -> dict[str, Any]:
+        """Give it back."""
+        return {"text": text}
+
+
+def test_a_result_that_is_too_long(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Is a mistake of the request, and no end of the connection."""
+    monkeypatch.setattr(messages, "LONGEST_ANSWER", 1000)
+
+    async def life() -> None:
+        ranks = Ranks()
+        await ranks.listen()
+        link = await asyncio.to_thread(Link, ranks.folder)
+        link.callee = Callee()
+        while ranks.state == "starting":
+            await asyncio.sleep(0.005)
+        with pytest.raises(Mistake, match="at most"):
+            await ranks.call("echo", text="a" * 1000)
+        assert await ranks.call("echo", text="a") == {"text": "a"}
+        await ranks.close()
+        assert await asyncio.to_thread(link.take, wait=True) == [messages.End()]
+
+    asyncio.run(life())
