@@ -216,7 +216,7 @@ class Engine:
         self._matchers: dict[str, Matcher] = {}  # of prompts that are read
         self._begins: dict[str, int] = {}  # first inputs of rows that have just joined
         self._drawn: tuple[list[str], mx.array] | None = None
-        self._last: _Reader | None = None  # whose prompt was read last
+        self._last: _Reader | None = None  # that was read last, if it is still there
         self._agree = agreed(lambda tokens: tokens, model.comm)
         self._passes = 0
         maybe_set_recommended_wired_limit()  # of a GPU of Apple's
@@ -235,10 +235,14 @@ class Engine:
         self._change(step, result)
         if self._rows.ids:
             self._decode(result)
+        else:
+            self._drawn = None  # rows that were set back draw these tokens again
         reading = [part for part in step.read if part[0] not in result.refused]
         for name, count in reading:
             self._read(self._readers[name], count)
-        for name, _ in reading:
+        # Of a prompt of one token, or one that was cached, no part is read.
+        admitted = [admission.request.id for admission in step.admit]
+        for name in {*admitted, *(name for name, _ in reading)} - {*result.refused}:
             reader = self._readers[name]
             if reader.is_read:
                 scores = [score for x in reader.scores for score in x.evaluated()]
@@ -251,6 +255,9 @@ class Engine:
 
     def _change(self, step: Step, result: Result) -> None:
         """Let requests go and come."""
+        # What is put into the prefix cache takes the place of what goes.
+        taken = {admission.key for admission in step.admit}
+        self._store.drop(key for key in step.forget if key not in taken)
         for name, key in step.keep:
             reader = self._readers.get(name)
             if reader is not None:
@@ -266,7 +273,7 @@ class Engine:
         self._rows.drop(step.drop)
         for admission in step.admit:
             self._admit(admission, result)
-        self._store.drop(step.forget)
+        self._store.drop(key for key in step.forget if key in taken)
         joining = [self._readers.pop(name) for name in step.join]
         for reader in joining:
             name = reader.request.id
@@ -274,6 +281,8 @@ class Engine:
             self._of[name] = _Row(reader, sampler, self._matchers.pop(name, None))
             self._begins[name] = reader.tokens[-1]
         self._rows.join(list(step.join), [reader.caches for reader in joining])
+        if self._last not in self._readers.values():
+            self._last = None  # its caches are copied in a batch
 
     def _admit(self, admission: Admission, result: Result) -> None:
         request = admission.request
@@ -362,7 +371,7 @@ class Engine:
         """Read so many tokens of a prompt."""
         # What was read before is done first: so a prompt that is cancelled leaves no
         # more than this part behind.
-        if self._last is not None and self._last.request.id in self._readers:
+        if self._last is not None:
             mx.eval([cache.state for cache in self._last.caches])
             mx.clear_cache()
         self._last = reader

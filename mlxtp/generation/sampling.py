@@ -1,6 +1,7 @@
 """Random numbers that follow from a seed and a position, and from nothing else."""
 
 import hashlib
+import os
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -53,13 +54,18 @@ class PositionSampler:
 def draw(sampler: Sampler, logprobs: mx.array, seed: int, position: int) -> mx.array:
     """Draw a token by seed and position, whatever else draws: (1, V) -> (1,).
 
-    mlx-lm's samplers take MLX's stream of random numbers, which is left as it was.
+    mlx-lm's samplers take MLX's stream of random numbers, which is left as it was. They
+    run as they stand: compiled, each new temperature or top_p would be a program of its
+    own, which takes a second and stays for ever.
     """
     high, low = mx.random.state[0].tolist()  # type: ignore[index]
     mx.random.seed(_mixed(seed, position))
+    mx.disable_compile()
     try:
         return sampler(logprobs)
     finally:
+        if "MLX_DISABLE_COMPILE" not in os.environ:
+            mx.enable_compile()
         mx.random.seed(high << 32 | low)
 
 

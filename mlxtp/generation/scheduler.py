@@ -134,16 +134,19 @@ class Scheduler:
         """Decide the next step."""
         keep, drop, forget = self._let_go()
         join = self._begin_decoding(keep, forget)
-        set_back = self._make_room(forget)
+        set_back = self._make_room(join, forget)
         drop += set_back
         join = [name for name in join if name not in set_back]
         admit = self._admit(forget)
-        read = self._read(len(admit) > 0)
+        read = self._read()
         self.pace.begin(sum(count for _, count in read), self._decoding())
+        # What goes at once, and nobody takes, is not put there.
+        taken = {admission.key for admission in admit}
+        unmade = {key for _, key in keep} & {*forget} - taken
         return Step(
-            keep=tuple(keep),
+            keep=tuple((name, key) for name, key in keep if key not in unmade),
             drop=tuple(drop),
-            forget=tuple(forget),
+            forget=tuple(key for key in forget if key not in unmade),
             admit=tuple(admit),
             join=tuple(join),
             read=tuple(read),
@@ -154,6 +157,7 @@ class Scheduler:
         keep: list[tuple[str, int]] = []
         forget: list[int] = []
         drop = [active.request.id for active in self._ended]
+        self._longest_gone = 0
         for active in self._ended:
             self._keep(active, keep, forget)
         gone = (len(active.tokens) for active in self._ended if active.decodes)
@@ -169,8 +173,13 @@ class Scheduler:
             return
         added = self._prefixes.add(tokens, len(tokens) < self._trimmable_below)
         forget += added.dropped
-        if added.key is not None:
-            keep.append((active.request.id, added.key))
+        if added.key is None:
+            return
+        keep.append((active.request.id, added.key))
+        # One of several rows is copied, and the rows go afterwards.
+        if active.decodes and len(self._lengths(1)[0]) > 1:
+            while not self._fits() and (freed := self._prefixes.free(1)):
+                forget += freed
 
     def _begin_decoding(
         self, keep: list[tuple[str, int]], forget: list[int]
@@ -194,11 +203,11 @@ class Scheduler:
     def _is_awaited(self, active: _Active) -> bool:
         """Whether a request that waits has much of its prompt in common with this."""
         return any(
-            common_length(active.tokens, other.tokens) >= COMMON_TOKENS
+            begin_alike(active.tokens, other.tokens)
             for other in itertools.islice(self._waiting, self._concurrency)
         )
 
-    def _make_room(self, forget: list[int]) -> list[str]:
+    def _make_room(self, join: Sequence[str], forget: list[int]) -> list[str]:
         """See that the next pass fits in memory; return who is set back for it."""
         set_back: list[str] = []
         while not self._fits():
@@ -209,8 +218,11 @@ class Scheduler:
             if len(self._active) == 1:
                 break  # one alone fits: its context is limited so
             youngest = max(self._active.values(), key=lambda active: active.number)
+            name = youngest.request.id
+            if youngest.decodes and name not in join:
+                self._longest_gone = max(self._longest_gone, len(youngest.tokens))
             self._set_back(youngest)
-            set_back.append(youngest.request.id)
+            set_back.append(name)
         return set_back
 
     def _set_back(self, active: _Active) -> None:
@@ -234,7 +246,7 @@ class Scheduler:
                 break
             if self._is_served_soon(waiting):
                 continue
-            if not self._has_room(len(waiting.tokens)):
+            if not self._has_room(waiting):
                 break
             self._waiting.remove(waiting)
             admit.append(self._begin(waiting, forget))
@@ -248,8 +260,8 @@ class Scheduler:
             self.looked_up_tokens += len(tokens)
             match = self._prefixes.find(tokens, at_most=len(tokens) - 1)
         # What was found is used, also where it goes then: it was used last.
-        while not self._fits(len(tokens)):
-            forget += self._prefixes.free(1)
+        while not self._fits(len(tokens)) and (freed := self._prefixes.free(1)):
+            forget += freed
         self._active[request.id] = active
         if match is not None:
             active.done = match.tokens
@@ -269,12 +281,12 @@ class Scheduler:
         return any(
             active.left > 0
             and not active.decodes
-            and common_length(active.tokens, waiting.tokens) >= COMMON_TOKENS
+            and begin_alike(active.tokens, waiting.tokens)
             and len(active.tokens) < self._trimmable_below
             for active in self._active.values()
         )
 
-    def _read(self, has_begun: bool) -> list[tuple[str, int]]:
+    def _read(self) -> list[tuple[str, int]]:
         """Choose which prompts are read, and how many tokens of each."""
         left = self.pace.part(self._part) if self._decoding() else self._part
         read: list[tuple[str, int]] = []
@@ -302,29 +314,32 @@ class Scheduler:
         return sum(active.decodes for active in self._active.values())
 
     def _lengths(self, ahead: int) -> tuple[list[int], list[int]]:
-        """Lengths of rows so many passes ahead, and of prompts when they are read."""
-        rows = [len(a.tokens) + ahead for a in self._active.values() if a.decodes]
-        others = [len(a.tokens) for a in self._active.values() if not a.decodes]
-        return rows, others
+        """Lengths of rows so many passes ahead, and of prompts when they are read.
 
-    def _has_room(self, tokens: int) -> bool:
+        Rows stay filled up to the longest that has gone until they are written to.
+        """
+        there = [*self._active.values(), *self._ended]
+        rows = [len(active.tokens) + ahead for active in there if active.decodes]
+        rows[:1] = [max(length, self._longest_gone) for length in rows[:1]]
+        return rows, [len(active.tokens) for active in there if not active.decodes]
+
+    def _has_room(self, waiting: _Active) -> bool:
         """Whether a prompt has room if the prefix cache gives way.
 
         While it is read, and when all that are read have joined the rows: else it would
         be set back at once.
         """
+        if not self._active:
+            return True  # as its context is limited
+        tokens = len(waiting.tokens)
         rows, others = self._lengths(1)
         joined = [*rows, *(length + 1 for length in (*others, tokens))]
         is_read = self._capacity.fits(rows, [*others, tokens])
         return is_read and self._capacity.fits(joined, [])
 
     def _fits(self, *more: int) -> bool:
-        """Whether the next pass has room, with prompts of so many tokens besides.
-
-        Rows stay filled up to the longest that has gone until they are written to.
-        """
+        """Whether the next pass has room, with prompts of so many tokens besides."""
         rows, others = self._lengths(1)
-        rows[:1] = [max(length, self._longest_gone) for length in rows[:1]]
         return self._capacity.fits(rows, [*others, *more], self._prefixes.nbytes)
 
 
@@ -376,13 +391,6 @@ class Pace:
         return min(self._largest, most)
 
 
-def common_length(a: Sequence[int], b: Sequence[int]) -> int:
-    """How many tokens two prompts begin with in common."""
-    least, most = 0, min(len(a), len(b))
-    while least < most:
-        middle = (least + most + 1) // 2
-        if a[least:middle] == b[least:middle]:
-            least = middle
-        else:
-            most = middle - 1
-    return least
+def begin_alike(a: Sequence[int], b: Sequence[int]) -> bool:
+    """Whether two prompts have their first `COMMON_TOKENS` tokens in common."""
+    return len(a) >= COMMON_TOKENS and a[:COMMON_TOKENS] == b[:COMMON_TOKENS]

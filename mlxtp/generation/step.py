@@ -41,7 +41,8 @@ class Step:
         keep: put caches of requests into the prefix cache: (id, key).
         drop: forget requests, those that have ended too.
         admit: requests whose prompts are read from now on.
-        forget: entries of the prefix cache that go.
+        forget: entries of the prefix cache that go: first of all, or, those that are
+            taken in this step, behind it.
         join: requests whose prompts are read: they decode from now on.
         read: tokens of prompts to be read in this pass: (id, number).
         writes: no pass is made: an entry of the prefix cache is written to disk.

@@ -181,8 +181,8 @@ class Event:
         pieces: new text, in order: ("text", text), ("reasoning", text) or
             ("tool", {"name": ..., "arguments": JSON text}).
         logprobs: of `tokens`, where the request asks for them.
-        prompt_logprobs: of the prompt's tokens, once, where the request asks; None
-            stands for the first.
+        prompt_logprobs: of the next of the prompt's tokens, once, where the request
+            asks; None stands for the first.
         finish: "stop", "length", "tool_calls" or "error"; nothing comes behind it.
         stop: the text of `Start.stop` that ended it.
         error: what was wrong, in words, where `finish` is "error".

@@ -21,8 +21,8 @@ from tiny import Tiny
 
 import mlxtp
 from mlxtp import Communicator
-from mlxtp.generation.engine import Score
-from mlxtp.generation.step import GenerationRequest
+from mlxtp.generation.engine import Engine, Score
+from mlxtp.generation.step import Admission, GenerationRequest, Step
 from mlxtp.stories import PATH as STORIES
 
 use_plain_operations()
@@ -176,7 +176,12 @@ def test_scores_are_the_model_s(
     driven.submit("scores", tokens, max_tokens=4, logprobs=2, logit_bias={5: 50.0})
     driven.submit("prompt", tokens, max_tokens=0, prompt_logprobs=3)
     driven.run()
-    assert driven.tokens == {"scores": [5] * 4, "prompt": []}
+    # Of these nothing is read: one token alone, and a prompt that was cached.
+    driven.submit("one", tokens[:1], max_tokens=0, prompt_logprobs=3)
+    driven.submit("cached", tokens, max_tokens=0)
+    driven.run()
+    assert driven.scores["one"] == [] and driven.scores["cached"] is None
+    assert driven.tokens == {"scores": [5] * 4, "prompt": [], "one": [], "cached": []}
     logits = model(mx.array([[*tokens, 5, 5, 5]]))[0]
     logprobs = np.array(logits - mx.logsumexp(logits, -1, keepdims=True))
     for at, drawn in enumerate(driven.drawn["scores"]):
@@ -279,6 +284,34 @@ def test_interrupted_and_gone_on(
     )
     rest.take(request)
     assert rest.run()["x"] == expected[8:]
+
+
+def test_set_back_while_nothing_else_decodes(
+    model: nn.Module, prompt: list[int], comm: Communicator
+) -> None:
+    """What was drawn last is drawn again, and not taken for what is known."""
+    tokens: list[int] = []
+
+    def passes(engine: Engine, count: int) -> None:
+        """Read the prompt and all tokens so far, and decode for so many passes."""
+        request = GenerationRequest("x", (*prompt[:9], *tokens), 9, GREEDY)
+        engine.run(Step(admit=(Admission(request),)))
+        engine.run(Step(read=(("x", len(request.tokens) - 1),)))
+        for step in (Step(join=("x",)), *[Step()] * count):
+            drawn = engine.run(step).drawn
+            tokens.extend(drawn["x"].token for _ in drawn)
+        engine.run(Step(drop=("x",)))
+
+    driven = Driven(model, comm)
+    before = mx.get_active_memory()
+    passes(driven.engine, 12)
+    expected, tokens = tokens, []
+    for _ in range(4):
+        passes(driven.engine, 3)
+    assert tokens == expected
+    # No caches are left.
+    caches = driven.capacity.bytes_of(1)[comm.rank]
+    assert mx.get_active_memory() < before + caches / 2
 
 
 def test_quantized_caches(shared_path: Path, comm: Communicator) -> None:

@@ -1,5 +1,7 @@
 """The same seed, the same text: split, cut, behind a cache, with drafts, in a batch."""
 
+import time
+from io import StringIO
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +17,7 @@ from reference import PROMPT
 
 import mlxtp
 from mlxtp import Communicator
-from mlxtp.generation.sampling import PositionSampler, seeded
+from mlxtp.generation.sampling import PositionSampler, draw, seeded
 from mlxtp.shard import shard
 
 STEPS, SEED = 20, 7
@@ -167,3 +169,18 @@ def test_tokens_that_the_model_has_no_row_for(token: int, loaded: Loaded) -> Non
             mlxtp.generate(*loaded, prompt)
     with pytest.raises(ValueError, match=message):
         mlxtp.batch_generate(*loaded, [[3], [3, token]])
+
+
+@pytest.mark.once
+def test_a_new_temperature_is_no_program_of_its_own() -> None:
+    """To compile one for each would take seconds, and memory for good."""
+    logprobs = mx.zeros((1, 50))
+    begin = time.monotonic()
+    for number in range(40):
+        sampler = make_sampler(1 + number / 977, top_p=0.9)
+        mx.eval(draw(sampler, logprobs, SEED, number))
+    assert time.monotonic() - begin < 5
+    # What others compile is compiled as before.
+    graph = StringIO()
+    mx.export_to_dot(graph, mx.compile(lambda x: mx.exp(x * 2))(logprobs))
+    assert "CompiledBroadcastMultiplyExp" in graph.getvalue()

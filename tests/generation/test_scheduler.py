@@ -1,5 +1,7 @@
 """What rank 0 decides: whom to admit, how much to read, who gives way."""
 
+from dataclasses import replace
+
 import pytest
 from driven import GREEDY
 
@@ -12,10 +14,13 @@ pytestmark = pytest.mark.once
 
 
 def scheduler(
-    tokens: int = 10_000, prefix_tokens: int = 0, **options: object
+    tokens: int = 10_000,
+    prefix_tokens: int = 0,
+    growths: tuple[Growth, ...] = (Growth(1.0),),
+    **options: object,
 ) -> Scheduler:
     """One whose ranks have room for so many tokens: one, and one with half the room."""
-    cache = CacheBytes(0, (Growth(1.0),), 1 << 30)
+    cache = CacheBytes(0, growths, 1 << 30)
     capacity = Capacity(
         (
             RankCapacity("a", cache, 2 * tokens),
@@ -110,6 +115,48 @@ def test_the_youngest_gives_way_and_comes_first_again() -> None:
     request = again.admit[0].request
     assert request.prompt_length == 400
     assert len(request.tokens) == 400 + len(steps)
+
+
+def test_rows_stay_as_long_as_one_that_has_gone() -> None:
+    """For a pass: what has room without it waits for the next one."""
+    # A window costs a prompt that is read more than a row.
+    one = scheduler(tokens=3000, growths=(Growth(1.0), Growth(10.0, window=8)))
+    submit(one, "old", 100)
+    submit(one, "long", 1110, first=1000)
+    run_until(one, "long")
+    submit(one, "next", 600, first=5000)
+    assert not one.decide().admit
+    one.end("long")
+    assert not one.decide().admit
+    assert admitted(one.decide()) == ["next"]
+
+
+def test_one_that_fills_the_context_is_admitted() -> None:
+    """Behind its prompt nothing is drawn, so that nothing more needs room."""
+    one = scheduler(tokens=1000)
+    prompt = tuple(range(745))
+    assert one.use == 0
+    settings = replace(GREEDY, max_tokens=0)
+    one.submit(GenerationRequest("a", prompt, len(prompt), settings))
+    assert admitted(one.decide()) == ["a"]
+    assert one.use == 1
+
+
+def test_a_row_is_copied_before_the_rows_go() -> None:
+    """What the prefix cache held gives way to that; one alone is not copied."""
+    for names in ("ab", "a"):
+        one = scheduler(tokens=3300, prefix_tokens=2100)
+        submit(one, "old", 700, first=9000)
+        run_until(one, "old")
+        one.end("old")
+        ((_, old),) = one.decide().keep
+        for number, name in enumerate(names):
+            submit(one, name, 800, first=2000 * number)
+            run_until(one, name)
+        one.end("a")
+        step = one.decide()
+        assert [name for name, _ in step.keep] == ["a"]
+        assert list(step.forget) == [old] * (names == "ab")
 
 
 def test_the_prefix_cache_gives_way_to_requests() -> None:

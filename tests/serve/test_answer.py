@@ -248,6 +248,14 @@ def test_a_parser_may_raise_anything() -> None:
     assert pieces == [("text", answer)]
 
 
+def test_forced_calls_that_are_nested_too_deeply() -> None:
+    tokenizer = byte_level(template=TEMPLATE)
+    answer = '[{"name":"add","arguments":{"a":' + "[" * 5000
+    grammar = {"kind": "tools", "tools": TOOLS, "parallel": True}
+    pieces, _ = told(tokenizer, tokenizer.encode(answer), "length", grammar=grammar)
+    assert pieces == [("text", answer)]
+
+
 def test_one_call_alone() -> None:
     case = CASES["json_tools"]
     for case, before in [(CASES["json_tools"], 2), (CASES["mistral"], 1)]:

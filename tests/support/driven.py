@@ -119,7 +119,7 @@ class Driven:
     def run(self) -> Mapping[str, list[int]]:
         """Make passes until nothing is to be done; return all tokens so far."""
         while self.pass_():
-            pass
+            assert len(self.steps) < 10_000, "it does not come to an end"
         return self.tokens
 
     @property

@@ -159,7 +159,7 @@ def load(args: Args, comm: Communicator, link: Link | None) -> Job:
     prefixes = PrefixIndex(capacity.bytes_of, prefix_bytes(args, capacity))
     store = PrefixStore(prefix_files(args, prepared, model, comm))
     with comm.unlimited():
-        store.restore(comm, prefixes)
+        store.restore(comm, prefixes if comm.rank == 0 else None)
     ends = frozenset(tokenizer.eos_token_ids)
     grammars = Grammars(tokenizer, rows)
     engine = Engine(
@@ -226,7 +226,9 @@ def serve(job: Job, comm: Communicator) -> None:
         if is_idle:
             mx.clear_cache()
         elif step.writes:
-            job.store.write_one()
+            with comm.unlimited():  # disks may be slow, and not alike
+                job.store.write_one()
+                comm.barrier()
         else:
             result = job.engine.run(step)
             if job.service:

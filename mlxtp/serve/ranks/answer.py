@@ -266,7 +266,7 @@ def _read_calls(text: str) -> tuple[list[dict[str, str]], str]:
     while position < len(text):
         try:
             call, end = json.JSONDecoder().raw_decode(text, position)
-        except ValueError:
+        except (ValueError, RecursionError):  # no end, or nested too deeply
             return calls, text[position if calls else 0 :]
         # As the model wrote them: 1e400 is JSON, and would be read as infinity.
         arguments = text[position : end - 1].partition(',"arguments":')[2]

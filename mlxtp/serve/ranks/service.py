@@ -1,8 +1,9 @@
 """What rank 0 does for the front: it takes requests and tells what becomes of them."""
 
 import time
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass, replace
+from itertools import islice
 
 from mlxtp.generation.engine import Drawn, Result, Score
 from mlxtp.generation.prefix_cache import PrefixIndex, PrefixStore
@@ -18,6 +19,9 @@ from mlxtp.serve.ranks.text import Text
 # How often the front is told how the job is.
 STATS_SECONDS = 1.0
 
+# So many log-probabilities of a prompt are told in one message.
+LOGPROBS_TOLD = 1024
+
 
 @dataclass
 class _Open:
@@ -27,6 +31,7 @@ class _Open:
     answer: AnswerText
     generated: int
     was_admitted: bool = False
+    was_read: bool = False
 
 
 class Service:
@@ -98,12 +103,13 @@ class Service:
             self._scheduler.pace.passed(now - self._last_pass)
         self._last_pass = now
         self._steps += 1
-        events = [
-            *self._admitted(),
-            *self._read(result),
-            *self._drawn(result),
-            *self._failed(result),
-        ]
+        events = [*self._admitted()]
+        for event in self._read(result):
+            events.append(event)
+            if event.prompt_logprobs is not None:  # a line of its own, they are long
+                self._link.send(messages.Events(events))
+                events = []
+        events += [*self._drawn(result), *self._failed(result)]
         if events:
             self._link.send(messages.Events(events))
 
@@ -184,27 +190,29 @@ class Service:
     def _read(self, result: Result) -> Iterator[Event]:
         for name, scores in result.read.items():
             under_way = self._open.get(name)
-            if under_way is None:
+            # One that was set back is read again, and has been told of.
+            if under_way is None or under_way.was_read:
                 continue
+            under_way.was_read = True
             prompt = under_way.start.prompt
+            if scores is not None:
+                yield from self._prompt_logprobs(name, prompt, scores)
             ends = under_way.start.settings.max_tokens == 0
             if scores is not None or ends:
-                of_prompt = None
-                if scores is not None:
-                    # One token begins the prompt, and nothing says how likely it is.
-                    pairs = zip(prompt[1:], scores, strict=False)
-                    of_prompt = [
-                        None,
-                        *(self._logprob(x, score) for x, score in pairs),
-                    ]
-                yield Event(
-                    name,
-                    read=len(prompt),
-                    prompt_logprobs=of_prompt,
-                    finish="length" if ends else None,
-                )
+                yield Event(name, read=len(prompt), finish="length" if ends else None)
             if ends:
                 self._end(name)
+
+    def _prompt_logprobs(
+        self, name: str, prompt: Sequence[int], scores: Sequence[Score]
+    ) -> Iterator[Event]:
+        """Tell how likely the tokens of a prompt are, in parts."""
+        # One token begins the prompt, and nothing says how likely it is.
+        yield Event(name, prompt_logprobs=[None])
+        following = zip(prompt[1:], scores, strict=False)
+        for pairs in iter(lambda: [*islice(following, LOGPROBS_TOLD)], []):
+            part = [self._logprob(token, score) for token, score in pairs]
+            yield Event(name, prompt_logprobs=part)
 
     def _drawn(self, result: Result) -> Iterator[Event]:
         for name, drawn in result.drawn.items():
