@@ -25,7 +25,7 @@ from mlxtp.cluster import allocation as allocations
 from mlxtp.cluster.job import JobError, Outcome
 from mlxtp.cluster.verdict import RankOnHost, Verdict
 from mlxtp.serve import __main__ as front
-from mlxtp.serve import options
+from mlxtp.serve import messages, options
 from mlxtp.serve.front.ranks import Ranks
 from mlxtp.serve.messages import FOLDER_VARIABLE
 
@@ -377,7 +377,22 @@ def test_the_job_ends_by_itself(start, capfd: pytest.CaptureFixture[str]) -> Non
         assert ranks.words == verdict.sentence()
         await ranks.close()
 
+    async def outlived() -> None:
+        """By a rank 0 that keeps its end of the connection."""
+        ranks = Ranks()
+        await ranks.listen()
+        socket_name = ranks.folder / messages.SOCKET_NAME
+        hello = messages.Hello((ranks.folder / messages.KEY_NAME).read_text())
+        reader, writer = await asyncio.open_unix_connection(socket_name)
+        writer.write(messages.encoded(hello))
+        while ranks.state == "starting":
+            await asyncio.sleep(0.01)
+        ranks.lost("mpirun was killed")
+        assert await asyncio.wait_for(reader.read(), 5) == b""
+        await ranks.close()
+
     asyncio.run(judged())
+    asyncio.run(outlived())
     assert capfd.readouterr().err == ""  # the job has said it
 
 

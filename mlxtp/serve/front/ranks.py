@@ -172,6 +172,8 @@ class Ranks:
 
     def lost(self, words: str) -> None:
         """Note that the job has ended: fail all that is under way."""
+        if self._writer is not None:
+            self._writer.close()  # so that `_serve` ends too
         self._writer, self.words = None, words
         self.state = "ended"
         self.is_ready.clear()
