@@ -74,8 +74,8 @@ def parse(arguments: Sequence[str]) -> Args:
     """
     if launcher.size():
         raise job.JobError(
-            "it starts mpirun itself: start it without, with --ranks N or --hostfile "
-            "HOSTFILE"
+            "it starts mpirun itself: start it without mpirun, with --ranks N or "
+            "--hostfile HOSTFILE"
         )
     return _checked(_parser(), arguments, [*CONFLICTS, *job_options.CONFLICTS])
 

@@ -207,14 +207,15 @@ def test_when_memory_gets_short(
     model: nn.Module, prompt: list[int], comm: Communicator
 ) -> None:
     """The youngest is set back and goes on later; nothing else changes."""
-    wide = Driven(model, comm)
+    wide, settings = Driven(model, comm), {"max_tokens": 60}
     for name in "abcd":
-        wide.submit(name, prompt[ord(name) - 97 :][:60], max_tokens=150)
+        wide.submit(name, prompt[ord(name) - 97 :][:60], **settings)
     expected = dict(wide.run())
-    of_one = max(wide.capacity.bytes_of(512))
-    narrow = Driven(model, comm, limit_bytes=3 * of_one)
+    # There is room for four rows of 80 tokens, and they will have 120.
+    limit = max(rank.used_bytes([80] * 4, [], 0, 37) for rank in wide.capacity.ranks)
+    narrow = Driven(model, comm, limit_bytes=limit)
     for name in "abcd":
-        narrow.submit(name, prompt[ord(name) - 97 :][:60], max_tokens=150)
+        narrow.submit(name, prompt[ord(name) - 97 :][:60], **settings)
         narrow.pass_()
     uses = []
     while narrow.pass_():

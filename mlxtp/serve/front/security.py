@@ -131,7 +131,8 @@ class Guard:
         if self._keys and not is_open and not self._has_key(headers):
             raise Refusal(
                 401,
-                "an API key is needed: Authorization: Bearer KEY, or x-api-key: KEY",
+                "no API key was given, or a wrong one: Authorization: Bearer KEY, or "
+                "x-api-key: KEY, is wanted",
                 code="invalid_api_key",
             )
         if self._requests > self._most_requests:
