@@ -1,7 +1,7 @@
 """What caches take on each rank, and what they may take."""
 
 from bisect import bisect_left
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, NoReturn
 
@@ -9,7 +9,6 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx_lm.models.cache import (
     ArraysCache,
-    CacheList,
     ChunkedKVCache,
     KVCache,
     QuantizedKVCache,
@@ -24,6 +23,7 @@ from mlxtp.comm.errors import UsageError
 from mlxtp.dryrun.caches import cache_arrays
 from mlxtp.dryrun.requirements import SCORES_AT_ONCE, need
 from mlxtp.families.blocks import Heads
+from mlxtp.generation.rows import leaves
 from mlxtp.model.skeleton import EmptyModel
 
 # mlx-lm's caches get room for so many tokens at once.
@@ -355,20 +355,11 @@ def _score_bytes(model: nn.Module, rank: int, part: int) -> float:
     return SCORES_AT_ONCE * max(heads, default=0) * part * max(sizes, default=0)
 
 
-def _leaves(caches: Iterable[Any]) -> Iterator[Any]:
-    """The caches that hold arrays, those within lists too."""
-    for cache in caches:
-        if isinstance(cache, CacheList):
-            yield from _leaves(cache.caches)
-        else:
-            yield cache
-
-
 def _bytes_of(caches: list[Any], model: nn.Module) -> CacheBytes:
     """Read off caches, of a few tokens, what they take of any number."""
     fixed, arrays = 0.0, 0
     growths: dict[tuple[int | None, bool], float] = {}
-    for place, cache in enumerate(_leaves(caches)):
+    for place, cache in enumerate(leaves(caches)):
         own = list(_in(cache))
         arrays += len(own)
         kind: tuple[int | None, bool] = (None, False)
@@ -384,7 +375,7 @@ def _bytes_of(caches: list[Any], model: nn.Module) -> CacheBytes:
             elif isinstance(cache, ChunkedKVCache):
                 kind = (cache.chunk_size, True)
         else:  # a class of the model's own: as it grows now, without end
-            later = [*_leaves(cache_arrays(model, tokens=8 + STEP))][place]
+            later = [*leaves(cache_arrays(model, tokens=8 + STEP))][place]
             token_bytes = (later.nbytes - cache.nbytes) / STEP
             fixed += cache.nbytes
         growths[kind] = growths.get(kind, 0.0) + token_bytes

@@ -21,7 +21,7 @@ Rank 0 decides (`PrefixIndex`), every rank holds its slices of the caches
 import copy
 from array import array
 from bisect import bisect_left, bisect_right, insort
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from itertools import count
 from typing import Any
@@ -39,6 +39,7 @@ from mlx_lm.models.cache import (
 
 from mlxtp.comm.communicator import Communicator
 from mlxtp.generation.prefix_files import PrefixFiles, name_of
+from mlxtp.generation.rows import leaves
 
 # A match of fewer tokens spares less than it costs: to read so few takes as long as to
 # read one, and a copy of the caches has room for a whole step of 256 tokens. Nearly all
@@ -273,7 +274,7 @@ class PrefixStore:
         if surplus:
             trimmed = trim_prompt_cache(caches, surplus)
             assert trimmed == surplus, (trimmed, surplus)
-            for cache in _leaves(caches):
+            for cache in leaves(caches):
                 _cut(cache)
         return caches
 
@@ -350,15 +351,6 @@ class PrefixStore:
         for name in files.names():
             if name not in kept:
                 files.remove(name)
-
-
-def _leaves(caches: Iterable[Any]) -> Iterator[Any]:
-    """The caches that hold arrays, those within lists too."""
-    for cache in caches:
-        if isinstance(cache, CacheList):
-            yield from _leaves(cache.caches)
-        else:
-            yield cache
 
 
 def _cut(cache: Any) -> None:

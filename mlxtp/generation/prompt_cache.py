@@ -11,7 +11,6 @@ import mlx.nn as nn
 from mlx.utils import tree_flatten, tree_map
 from mlx_lm.models.cache import (
     ArraysCache,
-    CacheList,
     QuantizedKVCache,
     load_prompt_cache,
     make_prompt_cache,
@@ -19,6 +18,7 @@ from mlx_lm.models.cache import (
 
 from mlxtp.comm.communicator import Communicator
 from mlxtp.dryrun.caches import cache_arrays
+from mlxtp.generation.rows import leaves
 from mlxtp.partition.spans import Spans
 from mlxtp.sharding.table import SliceTable
 
@@ -87,7 +87,7 @@ class SavedPrompt:
         own = cache_arrays(model)
         axes = _ShardedAxes.of_rank(model.slice_table, comm.rank)
         with comm.agreement():
-            for cache, like in zip(_leaves(self.caches), _leaves(own), strict=True):
+            for cache, like in zip(leaves(self.caches), leaves(own), strict=True):
                 if isinstance(cache, ArraysCache):
                     axes.shard_states(cache, like)
                 else:
@@ -191,15 +191,6 @@ def _spans_of(axes: Iterable[_Axis], whole: int, local: int | None) -> Spans | N
 
 def _take(x: mx.array, spans: Spans, axis: int) -> mx.array:
     return mx.contiguous(mx.take(x, mx.array(spans.indices), axis))
-
-
-def _leaves(caches: Iterable[Any]) -> Iterator[Any]:
-    """The caches that hold arrays, those within lists too."""
-    for cache in caches:
-        if isinstance(cache, CacheList):
-            yield from _leaves(cache.caches)
-        else:
-            yield cache
 
 
 def _arrays(state: Any) -> Iterator[mx.array]:

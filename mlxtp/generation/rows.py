@@ -1,8 +1,11 @@
 """The caches of the requests that decode together: one row each."""
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
+
+import mlx.core as mx
+from mlx_lm.models.cache import ArraysCache, CacheList
 
 # One cache of mlx-lm for each layer.
 Caches = list[Any]
@@ -46,13 +49,31 @@ class Rows:
         self.ids = [self.ids[row] for row in left]
 
     def extract(self, name: str) -> Caches:
-        """Return the caches of one row as those of one sequence, to be changed."""
-        return copy.deepcopy(self._row(self.ids.index(name)))
+        """Return the caches of one row as those of one sequence, to be changed.
+
+        Of several rows they are copies, which hold no memory of the others.
+        """
+        caches = copy.deepcopy(self._row(self.ids.index(name)))
+        for cache in leaves(caches):
+            if isinstance(cache, ArraysCache):  # mlx-lm gives a view of all rows
+                cache.cache = [
+                    x if x is None else mx.contiguous(x) for x in cache.cache
+                ]
+        return caches
 
     def _row(self, row: int) -> Caches:
         if len(self.ids) == 1:
             return self.caches
         return [cache.extract(row) for cache in self.caches]
+
+
+def leaves(caches: Iterable[Any]) -> Iterator[Any]:
+    """Yield the caches that hold arrays, those within lists too."""
+    for cache in caches:
+        if isinstance(cache, CacheList):
+            yield from leaves(cache.caches)
+        else:
+            yield cache
 
 
 def _merged(caches: Sequence[Caches]) -> Caches:

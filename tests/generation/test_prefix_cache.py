@@ -42,6 +42,7 @@ from mlxtp.generation.prefix_cache import (
     trimmable_below,
 )
 from mlxtp.generation.prefix_files import PrefixFiles, identity, name_of
+from mlxtp.generation.rows import Rows
 
 use_plain_operations()
 
@@ -415,3 +416,23 @@ def test_tokens_of_a_long_prompt_are_compared_to_the_end() -> None:
     for place, key in keys.items():
         prompt = base[:place] + array("I", [7] * 500 + [8])
         assert index.find(prompt) == Match(key, place + 500)
+
+
+@pytest.mark.once
+def test_a_row_holds_no_memory_of_the_others() -> None:
+    """States too, of which mlx-lm gives a view of all rows."""
+    rows = Rows()
+    names = [str(number) for number in range(16)]
+    caches = []
+    for _ in names:
+        state = ArraysCache(1)
+        state[0] = mx.zeros((1, 100_000))
+        caches.append([state])
+    rows.join(names, caches)
+    mx.eval([cache.state for cache in rows.caches])
+    caches.clear()
+    one = rows.extract("3")
+    mx.eval([cache.state for cache in one])
+    before = mx.get_active_memory()
+    rows.drop(names)
+    assert before - mx.get_active_memory() > 15 * 400_000

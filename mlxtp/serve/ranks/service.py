@@ -211,10 +211,8 @@ class Service:
         yield Event(name, prompt_logprobs=[None])
         following = zip(prompt[1:], scores, strict=False)
         for pairs in iter(lambda: [*islice(following, LOGPROBS_TOLD)], []):
-            part: list[messages.TokenLogprob | None] = [
-                self._logprob(token, score) for token, score in pairs
-            ]
-            yield Event(name, prompt_logprobs=part)
+            part = (self._logprob(token, score) for token, score in pairs)
+            yield Event(name, prompt_logprobs=[*part])
 
     def _drawn(self, result: Result) -> Iterator[Event]:
         for name, drawn in result.drawn.items():
