@@ -3,6 +3,7 @@
 import os
 import signal
 import sys
+import termios
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
@@ -184,6 +185,7 @@ class Terminal:
         )
         self._has_ended = threading.Event()
         self._drawing = threading.Thread(target=self._draw, daemon=True)
+        _echo_keys(False)  # a ^C on the screen would move what is drawn anew
         self._live.start()
         self._drawing.start()
 
@@ -207,6 +209,7 @@ class Terminal:
         self._drawing.join()
         self._print([self._growing], Delta("text", ""))
         self._live.stop()
+        _echo_keys(True)
 
     def _draw(self) -> None:
         """Draw the block that grows, until the answer ends."""
@@ -256,3 +259,12 @@ def _split(kind: str, text: str) -> tuple[list[str], str]:
     blocks = ["\n".join(lines[start:stop]) for start, stop in spans]
     last = starts[-1] if starts else 0
     return [block for block in blocks if block.strip()], "\n".join(lines[last:])
+
+
+def _echo_keys(shown: bool) -> None:
+    """Let the terminal show what is typed, or not."""
+    if not sys.stdin.isatty():
+        return
+    mode = termios.tcgetattr(sys.stdin)
+    mode[3] = mode[3] | termios.ECHO if shown else mode[3] & ~termios.ECHO
+    termios.tcsetattr(sys.stdin, termios.TCSANOW, mode)

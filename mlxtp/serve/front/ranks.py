@@ -200,7 +200,8 @@ class Ranks:
     ) -> None:
         """Take what one connection sends: rank 0's, which says the key first."""
         try:
-            with suppress(ValueError, OSError):
+            # At the end of the program it is cancelled, which asyncio would print.
+            with suppress(ValueError, OSError, asyncio.CancelledError):
                 hello = messages.decoded(await reader.readline())
                 if (
                     not isinstance(hello, messages.Hello)
