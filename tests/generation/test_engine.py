@@ -304,6 +304,7 @@ def test_set_back_while_nothing_else_decodes(
         engine.run(Step(drop=("x",)))
 
     driven = Driven(model, comm)
+    mx.eval(model(mx.array([prompt[:9]])))
     before = mx.get_active_memory()
     passes(driven.engine, 12)
     expected, tokens = tokens, []

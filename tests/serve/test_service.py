@@ -1,0 +1,48 @@
+"""What rank 0 tells the front of a pass."""
+
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+from toy_tokenizers import byte_level
+
+from mlxtp.generation.engine import Result, Score
+from mlxtp.generation.scheduler import Pace
+from mlxtp.generation.settings import Settings
+from mlxtp.serve.messages import Event, Events, Start
+from mlxtp.serve.ranks.service import LOGPROBS_TOLD, Service
+from mlxtp.serve.ranks.text import Text
+
+pytestmark = pytest.mark.once
+
+
+def test_prompt_logprobs_come_in_parts_and_once() -> None:
+    """In lines that the front can read; not again for a request that was set back."""
+    tokenizer = byte_level()
+    prompt = [3] * (2 * LOGPROBS_TOLD + 100)
+    settings = Settings(max_tokens=4, seed=0, prompt_logprobs=1)
+    sent: list[Events] = []
+    link: Any = SimpleNamespace(send=sent.append)
+    scheduler: Any = SimpleNamespace(submit=lambda request: None, pace=Pace())
+    nothing: Any = None
+    service = Service(
+        link,
+        Text(tokenizer, len(tokenizer)),
+        scheduler,
+        nothing,
+        nothing,
+        context=10_000,
+        ends=(),
+        rows=len(tokenizer),
+    )
+    service._take(Start("a", prompt, settings))
+    scores = [Score(-0.5, [(4, -0.25)])] * (len(prompt) - 1)
+    for _ in range(2):
+        service.report(Result(read={"a": scores}))
+    events = [event for line in sent for event in line.events]
+    told = [one for event in events for one in event.prompt_logprobs or ()]
+    assert told[0] is None and len(told) == len(prompt)
+    assert told[-1] is not None and told[-1].top[0].logprob == -0.25
+    lengths = [sum(len(e.prompt_logprobs or ()) for e in line.events) for line in sent]
+    assert max(lengths) <= LOGPROBS_TOLD
+    assert [event for event in events if event.read] == [Event("a", read=len(prompt))]
