@@ -251,6 +251,20 @@ def test_tokens_to_text_and_back(kind: Any) -> None:
         text.text("")
 
 
+def test_of_a_text_that_is_much_too_long_only_the_beginning_is_encoded() -> None:
+    text = text_of(context=4)
+    lengths = []
+    encode = text.tokenizer._tokenizer.encode
+    text.tokenizer._tokenizer.encode = lambda x, **options: (
+        lengths.append(len(x)) or encode(x, **options)
+    )
+    assert len(text.tokenize("a" * 64)["tokens"]) == 64  # the front says of it
+    for ask in (text.text, text.tokenize, lambda long: text.chat([said("user", long)])):
+        with pytest.raises(ValueError, match=r"the first 64 of them are \d+ tokens"):
+            ask("a" * 1000)
+    assert max(lengths) == 64
+
+
 def test_how_likely_tokens_are() -> None:
     tokenizer = byte_level([" the", "ab"])
     text = Text(tokenizer, len(tokenizer) + 2)

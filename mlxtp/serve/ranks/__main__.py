@@ -178,6 +178,7 @@ def load(args: Args, comm: Communicator, link: Link | None) -> Job:
     text = link.callee = Text(
         tokenizer,
         rows,
+        context=context,
         ignore_chat_template=args.ignore_chat_template,
         grammars=grammars,
     )

@@ -48,6 +48,8 @@ _INTERNAL = {
     "strftime_now",
 } - {"documents"}
 _LONGEST_PROMPT = 32 << 20  # characters
+# A text of more characters for each token of the context is too long, most likely.
+_CHARACTERS = 16
 
 
 class Text:
@@ -58,6 +60,7 @@ class Text:
     Args:
         tokenizer: mlx-lm's, of the model.
         rows: V, of the model's vocabulary.
+        context: the most tokens of a request.
         template_arguments: for the chat template, where a request gives no others.
         ignore_chat_template: write chats plainly, as for a model without a template.
         grammars: what checks grammars, shared with the engine; None makes one.
@@ -75,11 +78,12 @@ class Text:
         tokenizer: TokenizerWrapper,
         rows: int,
         *,
+        context: int = 1 << 20,
         template_arguments: Mapping[str, Any] | None = None,
         ignore_chat_template: bool = False,
         grammars: Grammars | None = None,
     ) -> None:
-        self.tokenizer, self.rows = tokenizer, rows
+        self.tokenizer, self.rows, self._context = tokenizer, rows, context
         self.has_template = tokenizer.has_chat_template and not ignore_chat_template
         self.has_tools = tokenizer.has_tool_calling
         self.has_reasoning = tokenizer.has_thinking
@@ -137,6 +141,7 @@ class Text:
                 f"the chat template makes {len(text)} characters of these messages; at "
                 f"most {_LONGEST_PROMPT} are read"
             )
+        self._check_length(text)
         chat.check(text, answers=continue_final)
         tokens = self._checked(self._encoded(text))
         shared = chat.shared_prefixes(text, answers=continue_final)
@@ -149,6 +154,7 @@ class Text:
 
     def text(self, text: str) -> dict[str, Any]:
         """The "tokens" of a prompt, with the special ones that mlx-lm puts before."""
+        self._check_length(text)
         return {"tokens": self._checked(tokens_of_text(text, self.tokenizer))}
 
     def tokens(self, tokens: Sequence[int]) -> dict[str, Any]:
@@ -157,6 +163,7 @@ class Text:
 
     def tokenize(self, text: str, add_special_tokens: bool = True) -> dict[str, Any]:
         """The "tokens" of a text, and the "strings" that the tokenizer calls them."""
+        self._check_length(text)
         tokens = self.tokenizer.encode(text, add_special_tokens=add_special_tokens)
         names = self.tokenizer.convert_ids_to_tokens(tokens)
         return {"tokens": tokens, "strings": [_shown(name) for name in names]}
@@ -208,6 +215,24 @@ class Text:
     def _encoded(self, text: str) -> list[int]:
         # A template writes special tokens itself; ours does not know them.
         return self.tokenizer.encode(text, add_special_tokens=not self.has_template)
+
+    def _check_length(self, text: str) -> None:
+        """Refuse a text that is much too long before all of it is encoded.
+
+        Others wait meanwhile: a minute for the longest that a body can hold.
+
+        Raises: ValueError if its beginning alone has twice the context's tokens.
+        """
+        begin = text[: _CHARACTERS * self._context]
+        if len(begin) == len(text):
+            return
+        count = len(self.tokenizer.encode(begin, add_special_tokens=False))
+        if count > 2 * self._context:
+            raise ValueError(
+                f"the text has {len(text):,} characters, and the first {len(begin):,} "
+                f"of them are {count:,} tokens; the context of this server is "
+                f"{self._context:,} tokens"
+            )
 
     def _checked(self, tokens: list[int]) -> list[int]:
         if not tokens:
