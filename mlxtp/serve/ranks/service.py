@@ -27,6 +27,7 @@ class _Open:
     answer: AnswerText
     generated: int
     was_admitted: bool = False
+    was_read: bool = False
 
 
 class Service:
@@ -186,6 +187,9 @@ class Service:
             under_way = self._open.get(name)
             if under_way is None:
                 continue
+            if under_way.was_read:
+                continue  # it was set back
+            under_way.was_read = True
             prompt = under_way.start.prompt
             ends = under_way.start.settings.max_tokens == 0
             if scores is not None or ends:
