@@ -240,9 +240,9 @@ class Engine:
         reading = [part for part in step.read if part[0] not in result.refused]
         for name, count in reading:
             self._read(self._readers[name], count)
-        # Of a prompt of one token, or one that was cached, no part is read.
-        admitted = [admission.request.id for admission in step.admit]
-        for name in {*admitted, *(name for name, _ in reading)} - {*result.refused}:
+        # Of one token, or of what the prefix cache has, nothing is left to be read.
+        begun = [x.request.id for x in step.admit if x.request.id in self._readers]
+        for name in dict.fromkeys([*begun, *(name for name, _ in reading)]):
             reader = self._readers[name]
             if reader.is_read:
                 scores = [score for x in reader.scores for score in x.evaluated()]

@@ -93,7 +93,7 @@ class PrefixFiles:
         files = [
             file
             for file in self._folder.glob(f"*{SUFFIX}")
-            if not file.name.startswith(UNFINISHED)
+            if not file.name.startswith(UNFINISHED) and file.is_file()
         ]
         files.sort(key=lambda file: file.stat().st_mtime_ns)
         return [file.stem for file in files]
@@ -148,8 +148,11 @@ class PrefixFiles:
             return None
 
     def remove(self, name: str) -> None:
-        """Remove an entry, if it is there."""
-        self._file(name).unlink(missing_ok=True)
+        """Remove an entry, if it is there and the disk can be written to."""
+        try:
+            self._file(name).unlink(missing_ok=True)
+        except OSError as error:
+            logger.warning(f"{self._file(name)} cannot be removed: {error.strerror}")
 
     def _file(self, name: str) -> Path:
         return self._folder / f"{name}{SUFFIX}"

@@ -349,12 +349,18 @@ def is_loopback(listener: socket.socket) -> bool:
 
 def say(words: str) -> None:
     """Print a line of the server's log."""
-    print(f"mlxtp.serve: {words}", file=sys.stderr, flush=True)
+    _print(f"mlxtp.serve: {words}")
 
 
 def say_line(command: list[str]) -> None:
     """Print the command line that is run."""
-    print(shlex.join(command), file=sys.stderr, flush=True)
+    _print(shlex.join(command))
+
+
+def _print(line: str) -> None:
+    # A server whose log nobody takes any more goes on.
+    with contextlib.suppress(OSError):
+        print(line, file=sys.stderr, flush=True)
 
 
 if __name__ == "__main__":

@@ -194,6 +194,21 @@ def test_scores_are_the_model_s(
         check_score(score, logprobs[at], tokens[at + 1], 3)
 
 
+def test_a_prompt_of_which_nothing_is_left_to_read(
+    model: nn.Module, prompt: list[int], comm: Communicator
+) -> None:
+    """It has one token, or the prefix cache has all others: it ends nevertheless."""
+    driven = Driven(model, comm)
+    driven.submit("kept", prompt[:50], max_tokens=1)
+    driven.run()
+    driven.submit("again", prompt[:50], max_tokens=0)
+    driven.submit("one", prompt[:1], max_tokens=0, prompt_logprobs=3)
+    for _ in range(4):
+        driven.pass_()
+    assert driven.scores == {"kept": None, "again": None, "one": []}
+    assert not driven.pass_()
+
+
 def check_score(score: Score, row: np.ndarray, token: int, n: int) -> None:
     """Compare a score with log-probabilities (V,)."""
     # A prompt that is read in parts, or in a batch, is rounded differently.

@@ -388,6 +388,28 @@ def test_a_full_disk_is_said_once(
 
 
 @pytest.mark.once
+def test_a_folder_that_can_only_be_read(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    warnings_of: Callable[[], list[str]],
+) -> None:
+    """An entry that goes stays there, and what is no file is passed over."""
+
+    def refuse(*_: Any, **__: Any) -> None:
+        raise OSError(30, "Read-only file system")
+
+    files = PrefixFiles(tmp_path, "0")
+    (tmp_path / "0" / "a.safetensors").mkdir()
+    assert files.names() == []
+    monkeypatch.setattr(Path, "unlink", refuse)
+    store = PrefixStore(files)
+    store.put(0, range(30), [])
+    store.drop([0])
+    [says] = warnings_of()
+    assert says.endswith("cannot be removed: Read-only file system")
+
+
+@pytest.mark.once
 def test_identity_is_all_that_decides_what_is_in_caches(comm: Communicator) -> None:
     folder = kept_model(comm, "llama-8-2-biases")
 

@@ -2,6 +2,7 @@
 
 import asyncio
 import configparser
+import io
 import json
 import os
 import plistlib
@@ -296,7 +297,19 @@ def test_draining(start, capfd: pytest.CaptureFixture[str]) -> None:
     ]
 
 
-def test_draining_has_an_end(start, capfd: pytest.CaptureFixture[str]) -> None:
+def test_a_log_that_nobody_takes(monkeypatch: pytest.MonkeyPatch) -> None:
+    reading, writing = os.pipe()
+    os.close(reading)
+    with open(writing, "wb", buffering=0) as unbuffered:
+        log = io.TextIOWrapper(unbuffered, write_through=True)
+        monkeypatch.setattr(sys, "stderr", log)
+        front.say("ready")
+        front.say_line(["mpirun"])
+
+
+def test_draining_has_an_end(
+    start, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
     """Of --drain-seconds, or by a second signal; clients are told."""
 
     async def life(seconds: str, signals: int) -> None:
@@ -312,8 +325,22 @@ def test_draining_has_an_end(start, capfd: pytest.CaptureFixture[str]) -> None:
         assert await server.end() == 0
         assert time.monotonic() - began < 5
 
+    async def half_a_body() -> None:
+        server = start(FAKE, "--drain-seconds", "0")
+        await server.is_ready()
+        reader, writer = await asyncio.open_connection("127.0.0.1", server.port)
+        writer.write(b"POST /v1/completions HTTP/1.1\r\nHost: 127.0.0.1\r\n")
+        writer.write(b"Content-Length: 9\r\n\r\n{")
+        await asyncio.sleep(0.1)
+        os.kill(os.getpid(), signal.SIGTERM)
+        assert b" 503 " in await reader.readline()
+        writer.close()
+        assert await server.end() == 0
+
     asyncio.run(life("0.2", 1))
     asyncio.run(life("60", 2))
+    monkeypatch.setattr(front, "LAST_READ_SECONDS", 0.1)
+    asyncio.run(half_a_body())
     assert "Traceback" not in capfd.readouterr().err
 
 

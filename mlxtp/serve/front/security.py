@@ -31,6 +31,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from mlxtp.serve.front import errors
 from mlxtp.serve.front.config import Config
 from mlxtp.serve.front.errors import Refusal
+from mlxtp.serve.front.ranks import Unavailable
 
 log = logging.getLogger(__name__)
 
@@ -84,6 +85,11 @@ class Guard:
             await _until_gone(self._app, scope, bytes(body), receive, watched_send)
         except _Gone:
             pass
+        except asyncio.CancelledError:
+            # uvicorn, at its end. What leaves this function it would log.
+            if not is_sent:
+                answer = errors.response(Unavailable("the server ends"), scope["path"])
+                await answer(scope, receive, send)
         except Exception as error:
             if is_stalled:
                 log.warning("a client read nothing for %.0f s", SEND_SECONDS)
