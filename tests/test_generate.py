@@ -16,7 +16,7 @@ from ranks import mpirun
 from reference import MODELS, heads
 from tiny import VOCABULARY, Tiny
 
-from mlxtp import options
+from mlxtp import job_options, options
 from mlxtp.generation.sampling import seeded
 from mlxtp.stories import PATH as STORIES
 
@@ -336,14 +336,15 @@ def test_ranks_that_start_differently() -> None:
 def test_every_option_of_mlx_lm_is_known() -> None:
     """An mlx-lm that brings an option makes this fail: take it, or refuse it."""
     theirs = {action.dest for action in setup_arg_parser()._actions}
-    known = {*options.LIMITS, *options.REFUSED, "help", "verbose", "model"}
+    known = {*options.LIMITS, *job_options.LIMITS, *options.REFUSED}
+    known |= {"help", "verbose", "model"}
     known |= {"trust_remote_code", "adapter_path", "extra_eos_token", "system_prompt"}
     known |= {"prefill_response", "ignore_chat_template", "use_default_chat_template"}
     known |= {"chat_template_config", "prompt_cache_file", "draft_model"}
     assert theirs <= known
 
 
-@pytest.mark.parametrize("name", options.LIMITS)
+@pytest.mark.parametrize("name", [*job_options.LIMITS, *options.LIMITS])
 def test_limits(name: str) -> None:
     args = options.parse([])
     options.check(args)

@@ -242,7 +242,7 @@ class Server:
 
     async def end(self) -> int:
         """The status, when everything has ended and nothing is left."""
-        status = await asyncio.wait_for(self.life, 30)
+        status = await asyncio.wait_for(self.life, 60)
         assert not Path(os.environ[FOLDER_VARIABLE]).exists()
         pids = [int(pid) for pid in self.pids.read_text().split()]
         assert pids and not any(map(is_running, pids))
