@@ -40,6 +40,8 @@ from mlxtp.layers.sums import outputs_unread
 
 # Between two of these passes MLX keeps the memory that it does not need any more.
 CLEAR_PASSES = 256
+# And behind parts of prompts of so many tokens, whose arrays are large.
+CLEAR_TOKENS = 256
 
 # Below it logits that are divided by the temperature leave the range of float16.
 LEAST_TEMPERATURE = 1e-3
@@ -249,7 +251,8 @@ class Engine:
                 asked = reader.request.settings.prompt_logprobs is not None
                 result.read[name] = scores if asked else None
         self._passes += 1
-        if self._passes % CLEAR_PASSES == 0:
+        read = sum(count for _, count in reading)
+        if self._passes % CLEAR_PASSES == 0 or read >= CLEAR_TOKENS:
             mx.clear_cache()
         return result
 
@@ -373,7 +376,6 @@ class Engine:
         # more than this part behind.
         if self._last is not None:
             mx.eval([cache.state for cache in self._last.caches])
-            mx.clear_cache()
         self._last = reader
         end = reader.done + count
         tokens = mx.array(reader.tokens[reader.done : end])[None]

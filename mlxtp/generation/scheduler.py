@@ -5,8 +5,9 @@ The rules:
 - A request is admitted in the order of arrival when what it needs now fits beside the
   others: its whole prompt. What the prefix cache holds of it is not read again.
 - Decoding goes on in every pass. Prompts are read beside it, in parts that take about
-  as long as a pass that only decodes, so that others' tokens come at half their pace at
-  worst. Where nothing decodes, parts are as long as the option admits.
+  as long as a pass that only decodes, so that others' tokens come at half their pace;
+  where more prompts are read than rows decode, so many times as long. Where nothing
+  decodes, parts are as long as the option admits.
 - Of several prompts that wait to be read, the shortest and the oldest take turns.
 - When memory gets short the prefix cache gives way first; then the request that was
   admitted last is set back. It is read again later, and its tokens are the same.
@@ -22,7 +23,7 @@ from mlxtp.generation.prefix_cache import PrefixIndex
 from mlxtp.generation.step import Admission, GenerationRequest, Step
 
 # Prompts that are read at the same time: each has caches of its own.
-READERS = 4
+READERS = 8
 
 # A prompt waits for one that is being read if it has so many tokens in common with it.
 COMMON_TOKENS = 64
@@ -288,7 +289,10 @@ class Scheduler:
 
     def _read(self) -> list[tuple[str, int]]:
         """Choose which prompts are read, and how many tokens of each."""
-        left = self.pace.part(self._part) if self._decoding() else self._part
+        rows, left = self._decoding(), self._part
+        if rows:
+            # As many passes' worth as there are prompts for each row.
+            left = self.pace.part(self._part, max(1.0, self._reading() / rows))
         read: list[tuple[str, int]] = []
         readers = [a for a in self._active.values() if not a.decodes and a.left > 0]
         readers.sort(key=lambda active: active.number)
@@ -380,13 +384,17 @@ class Pace:
             before = self._token_seconds
             self._token_seconds = added if before is None else (3 * before + added) / 4
 
-    def part(self, most: int) -> int:
-        """How many tokens of prompts to read beside rows that decode."""
+    def part(self, most: int, passes: float = 1.0) -> int:
+        """How many tokens of prompts to read beside rows that decode.
+
+        It is to take about as long as so many passes that only decode.
+        """
         decode, token = self.decode_seconds, self._token_seconds
         if decode is None or not token:
             return min(most, self._largest)
         # A measure of few tokens says little of many: at most twice as many.
-        part = min(int(PART_OF_PASS * decode / token), 2 * self._largest, most)
+        part = int(PART_OF_PASS * passes * decode / token)
+        part = min(part, 2 * self._largest, most)
         self._largest = max(part, 1)
         return min(self._largest, most)
 

@@ -218,6 +218,8 @@ def test_a_part_takes_as_long_as_a_pass() -> None:
         part = pace.part(512)
     assert part == pytest.approx(8, abs=1)
     assert pace.decode_seconds == pytest.approx(0.010)
+    # Three prompts for each row; a part grows to twice the last one at most.
+    assert [pace.part(512, 3.0) for _ in range(3)] == [16, 24, 24]
     for _ in range(200):  # on a faster machine
         pace.begin(part, 4)
         pace.passed(0.010 + 0.00001 * part)
