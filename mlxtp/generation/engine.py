@@ -137,7 +137,6 @@ class _Row:
         self.request = reader.request
         self.settings = reader.request.settings
         self.matcher = matcher
-        self.length = len(reader.tokens)  # of all tokens that are known
         self.generated = list(reader.tokens[reader.request.prompt_length :])
         self.sampler = sampler
         self.processors = _Processors(self.settings, reader.tokens, self.generated)
@@ -167,11 +166,11 @@ class _Row:
         logprobs = _logprobs(logits)
         if self.sampler is greedy_sampler:
             return greedy_sampler(logprobs)
-        return draw(self.sampler, logprobs, self.settings.seed, self.length)
+        position = self.request.prompt_length + len(self.generated)
+        return draw(self.sampler, logprobs, self.settings.seed, position)
 
     def add(self, token: int) -> None:
         """Note a token that was drawn."""
-        self.length += 1
         self.generated.append(token)
         self.processors.add(token)
         if self.matcher is not None:
@@ -313,18 +312,19 @@ class Engine:
         mx.async_eval(logits)  # type: ignore[no-untyped-call]
         self._take_drawn(result)
         self._begins.clear()
-        of_rows = mx.split(logits, len(rows))
         if all(row.is_plain for row in rows):
             tokens = greedy_sampler(_logprobs(logits))
         else:
-            pairs = zip(rows, of_rows, strict=True)
+            pairs = zip(rows, mx.split(logits, len(rows)), strict=True)
             tokens = mx.concatenate([self._draw(row, x, result) for row, x in pairs])
         tokens = self._agree(tokens)
         computed = [tokens]
-        for row, x, y in zip(rows, of_rows, mx.split(tokens, len(rows)), strict=True):
+        for at, row in enumerate(rows):
             wanted = row.settings.logprobs
-            row.scores = None if wanted is None else _Scores.of(x, y, wanted)
-            computed += row.scores.arrays if row.scores else []
+            if wanted is not None:
+                this = slice(at, at + 1)
+                row.scores = _Scores.of(logits[this], tokens[this], wanted)
+                computed += row.scores.arrays
         mx.async_eval(computed)  # type: ignore[no-untyped-call]
         self._drawn = list(self._rows.ids), tokens
 

@@ -15,7 +15,6 @@ import time
 from collections import deque
 from collections.abc import AsyncIterator, Callable
 from contextlib import suppress
-from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -247,8 +246,3 @@ class Ranks:
         self._observe(generation, event)
         if event.finish is not None:
             del self.generations[event.id]
-
-
-def with_tokens(generation: Generation) -> Start:
-    """What a later job is to be told of a request: with the tokens that it has."""
-    return replace(generation.start, generated=list(generation.tokens))
