@@ -4,6 +4,7 @@ import asyncio
 import json
 import time
 from collections.abc import AsyncGenerator, Iterator
+from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -665,10 +666,11 @@ def test_who_hangs_up_is_cancelled() -> None:
 def test_a_full_queue() -> None:
     with serving(FakeRanks(running=1), max_concurrency=1, max_queue=2) as front:
         body = {"prompt": "hang:", "n": 2}
-        with (
-            front.connected("/v1/completions", body),
-            front.connected("/v1/completions", {"prompt": "a"}),
-        ):
+        with ExitStack() as stack:
+            stack.enter_context(front.connected("/v1/completions", body))
+            # Else the other one might come first, and be over.
+            until(lambda: front.ranks.running_and_waiting() == (1, 1))
+            stack.enter_context(front.connected("/v1/completions", {"prompt": "a"}))
             until(lambda: front.ranks.running_and_waiting() == (1, 2))
             answer = front.post("/v1/completions", {"prompt": "a"})
             assert answer.status_code == 429 and answer.headers["retry-after"] == "1"
