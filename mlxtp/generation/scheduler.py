@@ -4,10 +4,11 @@ The rules:
 
 - A request is admitted in the order of arrival when what it needs now fits beside the
   others: its whole prompt. What the prefix cache holds of it is not read again.
-- Decoding goes on in every pass. Prompts are read beside it, in parts that take about
-  as long as a pass that only decodes, so that others' tokens come at half their pace;
-  where more prompts are read than rows decode, so many times as long. Where nothing
-  decodes, parts are as long as the option admits.
+- Decoding goes on in every pass. Prompts are read beside it: for a second at once where
+  reading has not held up the rows lately, which is enough for short ones, and then in
+  parts that take about as long as a pass that only decodes, so that others' tokens come
+  at half their pace; where more prompts are read than rows decode, so many times as
+  long. Where nothing decodes, parts are as long as the option admits.
 - Of several prompts that wait to be read, the shortest and the oldest take turns.
 - When memory gets short the prefix cache gives way first; then the request that was
   admitted last is set back. It is read again later, and its tokens are the same.
@@ -19,6 +20,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from mlxtp.generation.capacity import Capacity
+from mlxtp.generation.pace import Pace
 from mlxtp.generation.prefix_cache import PrefixIndex
 from mlxtp.generation.step import Admission, GenerationRequest, Step
 
@@ -27,12 +29,6 @@ READERS = 8
 
 # A prompt waits for one that is being read if it has so many tokens in common with it.
 COMMON_TOKENS = 64
-
-# The part of a prompt that is read beside rows before a pass was measured.
-FIRST_PART = 32
-
-# How much a part of a prompt may add to a pass, in passes that only decode.
-PART_OF_PASS = 0.8
 
 
 @dataclass
@@ -140,7 +136,8 @@ class Scheduler:
         join = [name for name in join if name not in set_back]
         admit = self._admit(forget)
         read = self._read()
-        self.pace.begin(sum(count for _, count in read), self._decoding())
+        read_tokens = sum(count for _, count in read)
+        self.pace.begin(read_tokens, self._decoding(), self._reading())
         # What goes at once, and nobody takes, is not put there.
         taken = {admission.key for admission in admit}
         unmade = {key for _, key in keep} & {*forget} - taken
@@ -289,10 +286,7 @@ class Scheduler:
 
     def _read(self) -> list[tuple[str, int]]:
         """Choose which prompts are read, and how many tokens of each."""
-        rows, left = self._decoding(), self._part
-        if rows:
-            # As many passes' worth as there are prompts for each row.
-            left = self.pace.part(self._part, max(1.0, self._reading() / rows))
+        left = self.pace.part(self._part) if self._decoding() else self._part
         read: list[tuple[str, int]] = []
         readers = [a for a in self._active.values() if not a.decodes and a.left > 0]
         readers.sort(key=lambda active: active.number)
@@ -345,58 +339,6 @@ class Scheduler:
         """Whether the next pass has room, with prompts of so many tokens besides."""
         rows, others = self._lengths(1)
         return self._capacity.fits(rows, [*others, *more], self._prefixes.nbytes)
-
-
-class Pace:
-    """How long passes take: what a part of a prompt may add to one.
-
-    Times are those between two passes; a pass that only decodes gives the measure.
-    """
-
-    def __init__(self) -> None:
-        self._decode_seconds: deque[float] = deque(maxlen=32)
-        self._token_seconds: float | None = None  # that a token of a prompt adds
-        self._now = (0, 0)  # tokens that are read, and rows, in the pass that is made
-        self._before = (0, 0)
-        self._largest = FIRST_PART
-
-    @property
-    def decode_seconds(self) -> float | None:
-        """The median of the last passes that only decode; None before the first."""
-        if not self._decode_seconds:
-            return None
-        return sorted(self._decode_seconds)[len(self._decode_seconds) // 2]
-
-    def begin(self, read: int, rows: int) -> None:
-        """Note what the next pass does."""
-        self._before, self._now = self._now, (read, rows)
-
-    def passed(self, seconds: float) -> None:
-        """Note how long it was from the last pass to this one.
-
-        A pass waits for what the one before has computed.
-        """
-        read, rows = self._before
-        if rows and not read and not self._now[0]:
-            self._decode_seconds.append(seconds)
-        if rows and read and self.decode_seconds is not None:
-            added = max(seconds - self.decode_seconds, 0.0) / read
-            before = self._token_seconds
-            self._token_seconds = added if before is None else (3 * before + added) / 4
-
-    def part(self, most: int, passes: float = 1.0) -> int:
-        """How many tokens of prompts to read beside rows that decode.
-
-        It is to take about as long as so many passes that only decode.
-        """
-        decode, token = self.decode_seconds, self._token_seconds
-        if decode is None or not token:
-            return min(most, self._largest)
-        # A measure of few tokens says little of many: at most twice as many.
-        part = int(PART_OF_PASS * passes * decode / token)
-        part = min(part, 2 * self._largest, most)
-        self._largest = max(part, 1)
-        return min(self._largest, most)
 
 
 def begin_alike(a: Sequence[int], b: Sequence[int]) -> bool:

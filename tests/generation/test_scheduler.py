@@ -7,7 +7,7 @@ from driven import GREEDY
 
 from mlxtp.generation.capacity import CacheBytes, Capacity, Growth, RankCapacity
 from mlxtp.generation.prefix_cache import PrefixIndex
-from mlxtp.generation.scheduler import FIRST_PART, Pace, Scheduler
+from mlxtp.generation.scheduler import Scheduler
 from mlxtp.generation.step import GenerationRequest, Step
 
 pytestmark = pytest.mark.once
@@ -202,26 +202,3 @@ def test_caches_that_cannot_be_taken_back_are_kept_at_turns() -> None:
     one.decide()
     submit(one, "b", 95)
     assert one.decide().admit[0].cached == 90
-
-
-def test_a_part_takes_as_long_as_a_pass() -> None:
-    """Measured: 10 ms a pass, and 1 ms a token that is read."""
-    pace = Pace()
-    assert pace.part(512) == FIRST_PART  # nothing is known
-    for _ in range(40):
-        pace.begin(0, 4)
-        pace.passed(0.010)
-    part = pace.part(512)
-    for _ in range(40):
-        pace.begin(part, 4)
-        pace.passed(0.010 + 0.001 * part)
-        part = pace.part(512)
-    assert part == pytest.approx(8, abs=1)
-    assert pace.decode_seconds == pytest.approx(0.010)
-    # Three prompts for each row; a part grows to twice the last one at most.
-    assert [pace.part(512, 3.0) for _ in range(3)] == [16, 24, 24]
-    for _ in range(200):  # on a faster machine
-        pace.begin(part, 4)
-        pace.passed(0.010 + 0.00001 * part)
-        part = pace.part(512)
-    assert part == 512
