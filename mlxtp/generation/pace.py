@@ -9,13 +9,13 @@ from typing import NamedTuple
 PAUSE_SECONDS = 1.0
 
 # How much reading may add to each pass besides, in passes that only decode.
-PART_OF_PASS = 0.8
+PART_OF_PASS = 0.6
 
-# It may be more where a part takes long whatever its length, as on slow links: so much of
-# what could be read alone in the time of a pass that only decodes. Where a part takes as
-# long as such a pass besides its tokens, tokens come 2.6 times as slowly meanwhile, and
-# the prompt is read 4 times as slowly.
-LEAST_PART = 0.6
+# It may be more where a part takes long whatever its length, as on slow links: so much
+# of what could be read alone in the time of a pass that only decodes. Where a part
+# takes as long as such a pass besides its tokens, the tokens of others come 2.5 times
+# as slowly meanwhile, and the prompt is read 5 times as slowly.
+LEAST_PART = 0.5
 
 # The part of a prompt that is read beside rows before a pass was measured.
 FIRST_PART = 32
