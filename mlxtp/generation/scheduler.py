@@ -6,9 +6,9 @@ The rules:
   others: its whole prompt. What the prefix cache holds of it is not read again.
 - Decoding goes on in every pass. Prompts are read beside it: for a second at once where
   reading has not held up the rows lately, which is enough for short ones, and then in
-  parts that take about as long as a pass that only decodes, so that others' tokens come
-  at half their pace; where more prompts are read than rows decode, so many times as
-  long. Where nothing decodes, parts are as long as the option admits.
+  parts that add a little more than half to each pass; where more prompts are read than
+  rows decode, so many times as much. Where nothing decodes, parts are as long as the
+  option admits.
 - Of several prompts that wait to be read, the shortest and the oldest take turns.
 - When memory gets short the prefix cache gives way first; then the request that was
   admitted last is set back. It is read again later, and its tokens are the same.
