@@ -7,7 +7,6 @@ mlxtp needs the standard library alone.
 import argparse
 import getpass
 import shlex
-import subprocess
 import sys
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -24,18 +23,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT)]
 
 from mlxtp.cluster import hostfile  # noqa: E402
-from mlxtp.cluster.addresses import is_here  # noqa: E402
-from mlxtp.cluster.job import SSH_OPTIONS  # noqa: E402
-
-KEEP_ALIVE = "-o ServerAliveInterval=5 -o ServerAliveCountMax=3"
-
-
-class HostError(Exception):
-    """A command failed on a host: the last line of what it printed, and all `lines`."""
-
-    def __init__(self, said: str) -> None:
-        self.lines = [line.rstrip() for line in said.splitlines() if line.strip()]
-        super().__init__(self.lines[-1].strip())
+from mlxtp.cluster.remote import HostError, run_on  # noqa: E402
 
 
 class Parser(argparse.ArgumentParser):
@@ -77,29 +65,6 @@ class Parser(argparse.ArgumentParser):
             return list(hostfile.read(file))
         except ValueError as error:
             self.error(str(error))
-
-
-def run_on(host: str, script: str, ssh: Sequence[str], given: bytes = b"") -> str:
-    """Run a script for sh on a host; return what it prints.
-
-    `given` is its standard input. On this machine it runs without ssh.
-
-    Raises: HostError if it fails.
-    """
-    command = ["sh", "-c", script]
-    if not is_here(host):
-        options = f"{SSH_OPTIONS} {KEEP_ALIVE}".split()
-        # Whatever shell the user has there, sh reads the script.
-        command = [*ssh, *options, host, f"exec sh -c {shlex.quote(script)}"]
-    try:
-        done = subprocess.run(command, input=given, capture_output=True)
-    except OSError as error:
-        raise HostError(f"{command[0]}: {error.strerror}") from None
-    output = done.stdout.decode(errors="replace")
-    if done.returncode != 0:
-        said = done.stderr.decode(errors="replace").strip() or output.strip()
-        raise HostError(said or f"it ended with status {done.returncode}")
-    return output
 
 
 def on_each(
@@ -150,4 +115,4 @@ def run_as_root(
             exit 1
         fi
         exec {sudo} {command}"""
-    return run_on(host, script, ssh, password or b"")
+    return run_on(host, script, ssh, given=password or b"")

@@ -58,3 +58,8 @@ def read(file: str | Path) -> dict[str, int]:
 def by_rank(slots: dict[str, int]) -> list[str]:
     """Return each rank's host: Open MPI fills one host's slots after another's."""
     return [host for host, count in slots.items() for _ in range(count)]
+
+
+def text(slots: dict[str, int]) -> str:
+    """Return the text of a hostfile for host -> slots."""
+    return "".join(f"{host} slots={count}\n" for host, count in slots.items())

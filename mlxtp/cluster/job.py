@@ -10,6 +10,7 @@ import os
 import shlex
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import tempfile
@@ -22,19 +23,16 @@ from typing import IO, Any, NoReturn
 
 from mlxtp.cluster import hostfile
 from mlxtp.cluster.addresses import RING_NETWORK, is_here, ring_address
+from mlxtp.cluster.remote import AGENT_VARIABLE, SSH_OPTIONS
 from mlxtp.cluster.verdict import VERDICT_VARIABLE, Verdict, VerdictFilter
 
 # Tells the ranks how long standard input is: mpirun of Open MPI 5.0.11 hands its input
 # to rank 0, but not the end of it (https://github.com/openpmix/openpmix/pull/4024).
 INPUT_VARIABLE = "MLXTP_INPUT_BYTES"
 
-# Nobody is there to type a password, and a host that sleeps must not hold up the rest.
-SSH_OPTIONS = "-o BatchMode=yes -o ConnectTimeout=5"
-
 # Variables that concern a rank; mpirun passes on by itself what concerns Open MPI.
 _PASSED_ON = ("HF_", "MLX_", "MLXTP_")
 # What a person has set of these stays.
-_AGENT = "PRTE_MCA_plm_ssh_agent"
 _INTERFACES = "OMPI_MCA_btl_tcp_if_include"
 
 # mpirun gives its ranks a second after SIGTERM, and may hang where many fail at once.
@@ -68,7 +66,7 @@ class Job:
             is named by its absolute path.
         hostfile: Open MPI's; None for this machine alone.
         ranks: how many; None for all slots of the hostfile.
-        ssh: what to take for ssh. What `PRTE_MCA_plm_ssh_agent` names comes before
+        ssh: what to take for ssh. What `AGENT_VARIABLE` names comes before
             the default.
         mpirun: its path; None for the one that `find_mpirun` finds.
         verdict: let the ranks write a verdict for the `Outcome`.
@@ -182,7 +180,7 @@ class Job:
     def _remote_words(self) -> list[str]:
         """Return what mpirun needs to be told where a host is not this machine."""
         words = []
-        if list(self.ssh) != ["ssh"] or _AGENT not in os.environ:
+        if list(self.ssh) != ["ssh"] or AGENT_VARIABLE not in os.environ:
             agent = f"{shlex.join(self.ssh)} {SSH_OPTIONS}"
             words += ["--prtemca", "plm_ssh_agent", agent]
         if _INTERFACES not in os.environ and ring_address() is not None:
@@ -214,6 +212,11 @@ class RunningJob:
                 target=self._pass_on, args=(process.stderr,), daemon=True
             )
             self._reader.start()
+
+    @property
+    def name(self) -> str:
+        """How Open MPI calls the job, on all hosts."""
+        return f"prterun-{socket.gethostname()}-{self.process.pid}"
 
     def wait(self, timeout_seconds: float | None = None) -> Outcome:
         """Wait for the end of the job.

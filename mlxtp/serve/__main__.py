@@ -10,11 +10,8 @@ import asyncio
 import contextlib
 import ipaddress
 import logging
-import os
-import shlex
 import signal
 import socket
-import subprocess
 import sys
 from collections.abc import Iterator
 from typing import Any
@@ -24,26 +21,17 @@ import uvicorn
 from mlxtp.cluster import hostfile
 from mlxtp.cluster.addresses import is_here
 from mlxtp.cluster.allocation import Allocation, allocation
-from mlxtp.cluster.job import (
-    END_SECONDS,
-    Job,
-    JobError,
-    Outcome,
-    RunningJob,
-    start_alone,
-)
+from mlxtp.cluster.job import JobError
 from mlxtp.comm import launcher
 from mlxtp.comm.errors import UsageError
 from mlxtp.serve import options
 from mlxtp.serve.front.app import create_app
 from mlxtp.serve.front.config import Config
 from mlxtp.serve.front.ranks import Ranks
-from mlxtp.serve.messages import FOLDER_VARIABLE, Ready
+from mlxtp.serve.log import say
+from mlxtp.serve.supervisor import Supervisor, first_of
 
 Future = asyncio.Future[Any]
-
-# What every rank runs.
-PROGRAM = (sys.executable, "-m", "mlxtp.serve.ranks")
 
 # At the end, how long clients may take to read the rest of their answers.
 LAST_READ_SECONDS = 2
@@ -121,20 +109,6 @@ def listen(host: str, port: int) -> socket.socket:
     return listener
 
 
-def start_ranks(args: argparse.Namespace, given: Allocation | None) -> RunningJob:
-    """Start the job of the ranks and print its line; one rank needs no mpirun.
-
-    Raises: JobError where there is no mpirun, or for a wrong number of ranks.
-    """
-    command = [*PROGRAM, *options.ranks_arguments(args)]
-    if args.ranks is None and args.hostfile is None and given is None:
-        say_line(command)
-        return start_alone(command, stdin=subprocess.DEVNULL)
-    job = Job(command, args.hostfile, args.ranks, verdict=True)
-    say_line(job.line())
-    return job.start(stdin=subprocess.DEVNULL)
-
-
 async def serve(
     args: argparse.Namespace,
     config: Config,
@@ -143,23 +117,22 @@ async def serve(
 ) -> int:
     """Start the ranks and the front, and end them; return the exit status.
 
-    It lasts until a signal, or the end of the job. Nothing is left behind: no process,
-    no folder, no socket.
+    It lasts until a signal, or until the ranks have ended and do not go on. Nothing is
+    left behind: no process, no folder, no socket.
 
-    Raises: JobError, as `start_ranks` does.
+    Raises: JobError where there is no mpirun, or for a wrong number of ranks.
     """
     with signals() as (first, second):
         ranks = Ranks()
         try:
             await ranks.listen()
             front = Front(ranks, config)
-            os.environ[FOLDER_VARIABLE] = str(ranks.folder)
-            job = start_ranks(args, given)
+            supervisor = Supervisor(args, given, ranks, config.model_names[0])
+            supervisor.start()
         except BaseException:
             await ranks.close()
             raise
-        ended = asyncio.create_task(asyncio.to_thread(job.wait))
-        lost = asyncio.create_task(ranks.is_lost.wait())
+        supervising = asyncio.create_task(supervisor.run())
         serving = asyncio.create_task(front.serve([listener]))
         say(f"{url(listener)}, loading {config.model_names[0]} {where(args, given)}")
         if not (config.api_keys or is_loopback(listener)):
@@ -167,21 +140,20 @@ async def serve(
                 f"WARNING: whoever reaches {url(listener)} can use the model: there is "
                 "no key; give --api-key-file FILE"
             )
-        telling = asyncio.create_task(tell_when_ready(ranks, config))
         try:
-            await first_of(first, ended, lost, serving)
+            await first_of(first, supervising, serving)
             if first.done():
-                await drain(front, ranks, config.drain_seconds, second, lost)
+                await drain(front, ranks, config.drain_seconds, second, supervising)
                 status = 0
             elif serving.done():
                 raise RuntimeError("the front has ended") from serving.exception()
             else:
-                status = await after_loss(ranks, ended)
+                status = supervising.result()
             front.should_exit = True
         finally:
-            telling.cancel()
-            await end_ranks(job, ranks, ended, second)
-            lost.cancel()
+            supervising.cancel()
+            await asyncio.wait([supervising])
+            await supervisor.end(second)
         await serving
         return status
 
@@ -243,84 +215,28 @@ def signals() -> Iterator[tuple[Future, Future]]:
             loop.remove_signal_handler(number)
 
 
-async def tell_when_ready(ranks: Ranks, config: Config) -> None:
-    """Say when requests are answered, and what the ranks say of the model."""
-    await ranks.is_ready.wait()
-    ready = ranks.ready
-    assert isinstance(ready, Ready)
-    name, count = config.model_names[0], len(ready.ranks)
-    on_ranks = "one rank" if count == 1 else f"{count} ranks"
-    say(f"ready: {name} on {on_ranks}, {ready.context:,} tokens of context")
-    for note in ready.notes:
-        say(note)
-
-
 async def drain(
     front: Front,
     ranks: Ranks,
     seconds: float,
     second: Future,
-    lost: Future,
+    supervising: Future,
 ) -> None:
     """Take no more requests, and let those end that are under way.
 
-    For so many seconds at most, until a second signal, or until the ranks are lost.
+    For so many seconds at most, until a second signal, or until no ranks
+    are to come.
     """
-    if ranks.state != "ended":
+    ranks.is_draining = True
+    if ranks.state == "ready":
         ranks.state = "draining"
     until = asyncio.get_running_loop().time() + seconds
     if front.is_busy():
         say(f"ends when the requests under way have ended, in {seconds:g} s at most")
-    while front.is_busy() and not (second.done() or lost.done()):
+    while front.is_busy() and not (second.done() or supervising.done()):
         if asyncio.get_running_loop().time() > until:
             return
         await asyncio.sleep(POLL_SECONDS)
-
-
-async def after_loss(ranks: Ranks, ended: Future) -> int:
-    """Do what is to be done when the job has ended by itself; return the status.
-
-    Clients are told, and the server ends. The job has said itself why it ended where
-    that was a mistake (status 2) or a rank that was lost (the verdict).
-    """
-    await first_of(ended, timeout_seconds=END_SECONDS)
-    outcome = ended.result() if ended.done() else Outcome(1, None)
-    if outcome.verdict is not None:
-        words = outcome.verdict.sentence()
-    else:
-        words = f"the ranks have ended with status {outcome.status}"
-        if outcome.status != 2:
-            say(words)
-    ranks.lost(words)
-    return outcome.status or 1
-
-
-async def end_ranks(
-    job: RunningJob,
-    ranks: Ranks,
-    ended: Future,
-    second: Future,
-) -> None:
-    """End the ranks in order, else by a signal, else by force; wait for their end."""
-    # Ranks that still load do not listen, and nobody waits for what they do.
-    in_order = ranks.state in ("ready", "draining") and ranks.ready is not None
-    await ranks.close()
-    ranks.lost("the server ends")
-    if in_order:
-        await first_of(ended, second, timeout_seconds=END_SECONDS)
-    if not ended.done():
-        job.process.terminate()
-        await first_of(ended, timeout_seconds=END_SECONDS)
-    if not ended.done():
-        job.process.kill()
-    await ended
-
-
-async def first_of(*futures: Future, timeout_seconds: float | None = None) -> None:
-    """Wait until one of them is done, or for so long."""
-    await asyncio.wait(
-        futures, timeout=timeout_seconds, return_when=asyncio.FIRST_COMPLETED
-    )
 
 
 def where(args: argparse.Namespace, given: Allocation | None) -> str:
@@ -345,22 +261,6 @@ def url(listener: socket.socket) -> str:
 def is_loopback(listener: socket.socket) -> bool:
     """Whether programs on this machine alone can connect."""
     return ipaddress.ip_address(listener.getsockname()[0]).is_loopback
-
-
-def say(words: str) -> None:
-    """Print a line of the server's log."""
-    _print(f"mlxtp.serve: {words}")
-
-
-def say_line(command: list[str]) -> None:
-    """Print the command line that is run."""
-    _print(shlex.join(command))
-
-
-def _print(line: str) -> None:
-    # A server whose log nobody takes any more goes on.
-    with contextlib.suppress(OSError):
-        print(line, file=sys.stderr, flush=True)
 
 
 if __name__ == "__main__":

@@ -5,7 +5,7 @@ file that holds a key, and names the folder in `FOLDER_VARIABLE`. Rank 0 connect
 sends the key; then each message is one line: an object whose "is" names the class.
 
     front -> rank 0    Call, Start, Cancel, End
-    rank 0 -> front    Hello, State, Ready, Answer, Events, Stats
+    rank 0 -> front    Hello, State, Refused, Ready, Answer, Events, Stats
 """
 
 import json
@@ -98,6 +98,13 @@ class State:
 
     words: str
     done: float | None = None
+
+
+@dataclass(frozen=True)
+class Refused:
+    """The job ends: these ranks cannot have the model; `words` say why."""
+
+    words: str
 
 
 @dataclass(frozen=True)
@@ -250,7 +257,9 @@ class Stats:
     ranks: list[RankStats]
 
 
-Message = Call | Start | Cancel | End | Hello | State | Ready | Answer | Events | Stats
+FromFront = Call | Start | Cancel | End
+FromRank0 = Hello | State | Refused | Ready | Answer | Events | Stats
+Message = FromFront | FromRank0
 
 
 def encoded(message: Message) -> bytes:
@@ -310,6 +319,7 @@ _READERS: dict[str, Any] = {
     "End": lambda content: End(**content),
     "Hello": lambda content: Hello(**content),
     "State": lambda content: State(**content),
+    "Refused": lambda content: Refused(**content),
     "Ready": _ready,
     "Answer": lambda content: Answer(**content),
     "Events": lambda content: Events([_event(event) for event in content["events"]]),

@@ -32,6 +32,7 @@ LIMITS: Limits = {
     "prefix_cache_gb": ("at least 0", lambda x: 0 <= x < float("inf")),
     "prefix_cache_dir": ("a folder", lambda name: bool(name.strip())),
     "drain_seconds": ("at least 0", lambda x: 0 <= x < float("inf")),
+    "give_up_seconds": ("at least 0", lambda x: 0 <= x < float("inf")),
     "presence_penalty": ("from -2 to 2", lambda x: -2 <= x <= 2),
     "frequency_penalty": ("from -2 to 2", lambda x: -2 <= x <= 2),
     "served_model_name": (
@@ -253,6 +254,21 @@ def _add_options_of_clients(parser: argparse.ArgumentParser) -> None:
         default=30.0,
         metavar="SECONDS",
         help="At the end, the longest that requests under way may take. Default: 30.",
+    )
+    clients.add_argument(
+        "--give-up-seconds",
+        type=float,
+        default=600.0,
+        metavar="SECONDS",
+        help="Where hosts are lost and the model does not fit on the others, the "
+        "longest that requests wait for them. Default: 600.",
+    )
+    clients.add_argument(
+        "--rejoin",
+        choices=["quiet", "now", "never"],
+        default="quiet",
+        help="When a lost host is back, take it in when no request is under way, at "
+        "once, or not at all. Default: quiet.",
     )
     clients.add_argument(
         "--log-prompts",

@@ -10,7 +10,9 @@ import pytest
 from five_hosts import ROOT
 from launch_scripts import script
 from needs import needs
-from over_ssh import HostError, is_here, on_each, run_as_root, run_on
+from over_ssh import HostError, on_each, run_as_root, run_on
+
+from mlxtp.cluster.addresses import is_here
 
 pytestmark = pytest.mark.once
 
@@ -76,7 +78,7 @@ def test_a_failing_host_stops_no_other_and_all_go_at_once(capsys):
 
 
 def test_a_command_here_takes_no_ssh():
-    assert run_on("localhost", 'cat; echo "it\'s"', ["false"], b"given ") == (
+    assert run_on("localhost", 'cat; echo "it\'s"', ["false"], given=b"given ") == (
         "given it's\n"
     )
     with pytest.raises(HostError, match="no way"):

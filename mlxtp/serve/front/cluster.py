@@ -67,6 +67,7 @@ class Cluster:
             "prefix_queries": stats.prefix_queries if stats else 0,
             "prefix_hits": stats.prefix_hits if stats else 0,
             "prefix_bytes": stats.prefix_bytes if stats else 0,
+            "missing": ranks.missing,
             "hosts": [],
             "ranks": [],
         }

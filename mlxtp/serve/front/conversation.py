@@ -149,9 +149,11 @@ def _reasoning_arguments(ready: Ready, conversation: Conversation) -> dict[str, 
 def ready_ranks(ranks: Ranks) -> Ready:
     """Give what the ranks said when they were ready.
 
+    While another job is to come, requests wait for it.
+
     Raises: Refusal (503) before, and when no more requests are taken.
     """
-    if ranks.state != "ready" or ranks.ready is None:
+    if ranks.state not in ("ready", "recovering") or ranks.ready is None:
         raise Refusal(
             503,
             f"the server is {ranks.state}: {ranks.words}",

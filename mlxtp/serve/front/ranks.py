@@ -15,11 +15,16 @@ import time
 from collections import deque
 from collections.abc import AsyncIterator, Callable
 from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
 from mlxtp.serve import messages
 from mlxtp.serve.messages import Event, Ready, Start, Stats
+
+State = Literal[
+    "starting", "loading", "ready", "recovering", "waiting", "draining", "ended"
+]
 
 
 class Mistake(ValueError):
@@ -40,6 +45,8 @@ class Generation:
 
     def __init__(self, start: Start, ranks: "Ranks") -> None:
         self.start = start
+        self.told_logprobs = 0  # of the prompt's tokens
+        self._heard_logprobs = 0  # of them, from the job that works on it now
         self.tokens: list[int] = list(start.generated)
         self.reasoning_tokens = 0
         self.cached = 0
@@ -50,10 +57,30 @@ class Generation:
         self._ranks = ranks
         self._events: asyncio.Queue[Event] = asyncio.Queue()
 
+    def again(self) -> Start:
+        """Return what a job is told that goes on where another one ended."""
+        settings = self.start.settings
+        if self.told_logprobs == len(self.start.prompt):
+            settings = replace(settings, prompt_logprobs=None)
+        self._heard_logprobs = 0
+        return replace(self.start, generated=list(self.tokens), settings=settings)
+
+    def news(self, event: Event) -> Event:
+        """Return what of an event no job before has told."""
+        if event.admitted and self.admitted is not None:
+            event = replace(event, admitted=False, cached=0)
+        if event.prompt_logprobs is not None:
+            known = self.told_logprobs - self._heard_logprobs
+            self._heard_logprobs += len(event.prompt_logprobs)
+            new = event.prompt_logprobs[max(known, 0) :]
+            event = replace(event, prompt_logprobs=new or None)
+        return event
+
     def take(self, event: Event) -> None:
         """Note an event, and hand it to whoever iterates."""
         if event.admitted:
             self.admitted, self.cached = time.monotonic(), event.cached
+        self.told_logprobs += len(event.prompt_logprobs or ())
         self.tokens += event.tokens
         kinds = [kind for kind, _ in event.pieces]
         # A token that brings no text is of the kind of the text before it.
@@ -89,15 +116,17 @@ class Ranks:
     """The connection to rank 0: calls, requests, and what it says of itself.
 
     `state` is "starting" until rank 0 has come, "loading" until the model is there,
-    then "ready"; "draining" while no more requests are taken, and "ended" at the end.
-    `words` says more to people. Each of `observers` is called with a generation and
+    then "ready". Where a job has ended by itself it is "recovering" until the next one
+    is ready, and "waiting" while there are too few hosts for one. It is "draining"
+    while no more requests are taken, and "ended" at the end. `words` says more to
+    people. Requests and calls outlive a job: they are handed to the next one. Each of
+    `observers` is called with a generation and
     None when it starts, with each `Event`, and, where a client has gone, with one whose
     `finish` is "cancelled".
     """
 
     def __init__(self) -> None:
-        self.state: Literal["starting", "loading", "ready", "draining", "ended"]
-        self.state = "starting"
+        self.state: State = "starting"
         self.words = "the ranks start"
         self.done: float | None = None
         self.ready: Ready | None = None
@@ -106,12 +135,16 @@ class Ranks:
         self.recent_stats: deque[tuple[float, Stats]] = deque(maxlen=20)
         self.generations: dict[str, Generation] = {}
         self.observers: list[Callable[[Generation, Event | None], None]] = []
+        self.missing: dict[str, str] = {}  # hosts that are lost, and why
+        self.is_draining = False
+        self._reason = ""  # for which a job follows another
         self.is_ready = asyncio.Event()
-        self.is_lost = asyncio.Event()
+        self.is_gone = asyncio.Event()  # rank 0, that was there
+        self.refusal: str | None = None  # why a job could not load the model
         self.folder = Path(tempfile.mkdtemp(prefix="mlxtp-"))  # for this user alone
         self._key = secrets.token_hex(32)
         self._numbers = itertools.count()
-        self._calls: dict[int, asyncio.Future[Any]] = {}
+        self._calls: dict[int, tuple[messages.Call, asyncio.Future[Any]]] = {}
         self._writer: asyncio.StreamWriter | None = None
         self._server: asyncio.Server | None = None
 
@@ -136,24 +169,27 @@ class Ranks:
         """Call a method of `serve.ranks.text.Text` on rank 0.
 
         Raises: Mistake for what is wrong in the arguments; Unavailable where no rank 0
-            is there.
+            is there, and none is to come.
         """
-        number = next(self._numbers)
-        future = self._calls[number] = asyncio.get_running_loop().create_future()
-        self._send(messages.Call(number, name, arguments), needed=True)
+        self._check()
+        call = messages.Call(next(self._numbers), name, arguments)
+        future: asyncio.Future[Any] = asyncio.get_running_loop().create_future()
+        self._calls[call.call] = call, future
+        self._send(call)
         try:
             return await future
         finally:
-            self._calls.pop(number, None)
+            self._calls.pop(call.call, None)
 
     def start(self, start: Start) -> Generation:
         """Hand a request to the ranks.
 
-        Raises: Unavailable where no rank 0 is there.
+        Raises: Unavailable where no rank 0 is there, and none is to come.
         """
+        self._check()
         generation = Generation(start, self)
-        self._send(start, needed=True)
         self.generations[start.id] = generation
+        self._send(start)
         self._observe(generation, None)
         return generation
 
@@ -169,30 +205,67 @@ class Ranks:
             self._observe(generation, Event(request_id, finish="cancelled"))
         self._send(messages.Cancel(request_id))
 
-    def lost(self, words: str) -> None:
-        """Note that the job has ended: fail all that is under way."""
-        if self._writer is not None:
-            self._writer.close()  # so that `_serve` ends too
-        self._writer, self.words = None, words
-        self.state = "ended"
+    def end_job(self) -> None:
+        """Let the job end in order; all goes on in the next one."""
+        self._send(messages.End())
         self.is_ready.clear()
-        self.is_lost.set()
-        for future in self._calls.values():
+        self.state = "recovering"
+
+    def recover(self, words: str, state: State = "recovering") -> None:
+        """Note that the job has ended and another one is to come: all goes on then."""
+        self._reason = words
+        self._disconnect(state, words)
+
+    def lost(self, words: str) -> None:
+        """Note that there will be no other job: fail all that is under way."""
+        self._disconnect("ended", words)
+        self.fail(words)
+
+    def fail(self, words: str) -> None:
+        """Fail all that is under way."""
+        for _, future in self._calls.values():
             if not future.done():
                 future.set_exception(Unavailable(words))
         for request_id in list(self.generations):
             self._take(Event(request_id, finish="error", error=words))
 
+    def _disconnect(self, state: State, words: str) -> None:
+        if self._writer is not None:
+            self._writer.close()  # so that `_serve` ends too
+        self._writer, self.state, self.words, self.done = None, state, words, None
+        self.stats, self.refusal = None, None
+        self.recent_stats.clear()
+        self.is_ready.clear()
+        self.is_gone.clear()
+
+    def _check(self) -> None:
+        """Look whether there is a rank 0, or one is to come.
+
+        Raises: Unavailable if not.
+        """
+        if self.ready is None or self.state in ("waiting", "ended"):
+            raise Unavailable(self.words)
+
+    def _hand_in(self, ready: Ready) -> None:
+        """Let a new job go on with all that is under way."""
+        for call, _ in self._calls.values():
+            self._send(call)
+        for generation in list(self.generations.values()):
+            start = generation.again()
+            if len(start.prompt) + len(start.generated) >= ready.context:
+                # There is less room than there was.
+                self._take(Event(start.id, finish="length"))
+            else:
+                self._send(start)
+
     def _observe(self, generation: Generation, event: Event | None) -> None:
         for observer in self.observers:
             observer(generation, event)
 
-    def _send(self, message: messages.Message, *, needed: bool = False) -> None:
-        if self._writer is None:
-            if needed:
-                raise Unavailable(self.words)
-            return
-        self._writer.write(messages.encoded(message))
+    def _send(self, message: messages.Message) -> None:
+        """Tell rank 0 something, if it is there and knows the model."""
+        if self._writer is not None and self.is_ready.is_set():
+            self._writer.write(messages.encoded(message))
 
     async def _serve(
         self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter
@@ -208,13 +281,17 @@ class Ranks:
                     or self._writer is not None
                 ):
                     return
-                self._writer, self.state = writer, "loading"
-                while line := await reader.readline():
+                self._writer = writer
+                if self.ready is None:
+                    self.state = "loading"
+                while (line := await reader.readline()) and self._writer is writer:
                     self._hear(messages.decoded(line))
         finally:
             writer.close()
             if self._writer is writer:
-                self.lost("the ranks have gone")
+                self._writer = None
+                self.is_ready.clear()
+                self.is_gone.set()
 
     def _hear(self, message: messages.Message) -> None:
         match message:
@@ -222,7 +299,7 @@ class Ranks:
                 for event in events:
                     self._take(event)
             case messages.Answer(call, result, error):
-                future = self._calls.get(call)
+                _, future = self._calls.get(call, (None, None))
                 if future is not None and not future.done():
                     if error is None:
                         future.set_result(result)
@@ -232,16 +309,21 @@ class Ranks:
                 self.stats = message
                 self.recent_stats.append((time.monotonic(), message))
             case messages.State(words, done):
-                self.words, self.done = words, done
+                self.words = f"{self._reason}; {words}" if self._reason else words
+                self.done = done
             case messages.Ready():
-                self.ready, self.state, self.done = message, "ready", 1.0
-                self.words = "ready"
+                self.state = "draining" if self.is_draining else "ready"
+                self.ready, self.words, self.done = message, "ready", 1.0
                 self.is_ready.set()
+                self._hand_in(message)
+            case messages.Refused(words):
+                self.refusal = words
 
     def _take(self, event: Event) -> None:
         generation = self.generations.get(event.id)
         if generation is None:
             return  # cancelled
+        event = generation.news(event)
         generation.take(event)
         self._observe(generation, event)
         if event.finish is not None:

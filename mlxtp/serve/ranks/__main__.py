@@ -79,12 +79,14 @@ PREFIX_PART = 0.5
 
 def main() -> None:
     """Connect the ranks, load the model, and serve until the front says to end."""
+    link: Link | None = None
     try:
         args, comm = connect(sys.argv[1:])
         with comm.agreement():
             link = Link.of_environment() if comm.rank == 0 else None
         serve(load(args, comm, link), comm)
     except (UsageError, JobError) as error:
+        tell(link, messages.Refused(str(error)))
         launcher.refuse("mlxtp.serve", error)
 
 

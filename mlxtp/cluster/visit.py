@@ -1,0 +1,155 @@
+"""Look at one host of a job that has ended: `python -m mlxtp.cluster.visit JOB ...`.
+
+Run on the host itself, over what starts ranks there. It ends what jobs of these names
+have left on it, removes the shared memory and folders that nobody uses any more, and
+prints what it has seen as one line of JSON: the fields of `Visit`.
+"""
+
+import argparse
+import json
+import os
+import re
+import shlex
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import suppress
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import psutil
+
+from mlxtp.cluster.addresses import ring_address
+from mlxtp.cluster.remote import HostError, run_on
+
+# Where Linux keeps shared memory; elsewhere Open MPI keeps it in its folders.
+SHARED_MEMORY = Path("/dev/shm")
+
+# A job that starts has made a file before it uses it.
+NEW_SECONDS = 2.0
+
+# How long processes that were killed may take to be gone.
+GONE_SECONDS = 5.0
+
+# Python and its imports take a while on a host that has just started.
+VISIT_SECONDS = 20.0
+
+
+@dataclass(frozen=True)
+class Visit:
+    """What was seen on a host.
+
+    `ended` counts processes of old jobs that were ended, `ring_address` is the host's
+    on the cables, if it has one. `gpu_limit_mb` is what macOS was told that its GPU may
+    take (iogpu.wired_limit_mb), 0 for its own choice; None elsewhere.
+    """
+
+    host: str
+    ended: int
+    ring_address: str | None
+    gpu_limit_mb: int | None
+
+
+def visit(host: str, jobs: Sequence[str]) -> Visit:
+    """Visit a host, of which jobs of these names may have left something.
+
+    Raises: HostError if it does not answer.
+    """
+    words = [sys.executable, "-m", "mlxtp.cluster.visit", *jobs]
+    script = f"cd {shlex.quote(os.getcwd())} && exec {shlex.join(words)}"
+    said = run_on(host, script, timeout_seconds=VISIT_SECONDS)
+    try:
+        return Visit(**json.loads(said.splitlines()[-1]))
+    except (ValueError, TypeError, IndexError) as error:
+        raise HostError(f"{host} says {said[-200:]!r}") from error
+
+
+def end_jobs(names: Sequence[str]) -> int:
+    """End the ranks and daemons of jobs on this host; return how many there were."""
+    ended: set[int] = set()
+    until = time.monotonic() + GONE_SECONDS
+    while left := list(_of_jobs(names)):
+        for process in left:
+            ended.add(process.pid)
+            with suppress(psutil.Error):  # it has gone
+                process.kill()
+        psutil.wait_procs(left, 0.2)
+        if time.monotonic() > until:
+            break
+    return len(ended)
+
+
+def _of_jobs(names: Sequence[str]) -> Iterator[psutil.Process]:
+    """Yield the ranks and daemons of jobs on this host."""
+    for process in psutil.process_iter():
+        try:
+            if process.status() == psutil.STATUS_ZOMBIE:
+                continue
+            # A rank knows its job by its environment, a daemon by its command line.
+            known = [process.environ().get("PMIX_NAMESPACE", "")]
+            if process.name() == "prted":
+                known += process.cmdline()
+        except psutil.Error:  # it has gone, or is another user's
+            continue
+        if any(word.startswith(f"{name}@") for word in known for name in names):
+            yield process
+
+
+def remove_leftovers() -> None:
+    """Remove this user's shared memory and folders of Open MPI that nobody uses."""
+    used = set(_mapped())
+    for file in SHARED_MEMORY.glob(f"sm_segment.{socket.gethostname()}.*"):
+        if str(file) not in used and _is_old_and_own(file):
+            file.unlink(missing_ok=True)
+    for folder in Path(tempfile.gettempdir()).glob("ompi.*"):
+        number = re.fullmatch(r"ompi\.(\d+)", folder.name)
+        if number and not psutil.pid_exists(int(number[1])) and _is_old_and_own(folder):
+            subprocess.run(["rm", "-rf", str(folder)])
+
+
+def _mapped() -> Iterator[str]:
+    """Yield the files in shared memory that processes of this host use."""
+    for maps in Path("/proc").glob("[0-9]*/maps"):
+        try:
+            lines = maps.read_text().splitlines()
+        except OSError:
+            continue
+        for line in lines:
+            if str(SHARED_MEMORY) in line:
+                yield line[line.index("/") :].removesuffix(" (deleted)")
+
+
+def _is_old_and_own(path: Path) -> bool:
+    try:
+        seen = path.stat()
+    except OSError:
+        return False
+    return seen.st_uid == os.getuid() and time.time() - seen.st_mtime > NEW_SECONDS
+
+
+def gpu_limit_mb() -> int | None:
+    """Return what macOS was told that its GPU may take."""
+    if sys.platform != "darwin":
+        return None
+    done = subprocess.run(
+        ["sysctl", "-n", "iogpu.wired_limit_mb"], capture_output=True, text=True
+    )
+    return int(done.stdout) if done.stdout.strip().isdigit() else None
+
+
+def main() -> None:
+    """End what is left, and print what was seen."""
+    parser = argparse.ArgumentParser(prog="mlxtp.cluster.visit", description=__doc__)
+    parser.add_argument("jobs", nargs="*", metavar="JOB")
+    args = parser.parse_args()
+    ended = end_jobs(args.jobs)
+    remove_leftovers()
+    seen = Visit(socket.gethostname(), ended, ring_address(), gpu_limit_mb())
+    print(json.dumps(asdict(seen)))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,293 @@
+"""One job of the ranks after the other: when one ends by itself, the next goes on.
+
+`Supervisor.run` is its whole life. After a loss the hosts are visited (`serve/hosts`),
+a job starts on those that answer, and the front hands it all that is under way
+(`serve/front/ranks`).
+"""
+
+import argparse
+import asyncio
+import os
+import subprocess
+import sys
+import time
+from collections import Counter
+from dataclasses import replace
+from typing import Any
+
+from mlxtp.cluster import hostfile
+from mlxtp.cluster.allocation import Allocation
+from mlxtp.cluster.job import END_SECONDS, Job, Outcome, RunningJob, start_alone
+from mlxtp.serve import options
+from mlxtp.serve.front.ranks import Generation, Ranks
+from mlxtp.serve.hosts import Hosts, Loss, lost_hosts
+from mlxtp.serve.log import say, say_line
+from mlxtp.serve.messages import FOLDER_VARIABLE, Event
+
+Future = asyncio.Future[Any]
+
+# What every rank runs.
+PROGRAM = (sys.executable, "-m", "mlxtp.serve.ranks")
+
+# So many losses without a token between them end it.
+MOST_LOSSES = 3
+
+# The status of a job that says itself what is wrong with what it was given.
+MISTAKE = 2
+
+# A job that was ready for so long counts like a token.
+STEADY_SECONDS = 600.0
+
+# When rank 0 has gone, how long mpirun may take to end the others and to say why.
+LAST_WORDS_SECONDS = 3.0
+
+# How often hosts that are missing are visited.
+VISIT_EVERY_SECONDS = 5.0
+
+# How often it is looked whether requests are under way.
+POLL_SECONDS = 0.1
+
+
+class Supervisor:
+    """Runs one job of the ranks after the other.
+
+    Args:
+        args: the server's options.
+        given: the hosts of a batch system, where that gives them.
+        ranks: to which rank 0 of each job connects.
+        name: how clients call the model.
+    """
+
+    def __init__(
+        self,
+        args: argparse.Namespace,
+        given: Allocation | None,
+        ranks: Ranks,
+        name: str,
+    ) -> None:
+        self._args, self._given, self._ranks, self._name = args, given, ranks, name
+        slots = hostfile.read(args.hostfile) if args.hostfile is not None else {}
+        self._hosts = Hosts(slots, str(args.hostfile))
+        self._was_ready = False
+        self._memory: dict[str, int] = {}  # bytes for the model, on each host
+        self._goes_by_memory = False  # shares of the ranks
+        self._losses: list[Loss] = []  # without a token between them
+        self._job: RunningJob | None = None
+        self._ended: Future | None = None  # of the job that runs
+        os.environ[FOLDER_VARIABLE] = str(ranks.folder)
+        ranks.observers.append(self._observe)
+
+    def start(self) -> None:
+        """Start a job on the hosts that take part, and print its line.
+
+        Raises: JobError where there is no mpirun, or for a wrong number of ranks.
+        """
+        args, hosts = self._args, self._hosts
+        command = [*PROGRAM, *options.ranks_arguments(self._arguments())]
+        if args.ranks is None and args.hostfile is None and self._given is None:
+            say_line(command)  # one rank needs no mpirun
+            self._job = start_alone(command, stdin=subprocess.DEVNULL)
+        else:
+            job = Job(command, args.hostfile, args.ranks, verdict=True)
+            if hosts.part != hosts.slots:
+                file = self._ranks.folder / "hosts"
+                file.write_text(hostfile.text(hosts.part))
+                job = replace(job, hostfile=file, ranks=self._count())
+            say_line(job.line())
+            self._job = job.start(stdin=subprocess.DEVNULL)
+        hosts.note(self._job.name)
+        self._ended = asyncio.ensure_future(asyncio.to_thread(self._job.wait))
+
+    async def run(self) -> int:
+        """Let jobs follow each other; return the status when there is none to come."""
+        looking = asyncio.create_task(self._hosts.look())
+        try:
+            while True:
+                loss = await self._until_it_ends()
+                if loss is None:
+                    await self._choose("hosts are taken in again")
+                elif self._is_the_last(loss):
+                    self._ranks.lost(loss.words)
+                    return loss.status
+                elif loss.status == MISTAKE:
+                    await self._make_it_fit(loss.words)
+                else:
+                    await self._choose(loss.words)
+                self.start()
+        finally:
+            looking.cancel()
+
+    async def end(self, second: Future) -> None:
+        """End the job that runs: in order, else by a signal, else by force."""
+        in_order = self._ranks.is_ready.is_set()  # ranks that load do not listen
+        await self._ranks.close()
+        self._ranks.lost("the server ends")
+        if in_order:
+            await first_of(self._running, second, timeout_seconds=END_SECONDS)
+        await self._end_mpirun(END_SECONDS)
+
+    @property
+    def _running(self) -> Future:
+        assert self._ended is not None
+        return self._ended
+
+    async def _end_mpirun(self, seconds: float) -> Outcome:
+        """End the job by a signal, else by force."""
+        assert self._job is not None
+        if not self._running.done():
+            self._job.process.terminate()
+            await first_of(self._running, timeout_seconds=seconds)
+        if not self._running.done():
+            self._job.process.kill()
+        outcome: Outcome = await self._running
+        return outcome
+
+    async def _until_it_ends(self) -> Loss | None:
+        """Wait for the end of the job; None where it was ended for a larger one."""
+        gone = asyncio.create_task(self._ranks.is_gone.wait())
+        larger = asyncio.create_task(self._until_hosts_are_back())
+        try:
+            await first_of(self._running, gone, larger)
+            is_asked = larger.done() and not (gone.done() or self._running.done())
+        finally:
+            gone.cancel()
+            larger.cancel()
+        if is_asked:
+            larger.result()
+            self._ranks.end_job()
+            await first_of(self._running, timeout_seconds=END_SECONDS)
+        else:
+            await first_of(self._running, timeout_seconds=LAST_WORDS_SECONDS)
+        outcome = await self._end_mpirun(LAST_WORDS_SECONDS)
+        return None if is_asked else self._loss(outcome)
+
+    async def _until_hosts_are_back(self) -> None:
+        """Tell when the job is ready; return when a larger one can take its place."""
+        hosts, rejoin = self._hosts, self._args.rejoin
+        await self._ranks.is_ready.wait()
+        self._note_ready()
+        steady_at = time.monotonic() + STEADY_SECONDS
+        while True:
+            await asyncio.sleep(VISIT_EVERY_SECONDS)
+            if time.monotonic() > steady_at:
+                self._losses.clear()
+            if hosts.missing and rejoin != "never":
+                back = await hosts.returned()
+                self._ranks.missing = dict(hosts.missing)
+                if back:
+                    break
+        while rejoin == "quiet" and self._ranks.generations:
+            await asyncio.sleep(POLL_SECONDS)
+
+    def _note_ready(self) -> None:
+        """Note what the ranks say of themselves, and tell it."""
+        ready, hosts = self._ranks.ready, self._hosts
+        assert ready is not None
+        self._was_ready = True
+        if not hosts.slots and self._given is not None:
+            hosts.slots = dict(Counter(rank.host for rank in ready.ranks))
+            hosts.part = dict(hosts.slots)
+        for host, rank in zip(hosts.ranks, ready.ranks, strict=False):
+            self._memory[host] = rank.weights_bytes + rank.cache_limit_bytes
+        count = len(ready.ranks)
+        on_ranks = "one rank" if count == 1 else f"{count} ranks"
+        if hosts.missing:
+            on_ranks += f", without {', '.join(hosts.missing)}"
+            self._ranks.words = f"ready on {on_ranks}"
+        say(f"ready: {self._name} on {on_ranks}, {ready.context:,} tokens of context")
+        for note in ready.notes:
+            say(note)
+
+    def _loss(self, outcome: Outcome) -> Loss:
+        verdict = outcome.verdict
+        if self._ranks.refusal is not None:
+            words = self._ranks.refusal
+        elif verdict is not None:
+            words = verdict.sentence().removeprefix("mlxtp: ")
+            words = words.removesuffix(": all ranks end")
+        else:
+            words = f"the ranks have ended with status {outcome.status}"
+        hosts = lost_hosts(verdict, self._hosts.ranks)
+        return Loss(words, hosts, outcome.status or 1, verdict is not None)
+
+    def _is_the_last(self, loss: Loss) -> bool:
+        """Whether no job follows: a mistake at the start, or losses without an end."""
+        if not self._was_ready and not loss.is_of_ranks:
+            if loss.status != MISTAKE:  # else the ranks have said it themselves
+                say(loss.words)
+            return True
+        if loss.status == MISTAKE:
+            return False
+        self._losses.append(loss)
+        if len(self._losses) < MOST_LOSSES:
+            return False
+        say(f"{MOST_LOSSES} jobs in turn were lost without a token between them:")
+        for each in self._losses:
+            say(each.words)
+        return True
+
+    async def _choose(self, words: str) -> None:
+        """Decide who takes part in the next job, and tell it."""
+        ranks, hosts = self._ranks, self._hosts
+        ranks.recover(words)
+        await hosts.choose(self._losses)
+        ranks.missing = dict(hosts.missing)
+        if hosts.missing:
+            words = f"{', '.join(hosts.missing)} lost ({words})"
+        if hosts.slots:
+            words += f": going on with {self._count()} ranks"
+        else:
+            words += ": going on"
+        say(words)
+        ranks.recover(words)
+
+    async def _make_it_fit(self, words: str) -> None:
+        """Let shares go by memory, or wait until there are more hosts."""
+        ranks, hosts = self._ranks, self._hosts
+        sizes = {self._memory.get(host) for host in hosts.part}
+        if not self._goes_by_memory and None not in sizes and len(sizes) > 1:
+            say(f"{words}: shares go by memory")
+            self._goes_by_memory = True
+            return
+        lacking = ", ".join(f"{host} ({why})" for host, why in hosts.missing.items())
+        words = f"{words}; missing: {lacking or 'no host'}"
+        say(f"{words}: waiting")
+        ranks.recover(words, "waiting")
+        give_up_at = time.monotonic() + self._args.give_up_seconds
+        while True:
+            await asyncio.sleep(VISIT_EVERY_SECONDS)
+            if time.monotonic() > give_up_at:
+                ranks.fail(words)
+            # What took the memory of a host that is there may have gone.
+            if await hosts.returned() or not hosts.missing:
+                break
+        await self._choose("hosts are taken in again")
+
+    def _arguments(self) -> argparse.Namespace:
+        """Return the options of the ranks of this job."""
+        given, hosts = self._args.shares, self._hosts
+        if hosts.part == hosts.slots:
+            return self._args
+        shares = None
+        if given is not None:
+            of_ranks = zip(hostfile.by_rank(hosts.slots), given, strict=False)
+            shares = [share for host, share in of_ranks if host in hosts.part]
+        elif self._goes_by_memory:
+            shares = [max(self._memory[host] >> 20, 1) for host in hosts.ranks]
+        return argparse.Namespace(**{**vars(self._args), "shares": shares})
+
+    def _count(self) -> int:
+        """How many ranks there are on the hosts that take part."""
+        there = len(self._hosts.ranks)
+        return min(there, self._args.ranks or there)
+
+    def _observe(self, generation: Generation, event: Event | None) -> None:
+        if event is not None and event.tokens:
+            self._losses.clear()
+
+
+async def first_of(*futures: Future, timeout_seconds: float | None = None) -> None:
+    """Wait until one of them is done, or for so long."""
+    await asyncio.wait(
+        futures, timeout=timeout_seconds, return_when=asyncio.FIRST_COMPLETED
+    )
