@@ -19,7 +19,7 @@ from mlxtp.cluster import hostfile
 from mlxtp.cluster.allocation import Allocation
 from mlxtp.cluster.job import END_SECONDS, Job, Outcome, RunningJob, start_alone
 from mlxtp.serve import options
-from mlxtp.serve.front.ranks import Generation, Ranks
+from mlxtp.serve.front.ranks import Generation, Ranks, State
 from mlxtp.serve.hosts import Hosts, Loss, lost_hosts
 from mlxtp.serve.log import say, say_line
 from mlxtp.serve.messages import FOLDER_VARIABLE, Event
@@ -71,6 +71,7 @@ class Supervisor:
         self._was_ready = False
         self._memory: dict[str, int] = {}  # bytes for the model, on each host
         self._goes_by_memory = False  # shares of the ranks
+        self._give_up_at: float | None = None  # while the model does not fit
         self._losses: list[Loss] = []  # without a token between them
         self._job: RunningJob | None = None
         self._ended: Future | None = None  # of the job that runs
@@ -183,7 +184,7 @@ class Supervisor:
         """Note what the ranks say of themselves, and tell it."""
         ready, hosts = self._ranks.ready, self._hosts
         assert ready is not None
-        self._was_ready = True
+        self._was_ready, self._give_up_at = True, None
         if not hosts.slots and self._given is not None:
             hosts.slots = dict(Counter(rank.host for rank in ready.ranks))
             hosts.part = dict(hosts.slots)
@@ -229,7 +230,8 @@ class Supervisor:
     async def _choose(self, words: str) -> None:
         """Decide who takes part in the next job, and tell it."""
         ranks, hosts = self._ranks, self._hosts
-        ranks.recover(words)
+        state: State = "recovering" if self._give_up_at is None else "waiting"
+        ranks.recover(words, state)
         await hosts.choose(self._losses)
         ranks.missing = dict(hosts.missing)
         if hosts.missing:
@@ -239,7 +241,7 @@ class Supervisor:
         else:
             words += ": going on"
         say(words)
-        ranks.recover(words)
+        ranks.recover(words, state)
 
     async def _make_it_fit(self, words: str) -> None:
         """Let shares go by memory, or wait until there are more hosts."""
@@ -251,12 +253,13 @@ class Supervisor:
             return
         lacking = ", ".join(f"{host} ({why})" for host, why in hosts.missing.items())
         words = f"{words}; missing: {lacking or 'no host'}"
-        say(f"{words}: waiting")
+        if self._give_up_at is None:
+            say(f"{words}: waiting")
+            self._give_up_at = time.monotonic() + self._args.give_up_seconds
         ranks.recover(words, "waiting")
-        give_up_at = time.monotonic() + self._args.give_up_seconds
         while True:
             await asyncio.sleep(VISIT_EVERY_SECONDS)
-            if time.monotonic() > give_up_at:
+            if time.monotonic() > self._give_up_at:
                 ranks.fail(words)
             # What took the memory of a host that is there may have gone.
             if await hosts.returned() or not hosts.missing:

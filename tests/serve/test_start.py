@@ -3,7 +3,6 @@
 import asyncio
 import configparser
 import io
-import json
 import os
 import plistlib
 import re
@@ -12,31 +11,20 @@ import socket
 import subprocess
 import sys
 import time
-from contextlib import closing
-from dataclasses import dataclass
-from http.client import HTTPConnection
 from pathlib import Path
-from typing import Any, NamedTuple
 
-import fake_ranks
 import pytest
-from processes import is_running
+from life import FAKE
 
 from mlxtp.cluster import allocation as allocations
-from mlxtp.cluster.job import JobError, Outcome
-from mlxtp.cluster.verdict import RankOnHost, Verdict
+from mlxtp.cluster.job import JobError
 from mlxtp.serve import __main__ as front
-from mlxtp.serve import messages, options
+from mlxtp.serve import log, messages, options, supervisor
 from mlxtp.serve.front.ranks import Ranks
 from mlxtp.serve.messages import FOLDER_VARIABLE
 
 pytestmark = pytest.mark.once
 
-# Notes its process, then is the fake rank 0.
-FAKE = (
-    "import os, runpy, sys; print(os.getpid(), file=open(sys.argv.pop(1), 'a')); "
-    f"runpy.run_path({fake_ranks.__file__!r}, run_name='__main__')"
-)
 # A rank 0 that is never ready, and one that does not hear that it is to end.
 LOADING = FAKE.replace("runpy.", "import time; time.sleep(60); runpy.")
 DEAF = FAKE.replace(
@@ -94,7 +82,7 @@ def test_the_services_of_the_documentation() -> None:
     for arguments in (words[3:], daemon["ProgramArguments"][3:]):
         args = options.parse(arguments)
         assert args.api_key_file and args.hostfile == "hostfiles/studio5"
-        needed = args.drain_seconds + 2 * front.END_SECONDS
+        needed = args.drain_seconds + 2 * supervisor.END_SECONDS
         assert int(service["Service"]["TimeoutStopSec"]) >= needed
         assert daemon["ExitTimeOut"] >= needed
 
@@ -196,80 +184,6 @@ def test_the_first_host_is_this_machine(
         allocations.allocation()
 
 
-class Answer(NamedTuple):
-    """What came back."""
-
-    status: int
-    headers: Any
-    text: str
-
-
-@dataclass
-class Server:
-    """A server in this process; `life` gives its status."""
-
-    port: int
-    life: "asyncio.Task[int]"
-    pids: Path
-
-    async def get(self, path: str, body: dict[str, Any] | None = None) -> Answer:
-        """What comes back, or of a POST with `body`."""
-        return await asyncio.to_thread(self._get, path, body)
-
-    def _get(self, path: str, body: dict[str, Any] | None) -> Answer:
-        connection = HTTPConnection("127.0.0.1", self.port, timeout=20)
-        with closing(connection):
-            method = "GET" if body is None else "POST"
-            headers = {"Content-Type": "application/json"}
-            connection.request(method, path, json.dumps(body), headers)
-            answer = connection.getresponse()
-            return Answer(answer.status, answer.headers, answer.read().decode())
-
-    async def is_ready(self) -> None:
-        while (await self.get("/health")).status != 200:
-            await asyncio.sleep(0.02)
-
-    async def ask(self, prompt: str) -> Answer:
-        """Everything that a stream answers."""
-        body = {"model": "stories", "prompt": prompt, "stream": True}
-        return await self.get("/v1/completions", body)
-
-    async def ranks(self, count: int = 1) -> list[int]:
-        """The processes of the ranks, when so many are there."""
-        while not (self.pids.exists() and self.pids.read_text().count("\n") == count):
-            await asyncio.sleep(0.02)
-        return [int(pid) for pid in self.pids.read_text().split()]
-
-    async def end(self) -> int:
-        """The status, when everything has ended and nothing is left."""
-        status = await asyncio.wait_for(self.life, 60)
-        assert not Path(os.environ[FOLDER_VARIABLE]).exists()
-        pids = [int(pid) for pid in self.pids.read_text().split()]
-        assert pids and not any(map(is_running, pids))
-        with pytest.raises(ConnectionRefusedError):
-            await self.get("/health")
-        return status
-
-
-@pytest.fixture
-def start(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Any:
-    """A function that starts a server on a free port, whose ranks are a program."""
-    monkeypatch.setenv(FOLDER_VARIABLE, "")  # is put back at the end
-    monkeypatch.setenv("PYTHONPATH", str(Path(fake_ranks.__file__).parent), ":")
-
-    def start(program: str, *arguments: str) -> Server:
-        pids = tmp_path / f"pids-{time.monotonic_ns()}"
-        command = (sys.executable, "-c", program, str(pids))
-        monkeypatch.setattr(front, "PROGRAM", command)
-        args = options.parse(["--port", "0", *arguments])
-        listener = front.listen(args.host, args.port)
-        config = options.config(args, listener.getsockname()[1])
-        life = asyncio.create_task(front.serve(args, config, listener, None))
-        return Server(config.port, life, pids)
-
-    return start
-
-
 def test_draining(start, capfd: pytest.CaptureFixture[str]) -> None:
     """SIGTERM: what is under way ends, new requests are sent away, and all ends."""
 
@@ -301,10 +215,10 @@ def test_a_log_that_nobody_takes(monkeypatch: pytest.MonkeyPatch) -> None:
     reading, writing = os.pipe()
     os.close(reading)
     with open(writing, "wb", buffering=0) as unbuffered:
-        log = io.TextIOWrapper(unbuffered, write_through=True)
-        monkeypatch.setattr(sys, "stderr", log)
-        front.say("ready")
-        front.say_line(["mpirun"])
+        stderr = io.TextIOWrapper(unbuffered, write_through=True)
+        monkeypatch.setattr(sys, "stderr", stderr)
+        log.say("ready")
+        log.say_line(["mpirun"])
 
 
 def test_draining_has_an_end(
@@ -350,7 +264,7 @@ def test_ranks_that_do_not_end_in_order(
     """Those that load are ended at once, those that do not listen after a while."""
 
     async def life(program: str, end_seconds: float) -> None:
-        monkeypatch.setattr(front, "END_SECONDS", end_seconds)
+        monkeypatch.setattr(supervisor, "END_SECONDS", end_seconds)
         server = start(program, "--host", "0.0.0.0")
         await server.ranks()
         if program == DEAF:
@@ -369,7 +283,7 @@ def test_ranks_that_do_not_end_in_order(
 
 
 def test_the_job_ends_by_itself(start, capfd: pytest.CaptureFixture[str]) -> None:
-    """Before it is ready, with a mistake; afterwards, with a stream under way."""
+    """With a mistake, before it is ready; afterwards see test_surviving.py."""
 
     async def refused() -> None:
         server = start(REFUSING, "--ranks", "2")
@@ -379,30 +293,6 @@ def test_the_job_ends_by_itself(start, capfd: pytest.CaptureFixture[str]) -> Non
     said = capfd.readouterr().err
     assert said.count("\nmlxtp.serve: error: no model\n") == 1
     assert len(said.splitlines()) == 3
-
-    async def killed() -> None:
-        server = start(FAKE)
-        await server.is_ready()
-        stream = asyncio.create_task(server.ask("hang:"))
-        await asyncio.sleep(0.2)
-        [pid] = await server.ranks()
-        os.kill(pid, signal.SIGKILL)
-        assert "the ranks have" in (await stream).text
-        assert await server.end() == 128 + signal.SIGKILL
-
-    asyncio.run(killed())
-    last = capfd.readouterr().err.splitlines()[-1]
-    assert last == "mlxtp.serve: the ranks have ended with status 137"
-
-    async def judged() -> None:
-        studio4 = RankOnHost(4, "studio4")
-        verdict = Verdict("died", (studio4,), RankOnHost(0, "studio0"), None, 60.0)
-        ended = asyncio.get_running_loop().create_future()
-        ended.set_result(Outcome(1, verdict))
-        ranks = Ranks()
-        assert await front.after_loss(ranks, ended) == 1
-        assert ranks.words == verdict.sentence()
-        await ranks.close()
 
     async def outlived() -> None:
         """By a rank 0 that keeps its end of the connection."""
@@ -418,9 +308,7 @@ def test_the_job_ends_by_itself(start, capfd: pytest.CaptureFixture[str]) -> Non
         assert await asyncio.wait_for(reader.read(), 5) == b""
         await ranks.close()
 
-    asyncio.run(judged())
     asyncio.run(outlived())
-    assert capfd.readouterr().err == ""  # the job has said it
 
 
 def test_with_mpirun(start, capfd: pytest.CaptureFixture[str]) -> None:

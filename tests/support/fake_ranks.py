@@ -6,6 +6,7 @@ by line, is the answer:
     think: words         reasoning
     call: name {json}    a tool call
     wait: seconds        nothing for so long
+    die:                 the ranks end by SIGKILL, but not where they go on behind it
     hang:                nothing, until the request is cancelled
     error: words         the request fails by the server's fault
     mistake: words       the request fails by its own
@@ -19,12 +20,14 @@ the answer.
 As a program it connects to the front that FOLDER_VARIABLE names:
 
     python tests/support/fake_ranks.py [--step-seconds S] [--loading-seconds S]
+        [--refusal WORDS]
 """
 
 import argparse
 import asyncio
 import json
 import os
+import signal
 from collections.abc import AsyncIterator
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -200,7 +203,7 @@ def script(start: Start) -> list[tuple[str, Any]]:
             steps.append(("text", str(start.settings.seed)))
         elif name == "wait":
             steps.append(("wait", float(rest)))
-        elif name in ("hang", "error", "mistake"):
+        elif name in ("hang", "error", "mistake", "die"):
             steps.append((name, rest))
         else:
             steps.append(("text", line))
@@ -220,6 +223,7 @@ class FakeRanks:
     loading_seconds: float = 0.0
     call_seconds: float = 0.0
     running: int = 32
+    refusal: str = ""
     starts: list[Start] = field(default_factory=list)
     calls: list[messages.Call] = field(default_factory=list)
     cancelled: list[str] = field(default_factory=list)
@@ -237,6 +241,10 @@ class FakeRanks:
         for part in range(10) if self.loading_seconds else ():
             self._send(messages.State("the ranks load the model", part / 10))
             await asyncio.sleep(self.loading_seconds / 10)
+        if self.refusal:
+            self._send(messages.Refused(self.refusal))
+            await writer.drain()
+            raise SystemExit(2)
         self._send(self.ready)
         telling = asyncio.create_task(self._tell_stats())
         try:
@@ -290,7 +298,11 @@ class FakeRanks:
                 if top is None
                 else [None, *(_logprob(token, top) for token in start.prompt[1:])],
             )
+            known = len(start.generated)
             async for changes in self._answer(start):
+                if known > 0:  # told by the job before
+                    known -= len(changes.get("tokens", ()))
+                    continue
                 await asyncio.sleep(self.step_seconds)
                 self._tell(start, **changes)
                 self.steps += 1
@@ -310,6 +322,10 @@ class FakeRanks:
                 continue
             if kind == "hang":
                 await asyncio.Event().wait()
+            if kind == "die":
+                if not start.generated:
+                    os.kill(os.getpid(), signal.SIGKILL)
+                continue
             if kind in ("error", "mistake"):
                 is_mistake = kind == "mistake"
                 yield {"finish": "error", "error": value, "is_mistake": is_mistake}
@@ -388,10 +404,8 @@ def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--step-seconds", type=float, default=0.01)
     parser.add_argument("--loading-seconds", type=float, default=0.0)
-    arguments = parser.parse_args()
-    fake = FakeRanks(
-        step_seconds=arguments.step_seconds, loading_seconds=arguments.loading_seconds
-    )
+    parser.add_argument("--refusal", default="")
+    fake = FakeRanks(**vars(parser.parse_args()))
     asyncio.run(fake.run(Path(os.environ[messages.FOLDER_VARIABLE])))
 
 

@@ -1,0 +1,3 @@
+"""Fixtures of the server's tests."""
+
+from life import start  # noqa: F401

@@ -1,0 +1,217 @@
+"""The ranks end, and the answers go on: with ranks that have no model."""
+
+import asyncio
+import json
+import os
+import signal
+
+import fake_ranks
+import pytest
+from life import FAKE, Server
+
+from mlxtp.cluster.remote import HostError
+from mlxtp.cluster.verdict import RankOnHost, Verdict, Why
+from mlxtp.cluster.visit import Visit
+from mlxtp.generation.settings import Settings
+from mlxtp.serve import hosts as hosts_module
+from mlxtp.serve import messages, supervisor
+from mlxtp.serve.front.ranks import Ranks, Unavailable
+from mlxtp.serve.hosts import Hosts, Loss, lacks, lost_hosts, lost_in_turn
+from mlxtp.serve.messages import Event, Start
+
+pytestmark = pytest.mark.once
+
+# The first job serves; those that follow say that the model does not fit.
+TOO_LARGE = f"""
+import os, runpy, sys
+is_first = not os.path.exists(sys.argv[1])
+print(os.getpid(), file=open(sys.argv.pop(1), "a"))
+sys.argv += [] if is_first else ["--refusal", "it does not fit: 8 GB are lacking"]
+runpy.run_path({fake_ranks.__file__!r}, run_name="__main__")
+"""
+
+
+def texts(stream: str) -> str:
+    """The text of a stream of completions."""
+    events = [json.loads(line[6:]) for line in stream.splitlines() if "{" in line]
+    assert not [event for event in events if "error" in event], events
+    return "".join(choice["text"] for event in events for choice in event["choices"])
+
+
+def test_streams_go_on_where_they_stopped(start, capfd) -> None:
+    """Nothing is missing, doubled or different; requests that come meanwhile wait."""
+
+    async def life() -> None:
+        server: Server = start(FAKE, "--served-model-name", "stories")
+        await server.is_ready()
+        told = [
+            asyncio.create_task(server.ask(f"wait: 0.5\nNo. {i}\nwait: 1\nmore"))
+            for i in range(4)
+        ]
+        await asyncio.sleep(0.8)
+        [first] = await server.ranks()
+        os.kill(first, signal.SIGKILL)
+        while (health := await server.get("/health")).status == 200:
+            await asyncio.sleep(0.02)
+        assert json.loads(health.text)["state"] == "recovering"
+        late = asyncio.create_task(server.ask("late"))
+        assert [texts((await task).text) for task in told] == [
+            f"No. {i}\nmore" for i in range(4)
+        ]
+        assert texts((await late).text) == "late"
+        await server.ranks(2)
+        os.kill(os.getpid(), signal.SIGTERM)
+        assert await server.end() == 0
+
+    asyncio.run(life())
+    said = capfd.readouterr().err
+    assert "mlxtp.serve: the ranks have ended with status 137: going on\n" in said
+    assert said.count("mlxtp.serve: ready: stories") == 2
+
+
+def test_losses_without_a_token_between_them_end_it(start, capfd) -> None:
+    async def life() -> None:
+        server: Server = start(FAKE, "--served-model-name", "stories")
+        await server.is_ready()
+        answer = await server.ask("die:")
+        assert "the ranks have ended with status 137" in answer.text
+        assert await server.end() == 128 + signal.SIGKILL
+
+    asyncio.run(life())
+    said = capfd.readouterr().err
+    assert said.count("the ranks have ended with status 137: going on") == 2
+    assert said.endswith(
+        "mlxtp.serve: 3 jobs in turn were lost without a token between them:\n"
+        + 3 * "mlxtp.serve: the ranks have ended with status 137\n"
+    )
+
+
+def test_a_token_between_losses_counts(start) -> None:
+    async def life() -> None:
+        server: Server = start(FAKE, "--served-model-name", "stories")
+        await server.is_ready()
+        for _ in range(4):
+            assert texts((await server.ask("a\nwait: 0.2\ndie:\nb")).text) == "a\nb"
+        os.kill(os.getpid(), signal.SIGTERM)
+        assert await server.end() == 0
+
+    asyncio.run(life())
+
+
+def test_requests_wait_for_hosts_and_get_an_error_at_last(
+    start, monkeypatch: pytest.MonkeyPatch, capfd
+) -> None:
+    monkeypatch.setattr(supervisor, "VISIT_EVERY_SECONDS", 0.5)
+
+    async def life() -> None:
+        server: Server = start(TOO_LARGE, "--give-up-seconds", "1")
+        await server.is_ready()
+        stream = asyncio.create_task(server.ask("a\nhang:"))
+        await asyncio.sleep(0.3)
+        [first] = await server.ranks()
+        os.kill(first, signal.SIGKILL)
+        while "does not fit" not in (await server.get("/health")).text:
+            await asyncio.sleep(0.02)
+        refused = await server.ask("new")
+        assert refused.status == 503 and refused.headers["Retry-After"]
+        assert "8 GB are lacking" in refused.text
+        assert "8 GB are lacking" in (await stream).text
+        os.kill(os.getpid(), signal.SIGTERM)
+        assert await server.end() == 0
+
+    asyncio.run(life())
+
+
+def test_what_follows_from_a_verdict() -> None:
+    def verdict(why: Why, *ranks: int) -> Verdict:
+        lost = tuple(RankOnHost(rank, f"host{rank}.local") for rank in ranks)
+        return Verdict(why, lost, RankOnHost(0, "host0.local"), None, 10.0)
+
+    of_ranks = ["a", "b", "b", "c"]
+    assert lost_hosts(verdict("died", 2, 1, 3), of_ranks) == ("b", "c")
+    assert lost_hosts(verdict("silent", 0), of_ranks) == ("a",)
+    assert lost_hosts(verdict("undelivered", 1), of_ranks) == ()
+    assert lost_hosts(verdict("died", 7), of_ranks) == ()
+    assert lost_hosts(None, of_ranks) == ()
+    assert lost_in_turn([Loss("x", ("b",))]) == set()
+    assert lost_in_turn([Loss("x", ("b",)), Loss("y", ("a", "b"))]) == {"b"}
+    assert lost_in_turn([Loss("x", ("b",)), Loss("y", ())]) == set()
+
+
+def test_what_a_host_lacks_that_is_back() -> None:
+    before = Visit("c", 0, "10.89.0.3", 57344)
+    assert lacks(before, Visit("c", 2, "10.89.0.3", 57344), "hosts") is None
+    words = lacks(before, Visit("c", 0, None, 57344), "hosts")
+    assert words is not None and "launch/cables hosts --apply" in words
+    words = lacks(before, Visit("c", 0, "10.89.0.3", 0), "hosts")
+    assert words is not None and "launch/memory hosts --apply" in words
+    on_linux = Visit("c", 0, None, None)
+    assert lacks(on_linux, on_linux, "hosts") is None
+
+
+def test_who_takes_part(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Who answers, but for whom jobs were lost with in turn; the first in any case."""
+    away: set[str] = set()
+
+    def visit(host: str, jobs: object) -> Visit:
+        if host in away:
+            raise HostError("no route")
+        return Visit(host, 0, None, None)
+
+    monkeypatch.setattr(hosts_module, "visit", visit)
+
+    async def life() -> None:
+        hosts = Hosts({"a": 1, "b": 2, "c": 1}, "hostfile")
+        assert hosts.ranks == ["a", "b", "b", "c"]
+        await hosts.look()
+        await hosts.choose([Loss("x", ("b",))])
+        assert hosts.part == hosts.slots and not hosts.missing
+        away.update("ab")
+        await hosts.choose([Loss("x", ("b",))])
+        assert hosts.part == {"a": 1, "c": 1}
+        assert hosts.missing == {"b": "it does not answer: no route"}
+        assert await hosts.returned() == []
+        away.clear()
+        assert await hosts.returned() == ["b"]
+        await hosts.choose([Loss("x", ("c",)), Loss("y", ("c",))])
+        assert hosts.part == {"a": 1, "b": 2}
+        assert await hosts.returned() == []
+        monkeypatch.setattr(hosts_module.time, "monotonic", lambda: 1e9)
+        assert await hosts.returned() == ["c"]
+
+    asyncio.run(life())
+
+
+def test_what_a_job_is_told_that_follows_another() -> None:
+    """Log-probabilities of a prompt are told once, and a request is admitted once."""
+
+    async def life() -> None:
+        ranks = Ranks()
+        ranks.ready = fake_ranks.READY
+        settings = Settings(max_tokens=8, seed=1, prompt_logprobs=0)
+        generation = ranks.start(Start("a", [1, 2, 3, 4], settings))
+        score = messages.TokenLogprob(1, "a", [97], -1.0)
+        ranks._take(Event("a", admitted=True, cached=2))
+        ranks._take(Event("a", prompt_logprobs=[None, score]))
+        assert generation.again().settings == settings
+        ranks._take(Event("a", admitted=True, cached=0))
+        assert generation.cached == 2
+        ranks._take(Event("a", prompt_logprobs=[None]))
+        ranks._take(Event("a", prompt_logprobs=[score, score, score]))
+        assert generation.told_logprobs == 4
+        ranks._take(Event("a", tokens=[5, 6]))
+        again = generation.again()
+        assert again.settings.prompt_logprobs is None
+        assert (again.prompt, again.generated) == ([1, 2, 3, 4], [5, 6])
+        ranks.recover("a host is lost", "waiting")
+        with pytest.raises(Unavailable, match="a host is lost"):
+            ranks.start(Start("b", [1], settings))
+        # With less room than before it ends, as at the end of the context.
+        ranks._hand_in(messages.Ready(**{**vars(fake_ranks.READY), "context": 6}))
+        assert generation.is_over
+        told = [event async for event in generation]
+        assert told[-1].finish == "length"
+        assert sum(len(event.prompt_logprobs or ()) for event in told) == 4
+        await ranks.close()
+
+    asyncio.run(life())
