@@ -8,28 +8,11 @@ import time
 from collections.abc import Iterator
 
 import pytest
-from five_hosts import HOSTS, LAB, good, lab
+from five_hosts import LAB, good, lab
 from five_hosts import the_lab_can_be_built as the_lab_can_be_built
+from lab_hosts import cables, over_agent, reached
 
 pytestmark = [pytest.mark.lab, pytest.mark.once]
-
-AGENT = ["sh", "/run/mlxtp-lab/agent"]
-# Prints which addresses refuse a connection at a port that nobody listens on.
-REACH = """
-import select, socket, sys
-waiting = {}
-for address in sys.argv[1:]:
-    connection = socket.socket()
-    connection.setblocking(False)
-    connection.connect_ex((address, 9))
-    waiting[connection] = address
-while ready := select.select([], list(waiting), [], 0.5)[1]:
-    for connection in ready:
-        error = connection.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR)
-        address = waiting.pop(connection)
-        if error == 111:
-            print(address)
-"""
 
 
 @pytest.fixture
@@ -41,24 +24,6 @@ def ring() -> Iterator[None]:
     for host in json.loads(good("status", "--json"))["off"]:
         good("on", host)
         cables(host)
-
-
-def cables(host: str) -> None:
-    """Give a host its addresses and routes on the cables."""
-    words = [sys.executable, "launch/cables", str(HOSTS.index(host) + 1), "5"]
-    words += ["--left", "tb0", "--right", "tb1", "--os", "linux", "--apply"]
-    good("run", "--on", host, *words)
-
-
-def reached(source: str, *addresses: str) -> set[str]:
-    """Return those of some addresses that a host reaches."""
-    program = [sys.executable, "-c", REACH, *addresses]
-    return set(good("run", "--on", source, *program).split())
-
-
-def over_agent(source: str, host: str) -> subprocess.CompletedProcess[str]:
-    """Ask a host for its name, as mpirun on `source` would."""
-    return lab("run", "--on", source, *AGENT, host, "hostname")
 
 
 def test_a_host_without_ethernet(ring: None) -> None:
