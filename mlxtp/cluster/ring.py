@@ -15,10 +15,9 @@ from concurrent.futures import ThreadPoolExecutor
 from ipaddress import IPv4Address
 from typing import Literal, NamedTuple
 
-from mlxtp.cluster.addresses import RING_ADDRESSES
+from mlxtp.cluster.addresses import CABLE_NETWORK, RING_ADDRESSES
 from mlxtp.cluster.commands import output
 
-CABLE_NETWORK = "10.88.0.0/16"
 MOST_HOSTS = len(RING_ADDRESSES)
 
 # Nobody listens there: a host that is there refuses at once.

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
-from five_hosts import HOSTS, good
+from five_hosts import HOSTFILE, HOSTS, good, lab
 from five_hosts import the_lab_can_be_built as the_lab_can_be_built
 from lab_hosts import cables, reached
 
@@ -24,6 +24,16 @@ def ring() -> Iterator[None]:
     good("up", "--delay-ms", "1")
     yield
     good("down")  # with the routes that a test has left
+
+
+# Sends each other more than a megabyte, and is heard by the heartbeat.
+JOB = """
+import mlxtp
+comm = mlxtp.Communicator.world("mpi-eager", timeout_seconds=20)
+assert len(comm.allgather_object("x" * 300_000)) == 5
+if comm.rank == 0:
+    print("well", flush=True)
+"""
 
 
 def reroute(broken: str, hosts: list[str] = HOSTS) -> list[str]:
@@ -81,3 +91,18 @@ def routes() -> list[list[str]]:
     return [
         sorted(good("run", "--on", host, "ip", "route").splitlines()) for host in HOSTS
     ]
+
+
+def test_a_job_takes_the_ethernet(ring: None) -> None:
+    """With MLXTP_CABLES=0, while cables are cut and routes still lead through them."""
+    good("cut", "studio2", "studio3")
+    good("cut", "studio3", "studio4")
+    start = """
+from mlxtp.cluster.job import Job
+Job(["python", "-c", {!r}], "{}").exec()
+"""
+    program = start.format(JOB, HOSTFILE)
+    done = lab("run", sys.executable, "-c", program, MLXTP_CABLES="0")
+    assert done.stdout == "well\n", done.stderr
+    carried = json.loads(good("status", "--json"))["links"]
+    assert sum(link["bytes"] + link["lost"] for link in carried) < 10_000
