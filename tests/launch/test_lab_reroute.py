@@ -2,8 +2,9 @@
 
 import json
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from typing import TypeVar
 
 import pytest
 from five_hosts import HOSTFILE, HOSTS, good, lab
@@ -11,6 +12,8 @@ from five_hosts import the_lab_can_be_built as the_lab_can_be_built
 from lab_hosts import cables, reached
 
 pytestmark = [pytest.mark.lab, pytest.mark.once]
+
+T = TypeVar("T")
 
 ANSWERING = """
 from mlxtp.cluster import ring
@@ -44,6 +47,19 @@ def reroute(broken: str, hosts: list[str] = HOSTS) -> list[str]:
         said = good("run", "--on", host, sys.executable, "-m", *module)
         return json.loads(said)["routes"]
 
+    return on_each(act, hosts)
+
+
+def routes() -> list[list[str]]:
+    """Return the routes of all hosts."""
+    return on_each(
+        lambda host: sorted(good("run", "--on", host, "ip", "route").splitlines()),
+        HOSTS,
+    )
+
+
+def on_each(act: Callable[[str], T], hosts: list[str]) -> list[T]:
+    """Call a function for all hosts at once."""
     with ThreadPoolExecutor() as pool:
         return list(pool.map(act, hosts))
 
@@ -71,7 +87,7 @@ def test_past_a_cut_cable_and_a_lost_host(ring: None) -> None:
     left = ["studio1", "studio2", "studio4", "studio5"]
     assert answering("studio4") == [4]
     assert reroute("2,3", left) == ["changed"] * 4
-    assert reroute("2,3", left) == ["as wanted"] * 4
+    assert reroute("2,3", ["studio5"]) == ["as wanted"]
     assert reached("studio2", *others) == others - {"10.89.0.3"}
     # Nothing leads to the host that is gone: who asks for it is told at once.
     assert "10.89.0.3" not in good("run", "--on", "studio2", "ip", "route")
@@ -84,13 +100,6 @@ def test_past_a_cut_cable_and_a_lost_host(ring: None) -> None:
     assert answering("studio3") == [2, 3]
     assert reroute("", left) == ["changed"] * 4
     assert routes() == before
-
-
-def routes() -> list[list[str]]:
-    """Return the routes of all hosts."""
-    return [
-        sorted(good("run", "--on", host, "ip", "route").splitlines()) for host in HOSTS
-    ]
 
 
 def test_a_job_takes_the_ethernet(ring: None) -> None:
