@@ -1,19 +1,12 @@
-"""Addresses and routes of each host in a ring of cables, and commands for them.
-
-Cable i joins the right port of host i with the left port of host i + 1, and cable N
-host N with host 1 (two hosts have one cable).
-"""
+"""Commands that give a host its part of a ring of cables, and undo it."""
 
 import shlex
-from ipaddress import IPv4Address
 from typing import NamedTuple
 
 import over_ssh  # noqa: F401 (puts the checkout on Python's path)
 
-from mlxtp.cluster.addresses import RING_ADDRESSES
-
-CABLE_NETWORK = "10.88.0.0/16"
-MOST_HOSTS = len(RING_ADDRESSES)
+from mlxtp.cluster import ring
+from mlxtp.cluster.reroute import LINUX, MACOS, Route
 
 # What the ports are called where nobody renamed them.
 PORTS = {
@@ -44,54 +37,21 @@ class Host(NamedTuple):
     @property
     def address(self) -> str:
         """The address that all other hosts reach."""
-        return host_address(self.number)
+        return ring.host_address(self.number)
 
     @property
     def ports(self) -> dict[str, str]:
         """Interface -> this host's address on the cable there."""
-        ports = {self.left: cable_addresses(self.number - 1 or self.hosts)[1]}
-        ports[self.right] = cable_addresses(self.number)[0]
-        if self.hosts == 2:
-            del ports[self.left if self.number == 1 else self.right]
-        return ports
+        ends = ring.ends(self.number, self.hosts)
+        return {getattr(self, side): end.address for side, end in ends.items()}
 
     @property
-    def routes(self) -> dict[str, tuple[str, str]]:
-        """Another host's address -> the neighbour's on the cable, and the interface."""
-        routes = {}
-        for other in range(1, self.hosts + 1):
-            if other == self.number:
-                continue
-            if goes_right(self.number, other, self.hosts):
-                hop = cable_addresses(self.number)[1], self.right
-            else:
-                hop = cable_addresses(self.number - 1 or self.hosts)[0], self.left
-            routes[host_address(other)] = hop
-        return routes
-
-
-def host_address(host: int) -> str:
-    """Return the address of host `host`, 1 or more, that all others reach."""
-    return RING_ADDRESSES[host - 1]
-
-
-def cable_addresses(cable: int) -> tuple[str, str]:
-    """Return the addresses of a cable at host `cable` and at the next one.
-
-    Each cable is a network of its own.
-    """
-    base = IPv4Address(CABLE_NETWORK.split("/")[0]) + 256 * cable
-    return str(base + 1), str(base + 2)
-
-
-def goes_right(host: int, other: int, hosts: int) -> bool:
-    """Return whether the shorter route to `other` begins at the right port of `host`.
-
-    Between opposite hosts of an even ring both routes are as long. Then both
-    directions take the one that is to the right of the lower number.
-    """
-    right, left = (other - host) % hosts, (host - other) % hosts
-    return right < left or (right == left and host < other)
+    def routes(self) -> dict[str, Route]:
+        """Another host's address -> how packets to it leave this one."""
+        return {
+            ring.host_address(other): Route(hop.gateway, getattr(self, hop.side))
+            for other, hop in ring.routes(self.number, self.hosts).items()
+        }
 
 
 # Both ports of a host have its one address, and have it first. First, because that is
@@ -110,10 +70,9 @@ def linux(host: Host) -> list[Step]:
             place = [network, "dev", interface]
             do, undo = ["ip", "address", "replace"], ["ip", "address", "del"]
             steps.append(Step(do + place, undo + place))
-    for other, (gateway, interface) in host.routes.items():
-        route = [f"{other}/32", "via", gateway, "dev", interface, "src", host.address]
-        do, undo = ["ip", "route", "replace"], ["ip", "route", "del"]
-        steps.append(Step(do + route, undo + route))
+    for other, route in host.routes.items():
+        do = LINUX.lay(other, route, host.address)
+        steps.append(Step(do, LINUX.remove(other)))
     return steps
 
 
@@ -130,10 +89,9 @@ def macos(host: Host) -> list[Step]:
         for place in own, cable:
             inet = ["ifconfig", interface, "inet"]
             steps.append(Step(inet + place, [*inet, place[0], "-alias"]))
-    for other, (gateway, interface) in host.routes.items():
-        route = ["-host", other, gateway, "-ifp", interface, "-ifa", host.address]
-        delete = ["route", "-n", "delete", "-host", other]
-        steps.append(Step(["route", "-n", "add", *route], delete, delete))
+    for other, route in host.routes.items():
+        do, delete = MACOS.lay(other, route, host.address), MACOS.remove(other)
+        steps.append(Step(do, delete, delete))
     return steps
 
 

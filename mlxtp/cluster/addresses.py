@@ -1,5 +1,6 @@
 """Addresses of hosts: those on the cables, and which of them are this machine's."""
 
+import os
 import socket
 from collections.abc import Iterable
 from functools import cache
@@ -8,11 +9,29 @@ from typing import Any
 # `launch/cables` gives each host one address here that all others reach.
 RING_NETWORK = "10.89.0.0/24"
 RING_ADDRESSES = [f"10.89.0.{host}" for host in range(1, 255)]
+# The networks of the ends of each cable.
+CABLE_NETWORK = "10.88.0.0/16"
+
+# "0": the cables are not to be used, the job takes the Ethernet. mpirun hands it to the
+# ranks.
+CABLES_VARIABLE = "MLXTP_CABLES"
+# What Open MPI is to leave alone then, besides loopback: it pairs all else.
+WITHOUT_CABLES = f"127.0.0.0/8,{CABLE_NETWORK},{RING_NETWORK}"
 
 
 def ring_address() -> str | None:
-    """Return this host's address in the ring of cables; None if it has none."""
+    """Return this host's address in the ring of cables; None if it has none.
+
+    None as well where `CABLES_VARIABLE` says that the cables are not to be used.
+    """
+    if not uses_cables():
+        return None
     return next((address for address in RING_ADDRESSES if _is_local(address)), None)
+
+
+def uses_cables() -> bool:
+    """Return whether cables, where there are any, are to be used."""
+    return os.environ.get(CABLES_VARIABLE) != "0"
 
 
 def own_address(hosts: Iterable[str]) -> str:

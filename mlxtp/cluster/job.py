@@ -22,7 +22,13 @@ from pathlib import Path
 from typing import IO, Any, NoReturn
 
 from mlxtp.cluster import hostfile
-from mlxtp.cluster.addresses import RING_NETWORK, is_here, ring_address
+from mlxtp.cluster.addresses import (
+    RING_NETWORK,
+    WITHOUT_CABLES,
+    is_here,
+    ring_address,
+    uses_cables,
+)
 from mlxtp.cluster.remote import AGENT_VARIABLE, SSH_OPTIONS
 from mlxtp.cluster.verdict import VERDICT_VARIABLE, Verdict, VerdictFilter
 
@@ -33,7 +39,7 @@ INPUT_VARIABLE = "MLXTP_INPUT_BYTES"
 # Variables that concern a rank; mpirun passes on by itself what concerns Open MPI.
 _PASSED_ON = ("HF_", "MLX_", "MLXTP_")
 # What a person has set of these stays.
-_INTERFACES = "OMPI_MCA_btl_tcp_if_include"
+_INTERFACES = "OMPI_MCA_btl_tcp_if_include", "OMPI_MCA_btl_tcp_if_exclude"
 
 # mpirun gives its ranks a second after SIGTERM, and may hang where many fail at once.
 END_SECONDS = 10.0
@@ -183,8 +189,12 @@ class Job:
         if list(self.ssh) != ["ssh"] or AGENT_VARIABLE not in os.environ:
             agent = f"{shlex.join(self.ssh)} {SSH_OPTIONS}"
             words += ["--prtemca", "plm_ssh_agent", agent]
-        if _INTERFACES not in os.environ and ring_address() is not None:
+        if not os.environ.keys().isdisjoint(_INTERFACES):
+            return words
+        if ring_address() is not None:
             words += ["--mca", "btl_tcp_if_include", RING_NETWORK]
+        elif not uses_cables():
+            words += ["--mca", "btl_tcp_if_exclude", WITHOUT_CABLES]
         return words
 
     def _environment(self) -> dict[str, str]:

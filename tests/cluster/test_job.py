@@ -74,6 +74,13 @@ def test_the_line_for_other_hosts(
     assert line == f"{start} --prtemca plm_ssh_agent 'ssh -F f {batch}' true"
     monkeypatch.setattr(job, "ring_address", lambda: "10.89.0.1")
     assert typed(["true"], file).endswith("--mca btl_tcp_if_include 10.89.0.0/24 true")
+    # Cables that are not to be used: Open MPI would pair their ends with everyone.
+    monkeypatch.setattr(job, "ring_address", lambda: None)
+    person["MLXTP_CABLES"] = "0"
+    without = "--mca btl_tcp_if_exclude 127.0.0.0/8,10.88.0.0/16,10.89.0.0/24"
+    assert typed(["true"], file).endswith(f"{without} -x MLXTP_CABLES true")
+    del person["MLXTP_CABLES"]
+    monkeypatch.setattr(job, "ring_address", lambda: "10.89.0.1")
     # What a person has set stays; an ssh on the command line comes before it.
     person["PRTE_MCA_plm_ssh_agent"] = "agent"
     person["OMPI_MCA_btl_tcp_if_include"] = "en0"

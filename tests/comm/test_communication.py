@@ -9,12 +9,12 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 import pytest
-from cabling import goes_right
 from mlx_lm.models.cache import make_prompt_cache
 from tiny import VOCABULARY, Tiny, made_by_rank_0
 
 import mlxtp
 from mlxtp import Communicator
+from mlxtp.cluster.ring import goes_right
 from mlxtp.comm.allreduce import ALGORITHMS, Collectives, algorithms
 from mlxtp.comm.codec import GROUP_SIZE
 from mlxtp.comm.eager import EagerCollectives

@@ -35,22 +35,11 @@ class Machine:
                 self.addresses[interface].append(address.split("/")[0])
             case ["ip", "address", "del", address, "dev", interface]:
                 self.addresses[interface].remove(address.split("/")[0])
-            case [
-                "ip",
-                "route",
-                what,
-                other,
-                "via",
-                gateway,
-                "dev",
-                interface,
-                *source,
-            ]:
-                other = other.split("/")[0]
-                if what == "del":
-                    del self.routes[other]
-                else:
-                    self.routes[other] = interface, gateway, source[1]
+            case ["ip", "route", "del", other]:
+                del self.routes[other.split("/")[0]]
+            case ["ip", "route", "replace", other, "via", *route]:
+                gateway, _, interface, _, source = route
+                self.routes[other.split("/")[0]] = interface, gateway, source
             case ["ifconfig", interface, "inet", address, "-alias"]:
                 self.addresses[interface].remove(address)
             case ["ifconfig", interface, "inet", address, "netmask", _, *alias]:

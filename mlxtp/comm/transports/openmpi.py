@@ -3,7 +3,12 @@
 import os
 import sys
 
-from mlxtp.cluster.addresses import RING_NETWORK, ring_address
+from mlxtp.cluster.addresses import (
+    RING_NETWORK,
+    WITHOUT_CABLES,
+    ring_address,
+    uses_cables,
+)
 
 # A message up to here goes out at once; a larger one asks the receiver first, which
 # costs a round trip. `gathers.PIECE_BYTES` stays below.
@@ -36,6 +41,8 @@ def set_defaults() -> None:
         # The two ends of a cable know each other alone: of all its addresses a host
         # may name only the one that everybody has a route to.
         os.environ.setdefault("OMPI_MCA_btl_tcp_if_include", RING_NETWORK)
+    elif not uses_cables() and "OMPI_MCA_btl_tcp_if_include" not in os.environ:
+        os.environ.setdefault("OMPI_MCA_btl_tcp_if_exclude", WITHOUT_CABLES)
     for name, value in defaults.items():
         os.environ.setdefault(f"OMPI_MCA_{name}", str(value))
 

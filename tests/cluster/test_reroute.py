@@ -1,0 +1,171 @@
+"""mlxtp.cluster.reroute: which commands change the routes, and what it says."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from mlxtp.cluster import reroute, ring
+from mlxtp.cluster.addresses import ring_address
+
+pytestmark = pytest.mark.once
+
+# Host 1 of 5 in a ring, as launch/cables leaves it.
+INTERFACES = {
+    "10.89.0.1": "L",
+    "10.88.5.2": "L",
+    "10.88.1.1": "R",
+    "192.168.1.20": "en0",
+}
+IP_ROUTE = """[
+{"dst": "default", "gateway": "192.168.1.1", "dev": "en0", "flags": []},
+{"dst": "10.88.1.0/30", "dev": "R", "protocol": "kernel", "prefsrc": "10.88.1.1"},
+{"dst": "10.88.5.0/30", "dev": "L", "protocol": "kernel", "prefsrc": "10.88.5.2"},
+{"dst": "10.89.0.2", "gateway": "10.88.1.2", "dev": "R", "prefsrc": "10.89.0.1"},
+{"dst": "10.89.0.3", "gateway": "10.88.1.2", "dev": "R", "prefsrc": "10.89.0.1"},
+{"dst": "10.89.0.4", "gateway": "10.88.5.1", "dev": "L", "prefsrc": "10.89.0.1"},
+{"dst": "10.89.0.5", "gateway": "10.88.5.1", "dev": "L", "prefsrc": "10.89.0.1"}
+]"""
+NETSTAT = """\
+Routing tables
+
+Internet:
+Destination        Gateway            Flags               Netif Expire
+default            192.168.1.1        UGScg                 en0
+10.88.1/30         link#9             UCS                     R      !
+10.88.1.2          36:0:12:7f:b4:40   UHLWIir                 R   1199
+10.88.5/30         link#8             UCS                     L      !
+10.89.0.1          10.89.0.1          UH                      L
+10.89.0.2          10.88.1.2          UGHS                    R
+10.89.0.3          10.88.1.2          UGHS                    R
+10.89.0.4/32       10.88.5.1          UGSc                    L
+10.89.0.5          10.88.5.1          UGHS                    L
+127                127.0.0.1          UCS                   lo0
+"""
+
+
+class Host:
+    """Stands for the system: what it prints, and the commands that it is given."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, system: str) -> None:
+        self.interfaces = dict(INTERFACES)
+        self.commands: list[str] = []
+        self.refuses = ""
+        printed = {"ip": IP_ROUTE, "netstat": NETSTAT}
+        monkeypatch.setattr(reroute.sys, "platform", system)
+        monkeypatch.setattr(reroute, "output", lambda *words: printed[words[0]])
+        monkeypatch.setattr(ring, "interfaces", lambda: self.interfaces)
+        monkeypatch.setattr(reroute.subprocess, "run", self.run)
+        monkeypatch.setattr(os, "geteuid", lambda: 0)
+
+    def run(self, words: list[str], **_: object) -> subprocess.CompletedProcess[str]:
+        self.commands.append(" ".join(words))
+        failed = bool(self.refuses)
+        return subprocess.CompletedProcess(words, failed, "", self.refuses)
+
+
+@pytest.fixture(params=["linux", "darwin"])
+def host(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Host:
+    return Host(monkeypatch, request.param)
+
+
+def test_as_wanted_takes_no_command(host: Host) -> None:
+    outcome = reroute.reroute(1, 5, set())
+    assert outcome == ("as wanted", "4 routes go the shorter way round")
+    assert reroute.reroute(1, 5, {3}).routes == "as wanted"  # opposite
+    assert host.commands == []
+
+
+def test_the_commands_past_a_cut_cable(host: Host) -> None:
+    outcome = reroute.reroute(1, 5, {2})
+    assert outcome == ("changed", "4 routes go past 2")
+    assert (
+        host.commands
+        == {
+            "linux": [
+                "ip route replace 10.89.0.3/32 via 10.88.5.1 dev L src 10.89.0.1",
+            ],
+            "darwin": [
+                "route -n delete -host 10.89.0.3",
+                "route -n add -host 10.89.0.3 10.88.5.1 -ifp L -ifa 10.89.0.1",
+            ],
+        }[sys.platform]
+    )
+
+
+def test_who_is_lost_has_no_route(host: Host) -> None:
+    outcome = reroute.reroute(1, 5, {2, 3})
+    words = "3 routes go past 2,3; no way leads to 10.89.0.3"
+    assert outcome == ("changed", words)
+    delete = {"linux": "ip route del 10.89.0.3/32"}
+    mac = "route -n delete -host 10.89.0.3"
+    assert host.commands == [delete.get(sys.platform, mac)]
+
+
+def test_what_it_cannot_do(host: Host, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each in words: no root, no sudo, no cable's address, no address of the ring."""
+    monkeypatch.setattr(os, "geteuid", lambda: 501)
+    host.refuses = "sudo: a password is required\n"
+    outcome = reroute.reroute(1, 5, {2, 3})
+    assert outcome.routes == "refused" and len(host.commands) == 1
+    assert host.commands[0].startswith("sudo -n ")
+    assert "failed: sudo: a password is required; by hand: sudo /" in outcome.words
+    assert outcome.words.endswith("-m mlxtp.cluster.reroute 1 5 --broken 2,3")
+
+    def no_sudo(words: list[str], **_: object) -> None:
+        raise FileNotFoundError(2, "No such file or directory", words[0])
+
+    monkeypatch.setattr(reroute.subprocess, "run", no_sudo)
+    outcome = reroute.reroute(1, 5, {2})
+    assert outcome.routes == "refused" and "'sudo'" in outcome.words
+    del host.interfaces["10.88.5.2"]
+    outcome = reroute.reroute(1, 5, {2})
+    assert outcome == ("refused", "no interface of this host has 10.88.5.2")
+    del host.interfaces["10.89.0.1"]
+    outcome = reroute.reroute(1, 5, {2})
+    assert outcome.routes == "refused"
+    assert "no address 10.89.0.1" in outcome.words
+    assert "launch/cables 1 5 --apply" in outcome.words
+
+
+def run(*words: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "mlxtp.cluster.reroute", *words]
+    return subprocess.run(command, capture_output=True, text=True)
+
+
+@pytest.mark.parametrize(
+    "words, says",
+    [
+        (["6", "5", "--broken", ""], "K is one of 1 to 5, not 6"),
+        (["1", "1", "--broken", ""], "a ring has 2 to 254 hosts, not 1"),
+        (["1", "5", "--broken", "6"], "cables 1 to 5, not 6"),
+        (["1", "5", "--broken", "2;3"], "cables 1 to 5, not 2;3"),
+    ],
+)
+def test_wrong_input(
+    words: list[str], says: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as ended:
+        reroute.main(words)
+    assert ended.value.code == 2 and says in capsys.readouterr().err
+
+
+@pytest.mark.skipif(ring_address() is not None, reason="this host is in a ring")
+def test_a_host_without_cables_says_so() -> None:
+    """As a program: a line of JSON, and nothing but the standard library is loaded."""
+    done = run("3", "5", "--broken", "2,3")
+    assert done.returncode == 0 and done.stderr == ""
+    said = json.loads(done.stdout)
+    assert said["routes"] == "refused" and "no address 10.89.0.3" in said["words"]
+
+
+def test_the_standard_library_is_enough(tmp_path: Path) -> None:
+    root = Path(reroute.__file__).parents[2]
+    program = f"import sys; sys.path.insert(0, {str(root)!r})\n"
+    program += "from mlxtp.cluster import reroute, ring\n"
+    # -S: no packages that are installed. -I: no PYTHONPATH.
+    words = [sys.executable, "-I", "-S", "-c", program]
+    assert subprocess.run(words, cwd=tmp_path).returncode == 0
