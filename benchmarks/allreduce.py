@@ -31,6 +31,7 @@ from mlxtp.comm.native.start import start
 from mlxtp.comm.progress import Progress
 from mlxtp.comm.traffic import Traffic
 from mlxtp.comm.transports import connect, start_backend
+from mlxtp.comm.verdict import Limits
 
 # 32 KiB is the hidden vector of Llama 3.1 405B in 16 bits.
 SIZES = [2**power for power in (10, 12, 14, 15, 16, 18, 20, 22, 24)]
@@ -122,7 +123,7 @@ def measure(args: argparse.Namespace) -> Times:
     """One job, on every rank: each algorithm's median seconds, on the slowest rank."""
     control: Any = connect()
     progress = Progress()
-    heartbeat = Heartbeat(control, progress, timeout_seconds=600)
+    heartbeat = Heartbeat(control, progress, Limits(600, 600))
     core = None
     if args.job == "mlxtp":
         core = start(control)

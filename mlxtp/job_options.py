@@ -43,6 +43,7 @@ LIMITS: Limits = {
     "kv_group_size": ("32, 64 or 128", lambda n: n in (32, 64, 128)),
     "quantized_kv_start": ("at least 0", lambda n: n >= 0),
     "timeout": ("above 0", lambda x: 0 < x < float("inf")),
+    "silence_timeout": ("above 0", lambda x: 0 < x < float("inf")),
 }
 
 CONFLICTS: Conflicts = [
@@ -73,8 +74,13 @@ class Parser(argparse.ArgumentParser):
         return super()._get_values(action, arg_strings)
 
 
-def add_options(parser: argparse.ArgumentParser) -> None:
-    """Add all options of the model and of the ranks to a parser."""
+def add_options(
+    parser: argparse.ArgumentParser, *, silence_seconds: float | None = None
+) -> None:
+    """Add all options of the model and of the ranks to a parser.
+
+    `silence_seconds` is the default of --silence-timeout; None is that of --timeout.
+    """
     parser.add_argument(
         "--model",
         help="A folder or a Hugging Face repo. Default: the small model that comes "
@@ -108,7 +114,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         help="Let all ranks take rank 0's choice of experts, at the price of a "
         "collective in each layer that has them: for machines whose chips differ.",
     )
-    _add_connection(parser)
+    _add_connection(parser, silence_seconds)
 
 
 def check(args: Args, limits: Limits, conflicts: Conflicts) -> None:
@@ -132,6 +138,7 @@ def connection(args: Args) -> dict[str, Any]:
         "allreduce": args.allreduce,
         "wire": args.wire,
         "timeout_seconds": args.timeout,
+        "silence_seconds": args.silence_timeout,
     }
 
 
@@ -180,7 +187,9 @@ def flag(name: str) -> str:
     return "--" + name.replace("_", "-")
 
 
-def _add_connection(parser: argparse.ArgumentParser) -> None:
+def _add_connection(
+    parser: argparse.ArgumentParser, silence_seconds: float | None = None
+) -> None:
     """Add the options by which ranks connect."""
     ranks = parser.add_argument_group("between the ranks")
     ranks.add_argument(
@@ -212,6 +221,15 @@ def _add_connection(parser: argparse.ArgumentParser) -> None:
         type=float,
         default=TIMEOUT_SECONDS,
         metavar="SECONDS",
-        help="End the job when a rank is silent or a collective waits for so long; "
-        f"the time to load does not count. Default: {TIMEOUT_SECONDS:g}.",
+        help="End the job when a collective waits for so long; the time to load does "
+        f"not count. Default: {TIMEOUT_SECONDS:g}.",
+    )
+    limit = "that of --timeout" if silence_seconds is None else f"{silence_seconds:g}"
+    ranks.add_argument(
+        "--silence-timeout",
+        type=float,
+        default=silence_seconds,
+        metavar="SECONDS",
+        help="End the job when a rank is not heard for so long; one that computes or "
+        f"loads is heard all the while. Default: {limit}.",
     )

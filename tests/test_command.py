@@ -177,6 +177,7 @@ def test_mpirun_has_started_ranks_already(
         ("--transport ring --temp -1", "ring"),
         ("--transport pigeon --temp -1", None),
         ("--transport ring --timeout 0", None),
+        ("--transport ring --silence-timeout 0", None),
     ],
 )
 def test_a_refused_command_line_tells_how_the_others_connect(

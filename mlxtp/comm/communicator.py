@@ -39,6 +39,7 @@ from mlxtp.comm.transports import (
     connect,
     start_backend,
 )
+from mlxtp.comm.verdict import Limits
 
 # No allreduce has it; MPI promises tags up to 32767.
 EXCHANGE_TAG = 32767
@@ -78,6 +79,7 @@ class Communicator:
         allreduce: str = "auto",
         wire: str = "plain",
         timeout_seconds: float = TIMEOUT_SECONDS,
+        silence_seconds: float | None = None,
         measure: bool = True,
         heartbeat: bool = True,
     ) -> None:
@@ -98,7 +100,8 @@ class Communicator:
         self._announcing: list[MessageRequest] = []  # sends that may be under way
         self._heartbeat: Heartbeat | None = None
         if heartbeat:
-            self._heartbeat = Heartbeat(control, self._progress, timeout_seconds)
+            limits = Limits(timeout_seconds, silence_seconds or timeout_seconds)
+            self._heartbeat = Heartbeat(control, self._progress, limits)
             sys.excepthook = self._end_all_ranks
         self._arrays = self._start(control, transport, allreduce, wire, measure)
         self.machines_differ = machines_differ(self)
@@ -113,6 +116,7 @@ class Communicator:
         allreduce: str = "auto",
         wire: str = "plain",
         timeout_seconds: float = TIMEOUT_SECONDS,
+        silence_seconds: float | None = None,
         measure: bool = True,
         heartbeat: bool = True,
     ) -> "Communicator":
@@ -134,8 +138,10 @@ class Communicator:
                 taken for each size.
             wire: "plain", or "int8" to send activations with 8 bits, inexactly: an
                 experiment, for which "mpi" takes the collectives of "mpi-eager".
-            timeout_seconds: the longest that a rank may be silent, wait in one
-                collective, or wait for MPI to start on all.
+            timeout_seconds: the longest that a rank may wait in one collective, for
+                MPI to start on all, or for the others to end.
+            silence_seconds: the longest that a rank may not be heard; by default the
+                same. A rank that computes or loads is heard all the while.
             measure: False measures nothing. Of the algorithms that `allreduce` admits
                 parts below 256 KiB then take a one-shot one and larger parts a
                 two-shot one, direct before ring.
@@ -168,6 +174,7 @@ class Communicator:
             allreduce=allreduce,
             wire=wire,
             timeout_seconds=timeout_seconds,
+            silence_seconds=silence_seconds,
             measure=measure,
             heartbeat=heartbeat,
         )

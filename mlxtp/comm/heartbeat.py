@@ -26,9 +26,7 @@ from mlxtp.comm import ending, launcher
 from mlxtp.comm import verdict as verdicts
 from mlxtp.comm.progress import Blocks, Progress
 from mlxtp.comm.transports import Transport
-from mlxtp.comm.verdict import Limits, Peer, ThisRank
-
-BEAT_SECONDS = 1.0
+from mlxtp.comm.verdict import BEAT_SECONDS, Limits, Peer, ThisRank
 
 # How long a rank that misses another waits for the lowest rank to report that.
 LEAVE_SECONDS = 1.5
@@ -47,19 +45,18 @@ LONGEST_ERROR = 500
 class Heartbeat:
     """Tell the peers what this rank does, hear them, and end the job if one is lost.
 
-    `timeout_seconds` is how long a rank may be silent, and how long this rank may
-    wait in one collective. Starts a thread and a handler of SIGTERM.
+    `limits` are how long a rank may be silent, and how long this rank may wait in one
+    collective. Starts a thread and a handler of SIGTERM.
 
     Communicates: two allgathers and a broadcast of objects, over `transport`.
     """
 
     def __init__(
-        self, transport: Transport, progress: Progress, timeout_seconds: float
+        self, transport: Transport, progress: Progress, limits: Limits
     ) -> None:
-        beat_seconds = min(BEAT_SECONDS, timeout_seconds / 5)
         self.peers: list[Peer] = []
         self._hearing = threading.Lock()  # while a peer is half changed
-        self._limits = Limits(timeout_seconds, beat_seconds)
+        self._limits = limits
         self._progress = progress
         self._rank = transport.rank
         self._host = socket.gethostname()

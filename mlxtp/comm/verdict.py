@@ -9,6 +9,11 @@ from dataclasses import dataclass, replace
 from mlxtp.cluster.verdict import CollectiveCall, RankOnHost, Verdict, Why
 from mlxtp.comm.progress import Blocks, Wait
 
+# How often a rank says that it lives: so often within the limit of silence, and at
+# least once in so many seconds.
+BEATS = 5
+BEAT_SECONDS = 1.0
+
 # A rank that has not been heard for so many beats is not heard at the moment.
 UNHEARD_BEATS = 3
 
@@ -66,10 +71,15 @@ class ThisRank:
 
 @dataclass(frozen=True)
 class Limits:
-    """How long a rank may be silent or wait, and how often each says that it lives."""
+    """How long a rank may wait for the others, and how long it may be silent."""
 
     timeout_seconds: float
-    beat_seconds: float
+    silence_seconds: float
+
+    @property
+    def beat_seconds(self) -> float:
+        """How often each rank says that it lives."""
+        return min(BEAT_SECONDS, self.silence_seconds / BEATS)
 
 
 def judge(
@@ -78,12 +88,12 @@ def judge(
     """Return why the job has to end, as this rank sees it; None if it goes on.
 
     It ends if a peer has been silent, or this rank has waited in a collective, for
-    longer than the limit. A peer is missed only after it was heard once.
+    longer than its limit. A peer is missed only after it was heard once.
     """
     silent = [
         peer
         for peer in peers
-        if peer.heard and not peer.left and now - peer.heard > limits.timeout_seconds
+        if peer.heard and not peer.left and now - peer.heard > limits.silence_seconds
     ]
     if silent:
         return _verdict("silent", silent, limits, this)
@@ -220,7 +230,8 @@ def _verdict(
     why: Why, lost: Sequence[Peer | ThisRank], limits: Limits, this: ThisRank
 ) -> Verdict:
     reporter = RankOnHost(this.rank, this.host)
-    seconds = limits.timeout_seconds
+    is_silence = why == "silent"
+    seconds = limits.silence_seconds if is_silence else limits.timeout_seconds
     return Verdict(why, _places(lost), reporter, this.collective(), seconds)
 
 

@@ -21,6 +21,9 @@ from mlxtp.serve.front.config import Config
 # How clients call the model that comes with mlxtp.
 DEFAULT_NAME = "stories"
 
+# The longest that a rank of a service may not be heard.
+SILENCE_SECONDS = 10.0
+
 # What an option of the server's own may be; None is always allowed.
 LIMITS: Limits = {
     "host": ("a name or an address of this machine", lambda host: bool(host.strip())),
@@ -299,7 +302,7 @@ def _add_sampling(parser: argparse.ArgumentParser) -> None:
 
 def _add_options_of_ranks(parser: argparse.ArgumentParser) -> None:
     """Add what the ranks are told."""
-    job_options.add_options(parser)
+    job_options.add_options(parser, silence_seconds=SILENCE_SECONDS)
     parser.add_argument(
         "--ignore-chat-template",
         action="store_true",

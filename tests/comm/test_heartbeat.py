@@ -27,10 +27,12 @@ from mlxtp.comm.heartbeat import Heartbeat
 from mlxtp.comm.launcher import LEAST_START_SECONDS
 from mlxtp.comm.progress import Blocks, GraphState, Progress
 from mlxtp.comm.transports import Transport
-from mlxtp.comm.verdict import Peer, ThisRank
+from mlxtp.comm.verdict import BEAT_SECONDS, Limits, Peer, ThisRank
 
 HOST = os.uname().nodename
 TIMEOUT_SECONDS = 3
+SILENCE_SECONDS = 2
+LIMITS = TIMEOUT_SECONDS, SILENCE_SECONDS
 
 # In MLX's backends nothing limits how long a rank waits for one that is alive.
 TRANSPORTS = ["mpi", "mpi-eager", "ring"]
@@ -42,7 +44,10 @@ import os, sys, time
 import mlx.core as mx
 import mlxtp
 comm = mlxtp.Communicator.world(
-    sys.argv[1], timeout_seconds=float(sys.argv[3]), measure=False
+    sys.argv[1],
+    timeout_seconds=float(sys.argv[3]),
+    silence_seconds=float(sys.argv[4]),
+    measure=False,
 )
 pids = comm.allgather_object(os.getpid())
 if comm.rank == 0:
@@ -171,7 +176,7 @@ def jobs(transport: str) -> dict[str, Future[Ended]]:
     """Start a job for every way to break one; those that last longest come first."""
 
     def start(deed: str, program: str = PROGRAM, **how: Any) -> Future[Ended]:
-        return POOL.submit(broken, program, transport, deed, TIMEOUT_SECONDS, **how)
+        return POOL.submit(broken, program, transport, deed, *LIMITS, **how)
 
     started = {"stopped": start("pass", break_it=send(signal.SIGSTOP, 1))}
     if transport in WITH_LIMIT:
@@ -196,12 +201,12 @@ def over(transports: list[str]) -> pytest.MarkDecorator:
 @over(TRANSPORTS)
 def test_a_rank_stops_answering(transport: str) -> None:
     job, status, seconds = jobs(transport)["stopped"].result()
-    assert status != 0 and TIMEOUT_SECONDS - 1 < seconds < TIMEOUT_SECONDS + 5
-    missing = f"mlxtp: rank 1 on {HOST} did not answer for {TIMEOUT_SECONDS} s"
+    assert status != 0 and SILENCE_SECONDS - 1 < seconds < SILENCE_SECONDS + 5
+    missing = f"mlxtp: rank 1 on {HOST} did not answer for {SILENCE_SECONDS} s"
     assert job.output.count(missing) == 1, job.output
     verdict = job.verdict()
     assert (verdict.why, of(verdict)) == ("silent", [1])
-    assert verdict.limit_seconds == TIMEOUT_SECONDS
+    assert verdict.limit_seconds == SILENCE_SECONDS
 
 
 @over(TRANSPORTS)
@@ -246,6 +251,7 @@ def test_a_rank_does_something_else(
     assert len(told) == 1, job.output
     verdict = job.verdict()
     assert (verdict.why, of(verdict)) == (why, [1])
+    assert verdict.limit_seconds == TIMEOUT_SECONDS
     if why != "failed":  # what is waited for is named, also if it was only started
         name = "iallreduce" if what.endswith("started") else "allreduce"
         collective = verdict.collective
@@ -299,7 +305,7 @@ def slow_jobs() -> dict[str, Future[Ended]]:
     """Start the other jobs that break, and one that does not."""
 
     def start(deed: str, break_it: Callable[[Job], None]) -> Future[Ended]:
-        arguments = (PROGRAM, "mpi", deed, TIMEOUT_SECONDS)
+        arguments = (PROGRAM, "mpi", deed, *LIMITS)
         return POOL.submit(broken, *arguments, break_it=break_it)
 
     limit_seconds = LEAST_START_SECONDS + 25
@@ -384,7 +390,7 @@ def test_a_peer_is_heard_while_a_rank_that_raised_looks(
 ) -> None:
     """What it says in the middle of a look counts in the next one, as a whole."""
     progress = Progress()
-    beat = Heartbeat(cast(Transport, Alone()), progress, 60)
+    beat = Heartbeat(cast(Transport, Alone()), progress, Limits(60, 10))
     progress.end_block(raised=True)
     peer = Peer(1, "b", heard=1.0, number=progress.number)
     monkeypatch.setattr(beat, "end_job", Mock(side_effect=AssertionError))
@@ -406,12 +412,12 @@ def test_a_peer_is_heard_while_a_rank_that_raised_looks(
 def test_who_is_not_let_end_says_so_after_those_who_wait(
     silent: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    beat = Heartbeat(cast(Transport, Alone()), Progress(), 60)
+    beat = Heartbeat(cast(Transport, Alone()), Progress(), Limits(60, 10))
     end_job = Mock()
     monkeypatch.setattr(beat, "end_job", end_job)
     with beat.finish():
         begin = time.monotonic()
-        beat._check_finish(begin + 60 + heartbeat.BEAT_SECONDS)
+        beat._check_finish(begin + 60 + BEAT_SECONDS)
         end_job.assert_not_called()
         beat._check_finish(begin + 65)
     [verdict] = end_job.call_args.args
@@ -445,7 +451,7 @@ def test_what_stands_in_the_graph_is_told(
     def begin(rank: int) -> Heartbeat:
         progress = Progress()
         transport = cast(Transport, Pair(rank, both, values))
-        beat = Heartbeat(transport, progress, 60)
+        beat = Heartbeat(transport, progress, Limits(60, 10))
         for name, layer in [("allreduce", "o_proj"), ("bcast", ""), ("bcast", "head")]:
             progress.put_in_graph(name, layer)
         progress.graph = lambda: states[rank]

@@ -30,7 +30,7 @@ from mlxtp.comm.verdict import (
 )
 
 NOW = 1000.0
-LIMITS = Limits(timeout_seconds=10, beat_seconds=1)
+LIMITS = Limits(timeout_seconds=10, silence_seconds=5)
 WAIT = Wait(NOW - 10.1, "allreduce", 7, "model.layers.3", in_graph=False)
 CALL = WAIT.call()
 COMPUTING = ThisRank(1, "studio2", 7, replace(CALL, waiting=False))
@@ -57,7 +57,7 @@ def peers(**changes: dict[str, object]) -> list[Peer]:
     ]
 
 
-SILENT = {"heard": NOW - 10.1}
+SILENT = {"heard": NOW - 5.1}
 
 
 @pytest.mark.parametrize(
@@ -69,7 +69,7 @@ SILENT = {"heard": NOW - 10.1}
         ({}, replace(WAITING, limited_since=None), None, [], ""),
         ({}, replace(WAITING, limited_since=NOW - 9.9), None, [], ""),
         (
-            {"rank_2": {"heard": NOW - 9.9}},
+            {"rank_2": {"heard": NOW - 4.9}},
             replace(WAITING, limited_since=None),
             None,
             [],
@@ -81,7 +81,7 @@ SILENT = {"heard": NOW - 10.1}
             COMPUTING,
             "silent",
             [2],
-            "mlxtp: rank 2 on studio3 did not answer for 10 s (stopped or cut off)",
+            "mlxtp: rank 2 on studio3 did not answer for 5 s (stopped or cut off)",
         ),
         ({"rank_2": SILENT}, replace(WAITING, limited_since=None), "silent", [2], ""),
         (
@@ -89,7 +89,7 @@ SILENT = {"heard": NOW - 10.1}
             WAITING,
             "silent",
             [0, 3],
-            "mlxtp: rank 0 on studio1, rank 3 on studio4 did not answer for 10 s",
+            "mlxtp: rank 0 on studio1, rank 3 on studio4 did not answer for 5 s",
         ),
         # Who was never heard or has said good-bye is not silent.
         (
@@ -174,8 +174,18 @@ def test_judge(
     assert [place.rank for place in verdict.lost] == lost
     assert all(place.host == f"studio{place.rank + 1}" for place in verdict.lost)
     assert verdict.sentence().startswith(says)
+    assert verdict.limit_seconds == (5 if why == "silent" else 10)
     if this.waits:
         assert verdict.sentence().endswith(WHERE)
+
+
+@pytest.mark.parametrize(
+    ("silence_seconds", "beat_seconds"), [(60, 1), (5, 1), (2, 0.4)]
+)
+def test_beats_follow_from_the_limit_of_silence(
+    silence_seconds: float, beat_seconds: float
+) -> None:
+    assert Limits(3, silence_seconds).beat_seconds == beat_seconds
 
 
 def test_ranks_that_never_found_each_other() -> None:
