@@ -19,9 +19,11 @@ from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import psutil
 
+from mlxtp.cluster import ring
 from mlxtp.cluster.addresses import ring_address
 from mlxtp.cluster.remote import HostError, run_on
 
@@ -43,28 +45,48 @@ class Visit:
     """What was seen on a host.
 
     `ended` counts processes of old jobs that were ended, `ring_address` is the host's
-    on the cables, if it has one. `gpu_limit_mb` is what macOS was told that its GPU may
-    take (iogpu.wired_limit_mb), 0 for its own choice; None elsewhere.
+    on the cables, if it has one, `cables` those of its cables whose other end answers.
+    `gpu_limit_mb` is what macOS was told that its GPU may take (iogpu.wired_limit_mb),
+    0 for its own choice; None elsewhere.
     """
 
     host: str
     ended: int
     ring_address: str | None
     gpu_limit_mb: int | None
+    cables: tuple[int, ...] = ()
 
 
-def visit(host: str, jobs: Sequence[str]) -> Visit:
-    """Visit a host, of which jobs of these names may have left something.
+def visit(
+    host: str, jobs: Sequence[str], place: tuple[int, int] | None = None
+) -> Visit:
+    """Visit a host, on which jobs of these names may have left something.
+
+    `place` says that it is host K of N in a ring of cables.
 
     Raises: HostError if it does not answer.
     """
-    words = [sys.executable, "-m", "mlxtp.cluster.visit", *jobs]
-    script = f"cd {shlex.quote(os.getcwd())} && exec {shlex.join(words)}"
+    words = ["mlxtp.cluster.visit", *jobs]
+    if place is not None:
+        words.append(f"--ring={place[0]},{place[1]}")
+    content = ask(host, words)
+    content["cables"] = tuple(content["cables"])
+    return Visit(**content)
+
+
+def ask(host: str, words: Sequence[str]) -> dict[str, Any]:
+    """Run a module of Python on a host; return the JSON object that it prints last.
+
+    Raises: HostError if it does not answer, or prints none.
+    """
+    command = shlex.join([sys.executable, "-m", *words])
+    script = f"cd {shlex.quote(os.getcwd())} && exec {command}"
     said = run_on(host, script, timeout_seconds=VISIT_SECONDS)
     try:
-        return Visit(**json.loads(said.splitlines()[-1]))
-    except (ValueError, TypeError, IndexError) as error:
+        content: dict[str, Any] = json.loads(said.splitlines()[-1])
+    except (ValueError, IndexError) as error:
         raise HostError(f"{host} says {said[-200:]!r}") from error
+    return content
 
 
 def end_jobs(names: Sequence[str]) -> int:
@@ -144,10 +166,20 @@ def main() -> None:
     """End what is left, and print what was seen."""
     parser = argparse.ArgumentParser(prog="mlxtp.cluster.visit", description=__doc__)
     parser.add_argument("jobs", nargs="*", metavar="JOB")
+    parser.add_argument("--ring", metavar="K,N", help="host K of N in a ring of cables")
     args = parser.parse_args()
     ended = end_jobs(args.jobs)
     remove_leftovers()
-    seen = Visit(socket.gethostname(), ended, ring_address(), gpu_limit_mb())
+    cables: dict[int, bool] = {}
+    if args.ring is not None:
+        cables = ring.answering(*map(int, args.ring.split(",")))
+    seen = Visit(
+        socket.gethostname(),
+        ended,
+        ring_address(),
+        gpu_limit_mb(),
+        tuple(cable for cable, answers in cables.items() if answers),
+    )
     print(json.dumps(asdict(seen)))
 
 

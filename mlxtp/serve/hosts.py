@@ -3,18 +3,22 @@
 The rules stand first. A host takes part if it answers; the front's own does in any
 case. One with which the last jobs in turn were lost is left out for a while, and one
 that comes back without what it had (a Mac that was restarted has lost its addresses on
-the cables, and its GPU's limit) is taken in when that is mended.
+the cables, and its GPU's limit) is taken in when that is mended. In a ring of cables
+the routes are laid past cables that do not answer; a host that no way reaches does not
+take part. Where the routes cannot be laid, all take the Ethernet.
 """
 
 import asyncio
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
+from mlxtp.cluster import ring
+from mlxtp.cluster.addresses import uses_cables
 from mlxtp.cluster.hostfile import by_rank
 from mlxtp.cluster.remote import HostError
 from mlxtp.cluster.verdict import Verdict
-from mlxtp.cluster.visit import Visit, visit
+from mlxtp.cluster.visit import Visit, ask, visit
 
 # A host with which so many jobs in turn were lost is left out, for so long.
 LOSSES_OF_HOST = 2
@@ -67,6 +71,29 @@ def lacks(before: Visit, now: Visit, file: str) -> str | None:
     return None
 
 
+def broken_cables(numbers: int, seen: Mapping[int, Visit]) -> set[int]:
+    """Return the cables of a ring that do not join two hosts.
+
+    Args:
+        numbers: how many hosts the ring has.
+        seen: those that answer, by their numbers, from 1.
+    """
+    return {
+        end.cable
+        for number in range(1, numbers + 1)
+        for end in ring.ends(number, numbers).values()
+        if number not in seen or end.cable not in seen[number].cables
+    }
+
+
+def _is_in_ring(hosts: int) -> bool:
+    """Whether this host has its place, the first, in a ring of cables."""
+    if not uses_cables():
+        return False
+    there = ring.interfaces()
+    return all(end.address in there for end in ring.ends(1, hosts).values())
+
+
 class Hosts:
     """The hosts of a service, and what is known of them.
 
@@ -76,13 +103,16 @@ class Hosts:
         file: the hostfile, for what people are told.
 
     `part` are those that take part in the job, as `slots`; `missing` says why others
-    do not.
+    do not. `notes` are for the log: how the cables are used where some are broken.
     """
 
     def __init__(self, slots: dict[str, int], file: str) -> None:
         self.slots, self.part = slots, dict(slots)
         self.missing: dict[str, str] = {}
+        self.takes_cables = True  # where there are any
+        self.notes: list[str] = []
         self._file = file
+        self._in_ring = len(slots) > 1 and _is_in_ring(len(slots))
         self._jobs: list[str] = []
         self._before: dict[str, Visit] = {}  # as they were when the service began
         self._left_out_until: dict[str, float] = {}
@@ -112,11 +142,13 @@ class Hosts:
             self._left_out_until[host] = now + LEFT_OUT_SECONDS
         visits = await self._visits(self.slots or ["localhost"], self._jobs)
         first = next(iter(self.slots), None)
-        self.missing = {}
+        self.missing, self.notes = {}, []
         for host in self.slots:
             words = self._against(host, visits[host])
             if words is not None and host != first:
                 self.missing[host] = words
+        if self._in_ring:
+            await self._lay_routes(visits)
         self.part = {h: n for h, n in self.slots.items() if h not in self.missing}
 
     async def returned(self) -> list[str]:
@@ -129,6 +161,41 @@ class Hosts:
                 back.append(host)
             self.missing[host] = words or "it is back"
         return back
+
+    async def _lay_routes(self, visits: Mapping[str, Visit | str]) -> None:
+        """Lay the routes in the ring past the cables that do not answer."""
+        names = list(self.slots)
+        numbers = {host: number for number, host in enumerate(names, 1)}
+        seen = {
+            numbers[host]: each
+            for host, each in visits.items()
+            if isinstance(each, Visit) and host not in self.missing
+        }
+        broken = broken_cables(len(names), seen)
+        reached = ring.routes(1, len(names), broken)
+        for number in [number for number in seen if number != 1]:
+            if number not in reached:
+                self.missing[names[number - 1]] = "its cables do not answer"
+        part = [host for host in names if host not in self.missing]
+
+        def lay(host: str) -> str | None:
+            place = [str(numbers[host]), str(len(names))]
+            cables = ",".join(map(str, sorted(broken)))
+            words = ["mlxtp.cluster.reroute", *place, f"--broken={cables}"]
+            try:
+                said = ask(host, words)
+            except HostError as error:
+                return f"{host}: {error}"
+            return f"{host}: {said['words']}" if said["routes"] == "refused" else None
+
+        laid = await asyncio.gather(*(asyncio.to_thread(lay, host) for host in part))
+        refused = [words for words in laid if words is not None]
+        self.takes_cables = not refused
+        if refused:
+            self.notes = [*refused, "all hosts take the Ethernet"]
+        elif broken:
+            words = ", ".join(map(str, sorted(broken)))
+            self.notes = [f"the routes are laid past cable {words}"]
 
     def _against(self, host: str, seen: Visit | str) -> str | None:
         """Say why a host does not take part; None if it does."""
@@ -144,9 +211,12 @@ class Hosts:
     ) -> dict[str, Visit | str]:
         """Visit hosts, all at once; of those that do not answer, why."""
 
+        numbers = {host: number for number, host in enumerate(self.slots, 1)}
+
         def visited(host: str) -> Visit | str:
+            in_ring = (numbers[host], len(numbers)) if self._in_ring else None
             try:
-                return visit(host, jobs)
+                return visit(host, jobs, in_ring)
             except HostError as error:
                 return str(error)
 

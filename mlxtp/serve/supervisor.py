@@ -12,10 +12,13 @@ import subprocess
 import sys
 import time
 from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
 
 from mlxtp.cluster import hostfile
+from mlxtp.cluster.addresses import CABLES_VARIABLE
 from mlxtp.cluster.allocation import Allocation
 from mlxtp.cluster.job import END_SECONDS, Job, Outcome, RunningJob, start_alone
 from mlxtp.serve import options
@@ -94,8 +97,9 @@ class Supervisor:
                 file = self._ranks.folder / "hosts"
                 file.write_text(hostfile.text(hosts.part))
                 job = replace(job, hostfile=file, ranks=self._count())
-            say_line(job.line())
-            self._job = job.start(stdin=subprocess.DEVNULL)
+            with _cables(hosts.takes_cables):
+                say_line(job.line())
+                self._job = job.start(stdin=subprocess.DEVNULL)
         hosts.note(self._job.name)
         self._ended = asyncio.ensure_future(asyncio.to_thread(self._job.wait))
 
@@ -241,6 +245,8 @@ class Supervisor:
         else:
             words += ": going on"
         say(words)
+        for note in hosts.notes:
+            say(note)
         ranks.recover(words, state)
 
     async def _make_it_fit(self, words: str) -> None:
@@ -287,6 +293,19 @@ class Supervisor:
     def _observe(self, generation: Generation, event: Event | None) -> None:
         if event is not None and event.tokens:
             self._losses.clear()
+
+
+@contextmanager
+def _cables(are_used: bool) -> Iterator[None]:
+    """Let what starts in this block leave the cables alone, if they are not used."""
+    if are_used or CABLES_VARIABLE in os.environ:
+        yield
+        return
+    os.environ[CABLES_VARIABLE] = "0"
+    try:
+        yield
+    finally:
+        del os.environ[CABLES_VARIABLE]
 
 
 async def first_of(*futures: Future, timeout_seconds: float | None = None) -> None:
