@@ -17,10 +17,13 @@ from typing import Any
 
 import httpx2
 import mlx.core as mx
+from mlx_lm.utils import load_model, save_model
 from models import make
 from ranks import HOSTFILE, environment
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
+
+from mlxtp.stories import PATH as STORIES
 
 # The name that both servers know the model by.
 MODEL = "default_model"
@@ -58,6 +61,17 @@ def make_model(folder: Path, config: dict[str, Any]) -> Path:
     return folder
 
 
+def in_float32(folder: Path) -> Path:
+    """Write the model that ships to a folder, in float32."""
+    model, _ = load_model(STORIES)
+    model.set_dtype(mx.float32)
+    folder.mkdir()
+    for file in STORIES.glob("*.json"):
+        (folder / file.name).write_bytes(file.read_bytes())
+    save_model(folder, model)
+    return folder
+
+
 def prompt(number: int, tokens: int) -> str:
     """A prompt of so many tokens; another number gives one that begins otherwise."""
     draw = random.Random(number)
@@ -70,7 +84,7 @@ def mlxtp_command(args: Any, port: int) -> tuple[list[Any], dict[str, str]]:
     command += ["--model", args.folder, "--served-model-name", MODEL]
     command += ["--hostfile", args.hostfile] if args.hostfile else []
     command += [] if args.ranks is None else ["--ranks", args.ranks]
-    return command, {}
+    return [*command, *getattr(args, "options", [])], {}
 
 
 def mlx_lm_command(args: Any, port: int) -> tuple[list[Any], dict[str, str]]:

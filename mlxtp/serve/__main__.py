@@ -14,6 +14,8 @@ import signal
 import socket
 import sys
 from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import uvicorn
@@ -27,6 +29,7 @@ from mlxtp.comm.errors import UsageError
 from mlxtp.serve import options
 from mlxtp.serve.front.app import create_app
 from mlxtp.serve.front.config import Config
+from mlxtp.serve.front.journal import Journal, default_folder
 from mlxtp.serve.front.ranks import Ranks
 from mlxtp.serve.log import say
 from mlxtp.serve.supervisor import Supervisor, first_of
@@ -126,7 +129,7 @@ async def serve(
         ranks = Ranks()
         try:
             await ranks.listen()
-            front = Front(ranks, config)
+            front = Front(ranks, replace(config, journal=journal(args, ranks)))
             supervisor = Supervisor(args, given, ranks, config.model_names[0])
             supervisor.start()
         except BaseException:
@@ -156,6 +159,23 @@ async def serve(
             await supervisor.end(second)
         await serving
         return status
+
+
+def journal(args: argparse.Namespace, ranks: Ranks) -> Journal | None:
+    """Open the journal of requests.
+
+    Raises: UsageError if there can be none where --journal-dir says.
+    """
+    if args.no_journal:
+        return None
+    given = args.journal_dir
+    try:
+        return Journal(Path(given) if given else default_folder(), ranks)
+    except OSError as error:
+        if given:
+            raise UsageError(f"--journal-dir {given}: {error.strerror}") from None
+        say(f"no journal of requests is kept: {error}")
+        return None
 
 
 class Front(uvicorn.Server):

@@ -47,7 +47,8 @@ class Start:
         id: of the request, never used before.
         prompt: tokens (L,), at least one.
         generated: tokens (L,) that the request already has: where a job before this one
-            ended. They are read like the prompt and not told again.
+            ended. They are read like the prompt.
+        tells_generated: tell these, too, in one event: their client is a new one.
         settings: how tokens are drawn.
         stop: texts that end the answer, and are not part of it.
         initial_state: in which the text begins: "normal" or "reasoning".
@@ -68,6 +69,7 @@ class Start:
     boundaries: list[int] = field(default_factory=list)
     parallel_tool_calls: bool = True
     is_chat: bool = False
+    tells_generated: bool = False
 
 
 @dataclass(frozen=True)
@@ -194,6 +196,7 @@ class Event:
         stop: the text of `Start.stop` that ended it.
         error: what was wrong, in words, where `finish` is "error".
         is_mistake: the error is the request's (400), not the server's.
+        is_told_again: `tokens` are those that the request was started with.
     """
 
     id: str
@@ -208,6 +211,7 @@ class Event:
     stop: str | None = None
     error: str | None = None
     is_mistake: bool = False
+    is_told_again: bool = False
 
 
 @dataclass(frozen=True)

@@ -50,6 +50,10 @@ CONFLICTS: Conflicts = [
         "--api-key and --api-key-file: give one of them",
     ),
     (
+        lambda args: args.journal_dir is not None and args.no_journal,
+        "--journal-dir and --no-journal: give one of them",
+    ),
+    (
         lambda args: args.prefix_cache_dir is not None and args.prefix_cache_gb == 0,
         "--prefix-cache-dir keeps what --prefix-cache-gb 0 turns off: leave one out",
     ),
@@ -272,6 +276,15 @@ def _add_options_of_clients(parser: argparse.ArgumentParser) -> None:
         default="quiet",
         help="When a lost host is back, take it in when no request is under way, at "
         "once, or not at all. Default: quiet.",
+    )
+    clients.add_argument(
+        "--journal-dir",
+        metavar="DIR",
+        help="Keep requests under way that have an Idempotency-Key here, so that they "
+        "go on after a restart. Default: a folder of this user's, for this system.",
+    )
+    clients.add_argument(
+        "--no-journal", action="store_true", help="Keep no requests on disk"
     )
     clients.add_argument(
         "--log-prompts",

@@ -14,7 +14,8 @@ import openai
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 from pyramid import sweep
-from server import Server, in_float32, running
+from server import Server, running
+from serving import in_float32
 
 pytestmark = pytest.mark.once
 

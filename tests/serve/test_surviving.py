@@ -153,7 +153,7 @@ def test_who_takes_part(monkeypatch: pytest.MonkeyPatch) -> None:
     """Who answers, but for whom jobs were lost with in turn; the first in any case."""
     away: set[str] = set()
 
-    def visit(host: str, jobs: object) -> Visit:
+    def visit(host: str, jobs: object, place: object) -> Visit:
         if host in away:
             raise HostError("no route")
         return Visit(host, 0, None, None)

@@ -13,11 +13,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import httpx2
-import mlx.core as mx
-from mlx_lm.utils import load_model, save_model
 from processes import is_running
-
-from mlxtp.stories import PATH as STORIES
 
 LIMIT_SECONDS = 120  # for whatever happens here, on a busy machine
 ADDRESS = re.compile(r"mlxtp\.serve: (http://\S+),")
@@ -47,17 +43,6 @@ def _below(parent: int) -> list[int]:
         if int(status.rpartition(")")[2].split()[1]) == parent:
             result += [pid, *_below(pid)]
     return result
-
-
-def in_float32(folder: Path) -> Path:
-    """Write the model that ships to a folder, in float32."""
-    model, _ = load_model(STORIES)
-    model.set_dtype(mx.float32)
-    folder.mkdir()
-    for file in STORIES.glob("*.json"):
-        (folder / file.name).write_bytes(file.read_bytes())
-    save_model(folder, model)
-    return folder
 
 
 @contextmanager

@@ -6,6 +6,7 @@ from typing import Annotated, Any
 
 from fastapi import Depends, Request
 
+from mlxtp.serve.front.journal import Journal
 from mlxtp.serve.front.ranks import Ranks
 
 
@@ -28,6 +29,7 @@ class Config:
         log_prompts: prompts and answers may stand in the log.
         drain_seconds: how long requests under way may take once the server is to end.
         max_body_bytes: the longest body of a request.
+        journal: of requests that have an Idempotency-Key; None keeps none.
     """
 
     model_names: tuple[str, ...]
@@ -42,6 +44,7 @@ class Config:
     log_prompts: bool = False
     drain_seconds: float = 30.0
     max_body_bytes: int = 32 << 20
+    journal: Journal | None = None
 
 
 def _ranks(request: Request) -> Ranks:

@@ -14,6 +14,7 @@ from typing import Any
 from mlxtp.generation.settings import Settings
 from mlxtp.serve.front.config import Config
 from mlxtp.serve.front.errors import Refusal
+from mlxtp.serve.front.journal import idempotency_key
 from mlxtp.serve.front.ranks import Generation, Mistake, Ranks
 from mlxtp.serve.messages import Ready, Start
 
@@ -290,10 +291,15 @@ def check_room(ranks: Ranks, config: Config, count: int) -> None:
 def admit(ranks: Ranks, config: Config, starts: Sequence[Start]) -> list[Generation]:
     """Hand requests to the ranks, all or none.
 
-    Raises: Refusal, as `check_room` and `ready_ranks`.
+    Those with an Idempotency-Key go on where they were begun.
+
+    Raises: Refusal, as `check_room`, `ready_ranks` and `Journal.begin`.
     """
     ready_ranks(ranks)  # both may have changed while prompts were encoded
     check_room(ranks, config, len(starts))
+    key = idempotency_key.get()
+    if key is not None and config.journal is not None:
+        starts = config.journal.begin(key, starts)
     return [ranks.start(start) for start in starts]
 
 

@@ -47,7 +47,7 @@ class Generation:
         self.start = start
         self.told_logprobs = 0  # of the prompt's tokens
         self._heard_logprobs = 0  # of them, from the job that works on it now
-        self.tokens: list[int] = list(start.generated)
+        self.tokens: list[int] = [] if start.tells_generated else [*start.generated]
         self.reasoning_tokens = 0
         self.cached = 0
         self.begun = time.monotonic()
@@ -63,7 +63,14 @@ class Generation:
         if self.told_logprobs == len(self.start.prompt):
             settings = replace(settings, prompt_logprobs=None)
         self._heard_logprobs = 0
-        return replace(self.start, generated=list(self.tokens), settings=settings)
+        if self.start.tells_generated and not self.tokens:
+            return self.start
+        return replace(
+            self.start,
+            generated=list(self.tokens),
+            settings=settings,
+            tells_generated=False,
+        )
 
     def news(self, event: Event) -> Event:
         """Return what of an event no job before has told."""

@@ -31,6 +31,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from mlxtp.serve.front import errors
 from mlxtp.serve.front.config import Config
 from mlxtp.serve.front.errors import Refusal
+from mlxtp.serve.front.journal import idempotency_key
 from mlxtp.serve.front.ranks import Unavailable
 
 log = logging.getLogger(__name__)
@@ -82,6 +83,7 @@ class Guard:
         try:
             self._check(scope)
             await self._read(scope, receive, body)
+            idempotency_key.set(Headers(scope=scope).get("idempotency-key"))
             await _until_gone(self._app, scope, bytes(body), receive, watched_send)
         except _Gone:
             pass

@@ -28,9 +28,10 @@ class AnswerText:
 
     Args:
         text: of the model.
-        start: the request. Pieces of tokens that it has `generated` are not given.
+        start: the request.
 
     Attributes:
+        replayed: pieces of the tokens that it has `generated`.
         stopped: the text of `start.stop` that ended the answer.
         is_over: nothing more will be shown: a text has ended the answer, or the one
             call that was asked for is there.
@@ -60,8 +61,9 @@ class AnswerText:
             for token in start.prompt[-_PROMPT_TAIL:]:
                 self._add(token)
             self._detokenizer.last_segment  # noqa: B018  takes it
-        for token in start.generated:
-            self.push(token)
+        self.replayed = [
+            piece for token in start.generated for piece in self.push(token)
+        ]
 
     def push(self, token: int) -> list[Piece]:
         """Take the next token; return the text that is decided by it."""

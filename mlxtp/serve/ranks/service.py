@@ -140,9 +140,16 @@ class Service:
             event = Event(start.id, finish="error", error=mistake, is_mistake=True)
             self._link.send(messages.Events([event]))
             return
-        self._open[start.id] = _Open(
-            start, AnswerText(self._text, start), len(start.generated)
-        )
+        answer = AnswerText(self._text, start)
+        self._open[start.id] = _Open(start, answer, len(start.generated))
+        if start.tells_generated:
+            event = Event(
+                start.id,
+                tokens=start.generated,
+                pieces=answer.replayed,
+                is_told_again=True,
+            )
+            self._link.send(messages.Events([event]))
         self._scheduler.submit(
             GenerationRequest(
                 start.id,

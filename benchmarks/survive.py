@@ -1,0 +1,459 @@
+"""Machines die while a server answers: what is lost, and how long it takes to go on.
+
+In the lab: a server on five hosts, the model that ships in float32, clients that ask
+all the while. A seeded die chooses faults, and each strikes when eight streams or more
+are in mid-answer. Then what was broken is mended, and the host is taken in again. Every
+answer is compared with the one that the same request got before anything was broken.
+
+    launch/lab up --delay-ms 1
+    launch/lab run python benchmarks/survive.py --hostfile hostfiles/studio5
+"""
+
+import argparse
+import asyncio
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import httpx2
+from serving import MODEL, Server, client, in_float32, served
+from soak import Answer, parting
+
+ROOT = Path(__file__).parent.parent
+LAB = ROOT / "launch" / "lab"
+
+# A fault strikes when so many streams have got so many tokens.
+STREAMS = 8
+TOKENS = 3
+
+# How long it may take until streams go on, and until a host is taken in again.
+LIMIT_SECONDS = 300.0
+
+
+def bodies() -> list[dict[str, Any]]:
+    """Requests of all kinds, each with its path."""
+    completion, chat = "/v1/completions", "/v1/chat/completions"
+    tool = {
+        "type": "function",
+        "function": {
+            "name": "look",
+            "parameters": {
+                "type": "object",
+                "properties": {"where": {"type": "string", "maxLength": 60}},
+                "required": ["where"],
+            },
+        },
+    }
+    tales = ["One day a dog", "The sun was warm", "A girl had a kite", "Tim was sad"]
+    long = "Once upon a time there was a little mouse who lived in a big house. " * 6
+    greedy, drawn = {"temperature": 0}, {"temperature": 1, "seed": 7}
+
+    def said(text: str) -> list[dict[str, str]]:
+        return [{"role": "user", "content": text}]
+
+    kinds: list[dict[str, Any]] = [
+        *({"path": completion, "prompt": tale, **greedy} for tale in tales),
+        *({"path": completion, "prompt": tale, **drawn} for tale in tales),
+        {"path": completion, "prompt": long + "It said", **greedy},
+        {"path": completion, "prompt": long + "Then", **drawn, "top_p": 0.9},
+        {"path": completion, "prompt": "A cat", **drawn, "frequency_penalty": 0.5},
+        {"path": completion, "prompt": "The end", **greedy, "stop": ["\n\n\n"]},
+        {
+            "path": chat,
+            "messages": said("Tell me of a bird."),
+            **drawn,
+            "response_format": {
+                "type": "json_schema",
+                "json_schema": {
+                    "name": "tale",
+                    "schema": {
+                        "type": "object",
+                        "properties": {"tale": {"type": "string", "maxLength": 300}},
+                        "required": ["tale"],
+                    },
+                },
+            },
+        },
+        {
+            "path": chat,
+            "messages": said("Where is it?"),
+            **greedy,
+            "tools": [tool],
+            "tool_choice": "required",
+        },
+    ]
+    common = {"model": MODEL, "stream": True, "max_tokens": 180}
+    for body in kinds:
+        of_chat = {"logprobs": True, "top_logprobs": 2}
+        body |= common | (of_chat if body["path"] == chat else {"logprobs": 2})
+    return kinds
+
+
+@dataclass
+class Stream:
+    """An answer as it comes."""
+
+    answer: Answer = field(default_factory=lambda: Answer([], []))
+    text: str = ""
+    times: list[float] = field(default_factory=list)
+
+
+async def ask(http: httpx2.AsyncClient, body: dict[str, Any], stream: Stream) -> None:
+    """Ask, and follow the answer to its end.
+
+    Raises: RuntimeError or httpx2.HTTPError if it has none.
+    """
+    path, body = body["path"], {k: v for k, v in body.items() if k != "path"}
+    async with http.stream("POST", path, json=body) as response:
+        response.raise_for_status()
+        finish = None
+        async for line in response.aiter_lines():
+            if not line.startswith("data: {"):
+                continue
+            content = json.loads(line[6:])
+            if "error" in content:
+                raise RuntimeError(str(content["error"]))
+            for choice in content["choices"]:
+                finish = choice.get("finish_reason") or finish
+                _add(stream, choice)
+        if finish is None:
+            raise RuntimeError("the stream has no end")
+
+
+def _add(stream: Stream, choice: dict[str, Any]) -> None:
+    delta = choice.get("delta") or {}
+    stream.text += choice.get("text") or delta.get("content") or ""
+    for call in delta.get("tool_calls") or ():
+        stream.text += call["function"].get("name") or ""
+        stream.text += call["function"].get("arguments") or ""
+    logprobs = choice.get("logprobs") or {}
+    if "content" in logprobs:
+        tokens = [entry["token"] for entry in logprobs["content"]]
+        likeliest = [
+            {other["token"]: other["logprob"] for other in entry["top_logprobs"]}
+            for entry in logprobs["content"]
+        ]
+    else:
+        tokens = logprobs.get("tokens") or []
+        likeliest = logprobs.get("top_logprobs") or []
+    stream.answer.tokens += tokens
+    stream.answer.likeliest += likeliest
+    if tokens:
+        stream.times.append(time.monotonic())
+
+
+@dataclass
+class Load:
+    """Clients that ask all the while: what is under way, and what has come of it."""
+
+    url: str
+    expected: list[tuple[dict[str, Any], Stream]]
+    under_way: dict[int, Stream] = field(default_factory=dict)
+    begun: int = 0
+    right: int = 0
+    lost: list[str] = field(default_factory=list)
+    partings: list[tuple[str, bool]] = field(default_factory=list)
+    tokens: int = 0
+
+    async def client(self, number: int) -> None:
+        """Ask until it is cancelled."""
+        draw = random.Random(number)
+        async with client(self.url) as http:
+            while True:
+                body, alone = draw.choice(self.expected)
+                stream = self.under_way[number] = Stream()
+                self.begun += 1
+                try:
+                    await ask(http, body, stream)
+                except (RuntimeError, httpx2.HTTPError) as error:
+                    self.lost.append(f"{type(error).__name__}: {error}")
+                    await asyncio.sleep(1)
+                    continue
+                self.tokens += len(stream.answer.tokens)
+                parted = parting(body, alone.answer, stream.answer)
+                if parted is not None:
+                    self.partings.append(parted)
+                elif stream.text != alone.text:
+                    self.partings.append((f"texts: {body}", False))
+                else:
+                    self.right += 1
+
+    def in_mid_answer(self) -> int:
+        """How many streams have begun to answer."""
+        return sum(len(s.times) >= TOKENS for s in self.under_way.values())
+
+    def last_token(self) -> float:
+        """When the last token of any stream came."""
+        times = [s.times[-1] for s in self.under_way.values() if s.times]
+        return max(times, default=0.0)
+
+
+def lab(*words: object) -> None:
+    """Run launch/lab."""
+    subprocess.run([str(LAB), *map(str, words)], check=True, capture_output=True)
+
+
+def neighbours(host: int, hosts: int) -> tuple[str, str]:
+    """The hosts on both sides in a ring, by name."""
+    return f"studio{(host - 2) % hosts + 1}", f"studio{host % hosts + 1}"
+
+
+def ranks_on(host: str) -> list[int]:
+    """The processes of ranks on a host of the lab."""
+    done = subprocess.run(["ip", "netns", "pids", host], capture_output=True, text=True)
+    pids = []
+    for pid in map(int, done.stdout.split()):
+        with suppress(OSError):
+            words = Path(f"/proc/{pid}/cmdline").read_bytes().split(b"\0")
+            if b"mlxtp.serve.ranks" in words and b"python" in words[0]:
+                pids.append(pid)
+    return pids
+
+
+def strike_ranks(host: str, number: int) -> None:
+    """Send a signal to the ranks of a host."""
+    for pid in ranks_on(host):
+        with suppress(ProcessLookupError):
+            os.kill(pid, number)
+
+
+def cut(host: str, hosts: int) -> None:
+    """Cut both cables of a host."""
+    for other in neighbours(int(host.removeprefix("studio")), hosts):
+        lab("cut", host, other)
+
+
+def restore(host: str, hosts: int) -> None:
+    """Switch a host on, and give it its addresses on the cables."""
+    lab("on", host)
+    number = host.removeprefix("studio")
+    names = ["--left", "tb0", "--right", "tb1", "--os", "linux", "--apply"]
+    words = [sys.executable, ROOT / "launch" / "cables", number, hosts, *names]
+    lab("run", "--on", host, *words)
+
+
+# What strikes a host, and what mends it: of its name, and how many there are.
+Act = Callable[[str, int], None]
+
+
+def nothing(host: str, hosts: int) -> None:
+    """Mend nothing."""
+
+
+def isolate(host: str, hosts: int) -> None:
+    """Cut a host off from the cables and from the Ethernet."""
+    cut(host, hosts)
+    lab("cut", "--ethernet", host)
+
+
+def mend(host: str, hosts: int) -> None:
+    """Mend all cables and Ethernets."""
+    lab("mend")
+
+
+FAULTS: dict[str, tuple[Act, Act]] = {
+    "killed": (lambda host, _: strike_ranks(host, signal.SIGKILL), nothing),
+    "stopped": (lambda host, _: strike_ranks(host, signal.SIGSTOP), nothing),
+    "cables cut": (cut, mend),
+    "cut off": (isolate, mend),
+    "off": (lambda host, _: lab("off", host), restore),
+    "one cable": (
+        lambda host, hosts: lab(
+            "cut", host, neighbours(int(host.removeprefix("studio")), hosts)[1]
+        ),
+        mend,
+    ),
+    "rank 0 killed": (lambda _, __: strike_ranks("studio1", signal.SIGKILL), nothing),
+}
+
+
+@dataclass
+class Seen:
+    """What a fault did: seconds from the strike on."""
+
+    fault: str
+    hosts: str
+    streams: int
+    notice: float
+    ready: float
+    token: float
+    back: float
+
+
+async def state(http: httpx2.AsyncClient) -> dict[str, Any]:
+    """What /cluster says."""
+    with suppress(httpx2.HTTPError):
+        content: dict[str, Any] = (await http.get("/cluster")).json()
+        return content
+    return {"state": "no answer", "missing": {}, "ranks": []}
+
+
+async def until(condition: Callable[[], Any], what: str) -> None:
+    """Wait until a condition holds.
+
+    Raises: RuntimeError if that takes too long.
+    """
+    limit = time.monotonic() + LIMIT_SECONDS
+    while True:
+        holds = condition()
+        if asyncio.iscoroutine(holds):
+            holds = await holds
+        if holds:
+            return
+        if time.monotonic() > limit:
+            raise RuntimeError(f"{what}: not within {LIMIT_SECONDS:g} s")
+        await asyncio.sleep(0.05)
+
+
+async def strike(
+    load: Load, fault: str, hosts: list[str], count: int, *, again: bool
+) -> Seen:
+    """Strike when streams are in mid-answer, wait until they go on, and mend.
+
+    With `again` the second host is struck while the ranks load after the first.
+    """
+    hit, undo = FAULTS[fault]
+    async with client(load.url) as http:
+        await until(lambda: load.in_mid_answer() >= STREAMS, "streams in mid-answer")
+        streams, begun = load.in_mid_answer(), time.monotonic()
+
+        def seconds() -> float:
+            return time.monotonic() - begun
+
+        async def is_in(*states: str) -> bool:
+            return (await state(http))["state"] in states
+
+        for host in hosts[:1] if again else hosts:
+            await asyncio.to_thread(hit, host, count)
+        await until(lambda: is_in("recovering", "waiting"), f"{fault}: noticed")
+        notice = seconds()
+        if again:
+            await asyncio.sleep(2)
+            for host in hosts[1:]:
+                await asyncio.to_thread(hit, host, count)
+        await until(lambda: is_in("ready"), f"{fault}: ready")
+        ready, ready_at = seconds(), time.monotonic()
+        await until(lambda: load.last_token() > ready_at, f"{fault}: a token")
+        token = seconds()
+        for host in hosts:
+            await asyncio.to_thread(undo, host, count)
+
+        async def is_whole() -> bool:
+            now = await state(http)
+            return (
+                now["state"] == "ready"
+                and not now["missing"]
+                and len(now["ranks"]) == count
+            )
+
+        await until(is_whole, f"{fault}: all hosts")
+        return Seen(fault, ", ".join(hosts), streams, notice, ready, token, seconds())
+
+
+async def run(server: Server, args: argparse.Namespace) -> dict[str, Any]:
+    """Ask alone, then all at once while faults strike."""
+    draw = random.Random(args.seed)
+    expected = []
+    async with client(server.url) as http:
+        for body in bodies():
+            stream = Stream()
+            await ask(http, body, stream)
+            expected.append((body, stream))
+    load = Load(server.url, expected)
+    clients = [asyncio.create_task(load.client(n)) for n in range(args.clients)]
+    others = [f"studio{n}" for n in range(2, args.hosts + 1)]
+    seen = []
+    try:
+        for number in range(args.faults):
+            fault = draw.choice(args.only)
+            again = draw.random() < args.second
+            hosts = draw.sample(others, 2 if again or draw.random() < args.two else 1)
+            one = await strike(load, fault, hosts, args.hosts, again=again)
+            seen.append(one)
+            print(
+                f"{number + 1:3} {one.fault:14}{one.hosts:18}{one.streams:3} streams"
+                f"{one.notice:7.1f} s to notice{one.ready:7.1f} ready{one.token:7.1f} "
+                f"a token{one.back:7.1f} all hosts",
+                flush=True,
+            )
+        last, right = load.begun, load.right
+        await until(lambda: load.right > right + len(clients), "answers at the end")
+    finally:
+        for task in clients:
+            if task.done():
+                task.result()
+            task.cancel()
+        await asyncio.gather(*clients, return_exceptions=True)
+    for words, is_tie in load.partings:
+        print(f"{'tied' if is_tie else 'NOT TIED'}: {words}")
+    for words in load.lost:
+        print(f"LOST: {words}")
+    return {
+        "faults": len(seen),
+        "requests begun": last,
+        "ended right": load.right,
+        "lost": len(load.lost),
+        "answers that part": len(load.partings),
+        "of these without a tie": sum(not is_tie for _, is_tie in load.partings),
+        "tokens": load.tokens,
+        "seconds to notice": round(median(one.notice for one in seen), 2),
+        "seconds until ready": round(median(one.ready - one.notice for one in seen), 2),
+        "seconds until a token": round(
+            median(one.token - one.ready for one in seen), 2
+        ),
+    }
+
+
+def start_seconds(args: argparse.Namespace) -> float:
+    """How long a server on one host fewer takes from its start to a first token."""
+    with tempfile.NamedTemporaryFile("w", suffix=".hosts") as file:
+        file.writelines(f"studio{n} slots=1\n" for n in range(1, args.hosts))
+        file.flush()
+        begun = time.monotonic()
+        fewer = argparse.Namespace(**{**vars(args), "hostfile": file.name})
+        with served("mlxtp", fewer):
+            return time.monotonic() - begun
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--hostfile", type=Path, required=True)
+    parser.add_argument("--hosts", type=int, default=5, help="in the hostfile")
+    parser.add_argument("--faults", type=int, default=30)
+    parser.add_argument("--clients", type=int, default=12)
+    parser.add_argument("--seed", type=int, default=17)
+    parser.add_argument("--only", nargs="+", choices=FAULTS, default=list(FAULTS))
+    parser.add_argument("--two", type=float, default=0.1, help="two hosts at once")
+    parser.add_argument("--second", type=float, default=0.1, help="one after another")
+    args = parser.parse_args()
+    args.ranks = None
+    args.options = ["--rejoin", "now"]
+    with tempfile.TemporaryDirectory() as temporary:
+        args.folder = in_float32(Path(temporary) / "model")
+        start = start_seconds(args)
+        with served("mlxtp", args) as server:
+            result = asyncio.run(run(server, args))
+        result["status at the end"] = server.process.returncode
+    recovery = result["seconds until ready"] + result["seconds until a token"]
+    result["seconds of a start on one host fewer"] = round(start, 2)
+    result["recovery / start"] = round(recovery / start, 2)
+    for name, value in result.items():
+        print(f"{name:40} {value}")
+    print(json.dumps(result))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,144 @@
+"""A front dies, and a client that asks again gets the answer that was begun."""
+
+import asyncio
+import json
+import os
+import signal
+import time
+from pathlib import Path
+
+import fake_ranks
+import httpx2
+import pytest
+from server import Server, running
+
+from mlxtp.generation.settings import Settings
+from mlxtp.serve.front.errors import Refusal
+from mlxtp.serve.front.journal import Journal
+from mlxtp.serve.front.ranks import Ranks
+from mlxtp.serve.messages import Event, Start, TokenLogprob
+
+pytestmark = pytest.mark.once
+
+
+def starts(text: str = "abc", count: int = 2, **settings: object) -> list[Start]:
+    """Requests as `admit` gives them, each time with new ids and seeds."""
+    now = time.monotonic_ns()
+    return [
+        Start(f"{now} {n}", list(text.encode()), Settings(9, seed=now + n, **settings))
+        for n in range(count)
+    ]
+
+
+def refused(journal: Journal, key: str, asked: list[Start]) -> int:
+    with pytest.raises(Refusal) as error:
+        journal.begin(key, asked)
+    return error.value.status
+
+
+def test_what_is_written_and_found(tmp_path: Path) -> None:
+    async def life() -> None:
+        ranks = Ranks()
+        ranks.ready = fake_ranks.READY
+        journal = Journal(tmp_path / "journal", ranks)
+        first = journal.begin("key", starts())
+        [file] = (tmp_path / "journal").iterdir()
+        assert file.stat().st_mode & 0o777 == 0o600
+        assert file.parent.stat().st_mode & 0o777 == 0o700
+        assert "abc" not in file.read_text()
+        one, two = (ranks.start(start) for start in first)
+        ranks._take(Event(one.start.id, tokens=[5, 6]))
+        ranks._take(Event(two.start.id, tokens=[7]))
+        ranks._take(Event(one.start.id, tokens=[8]))
+        assert refused(journal, "key", starts()) == 409
+        assert refused(journal, "k" * 300, starts()) == 400
+
+        # The front dies while it writes; the next one finds what was there.
+        with file.open("a") as writing:
+            writing.write("[0, 9")
+        after = Ranks()
+        after.ready = fake_ranks.READY
+        journal = Journal(tmp_path / "journal", after)
+        assert refused(journal, "key", starts("other")) == 422
+        assert refused(journal, "key", starts(temperature=0.5)) == 422
+        again = journal.begin("key", starts())
+        assert [start.generated for start in again] == [[5, 6, 8], [7]]
+        assert [s.settings.seed for s in again] == [s.settings.seed for s in first]
+        assert all(start.tells_generated for start in again)
+        one, two = (after.start(start) for start in again)
+        told = Event(one.start.id, tokens=[5, 6, 8], is_told_again=True)
+        after._take(told)
+        after._take(Event(one.start.id, tokens=[9], finish="length"))
+        assert file.exists()
+        # Whose client hangs up can be asked for again.
+        two.cancel()
+        again = journal.begin("key", starts())
+        assert [start.generated for start in again] == [[5, 6, 8, 9], [7]]
+        for start in again:
+            after.start(start)
+            after._take(Event(start.id, finish="stop"))
+        assert not list(file.parent.iterdir())
+        await ranks.close()
+        await after.close()
+
+    asyncio.run(life())
+
+
+def test_with_log_probabilities_it_begins_anew(tmp_path: Path) -> None:
+    async def life() -> None:
+        ranks = Ranks()
+        ranks.ready = fake_ranks.READY
+        journal = Journal(tmp_path, ranks)
+        [start] = journal.begin("key", starts(count=1, logprobs=1))
+        generation = ranks.start(start)
+        score = TokenLogprob(5, "a", [97], -1.0)
+        ranks._take(Event(start.id, tokens=[5], logprobs=[score]))
+        generation.cancel()
+        [again] = journal.begin("key", starts(count=1, logprobs=1))
+        assert again.generated == [] and not again.tells_generated
+        assert again.settings.seed == start.settings.seed
+        await ranks.close()
+
+    asyncio.run(life())
+
+
+@pytest.mark.slow
+def test_the_front_dies_and_another_goes_on(tmp_path: Path) -> None:
+    """With a true model: the answer is the one that nobody disturbed."""
+    body = {"prompt": "Once upon a time", "max_tokens": 200, "stream": True}
+    body |= {"model": "stories", "temperature": 1, "seed": 3}
+
+    def asked(server: Server, key: str, most: int | None = None) -> str:
+        text, headers = "", {"Idempotency-Key": key}
+        url = f"{server.url}/v1/completions"
+        with httpx2.stream("POST", url, json=body, headers=headers) as response:
+            for line in response.iter_lines():
+                if line.startswith("data: {"):
+                    choices = json.loads(line[6:])["choices"]
+                    text += choices[0]["text"] if choices else ""
+                if most is not None and len(text) > most:
+                    os.kill(server.process.pid, signal.SIGKILL)
+                    most = None
+        return text
+
+    options = ("--journal-dir", tmp_path, "--served-model-name", "stories")
+    with pytest.raises((httpx2.HTTPError, AssertionError)), running(*options) as server:
+        whole = asked(server, "undisturbed")
+        asked(server, "disturbed", 100)
+    [file] = tmp_path.iterdir()
+    known = sum(len(json.loads(line)) - 1 for line in file.read_text().splitlines()[1:])
+    assert known > 20
+    with running(*options) as server:
+        assert asked(server, "disturbed") == whole
+        generated = httpx2.get(f"{server.url}/metrics").text
+    assert not list(tmp_path.iterdir())
+    assert "mlxtp:generation_tokens_total" in generated
+
+
+def test_old_requests_are_forgotten(tmp_path: Path) -> None:
+    for name, age in ("old.jsonl", 90_000), ("new.jsonl", 60):
+        file = tmp_path / name
+        file.write_text("{}")
+        os.utime(file, (time.time() - age, time.time() - age))
+    Journal(tmp_path, Ranks())
+    assert [file.name for file in tmp_path.iterdir()] == ["new.jsonl"]
