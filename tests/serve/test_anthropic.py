@@ -273,10 +273,13 @@ def test_thinking(
         e["delta"]["type"] for e in events if e.get("index") == 0 and "delta" in e
     ]
     assert deltas == ["signature_delta"]
-    # Agents ask every model to think: one that cannot answers all the same.
+    # Agents ask every model to think: one that cannot answers all the same. And the
+    # effort "high" is Anthropic's default, which Claude Code sends to every model.
     ready = replace(READY, reasoning_arguments=[])
     monkeypatch.setattr(front.ranks, "ready", ready)
-    assert arguments(thinking=on) == {}
+    assert arguments(thinking=on, output_config={"effort": "high"}) == {}
+    with pytest.raises(anthropic.BadRequestError, match=r"output_config\.effort"):
+        arguments(output_config={"effort": "low"})
 
 
 def test_a_schema(front: Front, client: anthropic.Anthropic) -> None:
@@ -397,7 +400,9 @@ def test_errors_have_their_own_form_and_classes(
     with pytest.raises(anthropic.NotFoundError) as missing:
         create(client, "x", model="other")
     assert missing.value.type == "not_found_error"
-    with pytest.raises(anthropic.BadRequestError, match="context of this server"):
+    # Claude Code compacts a conversation when it reads these words and numbers.
+    too_long = r"prompt is too long: 50\d\d tokens > 4095 maximum"
+    with pytest.raises(anthropic.BadRequestError, match=too_long):
         create(client, "x" * 5000)
     with pytest.raises(anthropic.BadRequestError, match="no memory"):
         create(client, "mistake: no memory\n")

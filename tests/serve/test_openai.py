@@ -536,7 +536,9 @@ def test_fields_without_effect(front: Front) -> None:
         ("completions", {"stop": [""]}, "stop.0", "at least 1"),
         ("completions", {"n": 0}, "n", "greater than or equal to 1"),
         ("completions", {"max_tokens": 5000}, None, "2 tokens, and max_tokens asks"),
-        ("completions", {"prompt": "a" * 4096}, None, "4096 tokens; the context"),
+        ("completions", {"prompt": "a" * 4096}, None, "4096 tokens > 4095 maximum"),
+        # litellm, and so aider, knows a full context by these words.
+        ("completions", {"prompt": "a" * 4096}, None, "model's maximum context length"),
         ("completions", {"prompt": "mistake: too odd"}, None, "too odd"),
     ],
 )

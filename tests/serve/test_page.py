@@ -112,6 +112,9 @@ def test_headers(front):
     assert answer.headers["referrer-policy"] == "no-referrer"
     assert answer.headers["x-content-type-options"] == "nosniff"
     assert "<script>" not in answer.text and "style=" not in answer.text
+    # Agents ask so whether the server is there.
+    head = httpx2.head(f"{front.url}/")
+    assert (head.status_code, head.content) == (200, b"")
     again = {"If-None-Match": answer.headers["etag"]}
     assert httpx2.get(f"{front.url}/", headers=again).status_code == 304
     for name in ("", "../messages.py", "%2e%2e/messages.py", "vendor", "/etc/passwd"):

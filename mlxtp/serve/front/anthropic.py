@@ -104,6 +104,7 @@ class Asked(Fields):
             if output.format is not None
             else None,
             effort=output.effort,
+            default_effort="high",
             thinking=None
             if self.thinking is None
             else self.thinking.type != "disabled",

@@ -31,6 +31,8 @@ class Conversation:
         grammar: what the answer must be, as `Settings.grammar`; None for anything.
         template_arguments: of the chat template, such as `enable_thinking`.
         effort: how much the model is to reason, in OpenAI's words; "none" is none.
+        default_effort: the one that asks for no more than to leave it out, by the
+            client's interface; None where that is not said.
         thinking: the model is to reason, if it can, or is not to; None leaves it open.
         settings: those that the client gave, in `Settings`' names.
         stop: texts that end the answer.
@@ -46,6 +48,7 @@ class Conversation:
     grammar: Mapping[str, Any] | None = None
     template_arguments: Mapping[str, Any] = field(default_factory=dict)
     effort: str | None = None
+    default_effort: str | None = None
     thinking: bool | None = None
     settings: Mapping[str, Any] = field(default_factory=dict)
     stop: Sequence[str] = ()
@@ -127,7 +130,8 @@ async def encode(ranks: Ranks, config: Config, conversation: Conversation) -> Pr
 def _reasoning_arguments(ready: Ready, conversation: Conversation) -> dict[str, Any]:
     """The arguments by which a conversation turns reasoning on, off, up or down.
 
-    Raises: Refusal (400) for an effort, where the chat template reads none of them.
+    Raises: Refusal (400) for an effort that is not the default, where the chat template
+        reads none of them.
     """
     arguments: dict[str, Any] = {}
     effort = conversation.effort
@@ -136,7 +140,7 @@ def _reasoning_arguments(ready: Ready, conversation: Conversation) -> dict[str, 
     if conversation.thinking is not None:
         arguments["enable_thinking"] = conversation.thinking
     known = {n: x for n, x in arguments.items() if n in ready.reasoning_arguments}
-    if effort not in (None, "none") and not known:
+    if effort not in (None, "none", conversation.default_effort) and not known:
         raise Refusal(
             400,
             f"{conversation.effort_field} is {effort!r}: this model's chat template "
@@ -218,9 +222,9 @@ def complete(
     wanted = given.get("max_tokens")
     least = 0 if wanted == 0 else 1
     if length + least > context:
-        raise _too_long(f"the prompt has {length} tokens", context)
+        raise _too_long(f"{length} tokens > {context - least} maximum", context)
     if wanted is not None and length + wanted > context and not is_cut:
-        words = f"the prompt has {length} tokens, and max_tokens asks for {wanted} more"
+        words = f"it has {length} tokens, and max_tokens asks for {wanted} more"
         raise _too_long(words, context)
     for token in given.get("logit_bias") or ():
         if not 0 <= token < ready.vocabulary:
@@ -340,9 +344,14 @@ def _tools(
 
 
 def _too_long(words: str, context: int) -> Refusal:
+    """Say it as Anthropic does, then as OpenAI does.
+
+    Agents look for these very words, and then shorten the conversation.
+    """
     return Refusal(
         400,
-        f"{words}; the context of this server is {context} tokens",
+        f"prompt is too long: {words}. This model's maximum context length is "
+        f"{context} tokens on this server",
         code="context_length_exceeded",
     )
 

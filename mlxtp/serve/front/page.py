@@ -64,6 +64,7 @@ FILES = {
 
 
 @router.get("/")
+@router.head("/")  # Claude Code looks so whether the server is there
 async def index(request: Request) -> Response:
     """Send the page."""
     return _send(request, "index.html")
