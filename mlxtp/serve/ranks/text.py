@@ -229,9 +229,9 @@ class Text:
         count = len(self.tokenizer.encode(begin, add_special_tokens=False))
         if count > 2 * self._context:
             raise ValueError(
-                f"the text has {len(text):,} characters, and the first {len(begin):,} "
-                f"of them are {count:,} tokens; the context of this server is "
-                f"{self._context:,} tokens"
+                f"prompt is too long: of {len(text):,} characters the first "
+                f"{len(begin):,} are {count:,} tokens. This model's maximum context "
+                f"length is {self._context:,} tokens on this server"
             )
 
     def _checked(self, tokens: list[int]) -> list[int]:
