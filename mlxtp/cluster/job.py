@@ -236,7 +236,7 @@ class RunningJob:
         status = self.process.wait(timeout_seconds)
         if self._reader is not None:
             # What ssh has left behind may hold the pipe open.
-            self._reader.join(END_SECONDS)
+            self._reader.join(END_SECONDS if self._stderr.verdict is None else 0.5)
         return Outcome(status if status >= 0 else 128 - status, self._stderr.verdict)
 
     def end(self) -> Outcome:

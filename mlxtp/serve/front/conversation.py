@@ -158,11 +158,12 @@ def ready_ranks(ranks: Ranks) -> Ready:
 
     Raises: Refusal (503) before, and when no more requests are taken.
     """
-    if ranks.state not in ("ready", "recovering") or ranks.ready is None:
+    state = "draining" if ranks.is_draining else ranks.state
+    if state not in ("ready", "recovering") or ranks.ready is None:
         raise Refusal(
             503,
-            f"the server is {ranks.state}: {ranks.words}",
-            code=ranks.state,
+            f"the server is {state}: {ranks.words}",
+            code=state,
             retry_seconds=5,
         )
     return ranks.ready

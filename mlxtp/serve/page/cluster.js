@@ -10,6 +10,8 @@ const STATES = {
   starting: "Starting",
   loading: "Loading",
   ready: "Ready",
+  recovering: "Recovering",
+  waiting: "Waiting for hosts",
   draining: "Draining",
   ended: "Lost",
   unreachable: "Lost",
@@ -81,6 +83,16 @@ function hostView(host, ranks) {
   return view;
 }
 
+/** A host that is lost: why, and the command that mends it, if one does. */
+function missingView([host, words]) {
+  const view = element("section", "card host");
+  view.setAttribute("aria-label", host);
+  const head = element("div", "host-head");
+  head.append(element("h3", "", host), element("span", "soft small", "missing"));
+  view.append(head, element("p", "small", words));
+  return view;
+}
+
 /** The panel. `onState(isReady, words)` hears whether requests are taken. */
 export class Cluster {
   constructor(onState) {
@@ -110,6 +122,7 @@ export class Cluster {
     this.showSpeed(cluster);
     by("hosts").replaceChildren(
       ...cluster.hosts.map((host) => hostView(host, cluster.ranks)),
+      ...Object.entries(cluster.missing).map(missingView),
     );
     by("legend").hidden = cluster.hosts.length === 0;
     by("links").textContent = cluster.links ? `Links: ${cluster.links}` : "";
@@ -121,14 +134,15 @@ export class Cluster {
     for (const dot of document.querySelectorAll("[data-dot]")) dot.dataset.dot = state;
     by("state").textContent = STATES[state];
     by("state-words").textContent = said;
-    by("progress").hidden = isReady;
-    by("loading").hidden = !["starting", "loading"].includes(state);
+    by("progress").hidden = words === "ready";
+    by("loading").hidden = !["starting", "loading", "recovering"].includes(state);
     if (done === null) by("loading").removeAttribute("value");
     else by("loading").value = done;
     const part = state === "loading" && done !== null ? ` ${percent(done)}` : "";
     by("summary-words").textContent =
       isReady && speed > 0 ? `${speed.toFixed(1)} tokens/s` : STATES[state] + part;
-    this.onState(isReady, said);
+    // Those that come meanwhile wait for the next ranks.
+    this.onState(isReady || state === "recovering", said);
   }
 
   showSpeed(cluster) {
