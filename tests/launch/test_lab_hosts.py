@@ -15,6 +15,30 @@ from lab_hosts import cables, over_agent, reached
 pytestmark = [pytest.mark.lab, pytest.mark.once]
 
 
+# Holds two connections, over the Ethernet and over a cable; the other end counts those
+# that have ended when a line comes.
+HOLD = """
+import socket, time
+server = socket.create_server(("", 9997))
+held = [server.accept() for _ in range(2)]
+time.sleep(1000)
+"""
+COUNT_ENDED = """
+import select, socket, sys, time
+ends = []
+for address in "10.90.0.3", "10.89.0.3":
+    while True:
+        try:
+            ends.append(socket.create_connection((address, 9997)))
+            break
+        except ConnectionRefusedError:
+            time.sleep(0.05)
+print("connected", flush=True)
+sys.stdin.readline()
+print(len(select.select(ends, [], [], 0.5)[0]))
+"""
+
+
 @pytest.fixture
 def ring() -> Iterator[None]:
     """A ring of five, left as it was found."""
@@ -24,6 +48,16 @@ def ring() -> Iterator[None]:
     for host in json.loads(good("status", "--json"))["off"]:
         good("on", host)
         cables(host)
+
+
+def start(host: str, *command: str) -> subprocess.Popen[str]:
+    """Start a command on a host, with pipes."""
+    return subprocess.Popen(
+        [sys.executable, LAB, "run", "--on", host, *command],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+    )
 
 
 def test_a_host_without_ethernet(ring: None) -> None:
@@ -53,15 +87,19 @@ def test_a_host_without_ethernet(ring: None) -> None:
 def test_a_host_without_power(ring: None) -> None:
     """All on it ends and nothing reaches it; it comes back without its addresses.
 
-    A cable that was cut before stays cut.
+    Nobody gets to hear of the end. A cable that was cut before stays cut.
     """
+    holder = start("studio3", sys.executable, "-c", HOLD)
+    counter = start("studio2", sys.executable, "-c", COUNT_ENDED)
+    assert counter.stdout is not None and counter.stdout.readline() == "connected\n"
     stubborn = "trap '' TERM HUP INT; while true; do sleep 1; done"
-    words = ["run", "--on", "studio3", "sh", "-c", stubborn]
-    job = subprocess.Popen([sys.executable, LAB, *words])
+    job = start("studio3", "sh", "-c", stubborn)
     good("cut", "studio3", "studio4")
     assert job.poll() is None
     good("off", "studio3")
-    assert job.wait(timeout=5) == -signal.SIGKILL
+    for process in job, holder:
+        assert process.wait(timeout=5) == -signal.SIGKILL
+    assert counter.communicate("\n", timeout=10)[0] == "0\n"
     pids = ["ip", "netns", "pids", "studio3"]
     assert subprocess.run(pids, capture_output=True, check=True).stdout == b""
     own = {"10.90.0.3", "10.89.0.3"}
