@@ -215,7 +215,7 @@ comm = mlxtp.Communicator.world(measure=False)
 if comm.rank == 0:
     x = comm.allreduce(mx.ones(3), "one")
     core = comm._arrays._core
-    threading.Timer(0.3, lambda: core.stop("studio2 is lost")).start()
+    threading.Timer(0.3, lambda: core.stop("studio2 is lost", None)).start()
     for _ in range(2):
         begin = time.monotonic()
         try:
