@@ -15,6 +15,7 @@ from mlxtp import __main__ as command
 from mlxtp import job_options, options
 from mlxtp.cluster import job
 from mlxtp.comm import launcher
+from mlxtp.serve import options as serve_options
 
 pytestmark = pytest.mark.once
 
@@ -192,7 +193,7 @@ def test_who_ends_when_a_rank_is_silent() -> None:
     given = job_options.connection_alone(["--silence-timeout", "7"])
     assert (given["timeout_seconds"], given["silence_seconds"]) == (60, 7)
     assert given["on_loss"] == "end"
-    service = job_options.connection(options.parse_ranks([]))
+    service = job_options.connection(serve_options.parse_ranks([]))
     assert (service["timeout_seconds"], service["silence_seconds"]) == (60, 10)
 
 
