@@ -62,11 +62,22 @@ def text_of(verdict: Verdict) -> str:
 
 def end_process(verdict: Verdict, trace: str = "") -> NoReturn:
     """Print `trace` and the verdict, and end this process; mpirun ends the others."""
-    flush = threading.Thread(target=sys.stdout.flush, daemon=True)
-    flush.start()
-    flush.join(FLUSH_SECONDS)
+    flush()
     os.write(2, f"{trace}{text_of(verdict)}\n".encode())
     os._exit(1)
+
+
+def end_silently() -> NoReturn:
+    """End this process, of which another rank has said why."""
+    flush()
+    os._exit(1)
+
+
+def flush() -> None:
+    """Write what standard output still holds, if it is taken."""
+    writing = threading.Thread(target=sys.stdout.flush, daemon=True)
+    writing.start()
+    writing.join(FLUSH_SECONDS)
 
 
 def wake_on_sigterm() -> tuple[socket.socket, socket.socket]:

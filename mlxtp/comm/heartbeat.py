@@ -184,7 +184,7 @@ class Heartbeat:
         while not self._is_said and (rest := say_at - time.monotonic()) > 0:
             self.listen(rest)
         if self._is_said:
-            os._exit(1)
+            ending.end_silently()
         for _ in range(3):
             self._tell(said=True)
         self.end_job(verdict)
