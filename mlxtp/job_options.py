@@ -139,6 +139,7 @@ def connection(args: Args) -> dict[str, Any]:
         "wire": args.wire,
         "timeout_seconds": args.timeout,
         "silence_seconds": args.silence_timeout,
+        "on_loss": "end",
     }
 
 

@@ -24,7 +24,7 @@ from mlxtp import Communicator
 # Python can still act; the second ends the job. `faulthandler_timeout` comes last.
 LIMIT_SECONDS = 300
 
-WORLD = Communicator.world(timeout_seconds=LIMIT_SECONDS)
+WORLD = Communicator.world(timeout_seconds=LIMIT_SECONDS, on_loss="end")
 
 # The file that launch/test looks for; runs that tests start are not meant.
 ENDED = os.environ.pop("MLXTP_TESTS_ENDED", None)

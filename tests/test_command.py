@@ -15,6 +15,7 @@ from mlxtp import __main__ as command
 from mlxtp import job_options, options
 from mlxtp.cluster import job
 from mlxtp.comm import launcher
+from mlxtp.serve import options as serve_options
 
 pytestmark = pytest.mark.once
 
@@ -184,6 +185,16 @@ def test_a_refused_command_line_tells_how_the_others_connect(
     given: str, transport: str | None
 ) -> None:
     assert job_options.connection_alone(given.split()).get("transport") == transport
+
+
+def test_who_ends_when_a_rank_is_silent() -> None:
+    """A service soon; and where nothing is said, after the limit of a collective."""
+    assert job_options.connection_alone([])["silence_seconds"] is None
+    given = job_options.connection_alone(["--silence-timeout", "7"])
+    assert (given["timeout_seconds"], given["silence_seconds"]) == (60, 7)
+    assert given["on_loss"] == "end"
+    service = job_options.connection(serve_options.parse_ranks([]))
+    assert (service["timeout_seconds"], service["silence_seconds"]) == (60, 10)
 
 
 def test_a_shortened_option_is_taken_out_of_what_the_ranks_get(

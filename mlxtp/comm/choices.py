@@ -21,6 +21,9 @@ ALLREDUCES = ("auto", "ring", "direct", *ALGORITHMS)
 # How activations are sent: as they are, or with 8 bits.
 WIRES = ("plain", "int8")
 
+# What a rank does when another is lost: end, or raise RankLostError where it can.
+ON_LOSS = ("raise", "end")
+
 # The longest that a rank may wait in one collective, or for MPI to start. Where no
 # other limit is given it is also the longest that a rank may be silent.
 TIMEOUT_SECONDS = 60.0

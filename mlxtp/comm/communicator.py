@@ -20,12 +20,13 @@ from mlxtp.comm.arithmetic import machines_differ
 from mlxtp.comm.choices import (
     ALLREDUCES,
     BACKENDS,
+    ON_LOSS,
     TIMEOUT_SECONDS,
     TRANSPORTS,
     WIRES,
 )
 from mlxtp.comm.eager import EagerCollectives
-from mlxtp.comm.errors import UsageError
+from mlxtp.comm.errors import RankLostError, UsageError
 from mlxtp.comm.graph import GraphCollectives
 from mlxtp.comm.heartbeat import Heartbeat
 from mlxtp.comm.native.collectives import NativeCollectives
@@ -82,6 +83,7 @@ class Communicator:
         silence_seconds: float | None = None,
         measure: bool = True,
         heartbeat: bool = True,
+        on_loss: str = "raise",
     ) -> None:
         """Join the ranks that `control` connects; without it, a world of size 1.
 
@@ -101,7 +103,9 @@ class Communicator:
         self._heartbeat: Heartbeat | None = None
         if heartbeat:
             limits = Limits(timeout_seconds, silence_seconds or timeout_seconds)
-            self._heartbeat = Heartbeat(control, self._progress, limits)
+            control.raise_if_lost = self._progress.raise_if_lost
+            raises = on_loss == "raise"
+            self._heartbeat = Heartbeat(control, self._progress, limits, raises=raises)
             sys.excepthook = self._end_all_ranks
         self._arrays = self._start(control, transport, allreduce, wire, measure)
         self.machines_differ = machines_differ(self)
@@ -119,6 +123,7 @@ class Communicator:
         silence_seconds: float | None = None,
         measure: bool = True,
         heartbeat: bool = True,
+        on_loss: str = "raise",
     ) -> "Communicator":
         """Join all ranks that mpirun started; without mpirun, a world of size 1.
 
@@ -128,7 +133,7 @@ class Communicator:
         - It starts the thread of the heartbeat, and installs `sys.excepthook` and,
           where nothing handles SIGTERM yet, a handler of it. From then on an
           exception that nothing catches ends all ranks and is printed once, with rank
-          and host; and a rank that is lost ends all others.
+          and host; and a rank that is lost ends all others, or raises RankLostError.
         - Over MPI it measures the algorithms of an allreduce, for about a second.
 
         Args:
@@ -148,13 +153,15 @@ class Communicator:
             heartbeat: False starts no thread and installs no hooks. Then nothing
                 notices that a rank is lost, or ends the others where one fails; the
                 limit for MPI to start remains.
+            on_loss: "raise": where a rank is lost collectives raise RankLostError, and
+                the process ends if none does within two seconds. "end": it ends.
 
         Raises:
             UsageError: for a name that does not exist, or if the transport is not
                 available.
             RuntimeError: if mpirun and mpi4py belong to different MPIs.
         """
-        _check_names(transport, allreduce, wire)
+        _check_names(transport, allreduce, wire, on_loss)
         started = launcher.size()
         if started == 0:
             return cls()
@@ -177,6 +184,7 @@ class Communicator:
             silence_seconds=silence_seconds,
             measure=measure,
             heartbeat=heartbeat,
+            on_loss=on_loss,
         )
 
     def allreduce(self, x: mx.array, at: str = "") -> mx.array:
@@ -407,6 +415,8 @@ class Communicator:
         """
         try:
             yield
+        except RankLostError:
+            raise  # nobody is to be waited for
         except Exception as error:
             if self._control is not None and self not in _DRY_RUNS.get():
                 self._progress.end_block(raised=True)
@@ -445,6 +455,9 @@ class Communicator:
 
     def _close(self) -> None:
         assert self._control is not None
+        if self._progress.has_raised:
+            self._control.abandon()
+            return
         try:
             if not self._control.is_over():  # as after a mistake
                 self._arrays.close()
@@ -463,12 +476,14 @@ class Communicator:
     ) -> None:
         """Print an exception and end every rank: the `sys.excepthook` of `world`."""
         assert self._heartbeat is not None
+        if isinstance(error, RankLostError):
+            self._heartbeat.end_lost(error.verdict)
         # The others may have failed alike: the first to print ends them all.
         time.sleep(launcher.report_delay_seconds())
         self._heartbeat.fail("".join(traceback.format_exception(kind, error, trace)))
 
 
-def _check_names(transport: str, allreduce: str, wire: str) -> None:
+def _check_names(transport: str, allreduce: str, wire: str, on_loss: str) -> None:
     """Compare names with those that exist.
 
     Raises: UsageError, with what is wanted.
@@ -477,6 +492,7 @@ def _check_names(transport: str, allreduce: str, wire: str) -> None:
         ("transport", transport, TRANSPORTS),
         ("allreduce", allreduce, ALLREDUCES),
         ("wire", wire, WIRES),
+        ("on_loss", on_loss, ON_LOSS),
     ):
         if name not in known:
             raise UsageError(f"{what} {name!r}: wanted one of {', '.join(known)}")

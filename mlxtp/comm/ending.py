@@ -23,6 +23,9 @@ FOUND_SECONDS = 0.1
 STAY_SECONDS = 0.4
 ANSWER_SECONDS = 0.05
 
+# How long the main thread has then to raise RankLostError.
+RAISE_SECONDS = 0.2
+
 
 class Listener(Protocol):
     """What the last look needs of a heartbeat."""
@@ -41,8 +44,12 @@ class Listener(Protocol):
         """Return which ranks have died, if it is this rank that says so."""
         ...
 
-    def end_job(self, verdict: Verdict) -> NoReturn:
-        """Say good-bye to the peers and end this process with `verdict`."""
+    def is_lost(self) -> bool:
+        """Whether the program raises RankLostError because a rank is lost."""
+        ...
+
+    def lose(self, verdict: Verdict, seconds: float) -> None:
+        """End this process with `verdict`, or raise it within so many seconds."""
         ...
 
 
@@ -55,11 +62,22 @@ def text_of(verdict: Verdict) -> str:
 
 def end_process(verdict: Verdict, trace: str = "") -> NoReturn:
     """Print `trace` and the verdict, and end this process; mpirun ends the others."""
-    flush = threading.Thread(target=sys.stdout.flush, daemon=True)
-    flush.start()
-    flush.join(FLUSH_SECONDS)
+    flush()
     os.write(2, f"{trace}{text_of(verdict)}\n".encode())
     os._exit(1)
+
+
+def end_silently() -> NoReturn:
+    """End this process, of which another rank has said why."""
+    flush()
+    os._exit(1)
+
+
+def flush() -> None:
+    """Write what standard output still holds, if it is taken."""
+    writing = threading.Thread(target=sys.stdout.flush, daemon=True)
+    writing.start()
+    writing.join(FLUSH_SECONDS)
 
 
 def wake_on_sigterm() -> tuple[socket.socket, socket.socket]:
@@ -86,8 +104,11 @@ def _forget_sigterm() -> None:
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
 
-def last_look(listener: Listener) -> NoReturn:
-    """Say whether another rank has died, and end: mpirun has sent SIGTERM."""
+def last_look(listener: Listener) -> None:
+    """Say whether another rank has died, and end: mpirun has sent SIGTERM.
+
+    It returns where the program raises RankLostError, and has the rest of its time.
+    """
     asked = time.monotonic()
     silent, seconds = listener.peers, LAST_LOOK_SECONDS
     while silent and time.monotonic() - asked < seconds:
@@ -99,8 +120,14 @@ def last_look(listener: Listener) -> NoReturn:
             seconds = FOUND_SECONDS
     verdict = listener.judge_termination(asked)
     if verdict is not None:
-        listener.end_job(verdict)
+        listener.lose(verdict, RAISE_SECONDS)
     leave_at = time.monotonic() + STAY_SECONDS
-    while (rest := leave_at - time.monotonic()) > 0:
+    while not listener.is_lost() and (rest := leave_at - time.monotonic()) > 0:
         listener.listen(rest)
+    if not listener.is_lost():
+        end_by_sigterm()
+
+
+def end_by_sigterm() -> NoReturn:
+    """End this process with the status of one that SIGTERM has ended."""
     os._exit(128 + signal.SIGTERM)

@@ -12,10 +12,10 @@ class UsageError(MLXTPError, ValueError):
 
 
 class RankLostError(MLXTPError, RuntimeError):
-    """Another rank died, stopped answering or was cut off: `verdict` says which.
+    """Another rank is lost, and no collective works any more: `verdict` says which.
 
-    Nothing raises it yet: the thread of the heartbeat ends the process, because the
-    main thread may wait inside MPI or MLX, where no exception reaches it.
+    Raised by collectives, and by MLX where it evaluates one, if `Communicator.world`
+    was told so with `on_loss`.
     """
 
     def __init__(self, verdict: Verdict) -> None:

@@ -31,6 +31,13 @@ from mlxtp.comm.verdict import BEAT_SECONDS, Limits, Peer, ThisRank
 # How long a rank that misses another waits for the lowest rank to report that.
 LEAVE_SECONDS = 1.5
 
+# How long the main thread has to raise RankLostError before the process ends, and how
+# long a rank that ends leaves it to the one that found the loss to say so; higher ranks
+# leave it to lower ones.
+RAISE_SECONDS = 2.0
+SAY_SECONDS = 0.5
+SAY_LATER_SECONDS = 0.1
+
 LONGEST_DATAGRAM = 65536
 
 # How long after a collective in MLX's graph has failed the job ends at the latest.
@@ -39,6 +46,7 @@ FAILED_SECONDS = 2.0
 # How often a rank that has raised looks whether the others have, and how much of its
 # exception a verdict says.
 LOOK_SECONDS = 0.005
+LOSS_LOOK_SECONDS = 0.1
 LONGEST_ERROR = 500
 
 
@@ -46,18 +54,29 @@ class Heartbeat:
     """Tell the peers what this rank does, hear them, and end the job if one is lost.
 
     `limits` are how long a rank may be silent, and how long this rank may wait in one
-    collective. Starts a thread and a handler of SIGTERM.
+    collective. Where `raises`, a rank that is lost lets the main thread raise
+    RankLostError, and the process ends only where it does not come to that. Starts a
+    thread and a handler of SIGTERM.
 
     Communicates: two allgathers and a broadcast of objects, over `transport`.
     """
 
     def __init__(
-        self, transport: Transport, progress: Progress, limits: Limits
+        self,
+        transport: Transport,
+        progress: Progress,
+        limits: Limits,
+        *,
+        raises: bool = False,
     ) -> None:
         self.peers: list[Peer] = []
         self._hearing = threading.Lock()  # while a peer is half changed
         self._limits = limits
         self._progress = progress
+        self._raises = raises
+        self._raise_by = 0.0  # when the main thread must have raised
+        self._is_finder = False  # this rank has found that one is lost
+        self._is_said = False  # another rank has printed that
         self._rank = transport.rank
         self._host = socket.gethostname()
         self._leaving = False
@@ -119,6 +138,7 @@ class Heartbeat:
         since = time.monotonic()
         text = " ".join(f"{type(error).__name__}: {error}".split())[:LONGEST_ERROR]
         while True:
+            self._progress.raise_if_lost()
             # Both questions are of one moment: the thread goes on hearing meanwhile.
             peers, this = self._copied_peers(), self._this_rank()
             if verdicts.have_all_raised(peers, this):
@@ -136,6 +156,38 @@ class Heartbeat:
         with self._speaking:
             self.leave()
             ending.end_process(verdict, trace)
+
+    def is_lost(self) -> bool:
+        """Whether the program raises RankLostError because a rank is lost."""
+        return self._progress.lost is not None
+
+    def lose(self, verdict: Verdict, seconds: float = RAISE_SECONDS) -> None:
+        """End the job with `verdict`, or let all ranks raise it.
+
+        The main thread has so many seconds to raise it.
+        """
+        if not self._raises or self._leaving:
+            self.end_job(verdict)
+        for _ in range(3):  # a datagram may be lost
+            self._tell(lost=verdict.to_json())
+        self._is_finder = True
+        self._start_raising(verdict, seconds)
+
+    def _start_raising(self, verdict: Verdict, seconds: float) -> None:
+        self._raise_by = time.monotonic() + seconds
+        self._progress.lose(verdict)
+
+    def end_lost(self, verdict: Verdict) -> NoReturn:
+        """End this process because of a lost rank; one of the ranks says so."""
+        delay = 0.0 if self._is_finder else SAY_SECONDS + SAY_LATER_SECONDS * self._rank
+        say_at = time.monotonic() + delay
+        while not self._is_said and (rest := say_at - time.monotonic()) > 0:
+            self.listen(rest)
+        if self._is_said:
+            ending.end_silently()
+        for _ in range(3):
+            self._tell(said=True)
+        self.end_job(verdict)
 
     def ask(self, peer: Peer) -> None:
         """Ask a peer to answer at once."""
@@ -178,7 +230,10 @@ class Heartbeat:
             last_turn = now
             if now >= next_beat:
                 next_beat = now + self._limits.beat_seconds
-                if self._leaving:
+                if self._progress.lost is not None:
+                    next_beat = now + LOSS_LOOK_SECONDS
+                    self._check_raised(now, self._progress.lost)
+                elif self._leaving:
                     self._check_finish(now)
                 else:
                     self._tell()
@@ -190,8 +245,19 @@ class Heartbeat:
             if self._terminated in readable:
                 signals = self._terminated.recv(16)
                 if signal.SIGTERM in signals:
-                    with self._speaking:
-                        ending.last_look(self)
+                    self._end_by_mpirun()
+
+    def _end_by_mpirun(self) -> None:
+        """Look which rank has died, and end, because mpirun ends this process.
+
+        A program that has been told of the loss has the time that mpirun gives it.
+        """
+        if self._progress.has_raised:
+            return
+        if self._progress.lost is not None:
+            ending.end_by_sigterm()  # another rank has said it, or handles it
+        with self._speaking:
+            ending.last_look(self)
 
     def _forget_silence(self, now: float) -> None:
         for peer in self.peers:
@@ -238,10 +304,15 @@ class Heartbeat:
                 peer.left = peer.left or state.get("left", False)
             if state.get("asks"):
                 self._tell(peer)
-            if "verdict" in state and not self._leaving:
+            self._is_said = self._is_said or state.get("said", False)
+            if self._progress.lost is not None:
+                continue
+            if "lost" in state and not self._leaving:
+                self._start_raising(Verdict.from_json(state["lost"]), RAISE_SECONDS)
+            elif "verdict" in state and not self._leaving:
                 report, now = Verdict.from_json(state["verdict"]), time.monotonic()
                 this = self._this_rank()
-                self.end_job(
+                self.lose(
                     verdicts.reconsider(report, self.peers, now, self._limits, this)
                 )
 
@@ -260,13 +331,22 @@ class Heartbeat:
                 time.sleep(2 * LEAVE_SECONDS)
             self._report(verdict)
 
+    def _check_raised(self, now: float, verdict: Verdict) -> None:
+        """End this process if its main thread does not come to raise the loss."""
+        if self._progress.has_raised:
+            return
+        if os.getppid() != self._parent:
+            os._exit(1)
+        if now > self._raise_by:
+            self.end_lost(verdict)
+
     def _check_finish(self, now: float) -> None:
         """End this process if the others do not let it."""
         if self._finish_by is not None and now > self._finish_by:
             self.end_job(verdicts.not_ended(self._limits, self._this_rank()))
 
-    def _report(self, verdict: Verdict) -> NoReturn:
-        """Let the lowest rank that answers say what is wrong, and end."""
+    def _report(self, verdict: Verdict) -> None:
+        """Let the lowest rank that answers say what is wrong, and end or raise."""
         now = time.monotonic()
         lower = [
             peer
@@ -274,7 +354,8 @@ class Heartbeat:
             if peer.rank < self._rank and verdicts.is_heard(peer, now, self._limits)
         ]
         deadline = now + LEAVE_SECONDS
-        while lower and time.monotonic() < deadline:
+        while lower and time.monotonic() < deadline and not self.is_lost():
             self._tell(lower[0], verdict=verdict.to_json())
             self.listen(0.2)
-        self.end_job(verdict)
+        if not self.is_lost():
+            self.lose(verdict)

@@ -5,7 +5,8 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import NamedTuple
 
-from mlxtp.cluster.verdict import CollectiveCall
+from mlxtp.cluster.verdict import CollectiveCall, Verdict
+from mlxtp.comm.errors import RankLostError
 
 
 class Blocks(NamedTuple):
@@ -60,7 +61,9 @@ class Progress:
     these; it is called by the heartbeat's thread, at any time, so it must not block. By
     default nothing is known of them. `limited_since` is since when waits have a limit
     of time (seconds of the monotonic clock), None while they have none. `blocks` are
-    those of `Communicator.raising_together`.
+    those of `Communicator.raising_together`. `lost` is the verdict after which no
+    collective works, and `has_raised` whether the program was told of it. With
+    `stop_graph` MLX calls a function, which raises, instead of waiting in its graph.
     """
 
     def __init__(self) -> None:
@@ -68,6 +71,9 @@ class Progress:
         self.graph: Callable[[], GraphState] = GraphState
         self.limited_since: float | None = 0.0
         self.blocks = Blocks()
+        self.lost: Verdict | None = None
+        self.has_raised = False
+        self.stop_graph: Callable[[str, Callable[[], None]], None] = lambda *_: None
         # Each is one assignment, so that a reader never sees parts of two calls.
         self._wait: Wait | None = None
         self._last: tuple[str, int, str, bool] | None = None
@@ -93,9 +99,24 @@ class Progress:
         is_begun = not in_graph or number <= self.graph().begun
         return CollectiveCall(name, number if is_begun else None, layer, waiting=False)
 
+    def lose(self, verdict: Verdict) -> None:
+        """Let all collectives raise RankLostError, those that are waited for, too."""
+        self.lost = verdict
+        self.stop_graph(verdict.sentence(), self.raise_if_lost)
+
+    def raise_if_lost(self) -> None:
+        """Raise RankLostError if a rank is lost."""
+        if self.lost is not None:
+            self.has_raised = True
+            raise RankLostError(self.lost)
+
     @contextmanager
     def collective(self, name: str, layer: str = "") -> Iterator[None]:
-        """Note that the main thread is in a collective, for the block."""
+        """Note that the main thread is in a collective, for the block.
+
+        Raises: RankLostError if a rank is lost.
+        """
+        self.raise_if_lost()
         self.number += 1
         self._last = name, self.number, layer, False
         self._wait = Wait(time.monotonic(), name, self.number, layer, False)
@@ -108,7 +129,10 @@ class Progress:
         """Note a collective that MLX will wait for when it evaluates the graph.
 
         Returns its number.
+
+        Raises: RankLostError if a rank is lost.
         """
+        self.raise_if_lost()
         self.number += 1
         self._last = name, self.number, layer, True
         return self.number

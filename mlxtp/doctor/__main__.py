@@ -90,7 +90,9 @@ def examine(args: argparse.Namespace) -> int:
     tokens: list[float] = []
     if can_measure(findings):
         try:
-            comm = Communicator.world(args.transport, timeout_seconds=args.timeout)
+            comm = Communicator.world(
+                args.transport, timeout_seconds=args.timeout, on_loss="end"
+            )
             collectives = curves.measure(comm) if comm.size > 1 else []
             tokens = token_seconds(comm)
             report.collectives(collectives, comm.describe().splitlines()[0])

@@ -48,6 +48,7 @@ comm = mlxtp.Communicator.world(
     timeout_seconds=float(sys.argv[3]),
     silence_seconds=float(sys.argv[4]),
     measure=False,
+    on_loss="end",
 )
 pids = comm.allgather_object(os.getpid())
 if comm.rank == 0:
@@ -279,6 +280,21 @@ signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGTERM, signal.SIGCONT])
 ctypes.PyDLL(None).sleep(60)
 """
 
+# Rank 1 is not heard and hears nobody.
+CUT_OFF = """
+comm._heartbeat._key = "of another job"
+"""
+
+
+def cut_off(job: Job) -> None:
+    """Stop mpirun until all ranks have ended, which they have to do by themselves."""
+    os.kill(job.mpirun, signal.SIGSTOP)
+    limit = SILENCE_SECONDS + 2 * heartbeat.LEAVE_SECONDS + 10
+    left = job.still_running(patience_seconds=limit)
+    os.kill(job.mpirun, signal.SIGCONT)
+    assert left == [], "a rank that is cut off goes on by itself"
+
+
 # MPI starts when all ranks have come, and lets no Python run until then.
 DOES_NOT_COME = """
 import os, sys, time
@@ -318,6 +334,7 @@ def slow_jobs() -> dict[str, Future[Ended]]:
         "mpirun is ended": start("pass", send(signal.SIGTERM)),
         "rank 0 is killed": start("pass", send(signal.SIGKILL, 0)),
         "busy": start(HOLD_THE_LOCK, send(signal.SIGKILL, 2)),
+        "cut off": start(CUT_OFF, cut_off),
     }
 
 
@@ -344,6 +361,18 @@ def test_a_rank_is_killed_while_another_is_too_busy_to_answer() -> None:
     job, status, _ = slow_jobs()["busy"].result()
     assert status != 0
     assert f"mlxtp: rank 2 on {HOST} died; rank 0 on" in job.output, job.output
+
+
+@pytest.mark.slow
+def test_a_rank_is_cut_off() -> None:
+    """It ends like the others, and nobody ends it; who hear each other say so first."""
+    job, status, _ = slow_jobs()["cut off"].result()
+    assert status != 0
+    lines = [line for line in job.output.splitlines() if " did not answer " in line]
+    told = [line for line in lines if line.startswith("mlxtp: ")]
+    assert told[0].startswith(f"mlxtp: rank 1 on {HOST} did not answer"), job.output
+    alone = f"mlxtp: rank 0 on {HOST}, rank 2 on {HOST} did not answer"
+    assert sum(line.startswith(alone) for line in told) == 1, job.output
 
 
 @pytest.mark.slow

@@ -25,7 +25,9 @@ PROGRAM = """
 import os, sys, time
 import mlxtp
 from mlxtp.stories import PATH
-comm = mlxtp.Communicator.world(sys.argv[1], timeout_seconds=float(sys.argv[3]))
+comm = mlxtp.Communicator.world(
+    sys.argv[1], timeout_seconds=float(sys.argv[3]), on_loss="end"
+)
 with comm.unlimited():  # on a busy machine one rank imports longer than others
     from mlxtp import loading
     comm.barrier()

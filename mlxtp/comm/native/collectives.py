@@ -43,6 +43,7 @@ class NativeCollectives:
         self._progress = progress
         self._traffic = traffic
         progress.graph = lambda: GraphState(*core.state())
+        progress.stop_graph = core.stop
         names = algorithms(control.size, allreduce)
         self.tuning = choose(
             self._time_allreduce, control, names, progress, measure=measure

@@ -169,6 +169,33 @@ Last& last() {
   return *last;
 }
 
+// Why collectives were stopped, and the function of Python that raises the error.
+struct Stopped {
+  std::string words;
+  nb::object raise;
+};
+
+Stopped& stopped() {
+  static auto* const stopped = new Stopped();
+  return *stopped;
+}
+
+// Raises that error where MLX throws what a collective that was stopped has thrown.
+void translate(const std::exception_ptr& thrown, void*) {
+  try {
+    std::rethrow_exception(thrown);
+  } catch (const std::exception& error) {
+    if (!stopped().raise.is_valid() || stopped().words != error.what()) {
+      throw;
+    }
+    try {
+      stopped().raise();
+    } catch (nb::python_error& raised) {
+      raised.restore();
+    }
+  }
+}
+
 // The collectives of one communicator.
 class Core {
  public:
@@ -226,7 +253,11 @@ class Core {
   }
 
   double seconds() const { return collectives_->seconds(); }
-  void stop(const std::string& words) { collectives_->stop(words); }
+  // Lets every collective fail, those that are under way too; MLX then calls `raise`.
+  void stop(const std::string& words, nb::object raise) {
+    stopped() = {words, std::move(raise)};
+    collectives_->stop(words);
+  }
 
   void forget() {
     const nb::gil_scoped_release release;
@@ -323,6 +354,7 @@ NB_MODULE(mlxtp_native, m) {
   // Whether arrays of MLX are known here: refused if MLX was built with a nanobind
   // that keeps other books.
   m.def("probe", [](const mx::array& x) { return x.size(); });
+  nb::register_exception_translator(mlxtp::translate);
   nb::class_<Core>(m, "Core")
       .def(nb::init<uintptr_t, bool>(), nb::call_guard<nb::gil_scoped_release>())
       .def("allreduce", &Core::allreduce)

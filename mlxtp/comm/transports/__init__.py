@@ -7,7 +7,7 @@ collectives that stand in MLX's graph.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 from mlxtp.comm.choices import BACKENDS, TRANSPORTS
@@ -52,10 +52,12 @@ class MessageTransport(Transport, Protocol):
     """Moves contiguous buffers of bytes, each (n,) uint8.
 
     Messages between two ranks with the same tag arrive in the order they were sent.
-    `crowded` says whether ranks of this host outnumber its cores.
+    `crowded` says whether ranks of this host outnumber its cores. Waits that poll call
+    `raise_if_lost`, which does nothing by default.
     """
 
     crowded: bool
+    raise_if_lost: Callable[[], None]
 
     def send(self, buffer: np.ndarray, to: int, tag: int) -> MessageRequest:
         """Begin to send; the buffer stays as it is until the request is done."""
@@ -98,6 +100,10 @@ class MessageTransport(Transport, Protocol):
 
     def is_over(self) -> bool:
         """Whether this rank has ended MPI."""
+        ...
+
+    def abandon(self) -> None:
+        """Let this process end without the other ranks."""
         ...
 
     def handle(self) -> int:

@@ -1,15 +1,20 @@
 """The ranks that mpirun has started, through mpi4py."""
 
+import atexit
 import os
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
+import mpi4py
 import numpy as np
 
-from mlxtp.comm.transports.openmpi import YIELDS, finish, set_defaults
+from mlxtp.comm.transports.openmpi import YIELDS, abandon, finish, set_defaults
 
 set_defaults()
+# mpi4py would end MPI also where a rank is lost, and wait for it.
+mpi4py.rc.finalize = False
+atexit.register(finish)
 
 from mpi4py import MPI  # noqa: E402 - importing it starts MPI
 
@@ -30,6 +35,8 @@ class MPITransport:
         self.size: int = self._comm.size
         # Ranks outnumber the cores: one that waits is in the way of one that computes.
         self.crowded = os.environ.get(YIELDS) == "1"
+        self.raise_if_lost: Callable[[], None] = lambda: None
+        self._abandoned: list[MPI.Request] = []
 
     def __str__(self) -> str:
         """Name the transport, for `Communicator.describe`."""
@@ -62,6 +69,7 @@ class MPITransport:
         polls = 0
         while not MPI.Request.Testall(requests):
             polls += 1
+            self._look(requests)
             _make_room(polls)
 
     def wait_napping(
@@ -71,6 +79,7 @@ class MPITransport:
         requests = list(requests)
         begin = time.monotonic()
         while not MPI.Request.Testall(requests):
+            self._look(requests)
             nap = NAP_PART * (time.monotonic() - begin)
             time.sleep(min(max(nap, NAP_SECONDS), longest_nap_seconds))
 
@@ -82,8 +91,17 @@ class MPITransport:
         polls = 0
         while not (done := MPI.Request.Testsome(requests)):
             polls += 1
+            self._look(requests)
             _make_room(polls)
         return done
+
+    def _look(self, requests: Sequence[MPI.Request]) -> None:
+        """Raise if a rank is lost; MPI may still write where the requests say."""
+        try:
+            self.raise_if_lost()
+        except Exception:
+            self._abandoned += requests
+            raise
 
     def free(self, requests: Sequence[MPI.Prequest]) -> None:
         """Give up prepared requests."""
@@ -124,6 +142,10 @@ class MPITransport:
     def close(self) -> None:
         """End MPI, with all ranks."""
         finish()
+
+    def abandon(self) -> None:
+        """Let this process end without the other ranks."""
+        abandon()
 
 
 def _make_room(polls: int) -> None:

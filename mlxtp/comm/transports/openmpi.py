@@ -20,6 +20,8 @@ YIELDS = "OMPI_MCA_mpi_yield_when_idle"
 # Longer than the others take to say who is missing.
 ABORT_DELAY_SECONDS = 3
 
+_is_abandoned = False
+
 
 def set_defaults() -> None:
     """Set the variables that Open MPI reads in MPI_Init; what the user has set stays.
@@ -52,8 +54,14 @@ def is_started() -> bool:
     return "mpi4py.MPI" in sys.modules
 
 
+def abandon() -> None:
+    """Let this process end without ending MPI, which waits for all ranks."""
+    global _is_abandoned
+    _is_abandoned = True
+
+
 def finish() -> None:
     """End MPI, with all ranks, where mpi4py has started it in this process."""
     mpi = sys.modules.get("mpi4py.MPI")
-    if mpi is not None and not mpi.Is_finalized():
+    if mpi is not None and not mpi.Is_finalized() and not _is_abandoned:
         mpi.Finalize()
