@@ -67,28 +67,31 @@ class Location:
 
         Rank 0 asks the hub and tells the others; where the hub does not answer, it is
         the commit that most machines keep slices of. The headers come once, from the
-        hub or from a machine that has slices already. Slices that were damaged since they
-        came are removed. Where all machines have all of it in the hub's cache, that is
-        read; where some have files of it there, these are used.
+        hub or from a machine that has slices already. Slices that were damaged since
+        they came are removed. Where all machines have all of it in the hub's cache,
+        that is read; where some have files of it there, these are used.
 
         Raises: UsageError on every rank, with what the hub said, and what which host
             lacks.
         """
         small: dict[str, bytes] = {}
 
-        def ask_commit() -> tuple[Repo, list[str]] | HubError:
+        def ask_commit() -> tuple[Repo, list[str]] | str:
             nonlocal small
             try:
                 repo, small = hub.small_files(name, revision)
             except HubError as error:
-                return error
+                asking = f" (asked by {comm.host})" if comm.size > 1 else ""
+                message = f"{error}{asking}"
+                if error.is_final:
+                    raise ValueError(message) from error
+                return message
             return repo, sorted(small)
 
         answer = _from_root(comm, ask_commit)
-        if isinstance(answer, HubError):
-            repo, names = _known(comm, name, revision, answer)
-        else:
-            repo, names = answer
+        if isinstance(answer, str):
+            answer = _known(comm, name, revision, answer)
+        repo, names = answer
         lacks = hub.lacking(repo, names)
         hosts = comm.allgather_object((comm.host, lacks, lacks and _is_begun(repo)))
         if not any(lacks for _, lacks, _ in hosts):
@@ -196,19 +199,18 @@ def _is_begun(repo: Repo) -> bool:
 
 
 def _known(
-    comm: Communicator, name: str, revision: str | None, error: HubError
+    comm: Communicator, name: str, revision: str | None, message: str
 ) -> tuple[Repo, list[str]]:
     """Find the commit that most hosts keep slices of, where the hub does not tell it.
 
     Returns: the repository, and what its small files are called.
 
-    Raises: UsageError on every rank, with the hub's `error`, if none keeps any.
+    Raises: UsageError on every rank, with the hub's `message`, if none keeps any.
     """
     found = comm.allgather_object(_remembered(name, revision))
     kept = [known for known in found if known is not None]
     if not kept:
-        asking = f" (asked by {comm.host})" if comm.size > 1 else ""
-        raise UsageError(comm.bcast_object(f"{error}{asking}"))
+        raise UsageError(message)
     commits = [repo.commit for repo, _ in kept]
     return max(kept, key=lambda known: commits.count(known[0].commit))
 

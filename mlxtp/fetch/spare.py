@@ -1,14 +1,46 @@
 """Whose slices a host keeps besides its own: then no single loss needs the hub."""
 
-from collections.abc import Mapping, Sequence
+import logging
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
 from mlxtp.checkpoint.tensors import Piece, StoredTensor
+from mlxtp.comm.communicator import Communicator
+from mlxtp.comm.errors import UsageError
 from mlxtp.partition.spans import Slice
+
+logger = logging.getLogger(__name__)
 
 # What a rank passes on in a step: a service answers between two of them.
 STEP_BYTES = 16 * 1024 * 1024
+
+
+class Spare:
+    """Slices of other hosts that come to this host's disk when there is time.
+
+    `is_left` says whether there is something for `step`; it is the same on all ranks.
+    """
+
+    def __init__(self, comm: Communicator, steps: Iterator[None] | None) -> None:
+        """Take the steps of `Prepared.keeping_spare`; without them nothing is left."""
+        self._comm, self._steps = comm, steps or iter(())
+        self.is_left = steps is not None
+
+    def step(self) -> None:
+        """Make one step, on all ranks together.
+
+        What cannot be kept is said, and is no reason to end a service.
+        """
+        try:
+            with self._comm.unlimited():  # disks may be slow, and not alike
+                next(self._steps)
+        except StopIteration:
+            self.is_left = False
+        except UsageError as error:
+            self.is_left = False
+            if self._comm.rank == 0:
+                logger.warning(f"--spare: {error}")
 
 
 def kept_besides(hosts: Sequence[str]) -> list[list[int]]:
