@@ -1,6 +1,7 @@
 """One of five hosts is lost, and the hub is off: the others have all of the model."""
 
 import shutil
+import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -19,9 +20,9 @@ from mlxtp import Communicator
 from mlxtp.checkpoint import verify
 from mlxtp.checkpoint.tensors import Piece, StoredTensor, Tensor
 from mlxtp.comm.errors import UsageError
-from mlxtp.fetch import fetch
+from mlxtp.fetch import fetch, hub
 from mlxtp.fetch.schedule import plan
-from mlxtp.fetch.spare import bytes_besides, kept_besides
+from mlxtp.fetch.spare import Spare, bytes_besides, kept_besides
 from mlxtp.loading import load_model, prepare
 from mlxtp.model.skeleton import build
 from mlxtp.model.sources import needed
@@ -182,6 +183,9 @@ def go_on(
     def run(world: Communicator, client: Client) -> tuple[list[int], int, int, int]:
         client.use("http://127.0.0.1:1", hosts.disks / f"host-{hosts.comm.rank}")
         client.patch.setattr(constants, "HF_HUB_OFFLINE", hub_is == "offline")
+        client.patch.setattr(hub, "PATIENCE_SECONDS", 0)
+        sleep = time.sleep  # huggingface-hub waits between its attempts
+        client.patch.setattr(time, "sleep", lambda seconds: sleep(min(seconds, 0.01)))
         client.patch.setattr(world, "host", f"host-{hosts.comm.rank}")
         of_five, of_four = wants(model, 5), wants(model, 4)
         [before] = kept_besides(list("abcde"))[hosts.comm.rank]
@@ -301,7 +305,11 @@ def test_folders(
 @five
 @slow
 def test_a_break_leaves_what_the_journal_knows(
-    comm: Communicator, model: Path, shared_path: Path, monkeypatch: pytest.MonkeyPatch
+    comm: Communicator,
+    model: Path,
+    shared_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
 ) -> None:
     """Whole or absent; the next start goes on, at one step of a few bytes a time."""
     monkeypatch.setattr("mlxtp.loading.STEP_BYTES", 10_000)
@@ -323,13 +331,28 @@ def test_a_break_leaves_what_the_journal_knows(
         assert not spare.exists() and spare.with_suffix(".partial").is_dir()
         return sent[0]
 
+    def full(world: Communicator, client: Client) -> list[str]:
+        """A service says that a disk is too small, and goes on."""
+        usage = shutil.disk_usage(mine)._replace(free=1000 if comm.rank == 2 else 10**9)
+        client.patch.setattr(shutil, "disk_usage", lambda _: usage)
+        caplog.clear()
+        keeping = Spare(world, prepare("model", world).keeping_spare())
+        keeping.step()
+        assert not keeping.is_left and not spare.exists()
+        return caplog.messages
+
     def go_on(world: Communicator, client: Client) -> int:
         sent = counted(world, client.patch)
-        load_model("model", world, spare=True)
+        keeping = Spare(world, prepare("model", world).keeping_spare())
+        while keeping.is_left:
+            keeping.step()
         assert spare.exists() and not spare.with_suffix(".partial").exists()
         return sent[0]
 
     first = sum(hosts.job(None, begin))
+    [[said], *others] = hosts.job(None, full)
+    assert not any(others)
+    assert said.startswith("--spare: host-2 needs 0.0 GB of disk for its slices")
     second = sum(hosts.job(None, go_on))
     of_five = wants(model, 5)
     besides = [lacked_bytes(of_five[rank - 1], [of_five[rank]]) for rank in range(5)]
