@@ -93,9 +93,9 @@ def measure(machines: Path) -> None:
         # The beginnings of files are for comparing them with the hub's hashes.
         fetched.append(target.size if offset else 0)
 
-    def counted_write(self: Journal, *arguments: Any) -> None:
+    def counted_write(self: Journal, *arguments: Any, from_hub: bool) -> None:
         came.append(arguments[-1].size)
-        write(self, *arguments)
+        write(self, *arguments, from_hub=from_hub)
 
     hub.fetch, Journal.write = counted_fetch, counted_write  # type: ignore[method-assign]
     before = kept(machines / f"host-{rank}")

@@ -128,6 +128,7 @@ def prepare(args: argparse.Namespace, comm: Communicator) -> Task:
     show = not (args.quiet or args.json)
     how = {
         "fetch": args.fetch,
+        "spare": args.spare,
         "agree_experts": args.agree_experts,
         "progress": show,
     }

@@ -109,6 +109,12 @@ def add_options(
         "passes the others their slices. Default: all.",
     )
     work.add_argument(
+        "--spare",
+        action="store_true",
+        help="Keep on each host's disk the slices of the host before it as well, so "
+        "that the others have all of the model when one is lost.",
+    )
+    work.add_argument(
         "--agree-experts",
         action="store_true",
         help="Let all ranks take rank 0's choice of experts, at the price of a "

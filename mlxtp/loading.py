@@ -1,7 +1,8 @@
 """`load`: from a checkpoint to a model of which each rank holds its slices."""
 
 import logging
-from collections.abc import Callable, Mapping, Sequence
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -11,18 +12,18 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_unflatten
 
-from mlxtp.checkpoint import cut
 from mlxtp.checkpoint.cut import Shard
 from mlxtp.checkpoint.headers import Checkpoint
 from mlxtp.checkpoint.memory import gpu_limit_bytes
 from mlxtp.checkpoint.progress import Advance, ignore, progress_bar
 from mlxtp.checkpoint.readahead import ReadAhead
-from mlxtp.checkpoint.tensors import Tensor, bytes_of
+from mlxtp.checkpoint.tensors import Tensor
 from mlxtp.cluster import memory
 from mlxtp.comm.communicator import Communicator
 from mlxtp.comm.errors import UsageError
-from mlxtp.fetch.fetch import fill
+from mlxtp.fetch.fetch import check_there, fill, filling
 from mlxtp.fetch.location import Location, locate, named
+from mlxtp.fetch.spare import STEP_BYTES, bytes_besides, kept_besides
 from mlxtp.model.skeleton import EmptyModel, build, check_values
 from mlxtp.model.sources import Computed, needed
 from mlxtp.model.turns import (
@@ -57,6 +58,7 @@ class _Options(TypedDict, total=False):
     revision: str | None
     trust_remote_code: bool
     fetch: Fetch
+    spare: bool
     agree_experts: bool
     progress: bool
 
@@ -89,6 +91,7 @@ def load(
     revision: str | None = None,
     trust_remote_code: bool = False,
     fetch: Fetch = "all",
+    spare: bool = False,
     agree_experts: bool = False,
     progress: bool = False,
 ) -> Any:
@@ -112,6 +115,8 @@ def load(
         revision: a branch, a tag or a commit, for a name on the hub.
         trust_remote_code: run Python code that the checkpoint carries.
         fetch: "all" ranks fetch from the hub, or "root" for all: rank 0.
+        spare: keep on each host's disk the slices of the host before it as well: then
+            no host that is lost takes with it what the others have to read.
         agree_experts: all ranks take rank 0's choice of experts, which costs a
             collective in each layer that has them. For machines that differ
             (`comm.machines_differ`).
@@ -133,7 +138,9 @@ def load(
         trust_remote_code=trust_remote_code,
     )
     tokenizer = prepared.load_tokenizer(tokenizer_config)
-    model = prepared.load(fetch=fetch, agree_experts=agree_experts, progress=progress)
+    model = prepared.load(
+        fetch=fetch, spare=spare, agree_experts=agree_experts, progress=progress
+    )
     return (model, tokenizer, prepared.config) if return_config else (model, tokenizer)
 
 
@@ -147,6 +154,7 @@ def load_model(
     revision: str | None = None,
     trust_remote_code: bool = False,
     fetch: Fetch = "all",
+    spare: bool = False,
     agree_experts: bool = False,
     progress: bool = False,
 ) -> tuple[nn.Module, dict[str, Any]]:
@@ -166,7 +174,7 @@ def load_model(
         trust_remote_code=trust_remote_code,
     )
     return prepared.load(
-        fetch=fetch, agree_experts=agree_experts, progress=progress
+        fetch=fetch, spare=spare, agree_experts=agree_experts, progress=progress
     ), prepared.config
 
 
@@ -237,6 +245,7 @@ class Prepared:
         self,
         *,
         fetch: Fetch = "all",
+        spare: bool = False,
         agree_experts: bool = False,
         progress: bool = False,
         advance: Advance = ignore,
@@ -247,18 +256,60 @@ class Prepared:
         `advance` is told of bytes of `nbytes` as they are read.
         """
         with self.comm.unlimited():
-            checkpoint = self._fetch(fetch, show=progress)
-            return self._read(checkpoint, agree_experts, advance, show=progress)
+            checkpoint = self._fetch(fetch, spare=spare, show=progress)
+            model = self._read(checkpoint, agree_experts, advance, show=progress)
+            if spare:
+                deque(self.keeping_spare(), maxlen=0)
+            return model
 
-    def _fetch(self, fetch: Fetch, *, show: bool) -> Checkpoint:
-        """Fetch what this machine lacks; return where all lies that the rank reads."""
-        comm, location, repo = self.comm, self.location, self.location.repo
-        if repo is None:
-            return self.empty.checkpoint
-        of_repo = location.checkpoint.tensors
-        wanted = {t.name: part for t, part in self.tensors.items() if t.name in of_repo}
-        fill(comm, repo, self.shard, wanted, only_root=fetch == "root", show=show)
+    def keeping_spare(self) -> Iterator[None]:
+        """Get the slices of another host's ranks and keep them beside this rank's own.
+
+        It is done in steps, one for each `next`, on all ranks alike, and needs no
+        memory but a few times STEP_BYTES. The slices lie as their own rank keeps them,
+        and count once they are there as a whole.
+
+        Raises: UsageError on every rank if a disk is too small, or the hub is needed
+            and does not give something.
+        """
+        of_ranks = kept_besides(self.comm.allgather_object(self.comm.host))
+        mine = of_ranks[self.comm.rank]
+        for turn in range(max(map(len, of_ranks))):
+            shard, wanted = self.shard, dict[str, Slice]()
+            if turn < len(mine):
+                shard = Shard(shard.shares, mine[turn])
+                wanted = self._wanted(mine[turn])
+            yield from filling(
+                *(self.comm, self.location, shard, wanted), round_bytes=STEP_BYTES
+            )
+
+    def _wanted(self, rank: int) -> dict[str, Slice]:
+        """The slices of the checkpoint's tensors that a rank reads, by name."""
+        tensors = self.tensors
+        if rank != self.comm.rank and tensors:
+            slices = self.table.slices(rank)
+            tensors = needed(self.empty.sources, slices, rank, self.comm.size)
+        there = self.location.checkpoint.tensors
+        return {t.name: part for t, part in tensors.items() if t.name in there}
+
+    def _fetch(self, fetch: Fetch, *, spare: bool, show: bool) -> Checkpoint:
+        """Get what this machine lacks; return where all lies that the rank reads."""
+        comm, location = self.comm, self.location
+        wanted = self._wanted(comm.rank)
+        later = 0
+        if spare:
+            of_ranks = kept_besides(comm.allgather_object(comm.host))
+            others = [self._wanted(rank) for rank in of_ranks[comm.rank]]
+            later = bytes_besides(location.checkpoint.tensors, wanted, others)
+        fill(
+            *(comm, location, self.shard, wanted),
+            only_root=fetch == "root",
+            show=show,
+            later_bytes=later,
+        )
         with comm.agreement(), named(location.name, location.folder):
+            if not location.is_cut:
+                return self.empty.checkpoint
             return self.empty.checkpoint.updated(location.reopened().checkpoint)
 
     def _read(
@@ -332,8 +383,6 @@ def prepare(
                 if location.is_cut
                 else {}
             )
-            if location.repo is None:
-                _check_here(tensors, empty.checkpoint, location)
         if table.remark and comm.rank == 0:
             logger.warning(table.remark)
         shard = Shard(rank_shares, comm.rank)
@@ -341,6 +390,8 @@ def prepare(
             *(comm, location, empty, table, shard, slices, tensors),
             *(trust_remote_code, rebuild),
         )
+        if location.repo is None:
+            check_there(comm, location, prepared._wanted(comm.rank))
         both = [prepared] if beside is None else [beside, prepared]
         names = " and ".join(model.name for model in both)
         held = sum(model.nbytes for model in both)
@@ -382,20 +433,6 @@ def _checked_shares(shares: Sequence[int | Share] | None, comm: Communicator) ->
             f"for each of {comm.size} ranks"
         )
     return as_shares(shares)
-
-
-def _check_here(
-    tensors: Mapping[Tensor, Slice], checkpoint: Checkpoint, location: Location
-) -> None:
-    """Compare what a rank reads with what a cut checkpoint has."""
-    if absent := bytes_of(checkpoint.missing(tensors)):
-        held = ", ".join(shard.folder for shard in cut.shards(location.folder))
-        raise ValueError(
-            f"{absent / 1e9:.2f} of the {bytes_of(tensors) / 1e9:.2f} GB that this "
-            f"rank reads are not in {location.name}, which holds "
-            f"{held or 'no slices'}: cut the checkpoint for these ranks and shares "
-            "with python -m mlxtp.shard"
-        )
 
 
 def check_memory(

@@ -25,6 +25,7 @@ from mlxtp.comm import launcher
 from mlxtp.comm.communicator import Communicator
 from mlxtp.fetch import hub
 from mlxtp.fetch.location import locate, named
+from mlxtp.fetch.spare import kept_besides
 from mlxtp.model.skeleton import build
 from mlxtp.model.sources import needed
 from mlxtp.partition.shares import Share, as_shares
@@ -45,6 +46,8 @@ def main() -> None:
                 writing.join(args.join, args.output, bar.update)
         else:
             shard(args.model, args.shares, args.output, show=not args.quiet)
+            if args.spare:
+                print("\n".join(copies(args.shares)))
     except (ValueError, OSError) as error:
         launcher.refuse("mlxtp.shard", error)
 
@@ -104,6 +107,17 @@ def shard(
             writing.write(output, owner, origin, checkpoint, by_file, bar.update)
 
 
+def copies(shares: Iterable[int | Share]) -> list[str]:
+    """Say which folders go to which host, one rank on each, if all are kept twice."""
+    shares = as_shares(shares)
+    besides = kept_besides([str(rank) for rank in range(len(shares))])
+    return [
+        f"host {host}: "
+        + " and ".join(Shard(shares, rank).folder for rank in (host, *others))
+        for host, others in enumerate(besides)
+    ]
+
+
 def report(folder: Path, *, show: bool = False) -> bool:
     """Print whose slices are in `folder`, and what is wrong with them.
 
@@ -158,6 +172,12 @@ def _parser() -> argparse.ArgumentParser:
         type=job_options.shares,
         help="shares of the ranks, whole numbers such as 2,1,1,1,1",
     )
+    result.add_argument(
+        "--spare",
+        action="store_true",
+        help="say which folders to copy to which host, so that each has those of the "
+        "host before it as well and none is lost with its host",
+    )
     result.add_argument("--output", type=Path, metavar="DIR", help="where to write")
     result.add_argument("--quiet", action="store_true", help="no progress bars")
     return result
@@ -170,8 +190,8 @@ def _parse() -> argparse.Namespace:
         if args.ranks is None or args.ranks < 1:
             parser.error("--model goes with --ranks, at least 1, or --shares")
         args.shares = [1] * args.ranks
-    if not args.model and (args.shares or args.ranks is not None):
-        parser.error("--ranks and --shares go with --model")
+    if not args.model and (args.shares or args.ranks is not None or args.spare):
+        parser.error("--ranks, --shares and --spare go with --model")
     if (args.output is None) != bool(args.verify):
         parser.error("--output goes with --model and --join, and neither without it")
     return args

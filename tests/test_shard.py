@@ -76,7 +76,9 @@ def test_a_rank_needs_its_own_folder_alone(
     empty = tmp_path / "none"
     shutil.copytree(output, empty, ignore=shutil.ignore_patterns(*others))
     last = empty if comm.rank == comm.size - 1 else mine
-    with pytest.raises(UsageError, match=r"GB that this rank reads are not in .*none"):
+    lost = f"rank-{comm.size - 1}-of-{comm.size}" if comm.size > 1 else "slices of it"
+    said = rf"GB of .* are on the disk of no host, none has {lost}: start the host"
+    with pytest.raises(UsageError, match=said):
         mlxtp.load(last, comm)
 
 
@@ -180,8 +182,13 @@ def run(*arguments: object) -> subprocess.CompletedProcess[str]:
 @once
 def test_the_command_line(cut: Path, tmp_path: Path) -> None:
     model, output = tmp_path / "model", tmp_path / "again"
-    done = run("--model", model, "--shares", "2,1,1", "--output", output)
+    done = run("--model", model, "--shares", "2,1,1", "--output", output, "--spare")
     assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines() == [
+        "host 0: rank-0-of-2-1-1 and rank-2-of-2-1-1",
+        "host 1: rank-1-of-2-1-1 and rank-0-of-2-1-1",
+        "host 2: rank-2-of-2-1-1 and rank-1-of-2-1-1",
+    ]
     assert {part.name for part in output.glob("rank-*")} == {
         f"rank-{rank}-of-2-1-1" for rank in range(3)
     }
@@ -203,6 +210,7 @@ def test_the_command_line(cut: Path, tmp_path: Path) -> None:
         ("--model model --ranks 2", "--output goes with --model and --join"),
         ("--verify cut --output new", "--output goes with"),
         ("--verify cut --ranks 2", "go with --model"),
+        ("--verify cut --spare", "go with --model"),
         ("--verify model", "model is no cut checkpoint"),
         ("--join model --output new", "model is no cut checkpoint"),
         ("--join cut --output model", "model is not empty"),

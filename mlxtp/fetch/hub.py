@@ -98,6 +98,11 @@ class HubError(ValueError):
         )
         self.reason = reason
 
+    @property
+    def is_final(self) -> bool:
+        """Whether the hub answered, and said that there is no such thing for us."""
+        return self.reason in HINTS.values()
+
 
 def snapshot(repo: Repo) -> Path | None:
     """Its folder in the hub's cache, with all of its files or with some."""

@@ -20,6 +20,10 @@ from mlxtp.partition.spans import Slice, Span, Spans
 LAYOUT = "layout.json"
 JOURNAL = "journal.jsonl"
 
+# A line of the journal: a tensor, an axis, the items of it that have come, and whether
+# any of the tensor came from the hub.
+Note = tuple[str, int, Spans, bool]
+
 
 class Journal:
     """The slices of tensors that a rank lacks, written as they come.
@@ -37,12 +41,15 @@ class Journal:
         self._tensors = {t.name: t for of_file in self._files.values() for t in of_file}
         self._goes_on = self._is_ours()
         self.missing = self._slices
+        self._from_hub: set[str] = set()  # tensors of which something came from there
         if self._goes_on:
-            self.missing = dict(self._left(self._read_journal()))
+            came = list(self._read_journal())
+            self.missing = dict(self._left(came))
+            self._from_hub = {name for name, *_, from_hub in came if from_hub}
         self._open: dict[str, FileIO] = {}
         self._bytes_left = self._to_come()
         self._offsets: dict[str, int] = {}
-        self._noted: list[tuple[str, int, Spans]] = []
+        self._noted: list[Note] = []
 
     @property
     def bytes_to_write(self) -> int:
@@ -50,13 +57,17 @@ class Journal:
         return sum(self._to_come().values())
 
     @property
-    def files(self) -> set[str]:
-        """The files that it has slices of."""
-        return {file for file, slices in self._files.items() if slices}
+    def files_from_hub(self) -> set[str]:
+        """The files of which something came from the hub, now or in an earlier job."""
+        return {
+            file
+            for file, slices in self._files.items()
+            if any(tensor.name in self._from_hub for tensor in slices)
+        }
 
     def begin(self) -> None:
-        """Make the files, of the size that they will have."""
-        if self._goes_on:
+        """Make the files, of the size that they will have; none if nothing lacks."""
+        if self._goes_on or not self._slices:
             return
         shutil.rmtree(self._path, ignore_errors=True)
         self._path.mkdir()
@@ -70,12 +81,22 @@ class Journal:
         (self._path / LAYOUT).write_text(json.dumps(self._layout()))
 
     def write(
-        self, name: str, axis: int, rows: Span, spans: Spans, data: np.ndarray
+        self,
+        name: str,
+        axis: int,
+        rows: Span,
+        spans: Spans,
+        data: np.ndarray,
+        *,
+        from_hub: bool,
     ) -> None:
         """Put items `spans` of some rows, as seen from `axis`, in their place.
 
-        `data` is (n,) uint8, one row after the other.
+        `data` is (n,) uint8, one row after the other. What came from the hub has still
+        to be compared with its hashes; another host's disk has what was.
         """
+        if from_hub:
+            self._from_hub.add(name)
         target = self._slices[name].on(axis)
         count, _, item = self._tensors[name].seen_from(axis)
         file, offset = self._place(name)
@@ -93,12 +114,14 @@ class Journal:
                 done += span.length * item
         self._bytes_left[name] -= data.size
         if count == 1:
-            self._noted.append((name, axis, spans))
+            self._noted.append((name, axis, spans, name in self._from_hub))
         elif self._bytes_left[name] == 0:
-            self._noted.append((name, axis, target))
+            self._noted.append((name, axis, target, name in self._from_hub))
 
     def note(self) -> None:
         """Remember what was written, once it is on the disk."""
+        if not self._slices:
+            return
         for file in self._open.values():
             os.fsync(file.fileno())
         with open(self._path / JOURNAL, "a") as out:
@@ -122,8 +145,9 @@ class Journal:
     def forget(self, files: Iterable[str]) -> None:
         """Take what has come of some files for missing."""
         gone = {name for file in files for name in self._origin.headers[file].tensors}
-        kept = [line for line in self._read_journal() if line[0] not in gone]
+        kept = [note for note in self._read_journal() if note[0] not in gone]
         self._noted = kept
+        self._from_hub -= gone
         (self._path / JOURNAL).write_text("")
         self.note()
         self.missing = dict(self._left(kept))
@@ -131,6 +155,8 @@ class Journal:
 
     def finish(self) -> None:
         """Make it a folder of slices like any other."""
+        if not self._slices:
+            return
         for opened in self._open.values():
             opened.close()
         self._open.clear()
@@ -150,20 +176,18 @@ class Journal:
             return False
         return bool(there == json.loads(json.dumps(self._layout())))
 
-    def _read_journal(self) -> Iterator[tuple[str, int, Spans]]:
+    def _read_journal(self) -> Iterator[Note]:
         for line in (self._path / JOURNAL).read_text().splitlines():
             try:
-                name, axis, spans = json.loads(line)
+                name, axis, spans, from_hub = json.loads(line)
             except ValueError:  # it was broken off here
                 return
-            yield name, axis, Spans(spans)
+            yield name, axis, Spans(spans), from_hub
 
-    def _left(
-        self, came: Iterable[tuple[str, int, Spans]]
-    ) -> Iterator[tuple[str, Slice]]:
-        """What of the slices has not come, by what has: names, axes and items."""
+    def _left(self, came: Iterable[Note]) -> Iterator[tuple[str, Slice]]:
+        """What of the slices has not come, by what has."""
         here: dict[str, tuple[int, list[Span]]] = {}
-        for name, axis, spans in came:
+        for name, axis, spans, _ in came:
             here.setdefault(name, (axis, []))[1].extend(spans)
         for name, part in self._slices.items():
             if name not in here:

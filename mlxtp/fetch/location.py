@@ -7,6 +7,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TypeVar
+from urllib.parse import quote
 
 from mlxtp.checkpoint import cut, verify
 from mlxtp.checkpoint.cut import Origin
@@ -64,26 +65,33 @@ class Location:
     ) -> "Location":
         """A repository on the hub, of which each machine keeps slices in its cache.
 
-        Rank 0 asks the hub and tells the others; the headers come once, from the hub
-        or from a machine that has slices already. Slices that were damaged since they
-        came are removed. Where all machines have all of it in the hub's cache, that is
-        read; where some have files of it there, these are used.
+        Rank 0 asks the hub and tells the others; where the hub does not answer, it is
+        the commit that most machines keep slices of. The headers come once, from the
+        hub or from a machine that has slices already. Slices that were damaged since
+        they came are removed. Where all machines have all of it in the hub's cache,
+        that is read; where some have files of it there, these are used.
 
         Raises: UsageError on every rank, with what the hub said, and what which host
             lacks.
         """
         small: dict[str, bytes] = {}
 
-        def ask_commit() -> tuple[Repo, list[str]]:
+        def ask_commit() -> tuple[Repo, list[str]] | str:
             nonlocal small
             try:
                 repo, small = hub.small_files(name, revision)
             except HubError as error:
                 asking = f" (asked by {comm.host})" if comm.size > 1 else ""
-                raise ValueError(f"{error}{asking}") from error
+                message = f"{error}{asking}"
+                if error.is_final:
+                    raise ValueError(message) from error
+                return message
             return repo, sorted(small)
 
-        repo, names = _from_root(comm, ask_commit)
+        answer = _from_root(comm, ask_commit)
+        if isinstance(answer, str):
+            answer = _known(comm, name, revision, answer)
+        repo, names = answer
         lacks = hub.lacking(repo, names)
         hosts = comm.allgather_object((comm.host, lacks, lacks and _is_begun(repo)))
         if not any(lacks for _, lacks, _ in hosts):
@@ -117,6 +125,7 @@ class Location:
                         if not _is_begun(repo):
                             shutil.rmtree(folder, ignore_errors=True)
                         cut.begin(folder, origin, small)
+                    _remember(repo, revision)
                     verify.drop_damaged(folder)
         with comm.agreement(), named(name, folder):
             return cls(name, folder, hub.here(repo), repo)
@@ -125,6 +134,17 @@ class Location:
     def is_cut(self) -> bool:
         """Whether it is a cut checkpoint, which may lack slices of a rank."""
         return cut.is_cut(self.folder)
+
+    def origin(self) -> Origin:
+        """The whole checkpoint that there are slices of, or all.
+
+        Raises: ValueError if a cut checkpoint does not say of what it is.
+        """
+        if self.is_cut:
+            return cut.origin_of(self.folder)
+        there = self.checkpoint
+        files = {name: t.pieces[0].file.name for name, t in there.tensors.items()}
+        return Origin(self.name, None, dict(there.headers), files, there.different)
 
     def reopened(self) -> "Location":
         """The same, with the slices that have been fetched since. Errors as before."""
@@ -176,6 +196,45 @@ def _is_begun(repo: Repo) -> bool:
     except (ValueError, OSError):
         return False
     return True
+
+
+def _known(
+    comm: Communicator, name: str, revision: str | None, message: str
+) -> tuple[Repo, list[str]]:
+    """Find the commit that most hosts keep slices of, where the hub does not tell it.
+
+    Returns: the repository, and what its small files are called.
+
+    Raises: UsageError on every rank, with the hub's `message`, if none keeps any.
+    """
+    found = comm.allgather_object(_remembered(name, revision))
+    kept = [known for known in found if known is not None]
+    if not kept:
+        raise UsageError(message)
+    commits = [repo.commit for repo, _ in kept]
+    return max(kept, key=lambda known: commits.count(known[0].commit))
+
+
+def _remembered(name: str, revision: str | None) -> tuple[Repo, list[str]] | None:
+    """The commit that this machine keeps slices of, and its small files' names."""
+    try:
+        repo = Repo(name, _reference(name, revision).read_text())
+    except (OSError, ValueError):
+        return None
+    return (repo, sorted(cut.small_files(repo.folder()))) if _is_begun(repo) else None
+
+
+def _remember(repo: Repo, revision: str | None) -> None:
+    """Note which commit a revision stands for, for when the hub is not there."""
+    reference = _reference(repo.name, revision)
+    partial = reference.with_name(f"{reference.name}.partial")
+    partial.write_text(repo.commit)
+    partial.rename(reference)
+
+
+def _reference(name: str, revision: str | None) -> Path:
+    """The file that says which commit a revision stands for."""
+    return Repo(name, "refs").folder() / quote(revision or "main", safe="")
 
 
 @contextmanager

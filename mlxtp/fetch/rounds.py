@@ -44,29 +44,36 @@ class Rounds:
     def __init__(
         self,
         comm: Communicator,
-        repo: Repo,
+        repo: Repo | None,
         origin: Origin,
         tensors: Mapping[str, StoredTensor],
         journal: Journal,
         moves: Sequence[Move],
+        *,
+        hint: str = "",
+        round_bytes: int | None = None,
     ) -> None:
         """Share the moves out over rounds.
 
-        `origin` says where tensors lie at the hub, `tensors` what of them is here, and
-        what comes is written to the `journal`.
+        `origin` says where tensors lie in the whole checkpoint, `tensors` what of them
+        is here, and what comes is written to the `journal`. Without a `repo` no move
+        may be from the hub. `hint` is said behind what the hub does not give.
+        `round_bytes` is what a rank passes on in a round. Default: ROUND_BYTES.
         """
         self._comm, self._repo, self._journal = comm, repo, journal
+        self._hint = hint
+        self._round_bytes = round_bytes or ROUND_BYTES
         self._tensors = tensors
         self._at_hub = origin.tensors
         self._came, self._counting = 0, threading.Lock()  # bytes from the hub
         self._rounds = self._in_rounds(moves)
 
     def _in_rounds(self, moves: Sequence[Move]) -> list[list[Move]]:
-        """The moves of each round: of every rank about ROUND_BYTES."""
+        """The moves of each round: of every rank about `round_bytes`."""
         rounds: list[list[Move]] = []
         planned = [0] * self._comm.size
         for move in sorted(moves, key=self._position):
-            number = planned[move.source] // ROUND_BYTES
+            number = planned[move.source] // self._round_bytes
             planned[move.source] += self._stop(move) - self._start(move)
             while len(rounds) <= number:
                 rounds.append([])
@@ -75,7 +82,7 @@ class Rounds:
 
     def _position(self, move: Move) -> tuple[str, int]:
         """The file at the hub, and the first byte in it."""
-        return str(self._at_hub[move.name].pieces[0].file), self._start(move)
+        return self._at_hub[move.name].pieces[0].file.name, self._start(move)
 
     def _start(self, move: Move) -> int:
         """The first byte, in the file at the hub."""
@@ -89,10 +96,12 @@ class Rounds:
         _, items, item_bytes = stored.tensor.seen_from(move.axis)
         return stored.pieces[0].offset + (row * items + item) * item_bytes
 
-    def run(self, *, show: bool) -> None:
+    def run(self, *, show: bool) -> Iterator[None]:
         """Make all rounds; while one is passed on the next is fetched.
 
         `show` shows a progress bar.
+
+        Yields: after each round.
 
         Raises: UsageError on every rank if the hub does not give something, or a file
             cannot be read or written.
@@ -115,6 +124,7 @@ class Rounds:
                         self._write(moves, received)
                         self._journal.note()
                     bar.update(self._bytes_of([m for m in moves if not m.from_hub]))
+                    yield
             except BaseException:
                 pool.shutdown(wait=False, cancel_futures=True)
                 raise
@@ -168,6 +178,7 @@ class Rounds:
                 runs.append(_Run(file, start, stop, [move]))
         under_way = []
         for run in runs:
+            assert self._repo is not None
             target = np.empty(run.stop - run.start, np.uint8)
             future = pool.submit(
                 hub.fetch, self._repo, run.file, run.start, target, self._count
@@ -181,7 +192,10 @@ class Rounds:
         """The bytes of each move that was fetched."""
         arrived = {}
         for run, target, future in under_way:
-            future.result()
+            try:
+                future.result()
+            except ValueError as error:
+                raise ValueError(f"{error}{self._hint}") from error
             for move in run.moves:
                 start, stop = self._start(move), self._stop(move)
                 arrived[move] = target[start - run.start : stop - run.start]
@@ -213,7 +227,9 @@ class Rounds:
             start = read[move.source]
             read[move.source] += self._bytes(move, spans)
             data = received[move.source][start : read[move.source]]
-            self._journal.write(move.name, move.axis, move.rows, spans, data)
+            self._journal.write(
+                *(move.name, move.axis, move.rows, spans, data), from_hub=move.from_hub
+            )
 
     def _to_here(self, moves: Sequence[Move]) -> Iterator[tuple[Move, Spans]]:
         """The moves that have something for this rank, and which items."""

@@ -10,7 +10,7 @@ where they are short, bands of whole rows are, each by another rank, which keeps
 items and passes the others on.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 
@@ -89,6 +89,16 @@ def plan(demands: Sequence[Demand], *, only_root: bool = False) -> list[Move]:
             from_hub[source] += size
             run_bytes += size
     return moves
+
+
+def absent_bytes(demands: Iterable[Demand]) -> int:
+    """Bytes that some rank lacks and none has."""
+    return sum(
+        demand.rows * span.length * demand.item_bytes
+        for demand in demands
+        for span, _, having in _intervals(demand)
+        if not having
+    )
 
 
 def _intervals(demand: Demand) -> Iterator[tuple[Span, list[int], list[int]]]:

@@ -46,6 +46,7 @@ class Step:
         join: requests whose prompts are read: they decode from now on.
         read: tokens of prompts to be read in this pass: (id, number).
         writes: no pass is made: an entry of the prefix cache is written to disk.
+        spares: no pass is made: a step is made to keep another host's slices.
         counts: gather what each rank has counted.
         is_idle: nothing is to be done until the next step, which may take days.
         is_end: the job ends.
@@ -58,6 +59,7 @@ class Step:
     join: tuple[str, ...] = ()
     read: tuple[tuple[str, int], ...] = ()
     writes: bool = False
+    spares: bool = False
     counts: bool = False
     is_idle: bool = False
     is_end: bool = False

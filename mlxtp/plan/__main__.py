@@ -20,6 +20,7 @@ from mlxtp.comm import launcher
 from mlxtp.plan import hardware
 from mlxtp.plan.auto import auto
 from mlxtp.plan.calibration import measured_machines
+from mlxtp.plan.disk import Disk, disks
 from mlxtp.plan.hardware import LINKS, TOPOLOGIES, Link, Machine, Network
 from mlxtp.plan.model import GROUP_SIZE, open_model
 from mlxtp.plan.planning import Setting, plan
@@ -55,12 +56,17 @@ def run(args: argparse.Namespace) -> None:
             even = [1] * len(setting.machines)
             result = plan(model, setting, args.shares or even)
         offered = list(remedies(result))
+        kept: list[Disk] = []
+        if args.spare:
+            hosts = [machine.host for machine in setting.machines]
+            kept = disks(model, result.shares, hosts)
         if args.plot:
             plot(result, args.plot)
         if args.json:
-            print(json.dumps(as_json(result, offered)))
+            print(json.dumps(as_json(result, offered, kept)))
         else:
-            show(result, offered, Console(width=None if sys.stdout.isatty() else 120))
+            console = Console(width=None if sys.stdout.isatty() else 120)
+            show(result, offered, console, kept)
 
 
 def setting_of(args: argparse.Namespace) -> Setting:
@@ -223,6 +229,9 @@ def _parser() -> argparse.ArgumentParser:
     use.add_argument("--shares", type=_shares,
         help="shares of the ranks, such as 2,1,1,1,1, or auto: of those that fit, the "
         "fastest. Default: equal")  # fmt: skip
+    use.add_argument("--spare", action="store_true",
+        help="say what the hosts keep on disk, with the slices of the host before "
+        "each, as programs with --spare do")  # fmt: skip
     result.add_argument("--json", action="store_true", help="print one JSON object")
     result.add_argument("--plot", type=Path, metavar="FILE.png",
         help="draw each rank's memory and the time of a token")  # fmt: skip

@@ -8,6 +8,7 @@ from rich.console import Console
 from rich.table import Table
 
 from mlxtp.cluster.units import gigabytes
+from mlxtp.plan.disk import Disk
 from mlxtp.plan.planning import Plan
 from mlxtp.plan.remedies import Remedy
 from mlxtp.plan.timing import Time
@@ -30,8 +31,16 @@ COLUMNS = (
 )
 
 
-def show(plan: Plan, remedies: Sequence[Remedy], console: Console) -> None:
-    """Print what each rank needs, whether that fits, and how fast it would be."""
+def show(
+    plan: Plan,
+    remedies: Sequence[Remedy],
+    console: Console,
+    disks: Sequence[Disk] = (),
+) -> None:
+    """Print what each rank needs, whether that fits, and how fast it would be.
+
+    What the hosts keep on their `disks` is printed where it is given.
+    """
     setting = plan.setting
     console.print(
         f"{plan.model.name}, {len(plan.needs)} ranks, {setting.context} tokens of "
@@ -43,6 +52,9 @@ def show(plan: Plan, remedies: Sequence[Remedy], console: Console) -> None:
     for remedy in remedies:
         line = f"  {remedy.what} would do: {remedy.how}"
         console.print(line, highlight=False, soft_wrap=True)
+    if disks:
+        console.print()
+        console.print(_disks(disks))
     console.print()
     console.print(_speed(plan))
 
@@ -72,6 +84,18 @@ def _memory(plan: Plan) -> Table:
             "-" if left is None else gigabytes(left, 2),
             style="red" if left is not None and left < 0 else None,
         )
+    return table
+
+
+def _disks(disks: Sequence[Disk]) -> Table:
+    table = Table(title="What each host keeps on disk with --spare, GB")
+    table.add_column("host")
+    for name in ("its slices", "those of the host before it", "together"):
+        table.add_column(name, justify="right")
+    for disk in disks:
+        parts = disk.slices_bytes, disk.spare_bytes
+        sizes = (gigabytes(size, 2) for size in (*parts, sum(parts)))
+        table.add_row(disk.host, *sizes)
     return table
 
 
@@ -137,7 +161,9 @@ def _span(counts: tuple[int, int]) -> str:
     return str(most) if least == most else f"{least}-{most}"
 
 
-def as_json(plan: Plan, remedies: Sequence[Remedy]) -> dict[str, Any]:
+def as_json(
+    plan: Plan, remedies: Sequence[Remedy], disks: Sequence[Disk] = ()
+) -> dict[str, Any]:
     """Return all of it, in bytes and seconds; what is modelled is named so."""
     setting = plan.setting
     rows = zip(plan.needs, setting.machines, plan.left_bytes, strict=True)
@@ -161,6 +187,7 @@ def as_json(plan: Plan, remedies: Sequence[Remedy]) -> dict[str, Any]:
             }
             for need, machine, left in rows
         ],
+        **({"disks": [asdict(disk) for disk in disks]} if disks else {}),
         "remedies": [asdict(remedy) for remedy in remedies],
         "one_host_fits": plan.one_fits,
         "modelled": {

@@ -20,6 +20,7 @@ from mlxtp.cluster.units import GIB
 from mlxtp.dryrun.requirements import needs
 from mlxtp.partition.shares import Share
 from mlxtp.plan.__main__ import main
+from mlxtp.plan.disk import disks
 from mlxtp.plan.hardware import LINKS, Network, published
 from mlxtp.plan.model import model_of_config, open_model
 from mlxtp.plan.planning import Setting, plan
@@ -108,6 +109,29 @@ def test_the_parts_of_a_share_are_planned_and_shown() -> None:
     show(result, [], Console(file=printed, width=120))
     assert "It fits (--shares 1,1/2/3)" in printed.getvalue()
     assert as_json(result, [])["shares"][1]["vocabulary"] == 3
+
+
+@pytest.mark.once
+def test_what_spare_slices_cost_on_disk(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """What all ranks have is on a host once; hosts of two ranks keep two more."""
+    with open_model(str(STORIES)) as model:
+        apart = disks(model, [1, 1, 1], ["a", "b", "c"])
+        two = disks(model, [1, 1, 1, 1], ["a", "a", "b", "b"])
+        [alone] = disks(model, [1, 1], ["a", "a"])
+    assert alone.spare_bytes == 0
+    for disk, before in zip(apart, [apart[-1], *apart], strict=False):
+        assert 0.9 * before.slices_bytes < disk.spare_bytes < before.slices_bytes
+    assert two[0].spare_bytes > 0.9 * two[1].slices_bytes
+    argv = ["plan", "--model", str(STORIES), "--context", "64", "--ranks", "3"]
+    monkeypatch.setattr(sys, "argv", [*argv, "--spare"])
+    main()
+    assert "What each host keeps on disk with --spare, GB" in capsys.readouterr().out
+    monkeypatch.setattr(sys, "argv", [*argv, "--spare", "--json"])
+    main()
+    told = json.loads(capsys.readouterr().out)["disks"]
+    assert [disk["spare_bytes"] for disk in told] == [d.spare_bytes for d in apart]
 
 
 @pytest.mark.once

@@ -31,6 +31,7 @@ def test_prompt_logprobs_come_in_parts_and_once() -> None:
         scheduler,
         nothing,
         nothing,
+        nothing,
         context=10_000,
         ends=(),
         rows=len(tokenizer),

@@ -29,6 +29,7 @@ from mlxtp.comm.communicator import Communicator
 from mlxtp.comm.errors import UsageError
 from mlxtp.comm.same_start import check_same_start
 from mlxtp.dryrun.loops import try_options
+from mlxtp.fetch.spare import Spare
 from mlxtp.generation.batching import reason_against_batches
 from mlxtp.generation.capacity import Capacity, measure
 from mlxtp.generation.engine import Engine
@@ -112,6 +113,7 @@ class Job:
 
     engine: Engine
     store: PrefixStore
+    spare: Spare
     service: Service | None
 
 
@@ -162,6 +164,7 @@ def load(args: Args, comm: Communicator, link: Link | None) -> Job:
     store = PrefixStore(prefix_files(args, prepared, model, comm))
     with comm.unlimited():
         store.restore(comm, prefixes if comm.rank == 0 else None)
+    spare = Spare(comm, prepared.keeping_spare() if args.spare else None)
     ends = frozenset(tokenizer.eos_token_ids)
     grammars = Grammars(tokenizer, rows)
     engine = Engine(
@@ -176,7 +179,7 @@ def load(args: Args, comm: Communicator, link: Link | None) -> Job:
     )
     of_ranks = comm.allgather_object(rank_facts(prepared, comm, capacity))
     if link is None:
-        return Job(engine, store, None)
+        return Job(engine, store, spare, None)
     text = link.callee = Text(
         tokenizer,
         rows,
@@ -209,9 +212,12 @@ def load(args: Args, comm: Communicator, link: Link | None) -> Job:
         )
     )
     service = Service(
-        link, text, scheduler, prefixes, store, context=context, ends=ends, rows=rows
+        *(link, text, scheduler, prefixes, store, spare),
+        context=context,
+        ends=ends,
+        rows=rows,
     )
-    return Job(engine, store, service)
+    return Job(engine, store, spare, service)
 
 
 def serve(job: Job, comm: Communicator) -> None:
@@ -232,6 +238,8 @@ def serve(job: Job, comm: Communicator) -> None:
             with comm.unlimited():  # disks may be slow, and not alike
                 job.store.write_one()
                 comm.barrier()
+        elif step.spares:
+            job.spare.step()
         else:
             result = job.engine.run(step)
             if job.service:

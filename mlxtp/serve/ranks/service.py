@@ -5,6 +5,7 @@ from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import islice
 
+from mlxtp.fetch.spare import Spare
 from mlxtp.generation.engine import Drawn, Result, Score
 from mlxtp.generation.prefix_cache import PrefixIndex, PrefixStore
 from mlxtp.generation.scheduler import Scheduler
@@ -43,6 +44,7 @@ class Service:
         scheduler: decides the steps.
         prefixes: what the prefix cache holds.
         store: rank 0's part of it.
+        spare: what is still to be kept of another host's slices.
         context: the most tokens of a request.
         ends: tokens that end a text.
         rows: how many tokens the model knows.
@@ -55,6 +57,7 @@ class Service:
         scheduler: Scheduler,
         prefixes: PrefixIndex,
         store: PrefixStore,
+        spare: Spare,
         *,
         context: int,
         ends: Collection[int],
@@ -64,6 +67,7 @@ class Service:
         self._scheduler, self._prefixes, self._store = scheduler, prefixes, store
         self._context, self._ends, self._rows = context, frozenset(ends), rows
         self._open: dict[str, _Open] = {}
+        self._spare = spare
         self._step = Step(is_idle=True)
         self._steps = 0
         self._last_pass: float | None = None
@@ -86,7 +90,11 @@ class Service:
             if not self._step.is_idle:
                 self._last_pass = None
                 writes = self._store.has_unwritten
-                self._step = Step(writes=writes, is_idle=not writes, counts=not writes)
+                spares = not writes and self._spare.is_left
+                is_idle = not writes and not spares
+                self._step = Step(
+                    writes=writes, spares=spares, is_idle=is_idle, counts=is_idle
+                )
                 return self._step
         step = self._scheduler.decide()
         now = time.monotonic()
