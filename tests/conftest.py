@@ -120,7 +120,8 @@ class Passed:
         self._path = path
         lines = path.read_text().splitlines() if path.exists() else []
         self._before = {
-            test for size, test in (line.split(" ", 1) for line in lines)
+            test
+            for size, test in (line.split(" ", 1) for line in lines)
             if int(size) == WORLD.size
         }
         self._left_out = 0
@@ -140,8 +141,11 @@ class Passed:
         passed = self._now.get(report.nodeid, True) and report.passed
         self._now[report.nodeid] = passed
 
-    def pytest_sessionfinish(self, exitstatus: int) -> None:
+    def pytest_sessionfinish(self, session: pytest.Session, exitstatus: int) -> None:
         """Write down what has passed on all ranks, where the tests came to an end."""
+        if (output := getattr(session.config, "workeroutput", None)) is not None:
+            output["left_out"] = self._left_out  # the process that reports writes
+            return
         if exitstatus not in (pytest.ExitCode.OK, pytest.ExitCode.TESTS_FAILED):
             return
         here = {test for test, passed in self._now.items() if passed}
@@ -149,6 +153,12 @@ class Passed:
         if WORLD.rank == 0:
             with self._path.open("a") as file:
                 file.writelines(f"{WORLD.size} {test}\n" for test in sorted(everywhere))
+
+    @pytest.hookimpl(optionalhook=True)
+    def pytest_testnodedown(self, node: Any) -> None:
+        """Take over what a process beside others says: each has left out the same."""
+        output = getattr(node, "workeroutput", {})
+        self._left_out = output.get("left_out", self._left_out)
 
     def pytest_terminal_summary(self, terminalreporter: TerminalReporter) -> None:
         """Say how many were left out."""
