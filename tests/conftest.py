@@ -3,6 +3,7 @@
 import faulthandler
 import io
 import os
+import re
 import signal
 import sys
 from collections.abc import Iterator
@@ -28,6 +29,11 @@ WORLD = Communicator.world(timeout_seconds=LIMIT_SECONDS, on_loss="end")
 
 # The file that launch/test looks for; runs that tests start are not meant.
 ENDED = os.environ.pop("MLXTP_TESTS_ENDED", None)
+
+# Where a whole file says so, its tests run in one process.
+WHOLLY_ONCE = re.compile(
+    r"^pytestmark = (\[[^]]*)?pytest\.mark\.once\b", flags=re.MULTILINE
+)
 
 # An example has no limit of its own: the machine may be busy.
 if WORLD.size == 1:  # where tests of properties run
@@ -60,8 +66,14 @@ def shared_path(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def pytest_addoption(parser: Parser) -> None:
-    """Offer --all."""
+    """Offer --all and --passed."""
     parser.addoption("--all", action="store_true", help="run the slow tests as well")
+    parser.addoption(
+        "--passed",
+        type=Path,
+        metavar="FILE",
+        help="leave out the tests that FILE names, and add those that pass",
+    )
 
 
 @pytest.hookimpl(trylast=True)
@@ -70,6 +82,8 @@ def pytest_configure(config: Config) -> None:
     reporter = config.pluginmanager.get_plugin("terminalreporter")
     if WORLD.rank > 0 and isinstance(reporter, TerminalReporter):
         reporter._tw._file = io.StringIO()
+    if path := config.getoption("--passed"):
+        config.pluginmanager.register(Passed(path), "passed")
 
 
 def pytest_unconfigure(config: Config) -> None:
@@ -86,6 +100,72 @@ def pytest_unconfigure(config: Config) -> None:
         print(
             f"--- rank {WORLD.rank}\n{reporter._tw._file.getvalue()}", file=sys.stderr
         )
+
+
+def pytest_ignore_collect(collection_path: Path) -> bool | None:
+    """Leave files alone that have no test for several ranks: imports cost seconds."""
+    if WORLD.size > 1 and collection_path.match("test_*.py"):
+        return bool(WHOLLY_ONCE.search(collection_path.read_text())) or None
+    return None
+
+
+class Passed:
+    """Leaves out what has passed on as many ranks, and writes down what passes.
+
+    A line of the file is a number of ranks and the id of a test that has passed on each
+    of them. A test that was skipped on one of them is not there.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        lines = path.read_text().splitlines() if path.exists() else []
+        self._before = {
+            test
+            for size, test in (line.split(" ", 1) for line in lines)
+            if int(size) == WORLD.size
+        }
+        self._left_out = 0
+        self._now: dict[str, bool] = {}
+
+    def pytest_collection_modifyitems(
+        self, config: Config, items: list[pytest.Item]
+    ) -> None:
+        """Leave out what has passed before."""
+        left_out = [item for item in items if item.nodeid in self._before]
+        items[:] = [item for item in items if item.nodeid not in self._before]
+        config.hook.pytest_deselected(items=left_out)
+        self._left_out = len(left_out)
+
+    def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
+        """Note what passes, from its set-up to its end."""
+        passed = self._now.get(report.nodeid, True) and report.passed
+        self._now[report.nodeid] = passed
+
+    def pytest_sessionfinish(self, session: pytest.Session, exitstatus: int) -> None:
+        """Write down what has passed on all ranks, where the tests came to an end."""
+        if (output := getattr(session.config, "workeroutput", None)) is not None:
+            output["left_out"] = self._left_out  # the process that reports writes
+            return
+        if exitstatus not in (pytest.ExitCode.OK, pytest.ExitCode.TESTS_FAILED):
+            return
+        here = {test for test, passed in self._now.items() if passed}
+        everywhere = set.intersection(*WORLD.allgather_object(here))
+        if WORLD.rank == 0:
+            with self._path.open("a") as file:
+                file.writelines(f"{WORLD.size} {test}\n" for test in sorted(everywhere))
+
+    @pytest.hookimpl(optionalhook=True)
+    def pytest_testnodedown(self, node: Any) -> None:
+        """Take over what a process beside others says: each has left out the same."""
+        output = getattr(node, "workeroutput", {})
+        self._left_out = output.get("left_out", self._left_out)
+
+    def pytest_terminal_summary(self, terminalreporter: TerminalReporter) -> None:
+        """Say how many were left out."""
+        if self._left_out:
+            terminalreporter.write_line(
+                f"{self._left_out} tests were not run again: they have passed before."
+            )
 
 
 def pytest_collection_modifyitems(config: Config, items: list[pytest.Item]) -> None:

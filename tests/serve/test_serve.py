@@ -148,7 +148,7 @@ MIXED: list[dict[str, Any]] = [
             {"temperature": 0, "logit_bias": {"11": -100}, "stream": True},
         )[n % 6],
     }
-    for n in range(24)
+    for n in range(16)
 ]
 
 

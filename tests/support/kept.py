@@ -1,7 +1,8 @@
 """What mlx-lm computes in one process, kept for all worlds of one test run.
 
 `launch/test` runs the same tests on several numbers of ranks, and what they are
-compared with is the same for all of them. The first world that asks computes it.
+compared with is the same for all of them. The first world that asks computes it,
+and of two processes that run tests side by side, the first.
 """
 
 import os
@@ -12,6 +13,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+from filelock import FileLock
 from reference import MODELS, on_rank_0
 
 from mlxtp import Communicator
@@ -45,12 +47,13 @@ def kept(comm: Communicator, name: str, compute: Callable[[Path], Any]) -> Any:
     def computed() -> Any:
         folder = _folder() / name
         file = folder.with_name(f"{folder.name}.pickle")
-        if not file.exists():
-            folder.mkdir(parents=True, exist_ok=True)
-            result = compute(folder)
-            part = file.with_suffix(".part")
-            part.write_bytes(pickle.dumps(result))
-            part.rename(file)
+        with FileLock(folder.with_name(f"{folder.name}.lock")):
+            if not file.exists():
+                folder.mkdir(parents=True, exist_ok=True)
+                result = compute(folder)
+                part = file.with_suffix(".part")
+                part.write_bytes(pickle.dumps(result))
+                part.rename(file)
         return pickle.loads(file.read_bytes())
 
     return on_rank_0(comm, computed)
