@@ -27,7 +27,8 @@ pytestmark = [pytest.mark.once, needs("linux")]
 
 HOST = os.uname().nodename
 
-# Ranks call collectives for ever; rank 1 gets a signal behind its 20th.
+# Ranks call collectives for ever; rank 1 gets a signal behind its 100th: all have
+# heard each other by then.
 PROGRAM = """
 import os, signal, sys, time
 import mlx.core as mx
@@ -46,7 +47,7 @@ def collective():
 try:
     for turn in range(100_000):
         collective()
-        if comm.rank == 1 and turn == 20:
+        if comm.rank == 1 and turn == 100:
             os.kill(os.getpid(), getattr(signal, number))
 except mlxtp.RankLostError as error:
     if not int(does_catch):
