@@ -1,14 +1,19 @@
-"""What rank 0 tells the front of a pass."""
+"""What rank 0 decides, and what it tells the front of a pass."""
 
+import time
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 from toy_tokenizers import byte_level
 
+from mlxtp import Communicator
+from mlxtp.fetch.spare import Spare
 from mlxtp.generation.engine import Result, Score
 from mlxtp.generation.scheduler import Pace
 from mlxtp.generation.settings import Settings
+from mlxtp.generation.step import Step
+from mlxtp.serve import messages
 from mlxtp.serve.messages import Event, Events, Start
 from mlxtp.serve.ranks.service import LOGPROBS_TOLD, Service
 from mlxtp.serve.ranks.text import Text
@@ -31,7 +36,7 @@ def test_prompt_logprobs_come_in_parts_and_once() -> None:
         scheduler,
         nothing,
         nothing,
-        nothing,
+        Spare(nothing, None),
         context=10_000,
         ends=(),
         rows=len(tokenizer),
@@ -47,3 +52,35 @@ def test_prompt_logprobs_come_in_parts_and_once() -> None:
     lengths = [sum(len(e.prompt_logprobs or ()) for e in line.events) for line in sent]
     assert max(lengths) <= LOGPROBS_TOLD
     assert [event for event in events if event.read] == [Event("a", read=len(prompt))]
+
+
+def test_spare_slices_come_while_there_is_nothing_to_do(comm: Communicator) -> None:
+    """From the start on, a step at a time; requests come between two steps."""
+    tokenizer = byte_level()
+
+    def take(*, wait: bool) -> list[Any]:
+        return [messages.End()] if wait else []
+
+    link: Any = SimpleNamespace(take=take)
+    of_request = Step(drop=("a",))
+    scheduler: Any = SimpleNamespace(is_idle=True, decide=lambda: of_request)
+    nothing: Any = None
+    store: Any = SimpleNamespace(has_unwritten=False)
+    spare = Spare(comm, iter([None] * 2))
+    service = Service(
+        *(link, Text(tokenizer, len(tokenizer)), scheduler, nothing, store, spare),
+        context=10_000,
+        ends=(),
+        rows=len(tokenizer),
+    )
+    service._last_counts = time.monotonic()
+    assert service.decide().spares
+    spare.step()
+    scheduler.is_idle = False
+    assert service.decide() == of_request
+    scheduler.is_idle = True
+    for _ in range(2):
+        assert service.decide().spares
+        spare.step()
+    assert service.decide().is_idle
+    assert service.decide().is_end

@@ -68,7 +68,7 @@ class Service:
         self._context, self._ends, self._rows = context, frozenset(ends), rows
         self._open: dict[str, _Open] = {}
         self._spare = spare
-        self._step = Step(is_idle=True)
+        self._step = Step(is_idle=not spare.is_left)
         self._steps = 0
         self._last_pass: float | None = None
         self._last_counts = 0.0
