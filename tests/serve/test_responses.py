@@ -514,7 +514,7 @@ def test_a_stream_that_waits_is_kept_alive(
     front: Front, client: openai.OpenAI, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(streaming, "KEEP_ALIVE_SECONDS", 0.02)
-    body = {"model": "small", "input": "wait: 0.2\nHi", "stream": True}
+    body = {"model": "small", "input": "wait: 0.5\nHi", "stream": True}
     assert front.post("/v1/responses", body).text.count(streaming.KEEP_ALIVE) > 2
     with client.responses.stream(model="small", input="wait: 0.1\nHi") as stream:
         assert stream.get_final_response().output_text == "Hi"

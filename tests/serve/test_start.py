@@ -190,7 +190,7 @@ def test_draining(start, capfd: pytest.CaptureFixture[str]) -> None:
     async def life() -> None:
         server = start(FAKE, "--served-model-name", "stories")
         await server.is_ready()
-        stream = asyncio.create_task(server.ask("wait: 0.5\nSecret words"))
+        stream = asyncio.create_task(server.ask("wait: 1.5\nSecret words"))
         await asyncio.sleep(0.3)
         os.kill(os.getpid(), signal.SIGTERM)
         await asyncio.sleep(0.1)
