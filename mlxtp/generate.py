@@ -36,12 +36,19 @@ from mlxtp.generation.text import figures
 from mlxtp.loading import Prepared
 from mlxtp.stories import PATH as STORIES
 
+# With this option the ranks are supervised, by the program that comes behind it.
+SURVIVE = "--survive"
+SURVIVING = (sys.executable, "-m", "mlxtp.serve.survive")
+
 
 def main() -> None:
     """Parse the command line, connect the ranks, load the model, and generate.
 
     A mistake of the person who started it is one line from rank 0, and status 2.
     """
+    if SURVIVE in sys.argv[1:]:
+        others = [word for word in sys.argv[1:] if word != SURVIVE]
+        os.execv(sys.executable, [*SURVIVING, *others])
     try:
         args, comm = connect(options.with_texts(sys.argv[1:]))
         screen = reserve_stdout(comm)

@@ -10,18 +10,13 @@ import asyncio
 import contextlib
 import ipaddress
 import logging
-import signal
 import socket
 import sys
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import uvicorn
 
-from mlxtp.cluster import hostfile
-from mlxtp.cluster.addresses import is_here
 from mlxtp.cluster.allocation import Allocation, allocation
 from mlxtp.cluster.job import JobError
 from mlxtp.comm import launcher
@@ -31,10 +26,9 @@ from mlxtp.serve.front.app import create_app
 from mlxtp.serve.front.config import Config
 from mlxtp.serve.front.journal import Journal, default_folder
 from mlxtp.serve.front.ranks import Ranks
+from mlxtp.serve.hosts import check_first_host
 from mlxtp.serve.log import say
-from mlxtp.serve.supervisor import Supervisor, first_of
-
-Future = asyncio.Future[Any]
+from mlxtp.serve.supervisor import Future, Supervisor, first_of, signals
 
 # At the end, how long clients may take to read the rest of their answers.
 LAST_READ_SECONDS = 2
@@ -62,28 +56,6 @@ def main() -> None:
     except (UsageError, JobError) as error:
         launcher.refuse("mlxtp.serve", error)
     sys.exit(status)
-
-
-def check_first_host(file: str | None, given: Allocation | None) -> None:
-    """Compare this machine with the host of rank 0, to which the front talks.
-
-    Raises: JobError if it is another one, or there is no such hostfile.
-    """
-    if file is not None:
-        try:
-            first = hostfile.by_rank(hostfile.read(file))[0]
-        except ValueError as error:
-            raise JobError(str(error)) from None
-        source = f"--hostfile {file}"
-    elif given is not None:
-        first, source = given.hosts[0], f"{given.system}'s hosts"
-    else:
-        return
-    if not is_here(first):
-        raise JobError(
-            f"{source}: the first host is {first}, and this is {socket.gethostname()}: "
-            "start the server on the first host"
-        )
 
 
 def listen(host: str, port: int) -> socket.socket:
@@ -204,35 +176,6 @@ class Front(uvicorn.Server):
     def is_busy(self) -> bool:
         """Whether requests are under way."""
         return bool(self.server_state.tasks)
-
-
-@contextlib.contextmanager
-def signals() -> Iterator[tuple[Future, Future]]:
-    """Give two futures: of the first signal that asks for the end, and of the second.
-
-    A signal that is ignored stays so: nohup lets a process outlive its terminal.
-    """
-    loop = asyncio.get_running_loop()
-    first, second = loop.create_future(), loop.create_future()
-
-    def note() -> None:
-        if not first.done():
-            first.set_result(None)
-        elif not second.done():
-            second.set_result(None)
-
-    numbers = [
-        number
-        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
-        if signal.getsignal(number) != signal.SIG_IGN
-    ]
-    for number in numbers:
-        loop.add_signal_handler(number, note)
-    try:
-        yield first, second
-    finally:
-        for number in numbers:
-            loop.remove_signal_handler(number)
 
 
 async def drain(

@@ -9,13 +9,16 @@ take part. Where the routes cannot be laid, all take the Ethernet.
 """
 
 import asyncio
+import socket
 import time
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from mlxtp.cluster import ring
-from mlxtp.cluster.addresses import uses_cables
-from mlxtp.cluster.hostfile import by_rank
+from mlxtp.cluster.addresses import is_here, uses_cables
+from mlxtp.cluster.allocation import Allocation
+from mlxtp.cluster.hostfile import by_rank, read
+from mlxtp.cluster.job import JobError
 from mlxtp.cluster.remote import HostError
 from mlxtp.cluster.verdict import Verdict
 from mlxtp.cluster.visit import Visit, ask, visit
@@ -26,6 +29,28 @@ LEFT_OUT_SECONDS = 300.0
 
 # Reasons for which a verdict names ranks that are not to blame, or none.
 BLAMELESS = ("undelivered", "unconnected", "not started", "not ended")
+
+
+def check_first_host(file: str | None, given: Allocation | None) -> None:
+    """Compare this machine with the host of rank 0, to which the front talks.
+
+    Raises: JobError if it is another one, or there is no such hostfile.
+    """
+    if file is not None:
+        try:
+            first = by_rank(read(file))[0]
+        except ValueError as error:
+            raise JobError(str(error)) from None
+        source = f"--hostfile {file}"
+    elif given is not None:
+        first, source = given.hosts[0], f"{given.system}'s hosts"
+    else:
+        return
+    if not is_here(first):
+        raise JobError(
+            f"{source}: the first host is {first}, and this is {socket.gethostname()}: "
+            "start the server on the first host"
+        )
 
 
 @dataclass(frozen=True)

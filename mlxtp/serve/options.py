@@ -96,6 +96,19 @@ def parse_ranks(arguments: Sequence[str]) -> Args:
     return _checked(_ranks_parser(), arguments, job_options.CONFLICTS)
 
 
+def parse_survive(arguments: Sequence[str]) -> Args:
+    """Parse and check the command line of `mlxtp.generate --survive`.
+
+    Raises: UsageError, as `parse` does; JobError under mpirun.
+    """
+    if launcher.size():
+        raise job.JobError(
+            "--survive starts mpirun itself: start it without mpirun, with --ranks N "
+            "or --hostfile HOSTFILE"
+        )
+    return _checked(_survive_parser(), arguments, job_options.CONFLICTS)
+
+
 def ranks_arguments(args: Args) -> list[str]:
     """Return the command line of the ranks: what `args` have other than the default."""
     words = []
@@ -193,8 +206,31 @@ def _parser() -> argparse.ArgumentParser:
     )
     job.add_options(result)
     _add_options_of_clients(result)
+    _add_survival(result)
     _add_sampling(result)
     _add_options_of_ranks(result)
+    return result
+
+
+def _survive_parser() -> argparse.ArgumentParser:
+    result = job_options.Parser(
+        prog="mlxtp.generate --survive",
+        usage="python -m mlxtp.generate --survive --hostfile HOSTFILE [OPTION ...]",
+        description="Generate one text; where ranks are lost, go on with those that "
+        "are left.",
+    )
+    result.add_argument(
+        "--prompt", "-p", default="Once upon a time", help="- for standard input"
+    )
+    result.add_argument("--prompt-file", metavar="FILE", help="Take it from this file")
+    result.add_argument("--system-prompt", help="Needs a chat template")
+    result.add_argument("--seed", type=int, help="Default: one by chance")
+    result.add_argument("--quiet", action="store_true", help="Print the text alone")
+    job.add_options(result)
+    _add_survival(result, rejoin="never")
+    _add_sampling(result)
+    _add_options_of_ranks(result)
+    result.set_defaults(max_tokens=100, temp=0.0, max_concurrency=1)
     return result
 
 
@@ -263,21 +299,6 @@ def _add_options_of_clients(parser: argparse.ArgumentParser) -> None:
         help="At the end, the longest that requests under way may take. Default: 30.",
     )
     clients.add_argument(
-        "--give-up-seconds",
-        type=float,
-        default=600.0,
-        metavar="SECONDS",
-        help="Where hosts are lost and the model does not fit on the others, the "
-        "longest that requests wait for them. Default: 600.",
-    )
-    clients.add_argument(
-        "--rejoin",
-        choices=["quiet", "now", "never"],
-        default="quiet",
-        help="When a lost host is back, take it in when no request is under way, at "
-        "once, or not at all. Default: quiet.",
-    )
-    clients.add_argument(
         "--journal-dir",
         metavar="DIR",
         help="Keep requests under way that have an Idempotency-Key here, so that they "
@@ -290,6 +311,26 @@ def _add_options_of_clients(parser: argparse.ArgumentParser) -> None:
         "--log-prompts",
         action="store_true",
         help="Write prompts and answers to the log",
+    )
+
+
+def _add_survival(parser: argparse.ArgumentParser, rejoin: str = "quiet") -> None:
+    """Add what is done when hosts are lost."""
+    lost = parser.add_argument_group("hosts that are lost")
+    lost.add_argument(
+        "--give-up-seconds",
+        type=float,
+        default=600.0,
+        metavar="SECONDS",
+        help="Where hosts are lost and the model does not fit on the others, the "
+        "longest that requests wait for them. Default: 600.",
+    )
+    lost.add_argument(
+        "--rejoin",
+        choices=["quiet", "now", "never"],
+        default=rejoin,
+        help="When a lost host is back, take it in when no request is under way, at "
+        f"once, or not at all. Default: {rejoin}.",
     )
 
 

@@ -8,6 +8,7 @@ a job starts on those that answer, and the front hands it all that is under way
 import argparse
 import asyncio
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -306,6 +307,35 @@ def _cables(are_used: bool) -> Iterator[None]:
         yield
     finally:
         del os.environ[CABLES_VARIABLE]
+
+
+@contextmanager
+def signals() -> Iterator[tuple[Future, Future]]:
+    """Give two futures: of the first signal that asks for the end, and of the second.
+
+    A signal that is ignored stays so: nohup lets a process outlive its terminal.
+    """
+    loop = asyncio.get_running_loop()
+    first, second = loop.create_future(), loop.create_future()
+
+    def note() -> None:
+        if not first.done():
+            first.set_result(None)
+        elif not second.done():
+            second.set_result(None)
+
+    numbers = [
+        number
+        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+        if signal.getsignal(number) != signal.SIG_IGN
+    ]
+    for number in numbers:
+        loop.add_signal_handler(number, note)
+    try:
+        yield first, second
+    finally:
+        for number in numbers:
+            loop.remove_signal_handler(number)
 
 
 async def first_of(*futures: Future, timeout_seconds: float | None = None) -> None:

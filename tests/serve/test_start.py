@@ -21,6 +21,7 @@ from mlxtp.cluster.job import JobError
 from mlxtp.serve import __main__ as front
 from mlxtp.serve import log, messages, options, supervisor
 from mlxtp.serve.front.ranks import Ranks
+from mlxtp.serve.hosts import check_first_host
 from mlxtp.serve.messages import FOLDER_VARIABLE
 
 pytestmark = pytest.mark.once
@@ -164,11 +165,11 @@ def test_the_first_host_is_this_machine(
     """Of a hostfile, of Slurm's hosts, of PBS's."""
     hosts = tmp_path / "hosts"
     hosts.write_text("localhost slots=2\nfar.invalid slots=2\n")
-    front.check_first_host(str(hosts), None)
+    check_first_host(str(hosts), None)
     monkeypatch.setenv("PBS_NODEFILE", str(hosts))
     given = allocations.allocation()
     assert given is not None and given.hosts == ("localhost", "far.invalid")
-    front.check_first_host(None, given)
+    check_first_host(None, given)
 
     scontrol = tmp_path / "scontrol"
     scontrol.write_text('#!/bin/sh\necho "$3" | tr , "\\n"\n')
@@ -178,7 +179,7 @@ def test_the_first_host_is_this_machine(
     given = allocations.allocation()
     assert given is not None and given.hosts == ("far.invalid", "localhost")
     with pytest.raises(JobError, match="Slurm's hosts: the first host is far"):
-        front.check_first_host(None, given)
+        check_first_host(None, given)
     scontrol.write_text("#!/bin/sh\nexit 1\n")
     with pytest.raises(JobError, match="scontrol does not tell its hosts"):
         allocations.allocation()

@@ -4,17 +4,20 @@ import asyncio
 import json
 import os
 import signal
+import sys
 
 import fake_ranks
 import pytest
 from life import FAKE, Server
 
+from mlxtp.cluster.job import JobError
 from mlxtp.cluster.remote import HostError
 from mlxtp.cluster.verdict import RankOnHost, Verdict, Why
 from mlxtp.cluster.visit import Visit
+from mlxtp.comm.errors import UsageError
 from mlxtp.generation.settings import Settings
 from mlxtp.serve import hosts as hosts_module
-from mlxtp.serve import messages, supervisor
+from mlxtp.serve import messages, options, supervisor, survive
 from mlxtp.serve.front.ranks import Ranks, Unavailable
 from mlxtp.serve.hosts import Hosts, Loss, lacks, lost_hosts, lost_in_turn
 from mlxtp.serve.messages import Event, Start
@@ -215,3 +218,32 @@ def test_what_a_job_is_told_that_follows_another() -> None:
         await ranks.close()
 
     asyncio.run(life())
+
+
+def test_a_text_survives(start, monkeypatch: pytest.MonkeyPatch, capsys, tmp_path):
+    """`mlxtp.generate --survive`: the whole text, and once only."""
+    pids = tmp_path / "pids"
+    monkeypatch.setattr(supervisor, "PROGRAM", (sys.executable, "-c", FAKE, str(pids)))
+    args = options.parse_survive(["--quiet", "--prompt", r"a\nwait: 0.2\ndie:\nb"])
+    assert asyncio.run(survive.run(args, survive.prompt(args))) == 0
+    assert capsys.readouterr().out == "a\nb\n"
+    assert pids.read_text().count("\n") == 2
+
+    args = options.parse_survive(["--quiet", "--prompt", "die:"])
+    assert asyncio.run(survive.run(args, survive.prompt(args))) == 128 + signal.SIGKILL
+    assert capsys.readouterr().out == ""
+
+
+def test_mistakes_of_a_text_that_is_to_survive(monkeypatch, tmp_path) -> None:
+    with pytest.raises(UsageError, match="No such file"):
+        survive.prompt(options.parse_survive(["--prompt-file", str(tmp_path / "no")]))
+    (tmp_path / "bytes").write_bytes(b"\xff")
+    with pytest.raises(UsageError, match="the prompt: 'utf-8'"):
+        survive.prompt(
+            options.parse_survive(["--prompt-file", str(tmp_path / "bytes")])
+        )
+    with pytest.raises(UsageError, match="unrecognized arguments: --draft-model x"):
+        options.parse_survive(["--draft-model", "x"])
+    monkeypatch.setenv("OMPI_COMM_WORLD_SIZE", "2")
+    with pytest.raises(JobError, match="starts mpirun itself"):
+        options.parse_survive([])

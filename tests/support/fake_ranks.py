@@ -405,7 +405,8 @@ def main() -> None:
     parser.add_argument("--step-seconds", type=float, default=0.01)
     parser.add_argument("--loading-seconds", type=float, default=0.0)
     parser.add_argument("--refusal", default="")
-    fake = FakeRanks(**vars(parser.parse_args()))
+    arguments, _ = parser.parse_known_args()  # others are those of true ranks
+    fake = FakeRanks(**vars(arguments))
     asyncio.run(fake.run(Path(os.environ[messages.FOLDER_VARIABLE])))
 
 

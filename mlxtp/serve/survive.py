@@ -1,0 +1,143 @@
+"""Generate one text, with ranks that may be lost: `mlxtp.generate --survive`.
+
+The supervisor of the server, with one request and no clients: where ranks are lost, the
+next ones go on with the text. Standard output has the whole text.
+"""
+
+import argparse
+import asyncio
+import secrets
+import sys
+import time
+from pathlib import Path
+
+from mlxtp.cluster.job import JobError, read_input
+from mlxtp.comm import launcher
+from mlxtp.comm.errors import UsageError
+from mlxtp.generation.settings import Settings
+from mlxtp.serve import options
+from mlxtp.serve.front.ranks import Generation, Mistake, Ranks, Unavailable
+from mlxtp.serve.hosts import check_first_host
+from mlxtp.serve.messages import Start
+from mlxtp.serve.supervisor import Supervisor, first_of, signals
+
+
+def main() -> None:
+    """Start the ranks, and print what they generate.
+
+    The status is 0 when the text is whole, 2 for a mistake of the person who started
+    it, else that of the last job.
+    """
+    try:
+        args = options.parse_survive(sys.argv[1:])
+        check_first_host(args.hostfile, None)
+        text = prompt(args)
+        status = asyncio.run(run(args, text))
+    except (UsageError, JobError, Mistake) as error:
+        launcher.refuse("mlxtp.generate", error)
+    sys.exit(status)
+
+
+def prompt(args: argparse.Namespace) -> str:
+    """Return the text of the prompt.
+
+    Raises: UsageError if its file, or standard input, cannot be read.
+    """
+    if args.prompt_file is None and args.prompt != "-":
+        return str(args.prompt).replace("\\n", "\n").replace("\\t", "\t")
+    try:
+        data = Path(args.prompt_file).read_bytes() if args.prompt_file else read_input()
+        return data.decode()
+    except OSError as error:
+        raise UsageError(
+            f"--prompt-file {args.prompt_file}: {error.strerror}"
+        ) from None
+    except ValueError as error:
+        raise UsageError(f"the prompt: {error}") from None
+
+
+async def run(args: argparse.Namespace, text: str) -> int:
+    """Let jobs follow each other until the text is whole; return the exit status."""
+    with signals() as (first, second):
+        ranks = Ranks()
+        try:
+            await ranks.listen()
+            supervisor = Supervisor(
+                args, None, ranks, args.model or options.DEFAULT_NAME
+            )
+            supervisor.start()
+        except BaseException:
+            await ranks.close()
+            raise
+        supervising = asyncio.create_task(supervisor.run())
+        answering = asyncio.create_task(answer(args, ranks, text))
+        try:
+            await first_of(first, supervising, answering)
+            if answering.done() and not isinstance(answering.exception(), Unavailable):
+                answering.result()
+                return 0
+            return 1 if first.done() else await supervising
+        finally:
+            for task in (supervising, answering):
+                task.cancel()
+            await asyncio.wait([supervising, answering])
+            await supervisor.end(second)
+
+
+async def answer(args: argparse.Namespace, ranks: Ranks, text: str) -> None:
+    """Ask, and print the text as it comes.
+
+    Raises: Mistake for a prompt or a setting that the model refuses; Unavailable where
+        the ranks are lost and no others come.
+    """
+    await ranks.is_ready.wait()
+    ready = ranks.ready
+    assert ready is not None
+    if ready.has_template and not args.ignore_chat_template:
+        messages = [{"role": "user", "content": text}]
+        if args.system_prompt is not None:
+            messages.insert(0, {"role": "system", "content": args.system_prompt})
+        encoded = await ranks.call(
+            "chat", messages=messages, template_arguments=args.chat_template_config
+        )
+    elif args.system_prompt is not None:
+        raise Mistake("--system-prompt needs a chat template: there is none")
+    else:
+        encoded = await ranks.call("text", text=text)
+    room = ready.context - len(encoded["tokens"])
+    most = room if args.max_tokens == -1 else min(args.max_tokens, room)
+    given = {
+        setting: value
+        for option, setting in options.SAMPLING.items()
+        if (value := getattr(args, option)) is not None
+    }
+    seed = secrets.randbits(63) if args.seed is None else args.seed
+    settings = Settings(**{**given, "max_tokens": most, "seed": seed})
+    generation = ranks.start(Start(secrets.token_hex(12), encoded["tokens"], settings))
+    await show(args, generation)
+
+
+async def show(args: argparse.Namespace, generation: Generation) -> None:
+    """Print the text of a request as it comes, and figures at the end."""
+    line = "" if args.quiet else f"{'=' * 10}\n"
+    print(line, end="", flush=True)
+    is_first = True
+    async for event in generation:
+        for _, piece in event.pieces:
+            # As mlx-lm's detokenizers have it, which know nothing of the prompt.
+            shown = piece.removeprefix(" ") if is_first else piece
+            print(shown, end="", flush=True)
+            is_first = False
+    print(f"\n{line}", end="", flush=True)
+    if not args.quiet:
+        seconds, tokens = time.monotonic() - generation.begun, len(generation.tokens)
+        print(
+            f"Prompt: {len(generation.start.prompt)} tokens\n"
+            f"Generation: {tokens} tokens, {tokens / seconds:.3f} tokens-per-sec with "
+            "all pauses",
+            flush=True,
+        )
+
+
+if __name__ == "__main__":
+    main()
