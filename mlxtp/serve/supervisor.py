@@ -225,6 +225,7 @@ class Supervisor:
         if loss.status == MISTAKE:
             return False
         self._losses.append(loss)
+        self._ranks.losses += 1
         if len(self._losses) < MOST_LOSSES:
             return False
         say(f"{MOST_LOSSES} jobs in turn were lost without a token between them:")

@@ -97,6 +97,7 @@ def test_metrics():
         assert after["prefix_cache_queries_total",] == 100
         assert after["prefix_cache_hits_total",] == 50
         assert after["num_preemptions_total",] == 0
+        assert after["job_losses_total",] == after["hosts_missing",] == 0
         assert "kv_cache_usage_perc" in {name for name, *_ in after}
         of_rank = ("3", "studio3")
         assert after["rank_memory_bytes", *of_rank] == 10 << 30

@@ -160,6 +160,14 @@ class _OfRanks(Collector):
         running, waiting = self._ranks.running_and_waiting()
         yield self._gauge("num_requests_running", "Requests at work.", running)
         yield self._gauge("num_requests_waiting", "Requests in the queue.", waiting)
+        yield self._counter(
+            "job_losses",
+            "Jobs that ended by themselves.",
+            self._ranks.losses,
+        )
+        yield self._gauge(
+            "hosts_missing", "Hosts that do not take part.", len(self._ranks.missing)
+        )
         stats, ready = self._ranks.stats, self._ranks.ready
         if stats is None or ready is None:
             return

@@ -143,6 +143,7 @@ class Ranks:
         self.generations: dict[str, Generation] = {}
         self.observers: list[Callable[[Generation, Event | None], None]] = []
         self.missing: dict[str, str] = {}  # hosts that are lost, and why
+        self.losses = 0  # jobs that ended by themselves
         self.is_draining = False
         self._reason = ""  # for which a job follows another
         self.is_ready = asyncio.Event()
