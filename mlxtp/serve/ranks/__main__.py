@@ -66,6 +66,9 @@ SAMPLING = {
 # Arguments of chat templates that turn reasoning on, off, up or down.
 REASONING = ("enable_thinking", "reasoning_effort")
 
+# The time limit of a collective is meant for parts of prompts of so many tokens.
+USUAL_PART = 512
+
 # Where logits of a prompt are wanted, those of so many tokens are there at once.
 LOGITS_PART = 32
 
@@ -102,7 +105,10 @@ def connect(arguments: list[str]) -> tuple[Args, Communicator]:
         # What one rank alone refuses, one of another version say, the others wait for.
         check_same_start(Communicator.world(**connection_alone(arguments)), arguments)
         raise
-    comm = Communicator.world(**connection(args))
+    how = connection(args)
+    # A rank that reads a longer part comes to its collectives later.
+    how["timeout_seconds"] *= max(1.0, args.prefill_step_size / USUAL_PART)
+    comm = Communicator.world(**how)
     check_same_start(comm, arguments)
     return args, comm
 
