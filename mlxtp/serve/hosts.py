@@ -1,11 +1,13 @@
 """Which hosts take part in the next job of the ranks, and why others do not.
 
 The rules stand first. A host takes part if it answers; the front's own does in any
-case. One with which the last jobs in turn were lost is left out for a while, and one
-that comes back without what it had (a Mac that was restarted has lost its addresses on
-the cables, and its GPU's limit) is taken in when that is mended. In a ring of cables
-the routes are laid past cables that do not answer; a host that no way reaches does not
-take part. Where the routes cannot be laid, all take the Ethernet.
+case. Where hosts could not be visited from the beginning, as within a batch system's
+job, all take part but those that the last job was lost with. One with which the last
+jobs in turn were lost is left out for a while, and one that comes back without what it
+had (a Mac that was restarted has lost its addresses on the cables, and its GPU's limit)
+is taken in when that is mended. In a ring of cables the routes are laid past cables
+that do not answer; a host that no way reaches does not take part. Where the routes
+cannot be laid, all take the Ethernet.
 """
 
 import asyncio
@@ -141,6 +143,7 @@ class Hosts:
         self._jobs: list[str] = []
         self._before: dict[str, Visit] = {}  # as they were when the service began
         self._left_out_until: dict[str, float] = {}
+        self._last_lost: tuple[str, ...] = ()
 
     @property
     def ranks(self) -> list[str]:
@@ -163,6 +166,7 @@ class Hosts:
         What the jobs before have left is gone from the hosts that answer.
         """
         now = time.monotonic()
+        self._last_lost = losses[-1].hosts if losses else ()
         for host in lost_in_turn(losses):
             self._left_out_until[host] = now + LEFT_OUT_SECONDS
         visits = await self._visits(self.slots or ["localhost"], self._jobs)
@@ -224,11 +228,12 @@ class Hosts:
 
     def _against(self, host: str, seen: Visit | str) -> str | None:
         """Say why a host does not take part; None if it does."""
+        before = self._before.get(host)
         if isinstance(seen, str):
-            return f"it does not answer: {seen}"
+            is_judged = before is not None or host in self._last_lost
+            return f"it does not answer: {seen}" if is_judged else None
         if self._left_out_until.get(host, 0.0) > time.monotonic():
             return "the last jobs were lost with it"
-        before = self._before.get(host)
         return lacks(before, seen, self._file) if before is not None else None
 
     async def _visits(

@@ -110,6 +110,7 @@ class Supervisor:
         try:
             while True:
                 loss = await self._until_it_ends()
+                await asyncio.wait([looking])
                 if loss is None:
                     await self._choose("hosts are taken in again")
                 elif self._is_the_last(loss):

@@ -182,6 +182,13 @@ def test_who_takes_part(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(hosts_module.time, "monotonic", lambda: 1e9)
         assert await hosts.returned() == ["c"]
 
+        # In a job of a batch system nobody may be let in from outside.
+        away.update("bc")
+        unvisited = Hosts({"a": 1, "b": 2, "c": 1}, "hostfile")
+        await unvisited.look()
+        await unvisited.choose([Loss("x", ("c",))])
+        assert unvisited.part == {"a": 1, "b": 2}
+
     asyncio.run(life())
 
 
