@@ -3,6 +3,7 @@
 import asyncio
 from typing import Any
 
+import fake_ranks
 import pytest
 
 from mlxtp.serve import messages
@@ -29,8 +30,8 @@ def test_a_result_that_is_too_long(monkeypatch: pytest.MonkeyPatch) -> None:
         await ranks.listen()
         link = await asyncio.to_thread(Link, ranks.folder)
         link.callee = Callee()
-        while ranks.state == "starting":
-            await asyncio.sleep(0.005)
+        link.send(fake_ranks.READY)
+        await ranks.is_ready.wait()
         with pytest.raises(Mistake, match="at most"):
             await ranks.call("echo", text="a" * 1000)
         assert await ranks.call("echo", text="a") == {"text": "a"}

@@ -260,7 +260,7 @@ def test_of_a_text_that_is_much_too_long_only_the_beginning_is_encoded() -> None
     )
     assert len(text.tokenize("a" * 64)["tokens"]) == 64  # the front says of it
     for ask in (text.text, text.tokenize, lambda long: text.chat([said("user", long)])):
-        with pytest.raises(ValueError, match=r"the first 64 of them are \d+ tokens"):
+        with pytest.raises(ValueError, match=r"characters the first 64 are \d+ tokens"):
             ask("a" * 1000)
     assert max(lengths) == 64
 
