@@ -65,8 +65,12 @@ def seal(
     shard: Shard,
     origin: Origin,
     files: Mapping[str, Mapping[Tensor, Slice]],
+    spent: Iterable[str] = (),
 ) -> None:
-    """Make a folder of slices, in which `files` are written, one that counts."""
+    """Make a folder of slices, in which `files` are written, one that counts.
+
+    Files named in `spent` are removed.
+    """
 
     def hashes(file: str) -> dict[str, str]:
         header = read_header(partial / file)
@@ -79,6 +83,8 @@ def seal(
         hashed = dict(zip(files, pool.map(hashes, files), strict=True))
     written = {file: (slices, hashed[file]) for file, slices in files.items()}
     write_manifest(partial, shard, origin, written)
+    for name in spent:
+        (partial / name).unlink()
     final = partial.with_suffix("")
     others = (partial.with_name(f"{final.name}+{n}") for n in count(1))
     partial.rename(next(path for path in chain([final], others) if not path.exists()))

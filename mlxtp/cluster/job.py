@@ -225,8 +225,9 @@ class RunningJob:
 
     @property
     def name(self) -> str:
-        """How Open MPI calls the job, on all hosts."""
-        return f"prterun-{socket.gethostname()}-{self.process.pid}"
+        """How Open MPI calls the job, on all hosts: by this one's name up to a dot."""
+        host = socket.gethostname().partition(".")[0]
+        return f"prterun-{host}-{self.process.pid}"
 
     def wait(self, timeout_seconds: float | None = None) -> Outcome:
         """Wait for the end of the job.

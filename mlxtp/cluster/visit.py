@@ -123,7 +123,8 @@ def _of_jobs(names: Sequence[str]) -> Iterator[psutil.Process]:
 def remove_leftovers() -> None:
     """Remove this user's shared memory and folders of Open MPI that nobody uses."""
     used = set(_mapped())
-    for file in SHARED_MEMORY.glob(f"sm_segment.{socket.gethostname()}.*"):
+    host = socket.gethostname().partition(".")[0]
+    for file in SHARED_MEMORY.glob(f"sm_segment.{host}.*"):
         if str(file) not in used and _is_old_and_own(file):
             file.unlink(missing_ok=True)
     for folder in Path(tempfile.gettempdir()).glob("ompi.*"):

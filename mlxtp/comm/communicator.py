@@ -102,13 +102,18 @@ class Communicator:
         self._announcing: list[MessageRequest] = []  # sends that may be under way
         self._heartbeat: Heartbeat | None = None
         if heartbeat:
-            limits = Limits(timeout_seconds, silence_seconds or timeout_seconds)
+            silence = timeout_seconds if silence_seconds is None else silence_seconds
+            limits = Limits(timeout_seconds, silence)
             control.raise_if_lost = self._progress.raise_if_lost
             raises = on_loss == "raise"
             self._heartbeat = Heartbeat(control, self._progress, limits, raises=raises)
             sys.excepthook = self._end_all_ranks
-        self._arrays = self._start(control, transport, allreduce, wire, measure)
-        self.machines_differ = machines_differ(self)
+        try:
+            self._arrays = self._start(control, transport, allreduce, wire, measure)
+            self.machines_differ = machines_differ(self)
+        except RankLostError:
+            control.abandon()  # else MPI would wait for the lost rank at the end
+            raise
         self.is_timed = self._arrays.is_timed
         atexit.register(self._close)
 
@@ -476,8 +481,13 @@ class Communicator:
     ) -> None:
         """Print an exception and end every rank: the `sys.excepthook` of `world`."""
         assert self._heartbeat is not None
-        if isinstance(error, RankLostError):
-            self._heartbeat.end_lost(error.verdict)
+        cause: BaseException | None = error
+        while cause is not None:
+            if isinstance(cause, RankLostError):
+                if cause is not error:
+                    traceback.print_exception(kind, error, trace)
+                self._heartbeat.end_lost(cause.verdict)
+            cause = cause.__cause__ or cause.__context__
         # The others may have failed alike: the first to print ends them all.
         time.sleep(launcher.report_delay_seconds())
         self._heartbeat.fail("".join(traceback.format_exception(kind, error, trace)))

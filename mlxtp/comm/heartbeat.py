@@ -246,6 +246,7 @@ class Heartbeat:
                 signals = self._terminated.recv(16)
                 if signal.SIGTERM in signals:
                     self._end_by_mpirun()
+                    next_beat = 0.0  # there is little time
 
     def _end_by_mpirun(self) -> None:
         """Look which rank has died, and end, because mpirun ends this process.
@@ -329,6 +330,10 @@ class Heartbeat:
             if verdicts.is_cut_off(self.peers, now, self._limits):
                 # Those who hear each other say so first.
                 time.sleep(2 * LEAVE_SECONDS)
+                self._hear()
+                now, this = time.monotonic(), self._this_rank()
+                if verdicts.judge(self.peers, now, self._limits, this) is None:
+                    return  # it was cut off for a moment
             self._report(verdict)
 
     def _check_raised(self, now: float, verdict: Verdict) -> None:

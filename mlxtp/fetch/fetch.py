@@ -13,6 +13,7 @@ import time
 from collections import deque
 from collections.abc import Generator, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, wait
+from contextlib import suppress
 from pathlib import Path
 
 import filelock
@@ -105,7 +106,7 @@ def filling(
             origin = location.origin()
             tensors = location.reopened().checkpoint.tensors
             journal = Journal(folder, shard, origin, missing)
-        _check_same(comm, name, origin)
+        _check_same(comm, name, origin, folder)
         _check_disks(comm, folder, journal.bytes_to_write + later_bytes)
         hint = _absence(comm, location, tensors, journal.missing, only_root)
         with comm.agreement():
@@ -145,7 +146,7 @@ def check_there(
     if any(comm.allgather_object(bool(missing))):
         with comm.agreement(), named(location.name, location.folder):
             origin = location.origin()
-        _check_same(comm, location.name, origin)
+        _check_same(comm, location.name, origin, location.folder)
         missing = _on_one_axis(comm, missing)
         _absence(comm, location, location.checkpoint.tensors, missing, False)
 
@@ -215,14 +216,16 @@ def _absence(
     raise UsageError(f"{what}, and {hub.OFFLINE}: {do}")
 
 
-def _check_same(comm: Communicator, name: str, origin: Origin) -> None:
-    """Compare what the slices on each host are of.
+def _check_same(comm: Communicator, name: str, origin: Origin, folder: Path) -> None:
+    """Compare what the slices on each host are of: headers and config.
 
     Raises: UsageError on every rank, with a host that has those of something else.
     """
     digest = hashlib.sha256()
     for file, header in sorted(origin.headers.items()):
         digest.update(file.encode() + header.beginning)
+    with suppress(OSError):
+        digest.update((folder / "config.json").read_bytes())
     hosts = comm.allgather_object((comm.host, digest.digest()))
     for host, found in hosts:
         if found != hosts[0][1]:

@@ -144,6 +144,8 @@ class Journal:
 
     def forget(self, files: Iterable[str]) -> None:
         """Take what has come of some files for missing."""
+        if not self._slices:
+            return
         gone = {name for file in files for name in self._origin.headers[file].tensors}
         kept = [note for note in self._read_journal() if note[0] not in gone]
         self._noted = kept
@@ -160,10 +162,10 @@ class Journal:
         for opened in self._open.values():
             opened.close()
         self._open.clear()
-        for name in (LAYOUT, JOURNAL):
-            (self._path / name).unlink()
         written = {file: slices for file, slices in self._files.items() if slices}
-        writing.seal(self._path, self._shard, self._origin, written)
+        # What says that it is not whole goes last: an end meanwhile loses nothing.
+        spent = (LAYOUT, JOURNAL)
+        writing.seal(self._path, self._shard, self._origin, written, spent)
 
     def _layout(self) -> object:
         return {name: [part.axis, part.spans] for name, part in self._slices.items()}

@@ -2,8 +2,9 @@
 
 import os
 import shutil
+import socket
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TypeVar
@@ -42,6 +43,7 @@ class Location:
     folder: Path
     checkpoint: Checkpoint
     repo: Repo | None = None
+    commit: str | None = None  # of a repository
 
     @classmethod
     def of_folder(cls, name: str, folder: Path) -> "Location":
@@ -98,7 +100,8 @@ class Location:
             folder = hub.snapshot(repo)
             assert folder is not None
             with comm.agreement(), named(name, folder):
-                return cls.of_folder(name, folder)
+                whole = cls.of_folder(name, folder)
+                return replace(whole, commit=repo.commit)
         begun = [rank for rank, (*_, is_begun) in enumerate(hosts) if is_begun]
         origin: Origin | None = None
         if len(begun) < comm.size:
@@ -128,7 +131,7 @@ class Location:
                     _remember(repo, revision)
                     verify.drop_damaged(folder)
         with comm.agreement(), named(name, folder):
-            return cls(name, folder, hub.here(repo), repo)
+            return cls(name, folder, hub.here(repo), repo, repo.commit)
 
     @property
     def is_cut(self) -> bool:
@@ -225,11 +228,18 @@ def _remembered(name: str, revision: str | None) -> tuple[Repo, list[str]] | Non
 
 
 def _remember(repo: Repo, revision: str | None) -> None:
-    """Note which commit a revision stands for, for when the hub is not there."""
-    reference = _reference(repo.name, revision)
-    partial = reference.with_name(f"{reference.name}.partial")
-    partial.write_text(repo.commit)
-    partial.rename(reference)
+    """Note which commit a revision stands for, for when the hub is not there.
+
+    Hosts may share the folder, and it may be read-only: then it is as it was.
+    """
+    with suppress(OSError):
+        reference = _reference(repo.name, revision)
+        if reference.exists() and reference.read_text() == repo.commit:
+            return
+        own = f"{reference.name}.{socket.gethostname()}.{os.getpid()}"
+        partial = reference.with_name(own)
+        partial.write_text(repo.commit)
+        partial.rename(reference)
 
 
 def _reference(name: str, revision: str | None) -> Path:

@@ -142,7 +142,8 @@ def journal(args: argparse.Namespace, ranks: Ranks) -> Journal | None:
         return None
     given = args.journal_dir
     try:
-        return Journal(Path(given) if given else default_folder(), ranks)
+        folder = Path(given) if given else default_folder()
+        return Journal(folder, ranks, f"{args.model} {args.adapter_path}")
     except OSError as error:
         if given:
             raise UsageError(f"--journal-dir {given}: {error.strerror}") from None

@@ -29,6 +29,8 @@ from mlxtp.cluster.visit import Visit, ask, visit
 LOSSES_OF_HOST = 2
 LEFT_OUT_SECONDS = 300.0
 
+UNREACHED = "its cables do not answer"
+
 # Reasons for which a verdict names ranks that are not to blame, or none.
 BLAMELESS = ("undelivered", "unconnected", "not started", "not ended")
 
@@ -160,15 +162,18 @@ class Hosts:
             if isinstance(seen, Visit):
                 self._before[host] = seen
 
+    def leave_out(self, hosts: Iterable[str]) -> None:
+        """Leave hosts out for a while."""
+        until = time.monotonic() + LEFT_OUT_SECONDS
+        self._left_out_until |= dict.fromkeys(hosts, until)
+
     async def choose(self, losses: Sequence[Loss]) -> None:
         """Decide who takes part in the next job, behind these losses.
 
         What the jobs before have left is gone from the hosts that answer.
         """
-        now = time.monotonic()
         self._last_lost = losses[-1].hosts if losses else ()
-        for host in lost_in_turn(losses):
-            self._left_out_until[host] = now + LEFT_OUT_SECONDS
+        self.leave_out(lost_in_turn(losses))
         visits = await self._visits(self.slots or ["localhost"], self._jobs)
         first = next(iter(self.slots), None)
         self.missing, self.notes = {}, []
@@ -182,33 +187,48 @@ class Hosts:
 
     async def returned(self) -> list[str]:
         """Visit the hosts that are missing; return those that can take part again."""
-        visits = await self._visits(self.missing, self._jobs[:-1])  # the last one runs
-        back = []
-        for host, seen in visits.items():
-            words = self._against(host, seen)
-            if words is None:
-                back.append(host)
-            self.missing[host] = words or "it is back"
-        return back
+        # The last job runs. Where cables count, both ends of each have to be seen.
+        hosts = self.slots if self._in_ring and self.takes_cables else self.missing
+        visits = await self._visits(hosts, self._jobs[:-1])
+        words = {host: self._against(host, visits[host]) for host in self.missing}
+        if self._in_ring and self.takes_cables:
+            well = {h: v for h, v in visits.items() if words.get(h) is None}
+            for host in self._unreached(well):
+                if host in self.missing:
+                    words[host] = UNREACHED
+        self.missing = {host: said or "it is back" for host, said in words.items()}
+        return [host for host, said in words.items() if said is None]
 
-    async def _lay_routes(self, visits: Mapping[str, Visit | str]) -> None:
-        """Lay the routes in the ring past the cables that do not answer."""
-        names = list(self.slots)
-        numbers = {host: number for number, host in enumerate(names, 1)}
+    def _numbers(self) -> dict[str, int]:
+        """The place of each host in a ring."""
+        return {host: number for number, host in enumerate(self.slots, 1)}
+
+    def _broken(self, visits: Mapping[str, Visit | str]) -> set[int]:
+        """Return the cables that do not join two hosts that answer."""
+        numbers = self._numbers()
         seen = {
             numbers[host]: each
             for host, each in visits.items()
-            if isinstance(each, Visit) and host not in self.missing
+            if isinstance(each, Visit)
         }
-        broken = broken_cables(len(names), seen)
-        reached = ring.routes(1, len(names), broken)
-        for number in [number for number in seen if number != 1]:
-            if number not in reached:
-                self.missing[names[number - 1]] = "its cables do not answer"
-        part = [host for host in names if host not in self.missing]
+        return broken_cables(len(numbers), seen)
+
+    def _unreached(self, visits: Mapping[str, Visit | str]) -> list[str]:
+        """Return the hosts that no unbroken cables join with this one."""
+        numbers = self._numbers()
+        reached = ring.routes(1, len(numbers), self._broken(visits))
+        return [host for host, n in numbers.items() if n != 1 and n not in reached]
+
+    async def _lay_routes(self, visits: Mapping[str, Visit | str]) -> None:
+        """Lay the routes in the ring past the cables that do not answer."""
+        numbers = self._numbers()
+        well = {host: v for host, v in visits.items() if host not in self.missing}
+        broken = self._broken(well)
+        unreached = [h for h in self._unreached(well) if h not in self.missing]
+        part = [h for h in numbers if h not in self.missing and h not in unreached]
 
         def lay(host: str) -> str | None:
-            place = [str(numbers[host]), str(len(names))]
+            place = [str(numbers[host]), str(len(numbers))]
             cables = ",".join(map(str, sorted(broken)))
             words = ["mlxtp.cluster.reroute", *place, f"--broken={cables}"]
             try:
@@ -222,7 +242,9 @@ class Hosts:
         self.takes_cables = not refused
         if refused:
             self.notes = [*refused, "all hosts take the Ethernet"]
-        elif broken:
+            return
+        self.missing |= dict.fromkeys(unreached, UNREACHED)
+        if broken:
             words = ", ".join(map(str, sorted(broken)))
             self.notes = [f"the routes are laid past cable {words}"]
 
@@ -241,7 +263,7 @@ class Hosts:
     ) -> dict[str, Visit | str]:
         """Visit hosts, all at once; of those that do not answer, why."""
 
-        numbers = {host: number for number, host in enumerate(self.slots, 1)}
+        numbers = self._numbers()
 
         def visited(host: str) -> Visit | str:
             in_ring = (numbers[host], len(numbers)) if self._in_ring else None

@@ -49,6 +49,8 @@ class Start:
         generated: tokens (L,) that the request already has: where a job before this one
             ended. They are read like the prompt.
         tells_generated: tell these, too, in one event: their client is a new one.
+        finished: the `finish` of an answer of which `generated` is all: it is told, and
+            nothing is generated.
         settings: how tokens are drawn.
         stop: texts that end the answer, and are not part of it.
         initial_state: in which the text begins: "normal" or "reasoning".
@@ -70,6 +72,7 @@ class Start:
     parallel_tool_calls: bool = True
     is_chat: bool = False
     tells_generated: bool = False
+    finished: str | None = None
 
 
 @dataclass(frozen=True)
@@ -140,6 +143,7 @@ class Ready:
         links: how arrays travel, in words.
         reasoning_arguments: which arguments that turn reasoning on, off, up or down the
             chat template reads, of "enable_thinking" and "reasoning_effort".
+        commit: of a model of the hub; None for a folder.
     """
 
     model: str
@@ -154,6 +158,7 @@ class Ready:
     notes: list[str] = field(default_factory=list)
     links: str = ""
     reasoning_arguments: list[str] = field(default_factory=list)
+    commit: str | None = None
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,7 @@ import subprocess
 import sys
 import time
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
@@ -48,8 +48,11 @@ LAST_WORDS_SECONDS = 3.0
 # How often hosts that are missing are visited.
 VISIT_EVERY_SECONDS = 5.0
 
-# How often it is looked whether requests are under way.
-POLL_SECONDS = 0.1
+# How often a job is tried again on hosts that it did not fit on.
+TRY_AGAIN_SECONDS = 60.0
+
+# Hosts are unlike if the memory of one is so many times another's.
+UNLIKE = 1.1
 
 
 class Supervisor:
@@ -75,6 +78,7 @@ class Supervisor:
         self._was_ready = False
         self._memory: dict[str, int] = {}  # bytes for the model, on each host
         self._goes_by_memory = False  # shares of the ranks
+        self._grown_from: dict[str, int] | None = None  # hosts, until the next is ready
         self._give_up_at: float | None = None  # while the model does not fit
         self._losses: list[Loss] = []  # without a token between them
         self._job: RunningJob | None = None
@@ -112,14 +116,15 @@ class Supervisor:
                 loss = await self._until_it_ends()
                 await asyncio.wait([looking])
                 if loss is None:
-                    await self._choose("hosts are taken in again")
+                    self._grown_from = dict(self._hosts.part)
+                    await self._choose()
                 elif self._is_the_last(loss):
                     self._ranks.lost(loss.words)
                     return loss.status
                 elif loss.status == MISTAKE:
                     await self._make_it_fit(loss.words)
                 else:
-                    await self._choose(loss.words)
+                    await self._choose(loss)
                 self.start()
         finally:
             looking.cancel()
@@ -146,7 +151,8 @@ class Supervisor:
             await first_of(self._running, timeout_seconds=seconds)
         if not self._running.done():
             self._job.process.kill()
-        outcome: Outcome = await self._running
+        # To be cancelled here is no reason to forget how the job ends.
+        outcome: Outcome = await asyncio.shield(self._running)
         return outcome
 
     async def _until_it_ends(self) -> Loss | None:
@@ -170,27 +176,29 @@ class Supervisor:
 
     async def _until_hosts_are_back(self) -> None:
         """Tell when the job is ready; return when a larger one can take its place."""
-        hosts, rejoin = self._hosts, self._args.rejoin
-        await self._ranks.is_ready.wait()
+        ranks, hosts, rejoin = self._ranks, self._hosts, self._args.rejoin
+        await ranks.is_ready.wait()
         self._note_ready()
         steady_at = time.monotonic() + STEADY_SECONDS
+        wanted = hostfile.by_rank(hosts.slots)[: self._args.ranks]
         while True:
             await asyncio.sleep(VISIT_EVERY_SECONDS)
             if time.monotonic() > steady_at:
                 self._losses.clear()
-            if hosts.missing and rejoin != "never":
-                back = await hosts.returned()
-                self._ranks.missing = dict(hosts.missing)
-                if back:
-                    break
-        while rejoin == "quiet" and self._ranks.generations:
-            await asyncio.sleep(POLL_SECONDS)
+            if not hosts.missing or rejoin == "never" or ranks.is_draining:
+                continue
+            back = set(await hosts.returned()).intersection(wanted)
+            ranks.missing = dict(hosts.missing)
+            if back and (rejoin == "now" or not ranks.generations):
+                return
 
     def _note_ready(self) -> None:
         """Note what the ranks say of themselves, and tell it."""
         ready, hosts = self._ranks.ready, self._hosts
         assert ready is not None
-        self._was_ready, self._give_up_at = True, None
+        self._was_ready, self._give_up_at, self._grown_from = True, None, None
+        if ready.commit is not None:
+            self._args.revision = ready.commit
         if not hosts.slots and self._given is not None:
             hosts.slots = dict(Counter(rank.host for rank in ready.ranks))
             hosts.part = dict(hosts.slots)
@@ -234,59 +242,102 @@ class Supervisor:
             say(each.words)
         return True
 
-    async def _choose(self, words: str) -> None:
+    async def _choose(self, loss: Loss | None = None) -> None:
         """Decide who takes part in the next job, and tell it."""
         ranks, hosts = self._ranks, self._hosts
         state: State = "recovering" if self._give_up_at is None else "waiting"
+        words = loss.words if loss else "hosts are taken in again"
         ranks.recover(words, state)
-        await hosts.choose(self._losses)
+        await hosts.choose(self._losses if loss else ())
         ranks.missing = dict(hosts.missing)
-        if hosts.missing:
+        if loss and hosts.missing:
             words = f"{', '.join(hosts.missing)} lost ({words})"
-        if hosts.slots:
-            words += f": going on with {self._count()} ranks"
-        else:
-            words += ": going on"
+        words += (
+            f": going on with {self._count()} ranks" if hosts.slots else ": going on"
+        )
         say(words)
         for note in hosts.notes:
             say(note)
         ranks.recover(words, state)
 
     async def _make_it_fit(self, words: str) -> None:
-        """Let shares go by memory, or wait until there are more hosts."""
+        """Take another way to a job that fits, or wait until there are more hosts."""
         ranks, hosts = self._ranks, self._hosts
-        sizes = {self._memory.get(host) for host in hosts.part}
-        if not self._goes_by_memory and None not in sizes and len(sizes) > 1:
+        if self._grown_from is not None:  # it fitted before hosts were taken in again
+            new = [host for host in hosts.part if host not in self._grown_from]
+            say(f"{words}: going on without {', '.join(new)}")
+            hosts.leave_out(new)
+            self._grown_from = None
+            await self._choose()
+            return
+        sizes = [self._memory.get(host, 0) for host in hosts.part]
+        is_unlike = min(sizes, default=0) * UNLIKE < max(sizes, default=0)
+        if (
+            not self._goes_by_memory
+            and self._args.shares is None
+            and hosts.part != hosts.slots
+            and min(sizes, default=0) > 0
+            and is_unlike
+        ):
             say(f"{words}: shares go by memory")
             self._goes_by_memory = True
+            ranks.recover(words)
             return
+        ranks.missing = dict(hosts.missing)
         lacking = ", ".join(f"{host} ({why})" for host, why in hosts.missing.items())
         words = f"{words}; missing: {lacking or 'no host'}"
         if self._give_up_at is None:
             say(f"{words}: waiting")
             self._give_up_at = time.monotonic() + self._args.give_up_seconds
         ranks.recover(words, "waiting")
-        while True:
+        # What took the memory of a host that is there may go.
+        try_again_at = time.monotonic() + TRY_AGAIN_SECONDS
+        while time.monotonic() < try_again_at:
             await asyncio.sleep(VISIT_EVERY_SECONDS)
             if time.monotonic() > self._give_up_at:
                 ranks.fail(words)
-            # What took the memory of a host that is there may have gone.
-            if await hosts.returned() or not hosts.missing:
+            if await hosts.returned():
                 break
-        await self._choose("hosts are taken in again")
+            ranks.missing = dict(hosts.missing)
+        await self._choose()
 
     def _arguments(self) -> argparse.Namespace:
         """Return the options of the ranks of this job."""
-        given, hosts = self._args.shares, self._hosts
+        hosts = self._hosts
         if hosts.part == hosts.slots:
             return self._args
-        shares = None
-        if given is not None:
-            of_ranks = zip(hostfile.by_rank(hosts.slots), given, strict=False)
-            shares = [share for host, share in of_ranks if host in hosts.part]
+        shares = self._args.shares
+        if shares is not None:
+            shares = self._shares_left(shares)
         elif self._goes_by_memory:
-            shares = [max(self._memory[host] >> 20, 1) for host in hosts.ranks]
+            sizes = [self._memory.get(host, 0) >> 20 for host in self._of_ranks()]
+            shares = sizes if min(sizes) > 0 else None
         return argparse.Namespace(**{**vars(self._args), "shares": shares})
+
+    def _shares_left(self, given: Sequence[int]) -> list[int] | None:
+        """Return the shares of the ranks that are left; None where they do not do.
+
+        A host that takes the place of a lost one takes its share.
+        """
+        own: dict[str, list[int]] = {}
+        for host, share in zip(
+            hostfile.by_rank(self._hosts.slots), given, strict=False
+        ):
+            own.setdefault(host, []).append(share)
+        lost = [
+            x for h, those in own.items() if h not in self._hosts.part for x in those
+        ]
+        shares = []
+        for host in self._of_ranks():
+            left = own.get(host) or lost
+            if not left:
+                return None
+            shares.append(left.pop(0))
+        return shares
+
+    def _of_ranks(self) -> list[str]:
+        """The hosts of the ranks of this job."""
+        return self._hosts.ranks[: self._count()]
 
     def _count(self) -> int:
         """How many ranks there are on the hosts that take part."""
@@ -294,7 +345,7 @@ class Supervisor:
         return min(there, self._args.ranks or there)
 
     def _observe(self, generation: Generation, event: Event | None) -> None:
-        if event is not None and event.tokens:
+        if event is not None and event.tokens and not event.is_told_again:
             self._losses.clear()
 
 

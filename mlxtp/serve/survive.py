@@ -18,8 +18,12 @@ from mlxtp.generation.settings import Settings
 from mlxtp.serve import options
 from mlxtp.serve.front.ranks import Generation, Mistake, Ranks, Unavailable
 from mlxtp.serve.hosts import check_first_host
+from mlxtp.serve.log import say
 from mlxtp.serve.messages import Start
 from mlxtp.serve.supervisor import Supervisor, first_of, signals
+
+# How long the end of the ranks may lag behind that of the request.
+LAST_SECONDS = 1.0
 
 
 def main() -> None:
@@ -73,10 +77,18 @@ async def run(args: argparse.Namespace, text: str) -> int:
         answering = asyncio.create_task(answer(args, ranks, text))
         try:
             await first_of(first, supervising, answering)
-            if answering.done() and not isinstance(answering.exception(), Unavailable):
-                answering.result()
-                return 0
-            return 1 if first.done() else await supervising
+            if answering.done():
+                try:
+                    answering.result()
+                except Unavailable as error:
+                    # It has ended, or waits for hosts for longer than it should.
+                    await first_of(supervising, timeout_seconds=LAST_SECONDS)
+                    if not supervising.done():
+                        say(str(error))
+                        return 1
+                else:
+                    return 0
+            return supervising.result() if supervising.done() else 1
         finally:
             for task in (supervising, answering):
                 task.cancel()

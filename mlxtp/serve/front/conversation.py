@@ -14,7 +14,7 @@ from typing import Any
 from mlxtp.generation.settings import Settings
 from mlxtp.serve.front.config import Config
 from mlxtp.serve.front.errors import Refusal
-from mlxtp.serve.front.journal import idempotency_key
+from mlxtp.serve.front.journal import asked_now
 from mlxtp.serve.front.ranks import Generation, Mistake, Ranks
 from mlxtp.serve.messages import Ready, Start
 
@@ -302,9 +302,9 @@ def admit(ranks: Ranks, config: Config, starts: Sequence[Start]) -> list[Generat
     """
     ready_ranks(ranks)  # both may have changed while prompts were encoded
     check_room(ranks, config, len(starts))
-    key = idempotency_key.get()
-    if key is not None and config.journal is not None:
-        starts = config.journal.begin(key, starts)
+    asked = asked_now.get()
+    if asked is not None and config.journal is not None:
+        starts = config.journal.begin(asked, starts)
     return [ranks.start(start) for start in starts]
 
 

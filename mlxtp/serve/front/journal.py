@@ -7,29 +7,57 @@ when the answer is whole:
 
     {"request": digest of all that was asked, "seeds": [of each choice]}
     [choice, token, token, ...]
+    [choice, finish]
 """
 
 import hashlib
 import json
+import logging
 import os
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from contextlib import suppress
 from contextvars import ContextVar
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
 from mlxtp.serve.front.errors import Refusal
 from mlxtp.serve.front.ranks import Generation, Ranks
 from mlxtp.serve.messages import Event, Start
 
-# The header's value, of the request that is at work.
-idempotency_key: ContextVar[str | None] = ContextVar("idempotency_key", default=None)
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Asked:
+    """A request that has an Idempotency-Key, and a digest of who asks for what."""
+
+    key: str
+    digest: str
+
+    @classmethod
+    def of(cls, key: str | None, *parts: bytes) -> "Asked | None":
+        """Make one of all parts of a request that count; None without a key."""
+        if key is None:
+            return None
+        digest = hashlib.sha256()
+        for part in parts:
+            digest.update(len(part).to_bytes(8, "little") + part)
+        return cls(key, digest.hexdigest())
+
+
+# Of the request that is at work.
+asked_now: ContextVar[Asked | None] = ContextVar("asked_now", default=None)
 
 LONGEST_KEY = 255
 
 # What nobody has asked for again is forgotten.
 KEPT_SECONDS = 24 * 3600.0
+
+# How answers end that can be asked for again.
+UNFINISHED = ("cancelled", "error")
 
 
 @dataclass
@@ -38,6 +66,16 @@ class _Open:
 
     file: Path
     choices: dict[str, int]  # by the request's id
+    is_broken_off: bool = False
+
+
+@dataclass
+class _Choice:
+    """What is known of a choice."""
+
+    seed: int
+    tokens: list[int] = field(default_factory=list)
+    finish: str | None = None
 
 
 class Journal:
@@ -46,21 +84,20 @@ class Journal:
     Args:
         folder: for this user alone; it is made where there is none.
         ranks: whose requests are followed.
+        model: what tells the model from others whose requests may be in the folder.
 
     Raises: OSError if there can be no such folder.
     """
 
-    def __init__(self, folder: Path, ranks: Ranks) -> None:
+    def __init__(self, folder: Path, ranks: Ranks, model: str = "") -> None:
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-        self._folder = folder
+        self._folder, self._model = folder, model
         self._open: dict[str, _Open] = {}  # by the name of the file
         self._of: dict[str, _Open] = {}  # by a request's id
-        for file in folder.glob("*.jsonl"):
-            if time.time() - file.stat().st_mtime > KEPT_SECONDS:
-                file.unlink(missing_ok=True)
+        self._forget_old()
         ranks.observers.append(self._observe)
 
-    def begin(self, key: str, starts: Sequence[Start]) -> list[Start]:
+    def begin(self, asked: Asked, starts: Sequence[Start]) -> list[Start]:
         """Note requests, or find those that were begun under the same key.
 
         Returns: the requests as they are to be handed to the ranks.
@@ -68,9 +105,10 @@ class Journal:
         Raises: Refusal where the key belongs to another request, or to one that is
             under way.
         """
-        if len(key) > LONGEST_KEY:
+        if len(asked.key) > LONGEST_KEY:
             raise Refusal(400, f"Idempotency-Key: at most {LONGEST_KEY} characters")
-        name = hashlib.sha256(key.encode()).hexdigest()
+        self._forget_old()
+        name = hashlib.sha256(f"{self._model}\0{asked.key}".encode()).hexdigest()
         if name in self._open:
             raise Refusal(
                 409,
@@ -78,50 +116,74 @@ class Journal:
                 code="idempotency_key_in_use",
                 retry_seconds=1,
             )
-        file, digest = self._folder / f"{name}.jsonl", _digest(starts)
+        file = self._folder / f"{name}.jsonl"
         known = _read(file)
-        if known is not None and known[0] != digest:
+        if known is not None and known[0] != asked.digest:
             raise Refusal(
                 422,
                 "this Idempotency-Key was used for another request",
                 code="idempotency_key_reused",
             )
-        if known is not None:
-            starts = [
-                _again(start, seed, tokens)
-                for start, (seed, tokens) in zip(starts, known[1], strict=True)
-            ]
-        head = {"request": digest, "seeds": [s.settings.seed for s in starts]}
-        lines = [head, *([i, *s.generated] for i, s in enumerate(starts))]
-        new = file.with_suffix(".new")
-        descriptor = os.open(new, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
-        with os.fdopen(descriptor, "w") as writing:
-            writing.writelines(f"{json.dumps(line)}\n" for line in lines)
-        new.rename(file)
+        if known is not None and len(known[1]) == len(starts):
+            starts = [_again(s, c) for s, c in zip(starts, known[1], strict=True)]
+        try:
+            self._write(file, asked, starts)
+        except OSError as error:
+            log.warning("the journal does not keep a request: %s", error)
+            return list(starts)
         entry = _Open(file, {start.id: i for i, start in enumerate(starts)})
         self._open[name] = entry
         self._of |= dict.fromkeys(entry.choices, entry)
         return list(starts)
 
+    def _write(self, file: Path, asked: Asked, starts: Sequence[Start]) -> None:
+        head = {"request": asked.digest, "seeds": [s.settings.seed for s in starts]}
+        lines: list[Any] = [head, *([i, *s.generated] for i, s in enumerate(starts))]
+        lines += [[i, s.finished] for i, s in enumerate(starts) if s.finished]
+        new = file.with_suffix(".new")
+        new.unlink(missing_ok=True)
+        descriptor = os.open(new, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
+        with os.fdopen(descriptor, "w") as writing:
+            writing.writelines(f"{json.dumps(line)}\n" for line in lines)
+        new.rename(file)
+
     def _observe(self, generation: Generation, event: Event | None) -> None:
         entry = self._of.get(generation.start.id)
         if entry is None or event is None:
             return
+        choice = entry.choices[event.id]
+        is_whole = event.finish is not None and (
+            event.finish not in UNFINISHED or event.is_mistake
+        )
         # What was told again stands there already.
-        if event.tokens and not event.is_told_again:
-            with entry.file.open("a") as writing:
-                choice = entry.choices[event.id]
-                writing.write(f"{json.dumps([choice, *event.tokens])}\n")
+        if not event.is_told_again:
+            self._append(entry, [[choice, *event.tokens]] if event.tokens else [])
+            self._append(entry, [[choice, event.finish]] if is_whole else [])
         if event.finish is None:
             return
+        entry.is_broken_off = entry.is_broken_off or not is_whole
         del self._of[event.id], entry.choices[event.id]
-        if event.finish == "cancelled" or (
-            event.finish == "error" and not event.is_mistake
-        ):
-            self._open.pop(entry.file.stem, None)  # it can be asked for again
-        elif not entry.choices and entry.file.stem in self._open:
+        if not entry.choices:
             del self._open[entry.file.stem]
-            entry.file.unlink(missing_ok=True)
+            if not entry.is_broken_off:
+                with suppress(OSError):
+                    entry.file.unlink()
+
+    def _append(self, entry: _Open, lines: Iterable[list[Any]]) -> None:
+        try:
+            for line in lines:
+                descriptor = os.open(entry.file, os.O_WRONLY | os.O_APPEND)
+                with os.fdopen(descriptor, "a") as writing:
+                    writing.write(f"{json.dumps(line)}\n")
+        except OSError as error:
+            log.warning("the journal keeps a request no further: %s", error)
+
+    def _forget_old(self) -> None:
+        for file in (*self._folder.glob("*.jsonl"), *self._folder.glob("*.new")):
+            with suppress(OSError):
+                is_old = time.time() - file.stat().st_mtime > KEPT_SECONDS
+                if is_old and file.stem not in self._open:
+                    file.unlink()
 
 
 def default_folder() -> Path:
@@ -133,41 +195,38 @@ def default_folder() -> Path:
     return base / "mlxtp" / "journal"
 
 
-def _digest(starts: Sequence[Start]) -> str:
-    """Return what tells requests apart; ids and seeds are new each time."""
-    asked = []
-    for start in starts:
-        content = asdict(start)
-        del content["id"], content["settings"]["seed"]
-        asked.append(content)
-    return hashlib.sha256(json.dumps(asked, sort_keys=True).encode()).hexdigest()
-
-
-def _again(start: Start, seed: int, tokens: list[int]) -> Start:
+def _again(start: Start, choice: _Choice) -> Start:
     """Return a request that goes on with what it had.
 
     Log-probabilities are not written down: such a request begins anew, with its seed.
     """
-    settings = replace(start.settings, seed=seed)
+    settings = replace(start.settings, seed=choice.seed)
     if settings.logprobs is not None or settings.prompt_logprobs is not None:
-        tokens = []
+        return replace(start, settings=settings)
     return replace(
-        start, settings=settings, generated=tokens, tells_generated=bool(tokens)
+        start,
+        settings=settings,
+        generated=choice.tokens,
+        tells_generated=bool(choice.tokens),
+        finished=choice.finish if choice.tokens else None,
     )
 
 
-def _read(file: Path) -> tuple[str, list[tuple[int, list[int]]]] | None:
-    """Read a file: the digest, and each choice's seed and tokens; None for no file."""
+def _read(file: Path) -> tuple[str, list[_Choice]] | None:
+    """Read a file: the digest, and what is known of each choice; None for no file."""
     try:
         lines = file.read_text().splitlines()
         head = json.loads(lines[0])
-        choices: list[tuple[int, list[int]]] = [(seed, []) for seed in head["seeds"]]
+        choices = [_Choice(seed) for seed in head["seeds"]]
         for line in lines[1:]:
             try:
-                choice, *tokens = json.loads(line)
+                number, *told = json.loads(line)
             except ValueError:  # the front died while it wrote
                 break
-            choices[choice][1].extend(tokens)
+            if told and isinstance(told[0], str):
+                choices[number].finish = told[0]
+            else:
+                choices[number].tokens += told
         return head["request"], choices
-    except (OSError, ValueError, LookupError):
+    except (OSError, ValueError, LookupError, TypeError):
         return None

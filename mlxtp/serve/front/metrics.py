@@ -125,7 +125,7 @@ class Metrics:
         now = time.monotonic()
         if event.admitted:
             self._queue.observe(now - generation.begun)
-        if event.tokens:
+        if event.tokens and not event.is_told_again:
             self._note_tokens(generation, len(event.tokens), now)
         if event.finish is None:
             return

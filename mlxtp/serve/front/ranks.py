@@ -260,7 +260,8 @@ class Ranks:
             self._send(call)
         for generation in list(self.generations.values()):
             start = generation.again()
-            if len(start.prompt) + len(start.generated) >= ready.context:
+            length = len(start.prompt) + len(start.generated)
+            if generation.tokens and length >= ready.context:
                 # There is less room than there was.
                 self._take(Event(start.id, finish="length"))
             else:

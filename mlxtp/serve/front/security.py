@@ -31,7 +31,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from mlxtp.serve.front import errors
 from mlxtp.serve.front.config import Config
 from mlxtp.serve.front.errors import Refusal
-from mlxtp.serve.front.journal import idempotency_key
+from mlxtp.serve.front.journal import Asked, asked_now
 from mlxtp.serve.front.ranks import Unavailable
 
 log = logging.getLogger(__name__)
@@ -83,7 +83,7 @@ class Guard:
         try:
             self._check(scope)
             await self._read(scope, receive, body)
-            idempotency_key.set(Headers(scope=scope).get("idempotency-key"))
+            asked_now.set(_asked(scope, bytes(body)))
             await _until_gone(self._app, scope, bytes(body), receive, watched_send)
         except _Gone:
             pass
@@ -287,3 +287,11 @@ def _own_names(host: str) -> set[str]:
     name = socket.gethostname().lower()
     short = name.partition(".")[0]
     return {"localhost", host.lower(), name, short, f"{short}.local"}
+
+
+def _asked(scope: Scope, body: bytes) -> Asked | None:
+    """Return what a request asks for, if it has an Idempotency-Key."""
+    headers = Headers(scope=scope)
+    who = headers.get("authorization", "") + headers.get("x-api-key", "")
+    key = headers.get("idempotency-key")
+    return Asked.of(key, scope["path"].encode(), who.encode(), body)

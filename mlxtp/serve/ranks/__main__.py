@@ -134,6 +134,7 @@ def load(args: Args, comm: Communicator, link: Link | None) -> Job:
         comm,
         shares=args.shares,
         adapter_path=args.adapter_path,
+        revision=args.revision,
         trust_remote_code=args.trust_remote_code,
     )
     tokenizer = prepared.load_tokenizer()
@@ -215,6 +216,7 @@ def load(args: Args, comm: Communicator, link: Link | None) -> Job:
             notes=[*text.notes, *notes(against, context, prepared.config)],
             links=comm.describe(),
             reasoning_arguments=[x for x in REASONING if text.reads(x)],
+            commit=prepared.location.commit,
         )
     )
     service = Service(

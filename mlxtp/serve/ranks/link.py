@@ -76,9 +76,18 @@ class Link:
                     self._answering.submit(self._answer, message)
                 else:
                     self.received.put(message)
-        # Of a front that was killed nobody else would remove the folder.
-        shutil.rmtree(self._folder, ignore_errors=True)
+        # Of a front that was killed nobody else would remove the folder. One that
+        # only waits for the next job keeps it.
+        if not self._is_there():
+            shutil.rmtree(self._folder, ignore_errors=True)
         self.received.put(End())
+
+    def _is_there(self) -> bool:
+        """Whether the front still listens."""
+        with suppress(OSError), socket.socket(socket.AF_UNIX) as probe:
+            probe.connect(str(self._folder / messages.SOCKET_NAME))
+            return True
+        return False
 
     def _answer(self, call: Call) -> None:
         try:

@@ -149,15 +149,22 @@ class Service:
             self._link.send(messages.Events([event]))
             return
         answer = AnswerText(self._text, start)
-        self._open[start.id] = _Open(start, answer, len(start.generated))
         if start.tells_generated:
+            pieces, finish = answer.replayed, self._finish_of(start, answer)
+            if finish is not None:
+                pieces = [*pieces, *answer.finish(finish)]
             event = Event(
                 start.id,
                 tokens=start.generated,
-                pieces=answer.replayed,
+                pieces=pieces,
+                finish=finish,
+                stop=answer.stopped,
                 is_told_again=True,
             )
             self._link.send(messages.Events([event]))
+            if finish is not None:
+                return
+        self._open[start.id] = _Open(start, answer, len(start.generated))
         self._scheduler.submit(
             GenerationRequest(
                 start.id,
@@ -167,6 +174,15 @@ class Service:
                 tuple(start.boundaries),
             )
         )
+
+    def _finish_of(self, start: Start, answer: AnswerText) -> str | None:
+        """Return how an answer ended that was generated before; None if it goes on."""
+        if start.finished is not None:
+            return start.finished
+        is_end = start.generated[-1] in self._ends and not start.settings.ignore_eos
+        if is_end or answer.is_over:
+            return "stop"
+        return "length" if len(start.generated) == start.settings.max_tokens else None
 
     def _mistake(self, start: Start, length: int) -> str | None:
         """Say what is wrong with a request, as far as the ranks must know."""
