@@ -10,6 +10,7 @@ import fake_ranks
 import pytest
 from life import FAKE, Server
 
+from mlxtp.cluster import ring
 from mlxtp.cluster.job import JobError
 from mlxtp.cluster.remote import HostError
 from mlxtp.cluster.verdict import RankOnHost, Verdict, Why
@@ -254,3 +255,96 @@ def test_mistakes_of_a_text_that_is_to_survive(monkeypatch, tmp_path) -> None:
     monkeypatch.setenv("OMPI_COMM_WORLD_SIZE", "2")
     with pytest.raises(JobError, match="starts mpirun itself"):
         options.parse_survive([])
+
+
+def test_a_ring_with_cables_that_do_not_answer(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Who no way reaches is missing until a cable answers; or all take the Ethernet."""
+    broken: set[int] = set()
+    says = {"routes": "as wanted", "words": ""}
+    asked: list[list[str]] = []
+
+    def visit(host: str, jobs: object, place: tuple[int, int]) -> Visit:
+        own = {end.cable for end in ring.ends(*place).values()}
+        return Visit(host, 0, None, None, tuple(own - broken))
+
+    def ask(host: str, words: list[str]) -> dict[str, str]:
+        asked.append([host, *words])
+        return says
+
+    monkeypatch.setattr(hosts_module, "visit", visit)
+    monkeypatch.setattr(hosts_module, "ask", ask)
+
+    async def life() -> None:
+        hosts = Hosts(dict.fromkeys("abcde", 1), "hostfile")
+        hosts._in_ring = True
+        await hosts.look()
+        broken.update({2, 3})
+        await hosts.choose([Loss("x", ("c",))])
+        assert hosts.missing == {"c": "its cables do not answer"}
+        assert [words[0] for words in asked] == ["a", "b", "d", "e"]
+        assert asked[0][1:] == ["mlxtp.cluster.reroute", "1", "5", "--broken=2,3"]
+        assert hosts.notes == ["the routes are laid past cable 2, 3"]
+        assert await hosts.returned() == []
+        broken.remove(2)
+        assert await hosts.returned() == ["c"]
+        await hosts.choose(())
+        assert hosts.part == hosts.slots
+        # Two hosts that hear each other alone.
+        broken.add(1)
+        broken.add(3)
+        await hosts.choose(())
+        assert list(hosts.missing) == ["b", "c"] and await hosts.returned() == []
+        says["routes"], says["words"] = "refused", "no root"
+        await hosts.choose(())
+        assert hosts.part == hosts.slots and not hosts.takes_cables
+        assert hosts.notes[-1] == "all hosts take the Ethernet"
+
+    asyncio.run(life())
+
+
+def test_a_host_that_was_left_out_is_taken_in_once(monkeypatch) -> None:
+    """The losses that it was left out for do not count again."""
+    now = 1e9
+    monkeypatch.setattr(hosts_module.time, "monotonic", lambda: now)
+    monkeypatch.setattr(
+        hosts_module, "visit", lambda host, *_: Visit(host, 0, None, None)
+    )
+
+    async def life() -> None:
+        nonlocal now
+        hosts = Hosts({"a": 1, "b": 1}, "hostfile")
+        await hosts.choose([Loss("x", ("b",)), Loss("y", ("b",))])
+        assert hosts.part == {"a": 1} and await hosts.returned() == []
+        now += 1000
+        assert await hosts.returned() == ["b"]
+        await hosts.choose(())
+        assert hosts.part == {"a": 1, "b": 1}
+
+    asyncio.run(life())
+
+
+@pytest.mark.parametrize(
+    ("options_given", "part", "shares", "count"),
+    [
+        (["--shares", "4,3,2,1"], {"a": 1, "c": 1, "d": 1}, [4, 2, 1], 3),
+        (["--ranks", "3", "--shares", "4,3,2"], {"a": 1, "c": 1, "d": 1}, [4, 2, 3], 3),
+        (["--ranks", "3", "--shares", "4,3,2"], {"a": 1, "c": 1}, [4, 2], 2),
+        ([], {"a": 1, "b": 1}, None, 2),
+    ],
+)
+def test_ranks_and_shares_that_are_left(
+    options_given, part, shares, count, tmp_path, monkeypatch
+) -> None:
+    monkeypatch.setenv(messages.FOLDER_VARIABLE, "")
+    file = tmp_path / "hosts"
+    file.write_text("".join(f"{host} slots=1\n" for host in "abcd"))
+    args = options.parse(["--hostfile", str(file), *options_given])
+
+    async def life() -> None:
+        ranks = Ranks()
+        supervised = supervisor.Supervisor(args, None, ranks, "stories")
+        supervised._hosts.part = part
+        assert (supervised._arguments().shares, supervised._count()) == (shares, count)
+        await ranks.close()
+
+    asyncio.run(life())
