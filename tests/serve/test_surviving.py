@@ -214,6 +214,10 @@ def test_what_a_job_is_told_that_follows_another() -> None:
         again = generation.again()
         assert again.settings.prompt_logprobs is None
         assert (again.prompt, again.generated) == ([1, 2, 3, 4], [5, 6])
+        for brings, fruitless in ((False, 0), (True, 1), (True, 2), (False, 0)):
+            ranks._take(Event("a", admitted=brings))
+            generation.again()
+            assert generation.fruitless == fruitless
         ranks.recover("a host is lost", "waiting")
         with pytest.raises(Unavailable, match="a host is lost"):
             ranks.start(Start("b", [1], settings))

@@ -27,6 +27,10 @@ State = Literal[
 ]
 
 
+# A request may be what ends the ranks: others are not to suffer from it for ever.
+MOST_FRUITLESS = 3
+
+
 class Mistake(ValueError):
     """What a client asked for cannot be done; the message says what was wanted."""
 
@@ -47,7 +51,10 @@ class Generation:
         self.start = start
         self.told_logprobs = 0  # of the prompt's tokens
         self._heard_logprobs = 0  # of them, from the job that works on it now
+        self.fruitless = 0  # jobs in turn that were lost while they worked on it
         self.tokens: list[int] = [] if start.tells_generated else [*start.generated]
+        self._had = len(self.tokens)  # when this job began
+        self._is_at_work = False
         self.reasoning_tokens = 0
         self.cached = 0
         self.begun = time.monotonic()
@@ -59,6 +66,9 @@ class Generation:
 
     def again(self) -> Start:
         """Return what a job is told that goes on where another one ended."""
+        is_fruitless = self._is_at_work and len(self.tokens) == self._had
+        self.fruitless = self.fruitless + 1 if is_fruitless else 0
+        self._had, self._is_at_work = len(self.tokens), False
         settings = self.start.settings
         if self.told_logprobs == len(self.start.prompt):
             settings = replace(settings, prompt_logprobs=None)
@@ -74,6 +84,7 @@ class Generation:
 
     def news(self, event: Event) -> Event:
         """Return what of an event no job before has told."""
+        self._is_at_work = self._is_at_work or event.admitted
         if event.admitted and self.admitted is not None:
             event = replace(event, admitted=False, cached=0)
         if event.prompt_logprobs is not None:
@@ -261,7 +272,13 @@ class Ranks:
         for generation in list(self.generations.values()):
             start = generation.again()
             length = len(start.prompt) + len(start.generated)
-            if generation.tokens and length >= ready.context:
+            if generation.fruitless == MOST_FRUITLESS:
+                words = (
+                    f"the ranks were lost {MOST_FRUITLESS} times in turn while they "
+                    "worked on this request, without a token of it"
+                )
+                self._take(Event(start.id, finish="error", error=words))
+            elif generation.tokens and length >= ready.context:
                 # There is less room than there was.
                 self._take(Event(start.id, finish="length"))
             else:
