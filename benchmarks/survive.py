@@ -340,6 +340,7 @@ async def strike(
         notice = seconds()
         if again:
             await asyncio.sleep(2)
+            assert not await is_in("ready"), "the ranks have loaded already"
             for host in hosts[1:]:
                 await asyncio.to_thread(hit, host, count)
         await until(lambda: is_in("ready"), f"{fault}: ready")
