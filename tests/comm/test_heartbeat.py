@@ -280,8 +280,11 @@ signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGTERM, signal.SIGCONT])
 ctypes.PyDLL(None).sleep(60)
 """
 
-# Rank 1 is not heard and hears nobody.
+# Rank 1 is not heard and hears nobody any more, once all have heard each other.
 CUT_OFF = """
+while not all(peer.heard for peer in comm._heartbeat.peers):
+    time.sleep(0.01)
+time.sleep(1)
 comm._heartbeat._key = "of another job"
 """
 

@@ -385,8 +385,15 @@ def test_cluster(browser):
         )
         loop = front.ranks._server.get_loop()
         loop.call_soon_threadsafe(fake._writer.close)
-        tab.wait(f"{state} === 'Lost'")
+        # What the server's supervisor does, which is not here.
+        loop.call_soon_threadsafe(ranks.recover, "studio3 lost: going on with 4 ranks")
+        ranks.missing = {"studio3": "it does not answer"}
+        tab.wait(f"{state} === 'Recovering'")
         words = "document.getElementById('state-words').textContent"
+        assert tab.evaluate(words) == "Studio3 lost: going on with 4 ranks"
+        tab.wait(f"{hosts}.length === 6")
+        loop.call_soon_threadsafe(ranks.lost, "the ranks have gone")
+        tab.wait(f"{state} === 'Lost'")
         assert tab.evaluate(words) == "The ranks have gone"
         answers(tab, 1)
         tab.wait("document.getElementById('send').disabled")

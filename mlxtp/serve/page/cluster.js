@@ -128,13 +128,13 @@ export class Cluster {
     by("links").textContent = cluster.links ? `Links: ${cluster.links}` : "";
   }
 
-  showState({ state, words, done, tokens_per_second: speed }) {
+  showState({ state, words, done, tokens_per_second: speed, missing = {} }) {
     const isReady = state === "ready";
     const said = words.charAt(0).toUpperCase() + words.slice(1);
     for (const dot of document.querySelectorAll("[data-dot]")) dot.dataset.dot = state;
     by("state").textContent = STATES[state];
     by("state-words").textContent = said;
-    by("progress").hidden = words === "ready";
+    by("progress").hidden = isReady && Object.keys(missing).length === 0;
     by("loading").hidden = !["starting", "loading", "recovering"].includes(state);
     if (done === null) by("loading").removeAttribute("value");
     else by("loading").value = done;
