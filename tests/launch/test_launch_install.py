@@ -70,6 +70,7 @@ NEEDED = [
     "mlxtp/cluster/addresses.py",
     "mlxtp/cluster/hostfile.py",
     "mlxtp/cluster/job.py",
+    "mlxtp/cluster/remote.py",
     "mlxtp/cluster/verdict.py",
 ]
 
