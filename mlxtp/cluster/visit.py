@@ -10,8 +10,8 @@ import json
 import os
 import re
 import shlex
+import shutil
 import socket
-import subprocess
 import sys
 import tempfile
 import time
@@ -25,6 +25,7 @@ import psutil
 
 from mlxtp.cluster import ring
 from mlxtp.cluster.addresses import ring_address
+from mlxtp.cluster.commands import output
 from mlxtp.cluster.remote import HostError, run_on
 
 # Where Linux keeps shared memory; elsewhere Open MPI keeps it in its folders.
@@ -130,7 +131,7 @@ def remove_leftovers() -> None:
     for folder in Path(tempfile.gettempdir()).glob("ompi.*"):
         number = re.fullmatch(r"ompi\.(\d+)", folder.name)
         if number and not psutil.pid_exists(int(number[1])) and _is_old_and_own(folder):
-            subprocess.run(["rm", "-rf", str(folder)])
+            shutil.rmtree(folder, ignore_errors=True)
 
 
 def _mapped() -> Iterator[str]:
@@ -157,10 +158,8 @@ def gpu_limit_mb() -> int | None:
     """Return what macOS was told that its GPU may take."""
     if sys.platform != "darwin":
         return None
-    done = subprocess.run(
-        ["sysctl", "-n", "iogpu.wired_limit_mb"], capture_output=True, text=True
-    )
-    return int(done.stdout) if done.stdout.strip().isdigit() else None
+    said = output("sysctl", "-n", "iogpu.wired_limit_mb").strip()
+    return int(said) if said.isdigit() else None
 
 
 def main() -> None:

@@ -100,21 +100,6 @@ def lacks(before: Visit, now: Visit, file: str) -> str | None:
     return None
 
 
-def broken_cables(numbers: int, seen: Mapping[int, Visit]) -> set[int]:
-    """Return the cables of a ring that do not join two hosts.
-
-    Args:
-        numbers: how many hosts the ring has.
-        seen: those that answer, by their numbers, from 1.
-    """
-    return {
-        end.cable
-        for number in range(1, numbers + 1)
-        for end in ring.ends(number, numbers).values()
-        if number not in seen or end.cable not in seen[number].cables
-    }
-
-
 def _is_in_ring(hosts: int) -> bool:
     """Whether this host has its place, the first, in a ring of cables."""
     if not uses_cables():
@@ -206,12 +191,13 @@ class Hosts:
     def _broken(self, visits: Mapping[str, Visit | str]) -> set[int]:
         """Return the cables that do not join two hosts that answer."""
         numbers = self._numbers()
-        seen = {
-            numbers[host]: each
-            for host, each in visits.items()
-            if isinstance(each, Visit)
-        }
-        return broken_cables(len(numbers), seen)
+        broken = set()
+        for host, number in numbers.items():
+            seen = visits.get(host)
+            answer = seen.cables if isinstance(seen, Visit) else ()
+            ends = ring.ends(number, len(numbers)).values()
+            broken |= {end.cable for end in ends if end.cable not in answer}
+        return broken
 
     def _unreached(self, visits: Mapping[str, Visit | str]) -> list[str]:
         """Return the hosts that no unbroken cables join with this one."""

@@ -16,7 +16,7 @@ import logging
 import os
 import sys
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from contextlib import suppress
 from contextvars import ContextVar
 from dataclasses import dataclass, field, replace
@@ -157,8 +157,8 @@ class Journal:
         )
         # What was told again stands there already.
         if not event.is_told_again:
-            self._append(entry, [[choice, *event.tokens]] if event.tokens else [])
-            self._append(entry, [[choice, event.finish]] if is_whole else [])
+            lines: list[list[Any]] = [[choice, *event.tokens]] if event.tokens else []
+            self._append(entry, [*lines, [choice, event.finish]] if is_whole else lines)
         if event.finish is None:
             return
         entry.is_broken_off = entry.is_broken_off or not is_whole
@@ -169,12 +169,13 @@ class Journal:
                 with suppress(OSError):
                     entry.file.unlink()
 
-    def _append(self, entry: _Open, lines: Iterable[list[Any]]) -> None:
+    def _append(self, entry: _Open, lines: Sequence[list[Any]]) -> None:
+        if not lines:
+            return
         try:
-            for line in lines:
-                descriptor = os.open(entry.file, os.O_WRONLY | os.O_APPEND)
-                with os.fdopen(descriptor, "a") as writing:
-                    writing.write(f"{json.dumps(line)}\n")
+            descriptor = os.open(entry.file, os.O_WRONLY | os.O_APPEND)
+            with os.fdopen(descriptor, "a") as writing:
+                writing.writelines(f"{json.dumps(line)}\n" for line in lines)
         except OSError as error:
             log.warning("the journal keeps a request no further: %s", error)
 

@@ -83,8 +83,9 @@ class Guard:
         try:
             self._check(scope)
             await self._read(scope, receive, body)
-            asked_now.set(_asked(scope, bytes(body)))
-            await _until_gone(self._app, scope, bytes(body), receive, watched_send)
+            content = bytes(body)
+            asked_now.set(_asked(scope, content))
+            await _until_gone(self._app, scope, content, receive, watched_send)
         except _Gone:
             pass
         except asyncio.CancelledError:
