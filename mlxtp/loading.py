@@ -33,7 +33,7 @@ from mlxtp.model.turns import (
     computed,
     tensors_behind,
 )
-from mlxtp.partition.shares import Share, Shares, as_shares
+from mlxtp.partition.shares import Share, Shares
 from mlxtp.partition.spans import Slice
 from mlxtp.sharding.decide import slice_table
 from mlxtp.sharding.table import SliceTable
@@ -432,7 +432,7 @@ def _checked_shares(shares: Sequence[int | Share] | None, comm: Communicator) ->
             f"shares {','.join(map(str, shares))}: wanted one positive whole number "
             f"for each of {comm.size} ranks"
         )
-    return as_shares(shares)
+    return Shares(shares)
 
 
 def check_memory(

@@ -28,7 +28,7 @@ from mlxtp.fetch.location import locate, named
 from mlxtp.fetch.spare import kept_besides
 from mlxtp.model.skeleton import build
 from mlxtp.model.sources import needed
-from mlxtp.partition.shares import Share, as_shares
+from mlxtp.partition.shares import Share, Shares
 from mlxtp.partition.spans import Slice
 from mlxtp.sharding.decide import slice_table
 
@@ -74,7 +74,7 @@ def shard(
     name, folder, checkpoint = location.name, location.folder, location.checkpoint
     if location.repo is None and location.is_cut:
         raise ValueError(f"{name} is cut already: join it first")
-    shares = as_shares(shares)
+    shares = Shares(shares)
     with named(name, folder):
         empty = build(folder, checkpoint=checkpoint, name=name)
         table = slice_table(empty.model, shares)
@@ -109,7 +109,7 @@ def shard(
 
 def copies(shares: Iterable[int | Share]) -> list[str]:
     """Say which folders go to which host, one rank on each, if all are kept twice."""
-    shares = as_shares(shares)
+    shares = Shares(shares)
     besides = kept_besides([str(rank) for rank in range(len(shares))])
     return [
         f"host {host}: "

@@ -10,6 +10,7 @@ A machine needs the files at the top and its own rank's folder. In `rest` lies w
 rank reads (a vision tower, say): it makes the checkpoint whole again.
 """
 
+import hashlib
 import json
 from collections.abc import Iterator, Mapping
 from dataclasses import astuple, dataclass
@@ -30,6 +31,8 @@ from mlxtp.partition.spans import Slice, Spans
 CHECKPOINT = "checkpoint.json"
 MANIFEST = "manifest.json"
 REST = "rest"
+# Of a folder's name: what the shares take of it at most.
+LONGEST_NAME = 100
 
 # What of a repository makes a model, besides its weights.
 SMALL_FILES = ["*.json", "*.model", "*.tiktoken", "*.txt", "*.jinja", "*.py"]
@@ -131,14 +134,18 @@ class Shard:
 
     @property
     def folder(self) -> str:
-        """`rank-0-of-5`; `rank-0-of-2-1-1` where the shares differ."""
+        """`rank-0-of-5`; `rank-0-of-2-1-1` where the shares differ.
+
+        Shares that would make a long name have a hash of them there.
+        """
         if self.rank is None:
             return REST
-        world = (
-            str(len(self.shares))
-            if len(set(self.shares)) == 1
-            else "-".join(str(share).replace("/", "+") for share in self.shares)
-        )
+        world = "-".join(str(share).replace("/", "+") for share in self.shares)
+        if len(set(self.shares)) == 1 and not self.shares[0].by_query:
+            world = str(len(self.shares))
+        elif len(world) > LONGEST_NAME:
+            hashed = hashlib.sha256(world.encode()).hexdigest()[:12]
+            world = f"{len(self.shares)}-{hashed}"
         return f"rank-{self.rank}-of-{world}"
 
 
@@ -270,7 +277,7 @@ def shards(folder: Path) -> list[Shard]:
     """Whose slices are in `folder`."""
     manifests = [manifest_of(part) for part in rank_folders(folder)]
     return [
-        Shard(tuple(Share(*numbers) for numbers in m["shares"]), m["rank"])
+        Shard(Shares(Share(*numbers) for numbers in m["shares"]), m["rank"])
         for m in manifests
     ]
 

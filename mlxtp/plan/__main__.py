@@ -155,10 +155,6 @@ def _network(
     return Network(ranks, link, args.topology or link.topology)
 
 
-def _shares(text: str) -> str | list[int]:
-    return text if text == "auto" else job_options.shares(text)
-
-
 def _sizes(text: str) -> list[float]:
     try:
         sizes = [float(part) for part in text.split(",")]
@@ -226,9 +222,11 @@ def _parser() -> argparse.ArgumentParser:
         help="tokens in the caches. Default: 8192")  # fmt: skip
     use.add_argument("--batch", type=int, default=1,
         help="sequences at once. Default: 1")  # fmt: skip
-    use.add_argument("--shares", type=_shares,
-        help="shares of the ranks, such as 2,1,1,1,1, or auto: of those that fit, the "
-        "fastest. Default: equal")  # fmt: skip
+    use.add_argument("--shares", type=job_options.shares, metavar="SHARES",
+        help="shares of the ranks, such as 2,1,1,1,1, or for each kind of layer, such "
+        "as attention=2,1,1/mlp=1,1,2, with queries= in place of attention= to share "
+        "out query heads one by one; or auto: of those that fit, the fastest. "
+        "Default: equal")  # fmt: skip
     use.add_argument("--spare", action="store_true",
         help="say what the hosts keep on disk, with the slices of the host before "
         "each, as programs with --spare do")  # fmt: skip

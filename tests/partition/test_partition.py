@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mlxtp.partition.shares import Share, apportion, as_shares, cut_axis
+from mlxtp.partition.shares import Share, Shares, apportion, cut_axis
 from mlxtp.partition.spans import Slice, Span, Spans
 
 pytestmark = pytest.mark.once
@@ -120,8 +120,8 @@ def test_a_slice_is_cut_on_one_axis() -> None:
 
 
 def test_a_share_has_three_parts() -> None:
-    assert as_shares([2, 1]) == (Share.even(2), Share.even(1))
+    assert Shares([2, 1]) == (Share.even(2), Share.even(1))
     assert str(Share.even(2)) == "2" and str(Share(2, 1, 1)) == "2/1/1"
     for wrong in [], [1, 0], [Share(1, 1, 0)]:
         with pytest.raises(ValueError, match="one positive whole number"):
-            as_shares(wrong)
+            Shares(wrong)

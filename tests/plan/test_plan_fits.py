@@ -13,7 +13,7 @@ from models import LLAMA_3_2_1B, make
 from needs import needs
 from wide_models import WIDE
 
-from mlxtp.partition.shares import as_shares
+from mlxtp.partition.shares import Shares
 from mlxtp.plan.auto import auto
 from mlxtp.plan.hardware import LINKS, Machine, Network, published
 from mlxtp.plan.model import PlannedModel, model_of_config, open_model
@@ -176,4 +176,4 @@ def test_auto_gives_less_to_who_has_less_memory(llama: PlannedModel) -> None:
 
 
 def test_auto_leaves_alone_what_is_alike(llama: PlannedModel) -> None:
-    assert auto(llama, on([64.0] * 3)).shares == as_shares([1, 1, 1])
+    assert auto(llama, on([64.0] * 3)).shares == Shares([1, 1, 1])
