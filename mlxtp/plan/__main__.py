@@ -10,6 +10,7 @@ import argparse
 import json
 import sys
 from pathlib import Path
+from typing import Literal
 
 from rich.console import Console
 
@@ -17,8 +18,9 @@ from mlxtp import job_options
 from mlxtp.cluster import hostfile
 from mlxtp.cluster.measured import Measured
 from mlxtp.comm import launcher
+from mlxtp.partition.shares import Shares
 from mlxtp.plan import hardware
-from mlxtp.plan.auto import auto
+from mlxtp.plan.auto import auto, longest
 from mlxtp.plan.calibration import measured_machines
 from mlxtp.plan.disk import Disk, disks
 from mlxtp.plan.hardware import LINKS, TOPOLOGIES, Link, Machine, Network
@@ -31,6 +33,7 @@ from mlxtp.plan.report import as_json, show
 DEFAULT_CHIP = "M2 Ultra"
 DEFAULT_MEMORY_GB = 64.0
 DEFAULT_LINK = "thunderbolt4"
+CONTEXT = 8192
 
 
 def main() -> None:
@@ -50,10 +53,13 @@ def run(args: argparse.Namespace) -> None:
     """
     setting = setting_of(args)
     with open_model(args.model, args.bits, args.group_size) as model:
-        if args.shares == "auto":
+        even = Shares([1] * len(setting.machines))
+        if args.context == "max":
+            chosen = None if args.shares == "auto" else args.shares or even
+            result = longest(model, setting, chosen)
+        elif args.shares == "auto":
             result = auto(model, setting)
         else:
-            even = [1] * len(setting.machines)
             result = plan(model, setting, args.shares or even)
         offered = list(remedies(result))
         kept: list[Disk] = []
@@ -75,7 +81,8 @@ def setting_of(args: argparse.Namespace) -> Setting:
     Raises: ValueError for options that contradict each other.
     """
     for name in ("context", "batch", "group_size"):
-        if getattr(args, name) < 1:
+        value = getattr(args, name)
+        if value != "max" and value < 1:
             raise ValueError(f"--{name.replace('_', '-')} is below 1")
     measured = Measured.read(args.measured) if args.measured else None
     hosts = _hosts(args, measured)
@@ -84,9 +91,9 @@ def setting_of(args: argparse.Namespace) -> Setting:
         raise ValueError(
             f"--shares gives {len(args.shares)} shares to {len(hosts)} ranks"
         )
-    return Setting(
-        tuple(machines), _network(args, len(hosts), measured), args.context, args.batch
-    )
+    context = CONTEXT if args.context == "max" else args.context
+    network = _network(args, len(hosts), measured)
+    return Setting(tuple(machines), network, context, args.batch)
 
 
 def _hosts(args: argparse.Namespace, measured: Measured | None) -> list[str]:
@@ -155,6 +162,10 @@ def _network(
     return Network(ranks, link, args.topology or link.topology)
 
 
+def _context(text: str) -> int | Literal["max"]:
+    return "max" if text == "max" else int(text)
+
+
 def _sizes(text: str) -> list[float]:
     try:
         sizes = [float(part) for part in text.split(",")]
@@ -218,8 +229,10 @@ def _parser() -> argparse.ArgumentParser:
     links.add_argument("--topology", choices=TOPOLOGIES,
         help="of the links. Default: switch for 10gbe, ring for others")  # fmt: skip
     use = result.add_argument_group("use")
-    use.add_argument("--context", type=int, default=8192,
-        help="tokens in the caches. Default: 8192")  # fmt: skip
+    use.add_argument("--context", type=_context, default=CONTEXT, metavar="TOKENS",
+        help="tokens in the caches, or max: the most that fit, up to the model's own; "
+        "with --shares auto of the shares with which most fit, if a token takes at "
+        f"most 5 %% longer than with the fastest. Default: {CONTEXT}")  # fmt: skip
     use.add_argument("--batch", type=int, default=1,
         help="sequences at once. Default: 1")  # fmt: skip
     use.add_argument("--shares", type=job_options.shares, metavar="SHARES",
