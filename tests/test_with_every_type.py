@@ -28,6 +28,9 @@ from tiny import save_tokenizer
 from mlxtp import Communicator, stream_generate
 from mlxtp.generation.prompt_cache import SavedPrompt
 from mlxtp.loading import load_model as load_split
+from mlxtp.partition.shares import Share
+from mlxtp.sharding.decide import slice_table
+from mlxtp.sharding.table import SliceTable
 
 use_plain_operations()
 pytestmark = pytest.mark.ranks(3)
@@ -164,6 +167,28 @@ def test_uneven_shares(model_type: str, comm: Communicator) -> None:
     expected = on_rank_0(comm, lambda: as_numpy(whole(folder)(mx.array([PROMPT]))))
     model, _ = load_split(folder, comm, shares=[3, 1, 2])
     check_logits(model_type, [model(mx.array([PROMPT]))], [expected])
+
+
+@EVERY_TYPE
+def test_query_heads_one_by_one(model_type: str, comm: Communicator) -> None:
+    """Ranks share KV heads, and zeros make up what attention takes for a rectangle."""
+    packed = RUNNABLE.index(model_type) % 2 and model_type not in zoo.QUANTIZED_FAILS
+    folder = saved(model_type, comm, 4 if packed else None)
+    shares = [Share(3, 1, 1, True), Share(1, 2, 1, True), Share(2, 1, 2, True)]
+    if not has_zeros(slice_table(zoo.build(model_type)[0], shares)):
+        pytest.skip("no query heads can be shared out one by one")
+    expected = on_rank_0(comm, lambda: as_numpy(whole(folder)(mx.array([PROMPT]))))
+    model, _ = load_split(folder, comm, shares=shares)
+    assert has_zeros(model.slice_table)
+    prompt = mx.array([PROMPT])
+    cache = make_prompt_cache(model)
+    logits = [model(prompt[:, part], cache=cache) for part in (slice(-1), [-1])]
+    check_logits(model_type, [mx.concatenate(logits, 1)], [expected])
+
+
+def has_zeros(table: SliceTable) -> bool:
+    """Whether some rank's attention is filled up with zeros."""
+    return any(any(part.zeros) for block in table.blocks for part in block.parts)
 
 
 @EVERY_TYPE
