@@ -29,11 +29,13 @@ logger = logging.getLogger(__name__)
 
 # The context that caches are to have room for where nobody says which.
 CONTEXT = 8192
-# The best of so many reads of so many bytes tells how fast a rank reads: more than a
-# cache holds, and on a GPU enough to make the start of a kernel short beside it.
+# The best of so many reads of so many bytes tells how fast a rank reads. They are more
+# than a processor's cache holds, and on a GPU more than a kernel takes to start.
 READS = 5
 READ_BYTES = 64 << 20
 GPU_READ_BYTES = 1 << 30
+# The size of a hidden vector, about.
+COLLECTIVE_ELEMENTS = 8192
 
 
 @dataclass(frozen=True)
@@ -62,7 +64,7 @@ def chosen_shares(
         context: tokens that caches are to have room for; "max" are those that the model
             was made for.
 
-    Communicates: allgathers and broadcasts of objects.
+    Communicates: allgathers and broadcasts of objects, and some small allreduces.
     Raises: UsageError on every rank if the model cannot be split over them.
     """
     if comm.size == 1:
@@ -74,13 +76,17 @@ def chosen_shares(
     if shares is None and location.repo is None and location.is_cut:
         shares = _cut_ahead(comm, folder)
     if shares is None:
-        hosts = _hosts(comm)
+        hosts, collective_seconds = _hosts(comm), _collective_seconds(comm)
         with comm.agreement():
             has_gpu = gpu_limit_bytes() is not None
             wanted = context or CONTEXT
             if wanted == "max":
                 wanted = longest_context(build().config)
-            fitting = Fitting(build, hosts, wanted, is_fused=has_gpu)
+            fitting = Fitting(
+                *(build, hosts, wanted),
+                is_fused=has_gpu,
+                collective_seconds=collective_seconds,
+            )
             shares = fitting.suited(wanted)
         shares = comm.bcast_object(shares)
         if comm.rank == 0:
@@ -128,6 +134,18 @@ def _hosts(comm: Communicator) -> list[RankHost]:
         )
         for host, _, _ in told
     ]
+
+
+def _collective_seconds(comm: Communicator) -> float:
+    """What a small allreduce takes, from an evaluated array to an evaluated array."""
+    x = mx.ones((COLLECTIVE_ELEMENTS,), mx.bfloat16)
+    mx.eval(comm.allreduce(x))
+    seconds = []
+    for _ in range(READS):
+        begin = time.perf_counter()
+        mx.eval(comm.allreduce(x))
+        seconds.append(time.perf_counter() - begin)
+    return sorted(comm.bcast_object(seconds))[READS // 2]
 
 
 def _bytes_per_second() -> float:

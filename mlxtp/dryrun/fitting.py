@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from math import gcd, inf
 from typing import Protocol
 
-from mlxtp.dryrun.requirements import Need, need
+from mlxtp.dryrun.requirements import RankNeeds, need
 from mlxtp.families.blocks import Heads, Width
 from mlxtp.model.skeleton import EmptyModel
 from mlxtp.partition.shares import Share, Shares, apportion
@@ -91,7 +91,8 @@ class Fitting:
         context: tokens in the caches, about which caches are estimated.
         batch: sequences at once.
         is_fused: attention is one kernel, as on a GPU.
-        other_seconds: what a token takes besides reading.
+        collective_seconds: what a collective takes, with all that is done before it
+            but reading.
 
     Raises: ValueError if the model cannot be split over so many ranks.
     """
@@ -104,30 +105,30 @@ class Fitting:
         batch: int = 1,
         *,
         is_fused: bool = True,
-        other_seconds: float = 0.0,
+        collective_seconds: float = 0.0,
     ) -> None:
         self._model = build().model
         self._ranks = len(hosts)
         self._rates = [host.bytes_per_second for host in hosts]
         if max(self._rates) <= ALIKE * min(self._rates):
             self._rates = [sum(self._rates) / len(hosts)] * len(hosts)
-        names = [host.host for host in hosts]
+        self._hosts = [host.host for host in hosts]
         self._limits = [
-            inf if host.limit_bytes is None else host.limit_bytes / names.count(name)
-            for host, name in zip(hosts, names, strict=True)
+            inf
+            if host.limit_bytes is None
+            else host.limit_bytes / self._hosts.count(host.host)
+            for host in hosts
         ]
         self._reserve = 0.0
-        self._other_seconds = other_seconds
         self._tables: dict[Shares, _Attention | None] = {}
         self._whole = slice_table(self._model, [1])
         even = slice_table(self._model, [1] * self._ranks)
 
-        def needed(table: SliceTable, context: int) -> Need:
-            return need(build(), table, 0, context, batch, is_fused=is_fused)
-
         half = max(1, context // 2)
-        before, one = needed(self._whole, half), needed(self._whole, context)
-        of_rank, part = needed(even, context), _kv_parts(even)[0]
+        whole = RankNeeds(build(), self._whole, 0, batch, is_fused=is_fused)
+        before, one = whole.at(half), whole.at(context)
+        of_rank = need(build(), even, 0, context, batch, is_fused=is_fused)
+        part = _kv_parts(even)[0]
         self._working = of_rank.working_bytes
         slope = (one.cache_bytes - before.cache_bytes) / max(1, context - half)
         self._cache = one.cache_bytes - slope * context, slope
@@ -140,6 +141,8 @@ class Fitting:
             for call in step.calls:
                 kind = _kind(self._whole.matrix_of(call.path))
                 self._read[kind] += call.read_bytes
+        collectives = sum(bool(step.kind) for step in of_rank.dry_run.token)
+        self._other_seconds = collective_seconds * collectives
         self._held = _held(self._whole, 0)
         self._units, self._rows = _mlp_units(even), UNITS * self._ranks
         self._heads = _largest_heads(even)
@@ -252,6 +255,7 @@ class Fitting:
                 limits, attention.held_bytes, caches, strict=True
             )
         ]
+        rooms = self._pooled(rooms)
         lacking = 0.0
         parts = self._parts(rooms)
         if parts is None:
@@ -288,6 +292,13 @@ class Fitting:
         )
         shares = Shares(Share(a.attention, m, v, a.by_query) for a, m, v in numbers)
         return Fit(shares, lacking, seconds, left)
+
+    def _pooled(self, rooms: Sequence[float]) -> list[float]:
+        """Give ranks on one host the same part of what is left there."""
+        of_host: dict[str, list[float]] = {}
+        for host, room in zip(self._hosts, rooms, strict=True):
+            of_host.setdefault(host, []).append(room)
+        return [sum(of_host[host]) / len(of_host[host]) for host in self._hosts]
 
     def _parts(self, rooms: Sequence[float]) -> tuple[list[float], list[float]] | None:
         """Each rank's part of the MLP and of the vocabulary; None if rooms are too few.
@@ -332,11 +343,18 @@ def _held(table: SliceTable, rank: int) -> dict[str, int]:
 
 
 def _kv_parts(table: SliceTable) -> list[float]:
-    """The part of all KV heads that each rank holds, over all layers."""
-    heads = [shards for shards in table.blocks if isinstance(shards.block.rule, Heads)]
+    """The part of all KV heads that each rank holds, over all layers.
+
+    A state space caches by its heads: what they share a group of is small.
+    """
+    units = [
+        (s, "q" if s.block.rule.shared_groups else "kv")
+        for s in table.blocks
+        if isinstance(s.block.rule, Heads)
+    ]
     return [
-        sum(s.parts[rank].size("kv") / s.counts["kv"] for s in heads)
-        / max(len(heads), 1)
+        sum(s.parts[rank].size(unit) / s.counts[unit] for s, unit in units)
+        / max(len(units), 1)
         for rank in range(table.ranks)
     ]
 

@@ -3,6 +3,7 @@
 from dataclasses import replace
 
 from mlxtp.dryrun.fitting import CONTEXT_STEP, Fitting
+from mlxtp.dryrun.requirements import WorldNeeds
 from mlxtp.model.context import longest_context
 from mlxtp.partition.shares import Shares
 from mlxtp.plan.model import PlannedModel
@@ -46,54 +47,57 @@ def longest(model: PlannedModel, setting: Setting, shares: Shares | None) -> Pla
         found = fitting.longest(most)
         shares = fitting.best(found or CONTEXT_STEP).shares
     shares = shares or Shares([1])
-    return _longest(model, setting, shares, most)
+    context = _longest(model, setting, shares, most)
+    return plan(model, replace(setting, context=context), shares)
 
 
-def _longest(model: PlannedModel, setting: Setting, shares: Shares, most: int) -> Plan:
-    """The plan with the longest context that fits these shares, from dry runs.
+def _longest(model: PlannedModel, setting: Setting, shares: Shares, most: int) -> int:
+    """The longest context that fits these shares, from dry runs.
 
-    What is left is about linear in the context: each dry run is made where a line
-    through two others has nothing left.
+    What is left is about linear in the context: a dry run is made where a line through
+    two others has nothing left.
+
+    Raises: ValueError if there is none.
     """
-    last = -(-most // CONTEXT_STEP)
+    is_fused = all(machine.has_gpu for machine in setting.machines)
+    needs = WorldNeeds(model.build, shares, setting.batch, is_fused=is_fused)
 
-    def planned(steps: int) -> Plan:
-        context = min(most, steps * CONTEXT_STEP)
-        return plan(model, replace(setting, context=context), shares)
+    def left(steps: int) -> int:
+        of_ranks = setting.left_bytes(needs.at(min(most, steps * CONTEXT_STEP)))
+        return min(left for left in of_ranks if left is not None)
 
-    def left(plan: Plan) -> int:
-        return min(left for left in plan.left_bytes if left is not None)
-
-    low, best = 1, planned(1)
-    if not best.fits:
+    low, high = 1, -(-most // CONTEXT_STEP)
+    left_low, left_high = left(low), left(high)
+    if left_low < 0:
         raise ValueError(
             f"--context max: {model.name} does not fit with any context (--shares "
-            f"{shares}): the fullest host lacks {best.lacking_bytes / 1e9:.2f} GB"
+            f"{shares}): the fullest host lacks {-left_low / 1e9:.2f} GB"
         )
-    high, beyond = last, planned(last)
-    if beyond.fits:
-        return beyond
+    if left_high >= 0:
+        return most
     while high - low > 1:
-        room = left(best) / (left(best) - left(beyond))
-        steps = min(max(low + int((high - low) * room), low + 1), high - 1)
-        tried = planned(steps)
-        if tried.fits:
-            low, best = steps, tried
+        part = left_low / (left_low - left_high)
+        steps = min(max(low + int((high - low) * part), low + 1), high - 1)
+        left_steps = left(steps)
+        if left_steps >= 0:
+            low, left_low = steps, left_steps
         else:
-            high, beyond = steps, tried
-    return best
+            high, left_high = steps, left_steps
+    return low * CONTEXT_STEP
 
 
 def _fitting(first: Plan, setting: Setting) -> Fitting:
     """What estimates the shares of a model of which a plan is known."""
-    reading = first.decode.weights + first.decode.caches
+    token = first.decode
+    others = token.seconds - token.weights - token.caches
+    collectives = sum(bool(step.kind) for step in first.needs[0].dry_run.token)
     return Fitting(
         first.model.build,
         setting.machines,
         setting.context,
         setting.batch,
         is_fused=all(machine.has_gpu for machine in setting.machines),
-        other_seconds=first.decode.seconds - reading,
+        collective_seconds=others / collectives,
     )
 
 

@@ -71,9 +71,13 @@ def test_bytes_are_even_where_memory_decides(
     # With shorter caches columns are more even.
     shorter = fitting.best(CONTEXT // 8).shares
     assert shorter[0].mlp * fit.shares[4].mlp > fit.shares[0].mlp * shorter[4].mlp
-    longest = fitting.longest(1 << 20)
-    assert CONTEXT <= longest <= 1.15 * CONTEXT and longest % CONTEXT_STEP == 0
-    assert fitting.suited(1 << 20) == fitting.best(longest).shares
+    assert fitting.longest(1 << 20) < CONTEXT  # a token would be 5 % slower
+    waits = Fitting(
+        small.build, hosts(*[limit] * 5), CONTEXT, BATCH, collective_seconds=1.0
+    )
+    longest = waits.longest(1 << 20)
+    assert CONTEXT <= longest <= 1.3 * CONTEXT and longest % CONTEXT_STEP == 0
+    assert waits.suited(1 << 20) == waits.best(longest).shares
     assert fitting.best(1 << 20).lacking_bytes > 0
 
 
@@ -93,10 +97,10 @@ def test_ranks_of_one_host_share_its_memory(
     small: PlannedModel, even: list[Need]
 ) -> None:
     plenty = 2 * sum(need.bytes for need in even)
-    limit = sum(need.bytes for need in even[:3])
+    limit = sum(need.bytes for need in even[:4]) - 50_000_000
     ranks = [*[Rank("one", limit)] * 4, Rank("other", plenty)]
     fit = Fitting(small.build, ranks, CONTEXT, BATCH).best(CONTEXT)
-    assert fit.lacking_bytes == 0
+    assert fit.lacking_bytes == 0 and fit.shares[4].mlp > fit.shares[0].mlp
     found = needs(small.build, fit.shares, CONTEXT, BATCH)
     assert sum(need.bytes for need in found[:4]) < 1.02 * limit
 
@@ -107,9 +111,8 @@ def test_query_heads_go_one_by_one_where_that_is_faster() -> None:
     with model_of_config("attention", config, 16) as model:
         fit = Fitting(model.build, hosts(*[None] * 5), 256).best(256)
         assert fit.shares[0].by_query
-        queries = [
-            need.owned.query_heads[0] for need in needs(model.build, fit.shares, 256)
-        ]
+        of_ranks = needs(model.build, fit.shares, 256)
+    queries = [need.owned.query_heads[0] for need in of_ranks]
     assert sum(queries) == 32 and max(queries) <= 7
 
 

@@ -15,6 +15,7 @@ from every_type import EVEN_WORLDS
 from mlx_lm.utils import MODEL_REMAPPING
 
 from mlxtp.families import TABLE, Block
+from mlxtp.families.blocks import Heads
 from mlxtp.layers.adapt.table import ADAPTERS
 from mlxtp.sharding.decide import slice_table
 from mlxtp.sharding.table import SliceTable
@@ -36,8 +37,9 @@ with 2 to 8 bits, mxfp4, nvfp4, mxfp8, other bits for each layer.
 Each type is tested with a tiny model of random weights, in float32 and in 4 bits: in
 worlds of {worlds} ranks its logits, its greedy tokens, and that no rank holds more than
 1.3 times an even share of what is cut; on 7 ranks logits and tokens, unquantized; on
-three ranks uneven shares, adapters (LoRA, DoRA), draft models, prompts that mlx-lm
-saved, and that layers which no cache depends on may stay silent during prefill
+three ranks uneven shares, query heads one by one, adapters (LoRA, DoRA), draft models,
+prompts that mlx-lm saved, and that layers which no cache depends on may stay silent
+during prefill
 (`tests/families/test_every_type.py`, `tests/test_with_every_type.py`). No published
 checkpoint was at hand.
 
@@ -154,6 +156,8 @@ def _block(block: Block) -> Iterable[str]:
         yield f"- {cut_name}: {', '.join(f'`{n}`' for n in names)}"
     for module, why in block.shared.items():
         yield f"- whole on every rank: `{module}`, {why}"
+    if isinstance(block.rule, Heads) and block.rule.by_query:
+        yield "- query heads one by one, where `--shares queries=` asks for it"
     if block.sums != "rows":
         yield "- one sum for the whole block"
     if block.joint:
