@@ -34,6 +34,8 @@ CONTEXT = 8192
 READS = 5
 READ_BYTES = 64 << 20
 GPU_READ_BYTES = 1 << 30
+# Equal machines are taken for equally fast unless they differ by such a factor.
+MUCH_SLOWER = 1.5
 # The size of a hidden vector, about.
 COLLECTIVE_ELEMENTS = 8192
 
@@ -76,7 +78,8 @@ def chosen_shares(
     if shares is None and location.repo is None and location.is_cut:
         shares = _cut_ahead(comm, folder)
     if shares is None:
-        hosts, collective_seconds = _hosts(comm), _collective_seconds(comm)
+        hosts = _hosts(comm, machines)
+        collective_seconds = _collective_seconds(comm)
         with comm.agreement():
             has_gpu = gpu_limit_bytes() is not None
             wanted = context or CONTEXT
@@ -117,23 +120,29 @@ def _cut_ahead(comm: Communicator, folder: Path) -> Shares | None:
     return min(common, key=lambda each: (each == even, str(each)), default=None)
 
 
-def _hosts(comm: Communicator) -> list[RankHost]:
+def _hosts(comm: Communicator, machines: cut.Machines) -> list[RankHost]:
     """What the ranks' hosts have, with how fast they read while all do.
 
-    Ranks on one host get their mean: they share what it has.
+    Ranks on one host get their mean, for they share what it has; so do equal machines,
+    unless some is much slower than it should be.
     """
     comm.barrier()
     told = comm.allgather_object(
         (comm.host, available_bytes(gpu_limit_bytes()), _bytes_per_second())
     )
-    return [
-        RankHost(
-            host,
-            min(limit for name, limit, _ in told if name == host),
-            sum(rates := [rate for name, _, rate in told if name == host]) / len(rates),
-        )
-        for host, _, _ in told
-    ]
+    hosts = []
+    for (host, _, _), machine in zip(told, machines, strict=True):
+        limits = [limit for name, limit, _ in told if name == host]
+        rates = [rate for name, _, rate in told if name == host]
+        equal = [
+            rate
+            for (_, _, rate), other in zip(told, machines, strict=True)
+            if other == machine
+        ]
+        if max(equal) < MUCH_SLOWER * min(equal):
+            rates = equal
+        hosts.append(RankHost(host, min(limits), sum(rates) / len(rates)))
+    return hosts
 
 
 def _collective_seconds(comm: Communicator) -> float:
@@ -160,4 +169,6 @@ def _bytes_per_second() -> float:
         begin = time.perf_counter()
         mx.eval(x @ weight.T)
         best = max(best, weight.nbytes / (time.perf_counter() - begin))
+    del weight
+    mx.clear_cache()  # slices need the memory
     return best

@@ -208,7 +208,7 @@ class RankRuns:
         """
         model, comm, batch = self._model, self._comm, self._batch
         caches = make_prompt_cache(model)
-        *before, last = _chunks(context - 1)
+        *before, last = chunks(context - 1)
         chunk: tuple[Step, ...] = ()
         for tokens in [sum(before), last]:
             if tokens:
@@ -238,7 +238,8 @@ def _token(
     return comm.script.take()
 
 
-def _chunks(tokens: int) -> list[int]:
+def chunks(tokens: int) -> list[int]:
+    """The lengths of the chunks in which mlx-lm reads a prompt of `tokens` tokens."""
     whole, rest = divmod(tokens, CHUNK_TOKENS)
     return [CHUNK_TOKENS] * whole + ([rest] if rest or not whole else [])
 

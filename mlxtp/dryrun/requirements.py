@@ -3,7 +3,7 @@
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 
-from mlxtp.dryrun.passes import CHUNK_TOKENS, DryRun, RankRuns, Step
+from mlxtp.dryrun.passes import CHUNK_TOKENS, DryRun, RankRuns, Step, chunks
 from mlxtp.families.blocks import Heads, Width
 from mlxtp.model.skeleton import EmptyModel
 from mlxtp.partition.shares import Share
@@ -43,7 +43,9 @@ class Need:
     """What a rank owns, computes, and needs of memory.
 
     `query_heads` are those of all layers together; `score_bytes` is what the products
-    of queries and keys take, where attention is not one kernel.
+    of queries and keys take, where attention is not one kernel. The longest chunk of
+    the prompt has `longest_chunk` times as many tokens as the last, which the dry run
+    has.
     """
 
     rank: int
@@ -51,6 +53,7 @@ class Need:
     dry_run: DryRun
     query_heads: int
     score_bytes: int
+    longest_chunk: float = 1.0
 
     @property
     def weights_bytes(self) -> int:
@@ -65,8 +68,10 @@ class Need:
     @property
     def working_bytes(self) -> int:
         """Bytes of everything else at the worst moment: estimated."""
-        steps = (*self.dry_run.chunk, *self.dry_run.token)
-        return BASE_BYTES + max(map(_working_bytes, steps)) + self.score_bytes
+        steps = map(_working_bytes, self.dry_run.chunk)
+        chunk = self.longest_chunk * max(steps, default=0)
+        token = max(map(_working_bytes, self.dry_run.token))
+        return BASE_BYTES + max(round(chunk), token) + self.score_bytes
 
     @property
     def bytes(self) -> int:
@@ -153,7 +158,9 @@ class RankNeeds:
             tokens = min(max(cache.tokens for cache in caches), context)
             scores = SCORES_AT_ONCE * self._batch * heads / len(caches)
             scores *= min(CHUNK_TOKENS, context) * tokens * run.item_bytes
-        return Need(self._rank, self._owned, run, heads, round(scores))
+        *_, last = chunks(context - 1)
+        longest = min(CHUNK_TOKENS, context - 1) / max(last, 1)
+        return Need(self._rank, self._owned, run, heads, round(scores), longest)
 
 
 def needs(
