@@ -150,7 +150,7 @@ def test_what_spare_slices_cost_on_disk(
         (["--ranks", "2", "--measured", "nowhere"], "not what mlxtp.doctor"),
         (["--ranks", "2", "--context", "0"], "--context is below 1"),
         (["--hostfile", "nowhere"], "nowhere"),
-        (["--ranks", "2", "--memory", "0.1", "--context", "max"], "with any context"),
+        (["--ranks", "2", "--memory", "0.01", "--context", "max"], "with any context"),
         (["--ranks", "2", "--plot", "no.such"], "--plot no.such"),
     ],
 )
