@@ -21,7 +21,6 @@ from mlxtp.checkpoint.tensors import Tensor
 from mlxtp.cluster import memory
 from mlxtp.comm.communicator import Communicator
 from mlxtp.comm.errors import UsageError
-from mlxtp.dryrun.chosen import chosen_shares
 from mlxtp.fetch.fetch import check_there, fill, filling
 from mlxtp.fetch.location import Location, locate, named
 from mlxtp.fetch.spare import STEP_BYTES, bytes_besides, kept_besides
@@ -379,6 +378,8 @@ def prepare(
             trust_remote_code=trust_remote_code,
         )
         if shares == "auto":
+            from mlxtp.dryrun.chosen import chosen_shares
+
             with named(location.name, location.folder):
                 shares = chosen_shares(comm, location, rebuild, context)
         with comm.agreement(), named(location.name, location.folder):
