@@ -176,14 +176,14 @@ def test_auto_gives_less_to_who_has_less_memory(llama: PlannedModel) -> None:
 
 
 def test_other_shares_have_room_for_nearly_twice_the_context() -> None:
-    """Of the 405B eight layers, on five hosts with as much less memory.
+    """Of the 405B four layers, on five hosts with as much less memory.
 
     Three ranks have two of eight KV heads, with two caches: they get fewer columns. A
     token takes at most 5 % longer than with even shares.
     """
-    memory = [5.27] * 5  # GiB, of which three quarters count
-    config = LLAMA_405B | {"num_hidden_layers": 8}
-    with model_of_config("8 layers", config, 4) as model:
+    memory = [3.25] * 5  # GiB, of which three quarters count
+    config = LLAMA_405B | {"num_hidden_layers": 4}
+    with model_of_config("4 layers", config, 4) as model:
         even = longest(model, on(memory), Shares([1] * 5))
         found = longest(model, on(memory), None)
         context = even.setting.context
