@@ -105,6 +105,18 @@ def test_ranks_of_one_host_share_its_memory(
     assert sum(need.bytes for need in found[:4]) < 1.02 * limit
 
 
+def test_what_one_rank_leaves_another_of_its_host_may_take(
+    small: PlannedModel, even: list[Need]
+) -> None:
+    """Even shares fit, of which the first rank needs more than half of its host."""
+    plenty = 2 * sum(need.bytes for need in even)
+    limit = even[0].bytes + even[4].bytes + 1_000_000
+    names = "one", "other", "other", "other", "one"
+    ranks = [Rank(name, limit if name == "one" else plenty) for name in names]
+    assert even[0].bytes > limit / 2 + 2_000_000
+    assert Fitting(small.build, ranks, CONTEXT, BATCH).best(CONTEXT).shares == EVEN
+
+
 def test_query_heads_go_one_by_one_where_that_is_faster() -> None:
     """Attention is most of this model, and whole groups give a rank two of eight."""
     config = SMALL | {"intermediate_size": 512}
