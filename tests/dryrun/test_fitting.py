@@ -114,7 +114,11 @@ def test_what_one_rank_leaves_another_of_its_host_may_take(
     names = "one", "other", "other", "other", "one"
     ranks = [Rank(name, limit if name == "one" else plenty) for name in names]
     assert even[0].bytes > limit / 2 + 2_000_000
-    assert Fitting(small.build, ranks, CONTEXT, BATCH).best(CONTEXT).shares == EVEN
+    fitting = Fitting(small.build, ranks, CONTEXT, BATCH)
+    attention = fitting._attention(EVEN)
+    assert attention is not None
+    fit = fitting._fit(attention, CONTEXT, fitting._limits)
+    assert fit.lacking_bytes == 0 and fit.shares == EVEN
 
 
 def test_query_heads_go_one_by_one_where_that_is_faster() -> None:
