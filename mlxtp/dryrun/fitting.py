@@ -207,7 +207,7 @@ class Fitting:
         rooms = [max(limit - uncut, 0.0) / whole for limit in limits]
         weights = [even, self._rates, _fill_up(self._rates, rooms) or even]
         if inf not in limits:
-            weights.append(list(limits))
+            weights.append([max(limit, 1.0) for limit in limits])
         units = kv if kv >= ranks else UNITS * ranks
         for each in weights:
             yield self._shares(_plain(_apportioned(units, each), units))
