@@ -13,8 +13,8 @@ import subprocess
 import sys
 import time
 from collections import Counter
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import AsyncIterator, Iterator, Sequence
+from contextlib import asynccontextmanager, contextmanager
 from dataclasses import replace
 from typing import Any
 
@@ -347,6 +347,32 @@ class Supervisor:
     def _observe(self, generation: Generation, event: Event | None) -> None:
         if event is not None and event.tokens and not event.is_told_again:
             self._losses.clear()
+
+
+@asynccontextmanager
+async def supervised(
+    args: argparse.Namespace,
+    given: Allocation | None,
+    ranks: Ranks,
+    name: str,
+    second: Future,
+) -> AsyncIterator[asyncio.Task[int]]:
+    """Let jobs follow each other in this block; give the task that returns the status.
+
+    Arguments are those of `Supervisor`; when `second` is done, the end does not wait.
+    No process is left behind.
+
+    Raises: JobError where there is no mpirun, or for a wrong number of ranks.
+    """
+    supervisor = Supervisor(args, given, ranks, name)
+    supervisor.start()
+    supervising = asyncio.create_task(supervisor.run())
+    try:
+        yield supervising
+    finally:
+        supervising.cancel()
+        await asyncio.wait([supervising])
+        await supervisor.end(second)
 
 
 @contextmanager

@@ -20,7 +20,7 @@ from mlxtp.serve.front.ranks import Generation, Mistake, Ranks, Unavailable
 from mlxtp.serve.hosts import check_first_host
 from mlxtp.serve.log import say
 from mlxtp.serve.messages import Start
-from mlxtp.serve.supervisor import Supervisor, first_of, signals
+from mlxtp.serve.supervisor import first_of, signals, supervised
 
 # How long the end of the ranks may lag behind that of the request.
 LAST_SECONDS = 1.0
@@ -62,38 +62,30 @@ def prompt(args: argparse.Namespace) -> str:
 
 async def run(args: argparse.Namespace, text: str) -> int:
     """Let jobs follow each other until the text is whole; return the exit status."""
+    name = args.model or options.DEFAULT_NAME
     with signals() as (first, second):
-        ranks = Ranks()
-        try:
-            await ranks.listen()
-            supervisor = Supervisor(
-                args, None, ranks, args.model or options.DEFAULT_NAME
-            )
-            supervisor.start()
-        except BaseException:
-            await ranks.close()
-            raise
-        supervising = asyncio.create_task(supervisor.run())
-        answering = asyncio.create_task(answer(args, ranks, text))
-        try:
-            await first_of(first, supervising, answering)
-            if answering.done():
-                try:
-                    answering.result()
-                except Unavailable as error:
-                    # It has ended, or waits for hosts for longer than it should.
-                    await first_of(supervising, timeout_seconds=LAST_SECONDS)
-                    if not supervising.done():
-                        say(str(error))
-                        return 1
-                else:
-                    return 0
-            return supervising.result() if supervising.done() else 1
-        finally:
-            for task in (supervising, answering):
-                task.cancel()
-            await asyncio.wait([supervising, answering])
-            await supervisor.end(second)
+        async with (
+            Ranks() as ranks,
+            supervised(args, None, ranks, name, second) as supervising,
+        ):
+            answering = asyncio.create_task(answer(args, ranks, text))
+            try:
+                await first_of(first, supervising, answering)
+                if answering.done():
+                    try:
+                        answering.result()
+                    except Unavailable as error:
+                        # It has ended, or waits for hosts for longer than it should.
+                        await first_of(supervising, timeout_seconds=LAST_SECONDS)
+                        if not supervising.done():
+                            say(str(error))
+                            return 1
+                    else:
+                        return 0
+                return supervising.result() if supervising.done() else 1
+            finally:
+                answering.cancel()
+                await asyncio.wait([answering])
 
 
 async def answer(args: argparse.Namespace, ranks: Ranks, text: str) -> None:

@@ -14,7 +14,7 @@ from mlxtp.cluster import ring
 from mlxtp.cluster.job import JobError
 from mlxtp.cluster.remote import HostError
 from mlxtp.cluster.verdict import RankOnHost, Verdict, Why
-from mlxtp.cluster.visit import Visit
+from mlxtp.cluster.visit import Visit, versions
 from mlxtp.comm.errors import UsageError
 from mlxtp.generation.settings import Settings
 from mlxtp.serve import hosts as hosts_module
@@ -143,14 +143,21 @@ def test_what_follows_from_a_verdict() -> None:
 
 
 def test_what_a_host_lacks_that_is_back() -> None:
-    before = Visit("c", 0, "10.89.0.3", 57344)
-    assert lacks(before, Visit("c", 2, "10.89.0.3", 57344), "hosts") is None
-    words = lacks(before, Visit("c", 0, None, 57344), "hosts")
-    assert words is not None and "launch/cables hosts --apply" in words
-    words = lacks(before, Visit("c", 0, "10.89.0.3", 0), "hosts")
-    assert words is not None and "launch/memory hosts --apply" in words
-    on_linux = Visit("c", 0, None, None)
-    assert lacks(on_linux, on_linux, "hosts") is None
+    here = {"mlx": "0.32.4"}
+    before = Visit("10.89.0.3", 57344, here)
+
+    def lacking(address: str | None, limit: int | None, mlx: str) -> str:
+        now = Visit(address, limit, {"mlx": mlx})
+        return lacks(before, now, "hosts", here) or ""
+
+    assert lacking("10.89.0.3", 57344, "0.32.4") == ""
+    assert "launch/cables hosts --apply" in lacking(None, 57344, "0.32.4")
+    assert "launch/memory hosts --apply" in lacking("10.89.0.3", 0, "0.32.4")
+    words = lacking("10.89.0.3", 57344, "0.33.0")
+    assert "it has mlx 0.33.0, and here it is 0.32.4: launch/install hosts" in words
+    on_linux = Visit(None, None, here)
+    assert lacks(on_linux, on_linux, "hosts", here) is None
+    assert lacks(None, on_linux, "hosts", here) is None
 
 
 def test_who_takes_part(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -160,7 +167,7 @@ def test_who_takes_part(monkeypatch: pytest.MonkeyPatch) -> None:
     def visit(host: str, jobs: object, place: object) -> Visit:
         if host in away:
             raise HostError("no route")
-        return Visit(host, 0, None, None)
+        return Visit(None, None, versions())
 
     monkeypatch.setattr(hosts_module, "visit", visit)
 
@@ -269,7 +276,7 @@ def test_a_ring_with_cables_that_do_not_answer(monkeypatch: pytest.MonkeyPatch) 
 
     def visit(host: str, jobs: object, place: tuple[int, int]) -> Visit:
         own = {end.cable for end in ring.ends(*place).values()}
-        return Visit(host, 0, None, None, tuple(own - broken))
+        return Visit(None, None, versions(), tuple(own - broken))
 
     def ask(host: str, words: list[str]) -> dict[str, str]:
         asked.append([host, *words])
@@ -311,7 +318,7 @@ def test_a_host_that_was_left_out_is_taken_in_once(monkeypatch) -> None:
     now = 1e9
     monkeypatch.setattr(hosts_module.time, "monotonic", lambda: now)
     monkeypatch.setattr(
-        hosts_module, "visit", lambda host, *_: Visit(host, 0, None, None)
+        hosts_module, "visit", lambda host, *_: Visit(None, None, versions())
     )
 
     async def life() -> None:

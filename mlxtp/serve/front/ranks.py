@@ -17,7 +17,7 @@ from collections.abc import AsyncIterator, Callable
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, Self
 
 from mlxtp.serve import messages
 from mlxtp.serve.messages import Event, Ready, Start, Stats
@@ -166,6 +166,15 @@ class Ranks:
         self._calls: dict[int, tuple[messages.Call, asyncio.Future[Any]]] = {}
         self._writer: asyncio.StreamWriter | None = None
         self._server: asyncio.Server | None = None
+
+    async def __aenter__(self) -> Self:
+        """Listen in this block; at its end nothing is left."""
+        await self.listen()
+        return self
+
+    async def __aexit__(self, *error: object) -> None:
+        """Close."""
+        await self.close()
 
     async def listen(self) -> None:
         """Wait for rank 0 in the background; `folder` is what it has to be told."""
