@@ -9,12 +9,12 @@ import asyncio
 import secrets
 import sys
 import time
-from pathlib import Path
 
-from mlxtp.cluster.job import JobError, read_input
+from mlxtp.cluster.job import JobError
 from mlxtp.comm import launcher
 from mlxtp.comm.errors import UsageError
 from mlxtp.generation.settings import Settings
+from mlxtp.generation.standard_input import text_of
 from mlxtp.serve import options
 from mlxtp.serve.front.ranks import Generation, Mistake, Ranks, Unavailable
 from mlxtp.serve.hosts import check_first_host
@@ -35,29 +35,14 @@ def main() -> None:
     try:
         args = options.parse_survive(sys.argv[1:])
         check_first_host(args.hostfile, None)
-        text = prompt(args)
+        try:
+            text = text_of(args.prompt, args.prompt_file)
+        except ValueError as error:
+            raise UsageError(str(error)) from None
         status = asyncio.run(run(args, text))
     except (UsageError, JobError, Mistake) as error:
         launcher.refuse("mlxtp.generate", error)
     sys.exit(status)
-
-
-def prompt(args: argparse.Namespace) -> str:
-    """Return the text of the prompt.
-
-    Raises: UsageError if its file, or standard input, cannot be read.
-    """
-    if args.prompt_file is None and args.prompt != "-":
-        return str(args.prompt).replace("\\n", "\n").replace("\\t", "\t")
-    try:
-        data = Path(args.prompt_file).read_bytes() if args.prompt_file else read_input()
-        return data.decode()
-    except OSError as error:
-        raise UsageError(
-            f"--prompt-file {args.prompt_file}: {error.strerror}"
-        ) from None
-    except ValueError as error:
-        raise UsageError(f"the prompt: {error}") from None
 
 
 async def run(args: argparse.Namespace, text: str) -> int:

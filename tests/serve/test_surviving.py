@@ -17,6 +17,7 @@ from mlxtp.cluster.verdict import RankOnHost, Verdict, Why
 from mlxtp.cluster.visit import Visit, versions
 from mlxtp.comm.errors import UsageError
 from mlxtp.generation.settings import Settings
+from mlxtp.generation.standard_input import text_of
 from mlxtp.serve import hosts as hosts_module
 from mlxtp.serve import messages, options, supervisor, survive
 from mlxtp.serve.front.ranks import Ranks, Unavailable
@@ -244,23 +245,24 @@ def test_a_text_survives(start, monkeypatch: pytest.MonkeyPatch, capsys, tmp_pat
     pids = tmp_path / "pids"
     monkeypatch.setattr(supervisor, "PROGRAM", (sys.executable, "-c", FAKE, str(pids)))
     args = options.parse_survive(["--quiet", "--prompt", r"a\nwait: 0.2\ndie:\nb"])
-    assert asyncio.run(survive.run(args, survive.prompt(args))) == 0
+    assert asyncio.run(survive.run(args, text_of(args.prompt, None))) == 0
     assert capsys.readouterr().out == "a\nb\n"
     assert pids.read_text().count("\n") == 2
 
     args = options.parse_survive(["--quiet", "--prompt", "die:"])
-    assert asyncio.run(survive.run(args, survive.prompt(args))) == 128 + signal.SIGKILL
+    assert (
+        asyncio.run(survive.run(args, text_of(args.prompt, None)))
+        == 128 + signal.SIGKILL
+    )
     assert capsys.readouterr().out == ""
 
 
-def test_mistakes_of_a_text_that_is_to_survive(monkeypatch, tmp_path) -> None:
-    with pytest.raises(UsageError, match="No such file"):
-        survive.prompt(options.parse_survive(["--prompt-file", str(tmp_path / "no")]))
-    (tmp_path / "bytes").write_bytes(b"\xff")
-    with pytest.raises(UsageError, match="the prompt: 'utf-8'"):
-        survive.prompt(
-            options.parse_survive(["--prompt-file", str(tmp_path / "bytes")])
-        )
+def test_mistakes_of_a_text_that_is_to_survive(monkeypatch, tmp_path, capsys) -> None:
+    argv = ["generate", "--prompt-file", str(tmp_path / "no")]
+    monkeypatch.setattr(sys, "argv", argv)
+    with pytest.raises(SystemExit, match="2"):
+        survive.main()
+    assert "error: --prompt-file: there is no file" in capsys.readouterr().err
     with pytest.raises(UsageError, match="unrecognized arguments: --draft-model x"):
         options.parse_survive(["--draft-model", "x"])
     monkeypatch.setenv("OMPI_COMM_WORLD_SIZE", "2")
