@@ -174,6 +174,7 @@ class Load:
     partings: list[tuple[str, bool]] = field(default_factory=list)
     tokens: int = 0
     last_token: float = 0.0  # when it came, of the streams that have ended
+    ready_at: float = 0.0  # when these ranks were ready
     may_ask: asyncio.Event = field(default_factory=asyncio.Event)
 
     async def client(self, number: int) -> None:
@@ -219,13 +220,14 @@ class Load:
         await asyncio.gather(*(self.ask_one(http, -1 - n, *one) for n, one in asked))
 
     def in_mid_answer(self, tokens: int = TOKENS) -> int:
-        """How many streams have got so many tokens."""
-        return sum(len(s.times) >= tokens for s in self.under_way.values())
+        """How many streams have got so many tokens from the ranks that are there."""
+        times = [s.times[-tokens:] for s in self.under_way.values()]
+        return sum(len(t) == tokens and t[0] > self.ready_at for t in times)
 
-    def has_token_since(self, begun: float) -> bool:
-        """Whether a stream has got a token since then."""
+    def has_token(self) -> bool:
+        """Whether these ranks have given a token to any stream."""
         times = [s.times[-1] for s in self.under_way.values() if s.times]
-        return max([*times, self.last_token]) > begun
+        return max([*times, self.last_token]) > self.ready_at
 
 
 def lab(*words: object) -> None:
@@ -409,9 +411,9 @@ async def strike(load: Load, one: Strike, count: int) -> Seen:
             for host in hosts[1:]:
                 await asyncio.to_thread(hit, host, count)
         await until(lambda: is_in("ready"), f"{fault}: ready")
-        ready, ready_at = seconds(), time.monotonic()
+        ready, load.ready_at = seconds(), time.monotonic()
         load.may_ask.set()
-        await until(lambda: load.has_token_since(ready_at), f"{fault}: a token")
+        await until(load.has_token, f"{fault}: a token")
         token = seconds()
         for host in hosts:
             await asyncio.to_thread(undo, host, count)
@@ -425,6 +427,7 @@ async def strike(load: Load, one: Strike, count: int) -> Seen:
             )
 
         await until(is_whole, f"{fault}: all hosts")
+        load.ready_at = time.monotonic()  # of the ranks of all hosts
         if reading is not None:
             await reading
         return Seen(fault, ", ".join(hosts), streams, notice, ready, token, seconds())
@@ -513,6 +516,7 @@ def main() -> None:
     parser.add_argument("--each", action="store_true", help="no die: all kinds once")
     parser.add_argument("--two", type=float, default=0.1, help="two hosts at once")
     parser.add_argument("--second", type=float, default=0.1, help="one after another")
+    parser.add_argument("--log", action="store_true", help="what the server says")
     args = parser.parse_args()
     args.ranks = None
     args.options = ["--rejoin", "now"]
@@ -521,6 +525,8 @@ def main() -> None:
         start = start_seconds(args)
         with served("mlxtp", args) as server:
             result = asyncio.run(run(server, args))
+            if result["lost"] or args.log:
+                print(server.said())
         result["status at the end"] = server.process.returncode
     recovery = result["seconds until ready"] + result["seconds until a token"]
     result["seconds of a start on one host fewer"] = round(start, 2)

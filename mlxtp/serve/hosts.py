@@ -33,6 +33,8 @@ UNREACHED = "its cables do not answer"
 
 # Reasons for which a verdict names ranks that are not to blame, or none.
 BLAMELESS = ("undelivered", "unconnected", "not started", "not ended")
+# Reasons that no request can bring about: hosts and cables.
+OF_HOSTS = ("silent", "unreachable", *BLAMELESS)
 
 
 def check_first_host(file: str | None, given: Allocation | None) -> None:
@@ -62,13 +64,15 @@ class Loss:
     """A job that has ended by itself.
 
     `words` say why, `hosts` are those that it has lost, `status` is its exit status.
-    `is_of_ranks`: ranks were lost, as a verdict says.
+    `is_of_ranks`: ranks were lost, as a verdict says. `is_refusal`: the ranks say
+    themselves what is wrong with what they were given.
     """
 
     words: str
     hosts: tuple[str, ...] = ()
     status: int = 1
     is_of_ranks: bool = True
+    is_refusal: bool = False
 
 
 def lost_hosts(verdict: Verdict | None, ranks: Sequence[str]) -> tuple[str, ...]:

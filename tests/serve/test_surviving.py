@@ -222,10 +222,6 @@ def test_what_a_job_is_told_that_follows_another() -> None:
         again = generation.again()
         assert again.settings.prompt_logprobs is None
         assert (again.prompt, again.generated) == ([1, 2, 3, 4], [5, 6])
-        for brings, fruitless in ((False, 0), (True, 1), (True, 2), (False, 0)):
-            ranks._take(Event("a", admitted=brings))
-            generation.again()
-            assert generation.fruitless == fruitless
         ranks.recover("a host is lost", "waiting")
         with pytest.raises(Unavailable, match="a host is lost"):
             ranks.start(Start("b", [1], settings))
@@ -255,6 +251,57 @@ def test_a_text_survives(start, monkeypatch: pytest.MonkeyPatch, capsys, tmp_pat
         == 128 + signal.SIGKILL
     )
     assert capsys.readouterr().out == ""
+
+
+def test_who_may_have_ended_the_ranks() -> None:
+    """Who was worked on in each job that was lost, without a token; the last alone."""
+
+    async def life() -> None:
+        async with Ranks() as ranks:
+            settings = Settings(max_tokens=8, seed=1)
+            sent: list[str] = []
+
+            def handed_in() -> list[str]:
+                """What a new job is given at first."""
+                sent.clear()
+                ranks._hand_in(fake_ranks.READY)
+                return list(sent)
+
+            def lost(*at_work: str) -> None:
+                for name in at_work:
+                    ranks._take(Event(name, admitted=True))
+                ranks.suspect()
+
+            ranks.ready = fake_ranks.READY
+            bad, good, late = (
+                ranks.start(Start(name, [1, 2], settings))
+                for name in ("bad", "good", "late")
+            )
+
+            def send(message: messages.Message) -> None:
+                if isinstance(message, Start):
+                    sent.append(message.id)
+
+            ranks._send = send  # type: ignore[method-assign]
+            lost("bad", "good")
+            assert handed_in() == ["bad", "good", "late"]
+            handed_in()  # as where hosts are taken in again: nobody is to blame
+            ranks._take(Event("good", tokens=[1]))
+            lost("bad", "good")
+            assert [g.fruitless for g in (bad, good, late)] == [2, 0, 0]
+            assert handed_in() == ["good", "late"]
+            lost("good")  # once more, and nobody had worked on the one held back
+            assert handed_in() == ["good", "late"] and bad.fruitless == 2
+            ranks._take(Event("good", tokens=[1]))
+            late.cancel()
+            assert sent[-1] == "bad"
+            lost("bad")
+            assert handed_in() == ["good"]
+            with pytest.raises(Unavailable, match="3 times in turn"):
+                async for _ in bad:
+                    pass
+
+    asyncio.run(life())
 
 
 def test_mistakes_of_a_text_that_is_to_survive(monkeypatch, tmp_path, capsys) -> None:
