@@ -18,6 +18,7 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +38,9 @@ NEW_SECONDS = 2.0
 # How long processes that were killed may take to be gone.
 GONE_SECONDS = 5.0
 
+# The ranks' own check at their start (comm.same_start) compares them as well.
+PACKAGES = ("mlxtp", "mlx", "mlx-lm", "mpi4py")
+
 # Python and its imports take a while on a host that has just started.
 VISIT_SECONDS = 20.0
 
@@ -45,16 +49,15 @@ VISIT_SECONDS = 20.0
 class Visit:
     """What was seen on a host.
 
-    `ended` counts processes of old jobs that were ended, `ring_address` is the host's
-    on the cables, if it has one, `cables` those of its cables whose other end answers.
-    `gpu_limit_mb` is what macOS was told that its GPU may take (iogpu.wired_limit_mb),
-    0 for its own choice; None elsewhere.
+    `ring_address` is the host's on the cables, if it has one, `cables` those of its
+    cables whose other end answers. `gpu_limit_mb` is what macOS was told that its GPU
+    may take (iogpu.wired_limit_mb), 0 for its own choice; None elsewhere. `versions`
+    are those of the packages that all ranks must have alike.
     """
 
-    host: str
-    ended: int
     ring_address: str | None
     gpu_limit_mb: int | None
+    versions: dict[str, str]
     cables: tuple[int, ...] = ()
 
 
@@ -90,19 +93,21 @@ def ask(host: str, words: Sequence[str]) -> dict[str, Any]:
     return content
 
 
-def end_jobs(names: Sequence[str]) -> int:
-    """End the ranks and daemons of jobs on this host; return how many there were."""
-    ended: set[int] = set()
+def versions() -> dict[str, str]:
+    """Return the versions of the packages that all ranks must have alike."""
+    return {name: version(name) for name in PACKAGES}
+
+
+def end_jobs(names: Sequence[str]) -> None:
+    """End the ranks and daemons of jobs on this host."""
     until = time.monotonic() + GONE_SECONDS
     while left := list(_of_jobs(names)):
         for process in left:
-            ended.add(process.pid)
             with suppress(psutil.Error):  # it has gone
                 process.kill()
         psutil.wait_procs(left, 0.2)
         if time.monotonic() > until:
             break
-    return len(ended)
 
 
 def _of_jobs(names: Sequence[str]) -> Iterator[psutil.Process]:
@@ -123,11 +128,13 @@ def _of_jobs(names: Sequence[str]) -> Iterator[psutil.Process]:
 
 def remove_leftovers() -> None:
     """Remove this user's shared memory and folders of Open MPI that nobody uses."""
-    used = set(_mapped())
     host = socket.gethostname().partition(".")[0]
-    for file in SHARED_MEMORY.glob(f"sm_segment.{host}.*"):
-        if str(file) not in used and _is_old_and_own(file):
-            file.unlink(missing_ok=True)
+    files = filter(_is_old_and_own, SHARED_MEMORY.glob(f"sm_segment.{host}.*"))
+    if segments := list(files):
+        used = set(_mapped())  # the maps of all processes are read for it
+        for file in segments:
+            if str(file) not in used:
+                file.unlink(missing_ok=True)
     for folder in Path(tempfile.gettempdir()).glob("ompi.*"):
         number = re.fullmatch(r"ompi\.(\d+)", folder.name)
         if number and not psutil.pid_exists(int(number[1])) and _is_old_and_own(folder):
@@ -168,16 +175,16 @@ def main() -> None:
     parser.add_argument("jobs", nargs="*", metavar="JOB")
     parser.add_argument("--ring", metavar="K,N", help="host K of N in a ring of cables")
     args = parser.parse_args()
-    ended = end_jobs(args.jobs)
+    if args.jobs:
+        end_jobs(args.jobs)
     remove_leftovers()
     cables: dict[int, bool] = {}
     if args.ring is not None:
         cables = ring.answering(*map(int, args.ring.split(",")))
     seen = Visit(
-        socket.gethostname(),
-        ended,
         ring_address(),
         gpu_limit_mb(),
+        versions(),
         tuple(cable for cable, answers in cables.items() if answers),
     )
     print(json.dumps(asdict(seen)))

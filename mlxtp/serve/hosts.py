@@ -4,10 +4,10 @@ The rules stand first. A host takes part if it answers; the front's own does in 
 case. Where hosts could not be visited from the beginning, as within a batch system's
 job, all take part but those that the last job was lost with. One with which the last
 jobs in turn were lost is left out for a while, and one that comes back without what it
-had (a Mac that was restarted has lost its addresses on the cables, and its GPU's limit)
-is taken in when that is mended. In a ring of cables the routes are laid past cables
-that do not answer; a host that no way reaches does not take part. Where the routes
-cannot be laid, all take the Ethernet.
+had (a Mac that was restarted has lost its addresses on the cables, and its GPU's
+limit), or with other packages, is taken in when that is mended. In a ring of cables the
+routes are laid past cables that do not answer; a host that no way reaches does not take
+part. Where the routes cannot be laid, all take the Ethernet.
 """
 
 import asyncio
@@ -23,7 +23,7 @@ from mlxtp.cluster.hostfile import by_rank, read
 from mlxtp.cluster.job import JobError
 from mlxtp.cluster.remote import HostError
 from mlxtp.cluster.verdict import Verdict
-from mlxtp.cluster.visit import Visit, ask, visit
+from mlxtp.cluster.visit import Visit, ask, versions, visit
 
 # A host with which so many jobs in turn were lost is left out, for so long.
 LOSSES_OF_HOST = 2
@@ -33,6 +33,8 @@ UNREACHED = "its cables do not answer"
 
 # Reasons for which a verdict names ranks that are not to blame, or none.
 BLAMELESS = ("undelivered", "unconnected", "not started", "not ended")
+# Reasons that no request can bring about: hosts and cables.
+OF_HOSTS = ("silent", "unreachable", *BLAMELESS)
 
 
 def check_first_host(file: str | None, given: Allocation | None) -> None:
@@ -62,13 +64,15 @@ class Loss:
     """A job that has ended by itself.
 
     `words` say why, `hosts` are those that it has lost, `status` is its exit status.
-    `is_of_ranks`: ranks were lost, as a verdict says.
+    `is_of_ranks`: ranks were lost, as a verdict says. `is_refusal`: the ranks say
+    themselves what is wrong with what they were given.
     """
 
     words: str
     hosts: tuple[str, ...] = ()
     status: int = 1
     is_of_ranks: bool = True
+    is_refusal: bool = False
 
 
 def lost_hosts(verdict: Verdict | None, ranks: Sequence[str]) -> tuple[str, ...]:
@@ -85,8 +89,21 @@ def lost_in_turn(losses: Sequence[Loss]) -> set[str]:
     return set.intersection(*last) if len(last) == LOSSES_OF_HOST else set()
 
 
-def lacks(before: Visit, now: Visit, file: str) -> str | None:
-    """Say what a host has lost since it was visited first, and how that is mended."""
+def lacks(
+    before: Visit | None, now: Visit, file: str, versions: dict[str, str]
+) -> str | None:
+    """Say what is wrong with a host that answers, and how that is mended.
+
+    `before` is how it was when it was visited first, if it was; `versions` are those of
+    the packages here.
+    """
+    for name, wanted in versions.items():
+        if (there := now.versions.get(name)) != wanted:
+            return (
+                f"it has {name} {there}, and here it is {wanted}: launch/install {file}"
+            )
+    if before is None:
+        return None
     if before.ring_address is not None and now.ring_address is None:
         return (
             f"it has lost its address on the cables, {before.ring_address}: "
@@ -126,6 +143,7 @@ class Hosts:
         self.takes_cables = True  # where there are any
         self.notes: list[str] = []
         self._file = file
+        self._versions = versions()
         self._in_ring = len(slots) > 1 and _is_in_ring(len(slots))
         self._jobs: list[str] = []
         self._before: dict[str, Visit] = {}  # as they were when the service began
@@ -172,9 +190,11 @@ class Hosts:
 
     async def returned(self) -> list[str]:
         """Visit the hosts that are missing; return those that can take part again."""
-        # The last job runs. Where cables count, both ends of each have to be seen.
-        hosts = self.slots if self._in_ring and self.takes_cables else self.missing
-        visits = await self._visits(hosts, self._jobs[:-1])
+        # The last job runs, and has left nothing.
+        visits = await self._visits(self.missing, self._jobs[:-1])
+        if self._in_ring and self.takes_cables:
+            # Of each cable both ends have to be seen.
+            visits |= await self._visits(self.slots.keys() - self.missing.keys(), [])
         words = {host: self._against(host, visits[host]) for host in self.missing}
         if self._in_ring and self.takes_cables:
             well = {h: v for h, v in visits.items() if words.get(h) is None}
@@ -242,7 +262,7 @@ class Hosts:
             return f"it does not answer: {seen}" if is_judged else None
         if self._left_out_until.get(host, 0.0) > time.monotonic():
             return "the last jobs were lost with it"
-        return lacks(before, seen, self._file) if before is not None else None
+        return lacks(before, seen, self._file, self._versions)
 
     async def _visits(
         self, hosts: Iterable[str], jobs: Sequence[str]
