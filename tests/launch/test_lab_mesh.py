@@ -24,12 +24,12 @@ from mlxtp.comm.transports.openmpi import set_defaults
 set_defaults()
 from mpi4py import MPI
 comm = MPI.COMM_WORLD
-def units(a, b):
-    return 1 + comm.size * a + b
+others = [rank for rank in range(comm.size) if rank != comm.rank]
+def message(a, b, nbytes, value):
+    return np.full((1 + comm.size * a + b) * nbytes, value, np.uint8)
 for nbytes in 4096, 100_000:
-    out = {b: np.ones(units(comm.rank, b) * nbytes, np.uint8) for b in range(comm.size)}
-    got = {a: np.zeros(units(a, comm.rank) * nbytes, np.uint8) for a in range(comm.size)}
-    others = [rank for rank in range(comm.size) if rank != comm.rank]
+    out = {b: message(comm.rank, b, nbytes, 1) for b in others}
+    got = {a: message(a, comm.rank, nbytes, 0) for a in others}
     requests = [comm.Irecv(got[a], a) for a in others]
     requests += [comm.Isend(out[b], b) for b in others]
     MPI.Request.Waitall(requests)
