@@ -16,8 +16,8 @@ pytestmark = [pytest.mark.lab, pytest.mark.once]
 
 CABLES = ROOT / "launch" / "cables"
 
-# Each rank sends each other one as many bytes as their numbers say, in short messages
-# and in long ones, with the settings of mlxtp.
+# Each rank sends each other one as many bytes as their numbers say, with the settings
+# of mlxtp. The second messages are too long to go out at once.
 SENDS = """
 import numpy as np
 from mlxtp.comm.transports.openmpi import set_defaults

@@ -42,10 +42,9 @@ def set_defaults() -> None:
         os.environ.setdefault(YIELDS, "1")
     if (address := ring_address()) is not None:
         # The two ends of a cable know each other alone: of all its addresses a host
-        # may name only the one that everybody has a route to. All its ports have that,
-        # and one is named: routes decide where data go, and over several ports with
-        # one address Open MPI 5.0.11 connects twice to the same place and hangs, or
-        # ends, with the first message that does not go out at once.
+        # may name only the one that everybody has a route to. All its ports have that;
+        # one is named, and routes decide where data go. Over the four of a mesh Open
+        # MPI 5.0.11 hangs with the first message that does not go out at once.
         include = "OMPI_MCA_btl_tcp_if_include"
         if os.environ.get(include, RING_NETWORK) == RING_NETWORK:
             os.environ[include] = interfaces().get(address, RING_NETWORK)
