@@ -39,10 +39,10 @@ for nbytes in 4096, 100_000:
 
 @pytest.fixture
 def mesh() -> Iterator[None]:
-    """A mesh of five hosts."""
+    """A mesh of five hosts, which a test that passes leaves as it was found."""
     good("up", "--topology", "mesh", "--delay-ms", "1")
     yield
-    good("down")
+    good("mend")
 
 
 def carried() -> dict[tuple[str, str], int]:
@@ -126,3 +126,6 @@ def test_a_mesh_past_a_cable_and_a_host(mesh: None) -> None:
     good("off", "studio3")
     others = {"10.89.0.1", "10.89.0.2", "10.89.0.5"}
     assert reached("studio4", *others, "10.89.0.3") == others
+    good("on", "studio3")
+    good("run", sys.executable, CABLES, HOSTFILE, "--apply")
+    assert reached("studio4", *others, "10.89.0.3") == {*others, "10.89.0.3"}
