@@ -268,9 +268,10 @@ def cut(host: str, hosts: int) -> None:
 def restore(host: str, hosts: int) -> None:
     """Switch a host on, and give it its addresses on the cables."""
     lab("on", host)
-    number = host.removeprefix("studio")
-    names = ["--left", "tb0", "--right", "tb1", "--os", "linux", "--apply"]
-    words = [sys.executable, ROOT / "launch" / "cables", number, hosts, *names]
+    number = int(host.removeprefix("studio"))
+    before, after = (n.removeprefix("studio") for n in neighbours(number, hosts))
+    options = ["--ports", f"{before}=tb0,{after}=tb1", "--os", "linux", "--apply"]
+    words = [sys.executable, ROOT / "launch" / "cables", number, hosts, *options]
     lab("run", "--on", host, *words)
 
 

@@ -24,7 +24,7 @@ from typing import Any
 
 import psutil
 
-from mlxtp.cluster import ring
+from mlxtp.cluster import cables
 from mlxtp.cluster.addresses import ring_address
 from mlxtp.cluster.commands import output
 from mlxtp.cluster.remote import HostError, run_on
@@ -49,16 +49,18 @@ VISIT_SECONDS = 20.0
 class Visit:
     """What was seen on a host.
 
-    `ring_address` is the host's on the cables, if it has one, `cables` those of its
-    cables whose other end answers. `gpu_limit_mb` is what macOS was told that its GPU
-    may take (iogpu.wired_limit_mb), 0 for its own choice; None elsewhere. `versions`
-    are those of the packages that all ranks must have alike.
+    `ring_address` is the host's on the cables, if it has one. `cables` are the hosts,
+    by number, to which it has a cable with an address; `answering` those of them that
+    answer there. `gpu_limit_mb` is what macOS was told that its GPU may take
+    (iogpu.wired_limit_mb), 0 for its own choice; None elsewhere. `versions` are those
+    of the packages that all ranks must have alike.
     """
 
     ring_address: str | None
     gpu_limit_mb: int | None
     versions: dict[str, str]
     cables: tuple[int, ...] = ()
+    answering: tuple[int, ...] = ()
 
 
 def visit(
@@ -66,15 +68,15 @@ def visit(
 ) -> Visit:
     """Visit a host, on which jobs of these names may have left something.
 
-    `place` says that it is host K of N in a ring of cables.
+    `place` says that it is host K of N on the cables.
 
     Raises: HostError if it does not answer.
     """
     words = ["mlxtp.cluster.visit", *jobs]
     if place is not None:
-        words.append(f"--ring={place[0]},{place[1]}")
+        words.append(f"--place={place[0]},{place[1]}")
     content = ask(host, words)
-    content["cables"] = tuple(content["cables"])
+    content |= {name: tuple(content[name]) for name in ("cables", "answering")}
     return Visit(**content)
 
 
@@ -173,19 +175,20 @@ def main() -> None:
     """End what is left, and print what was seen."""
     parser = argparse.ArgumentParser(prog="mlxtp.cluster.visit", description=__doc__)
     parser.add_argument("jobs", nargs="*", metavar="JOB")
-    parser.add_argument("--ring", metavar="K,N", help="host K of N in a ring of cables")
+    parser.add_argument("--place", metavar="K,N", help="host K of N on the cables")
     args = parser.parse_args()
     if args.jobs:
         end_jobs(args.jobs)
     remove_leftovers()
-    cables: dict[int, bool] = {}
-    if args.ring is not None:
-        cables = ring.answering(*map(int, args.ring.split(",")))
+    answers: dict[int, bool] = {}
+    if args.place is not None:
+        answers = cables.answering(*map(int, args.place.split(",")))
     seen = Visit(
         ring_address(),
         gpu_limit_mb(),
         versions(),
-        tuple(cable for cable, answers in cables.items() if answers),
+        tuple(answers),
+        tuple(other for other, is_there in answers.items() if is_there),
     )
     print(json.dumps(asdict(seen)))
 

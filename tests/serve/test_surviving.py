@@ -10,7 +10,8 @@ import fake_ranks
 import pytest
 from life import FAKE, Server
 
-from mlxtp.cluster import ring
+from mlxtp.cluster import cables
+from mlxtp.cluster.cables import Cable
 from mlxtp.cluster.job import JobError
 from mlxtp.cluster.remote import HostError
 from mlxtp.cluster.verdict import RankOnHost, Verdict, Why
@@ -317,15 +318,17 @@ def test_mistakes_of_a_text_that_is_to_survive(monkeypatch, tmp_path, capsys) ->
         options.parse_survive([])
 
 
-def test_a_ring_with_cables_that_do_not_answer(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_cables_that_do_not_answer(monkeypatch: pytest.MonkeyPatch) -> None:
     """Who no way reaches is missing until a cable answers; or all take the Ethernet."""
-    broken: set[int] = set()
+    there = cables.ring(5)
+    broken: set[Cable] = set()
     says = {"routes": "as wanted", "words": ""}
     asked: list[list[str]] = []
 
     def visit(host: str, jobs: object, place: tuple[int, int]) -> Visit:
-        own = {end.cable for end in ring.ends(*place).values()}
-        return Visit(None, None, versions(), tuple(own - broken))
+        own = cables.neighbours(place[0], there)
+        answering = cables.neighbours(place[0], there - broken)
+        return Visit(None, None, versions(), tuple(own), tuple(answering))
 
     def ask(host: str, words: list[str]) -> dict[str, str]:
         asked.append([host, *words])
@@ -335,29 +338,39 @@ def test_a_ring_with_cables_that_do_not_answer(monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.setattr(hosts_module, "ask", ask)
 
     async def life() -> None:
+        nonlocal there
         hosts = Hosts(dict.fromkeys("abcde", 1), "hostfile")
-        hosts._in_ring = True
+        hosts._on_cables = True
         await hosts.look()
-        broken.update({2, 3})
+        broken.update({Cable(2, 3), Cable(3, 4)})
         await hosts.choose([Loss("x", ("c",))])
         assert hosts.missing == {"c": "its cables do not answer"}
         assert [words[0] for words in asked] == ["a", "b", "d", "e"]
-        assert asked[0][1:] == ["mlxtp.cluster.reroute", "1", "5", "--broken=2,3"]
-        assert hosts.notes == ["the routes are laid past cable 2, 3"]
+        left = "--topology=1-2,1-5,4-5"
+        assert asked[0][1:] == ["mlxtp.cluster.reroute", "1", "5", left]
+        assert hosts.notes == ["the routes are laid past cable 2-3, 3-4"]
         assert await hosts.returned() == []
-        broken.remove(2)
+        broken.remove(Cable(2, 3))
         assert await hosts.returned() == ["c"]
         await hosts.choose(())
         assert hosts.part == hosts.slots
         # Two hosts that hear each other alone.
-        broken.add(1)
-        broken.add(3)
+        broken.update({Cable(1, 2), Cable(3, 4)})
         await hosts.choose(())
         assert list(hosts.missing) == ["b", "c"] and await hosts.returned() == []
         says["routes"], says["words"] = "refused", "no root"
         await hosts.choose(())
         assert hosts.part == hosts.slots and not hosts.takes_cables
         assert hosts.notes[-1] == "all hosts take the Ethernet"
+        # In a mesh the same two are reached through others.
+        there = cables.mesh(5)
+        says["routes"] = "changed"
+        asked.clear()
+        await hosts.choose(())
+        assert hosts.missing == {} and hosts.takes_cables
+        left = cables.listed(there - broken)
+        assert [words[-1] for words in asked] == [f"--topology={left}"] * 5
+        assert hosts.notes == ["the routes are laid past cable 1-2, 3-4"]
 
     asyncio.run(life())
 
