@@ -6,11 +6,11 @@ import socket
 import sys
 import time
 import traceback
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from contextvars import ContextVar
 from types import TracebackType
-from typing import Any
+from typing import Any, TypeVar
 
 import mlx.core as mx
 import numpy as np
@@ -52,6 +52,8 @@ ANNOUNCE_TAG = 32766
 ANNOUNCE_BYTES = 4096
 NAP_SECONDS = 50e-6
 IDLE_NAP_SECONDS = 20e-3
+
+T = TypeVar("T")
 
 # State of the calls of one thread: `Communicator.dry_run`.
 _DRY_RUNS: ContextVar[tuple["Communicator", ...]] = ContextVar("_DRY_RUNS", default=())
@@ -219,6 +221,29 @@ class Communicator:
             alone = mx.reshape(x, x.shape)  # what changes x in place leaves it as it is
             return Request(lambda: alone)
         return self._arrays.iallreduce(x, at)
+
+    @property
+    def takes_turns(self) -> bool:
+        """Whether what one computation sends travels while another computes."""
+        return self._control is not None and self._arrays.takes_turns
+
+    def take_turns(self, computations: Sequence[Callable[[], T]]) -> list[T]:
+        """Make computations whose collectives take turns, and return their results.
+
+        Each is called in its turn and puts what it computes into MLX's graph, so that
+        the results are those of calls one after the other, to the bit. Then the first
+        collective of each is begun, the second of each, and so on: one computes while
+        what another has sent travels. Where one needs a later collective of one before
+        it, it waits.
+
+        With one rank, in a dry run, and over "mpi-eager", whose collectives evaluate
+        what they send, nothing travels meanwhile.
+
+        Communicates: what the computations do.
+        """
+        if self._control is None or self in _DRY_RUNS.get():
+            return [compute() for compute in computations]
+        return self._arrays.take_turns(computations)
 
     def allgather(self, x: mx.array, sizes: Sequence[int], at: str = "") -> mx.array:
         """Join the ranks' arrays along the last axis, in rank order.

@@ -3,6 +3,7 @@
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from itertools import count as count_from
 from typing import NamedTuple
 
 from mlxtp.cluster.verdict import CollectiveCall, Verdict
@@ -68,6 +69,7 @@ class Progress:
 
     def __init__(self) -> None:
         self.number = 0
+        self._turn: Iterator[int] | None = None
         self.graph: Callable[[], GraphState] = GraphState
         self.limited_since: float | None = 0.0
         self.blocks = Blocks()
@@ -128,14 +130,33 @@ class Progress:
     def put_in_graph(self, name: str, layer: str) -> int:
         """Note a collective that MLX will wait for when it evaluates the graph.
 
-        Returns its number.
+        Returns its number, which counts in the order in which they are begun.
 
         Raises: RankLostError if a rank is lost.
         """
         self.raise_if_lost()
         self.number += 1
-        self._last = name, self.number, layer, True
-        return self.number
+        number = self.number if self._turn is None else next(self._turn)
+        self._last = name, number, layer, True
+        return number
+
+    @contextmanager
+    def turns(self, count: int) -> Iterator[Callable[[int], None]]:
+        """Number what `count` computations call as they are begun: by turns.
+
+        Gives a function that says which of them calls from now on.
+        """
+        numbers = [count_from(self.number + 1 + place, count) for place in range(count)]
+
+        def call(place: int) -> None:
+            self._turn = numbers[place]
+
+        try:
+            yield call
+        finally:
+            self._turn = None
+            # One that calls less than another leaves numbers out.
+            self.number = max(self.number, max(map(next, numbers)) - count)
 
     def end_block(self, *, raised: bool) -> None:
         """Note that the main thread has left a block, with an exception or not."""

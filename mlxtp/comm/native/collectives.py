@@ -1,9 +1,9 @@
 """Collectives on MLX arrays that stand in MLX's graph, made by the C++ beside this."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import cache
-from typing import Any
+from typing import Any, TypeVar
 
 import mlx.core as mx
 import numpy as np
@@ -14,6 +14,9 @@ from mlxtp.comm.request import Request
 from mlxtp.comm.traffic import Traffic
 from mlxtp.comm.transports import Transport
 from mlxtp.comm.tuning import choose
+from mlxtp.comm.turns import note, take_turns
+
+T = TypeVar("T")
 
 
 class NativeCollectives:
@@ -27,6 +30,7 @@ class NativeCollectives:
 
     over = "MPI, in MLX's graph"
     is_timed = True
+    takes_turns = True
 
     def __init__(
         self,
@@ -75,7 +79,8 @@ class NativeCollectives:
 
     def _allreduce(self, x: mx.array, name: str, at: str) -> mx.array:
         number = self._counted(x, name, at)
-        return self._core.allreduce(x, self._algorithm(x.nbytes), number, name, at)
+        algorithm = self._algorithm(x.nbytes)
+        return self._called(self._core.allreduce(x, algorithm, number, name, at))
 
     def allgather(self, x: mx.array, sizes: Sequence[int], at: str) -> mx.array:
         """Join the ranks' arrays along the last axis, in rank order.
@@ -86,7 +91,7 @@ class NativeCollectives:
         number = self._counted(x, "allgather", at)
         column_bytes = math.prod(x.shape[:-1]) * x.itemsize
         algorithm = self._gather(column_bytes * max(sizes))
-        return self._core.allgather(x, sizes, algorithm, number, at)
+        return self._called(self._core.allgather(x, sizes, algorithm, number, at))
 
     def bcast(self, x: mx.array, root: int, at: str) -> mx.array:
         """Give every rank the x of `root`.
@@ -94,7 +99,26 @@ class NativeCollectives:
         Shapes: x (...) -> (...) replicated, unevaluated.
         """
         number = self._counted(x, "bcast", at)
-        return self._core.bcast(x, root, self._gather(x.nbytes), number, at)
+        algorithm = self._gather(x.nbytes)
+        return self._called(self._core.bcast(x, root, algorithm, number, at))
+
+    def take_turns(self, computations: Sequence[Callable[[], T]]) -> list[T]:
+        """Put computations into the graph, and begin their collectives by turns.
+
+        They are made on a stream of their own, and each waits for the one before it of
+        its computation.
+        """
+        before = self._core.token()
+
+        def prepare(place: int) -> None:
+            call(place)
+            self._core.follow(before, True)
+
+        def finish(last: mx.array | None) -> None:
+            self._core.follow(before if last is None else last, False)
+
+        with self._progress.turns(len(computations)) as call:
+            return take_turns(computations, prepare, finish)
 
     def _time_allreduce(self, x: np.ndarray, algorithm: str) -> None:
         """Sum x (n,) over ranks, outside of the graph."""
@@ -107,6 +131,11 @@ class NativeCollectives:
     def close(self) -> None:
         """Make what was called, and part from the other ranks."""
         self._core.close()
+
+    def _called(self, result: mx.array) -> mx.array:
+        """Note that a collective was put into the graph; return its result."""
+        note(self._core.token())
+        return result
 
     def _counted(self, x: mx.array, name: str, at: str) -> int:
         """Count a collective as called; return its number."""
