@@ -227,14 +227,15 @@ class Communicator:
         """Whether what one computation sends travels while another computes."""
         return self._control is not None and self._arrays.takes_turns
 
-    def take_turns(self, computations: Sequence[Callable[[], T]]) -> list[T]:
-        """Make computations whose collectives take turns, and return their results.
+    def take_turns(
+        self, first: Callable[[], T], second: Callable[[], T]
+    ) -> tuple[T, T]:
+        """Make two computations whose collectives take turns; return what they return.
 
-        Each is called in its turn and puts what it computes into MLX's graph, so that
-        the results are those of calls one after the other, to the bit. Then the first
-        collective of each is begun, the second of each, and so on: one computes while
-        what another has sent travels. Where one needs a later collective of one before
-        it, it waits.
+        Each puts what it computes into MLX's graph, one after the other, so that the
+        results are those of two plain calls, to the bit. Then the first collective of
+        each is begun, the second of each, and so on: one computes while what the other
+        has sent travels. Where the second needs what the first sends later, it waits.
 
         With one rank, in a dry run, and over "mpi-eager", whose collectives evaluate
         what they send, nothing travels meanwhile.
@@ -242,8 +243,8 @@ class Communicator:
         Communicates: what the computations do.
         """
         if self._control is None or self in _DRY_RUNS.get():
-            return [compute() for compute in computations]
-        return self._arrays.take_turns(computations)
+            return first(), second()
+        return self._arrays.take_turns(first, second)
 
     def allgather(self, x: mx.array, sizes: Sequence[int], at: str = "") -> mx.array:
         """Join the ranks' arrays along the last axis, in rank order.
@@ -474,10 +475,10 @@ class Communicator:
             return GraphCollectives(backend, self._progress, self.traffic)
         if transport == "mpi" and wire == "plain":
             with self._progress.unlimited():  # a compiler may take long
-                core = start_native(control)
-            if core is not None:
+                cores = start_native(control)
+            if cores is not None:
                 return NativeCollectives(
-                    core, *counted, allreduce=allreduce, measure=measure
+                    cores, *counted, allreduce=allreduce, measure=measure
                 )
         return EagerCollectives(
             *counted, allreduce=allreduce, wire=wire, measure=measure

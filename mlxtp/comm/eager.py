@@ -95,9 +95,11 @@ class EagerCollectives:
         self._traffic.add_seconds(time.perf_counter() - begin)
         return result
 
-    def take_turns(self, computations: Sequence[Callable[[], T]]) -> list[T]:
-        """Make computations one after the other: a collective evaluates its input."""
-        return [compute() for compute in computations]
+    def take_turns(
+        self, first: Callable[[], T], second: Callable[[], T]
+    ) -> tuple[T, T]:
+        """Make one after the other: a collective evaluates what it sends."""
+        return first(), second()
 
     def allgather(self, x: mx.array, sizes: Sequence[int], at: str) -> mx.array:
         """Join the ranks' arrays along the last axis, in rank order.

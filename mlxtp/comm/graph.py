@@ -43,10 +43,12 @@ class GraphCollectives:
         """Leave no collective that others are still in."""
         self._transport.close()
 
-    def take_turns(self, computations: Sequence[Callable[[], T]]) -> list[T]:
-        """Put computations into the graph, and begin their gathers by turns."""
-        with self._progress.turns(len(computations)) as call:
-            return take_turns(computations, call)
+    def take_turns(
+        self, first: Callable[[], T], second: Callable[[], T]
+    ) -> tuple[T, T]:
+        """Put two computations into the graph, and begin their gathers by turns."""
+        with self._progress.turns() as call:
+            return take_turns(first, second, call)
 
     def _gathered(self, x: mx.array) -> mx.array:
         """Gather the ranks' arrays: x (...) -> (ranks, ...), unevaluated."""

@@ -3,7 +3,7 @@
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from itertools import count as count_from
+from itertools import count
 from typing import NamedTuple
 
 from mlxtp.cluster.verdict import CollectiveCall, Verdict
@@ -28,7 +28,9 @@ class GraphState(NamedTuple):
     `begun` is the number of the last one that it has begun, 0 before the first, and
     `name` and `layer` are those of that one. `seconds` is how long it has been waiting
     in it, -1 while it is in none. `failure` says which one failed, and why: "" if none
-    did; after one that did none is made any more.
+    did; after one that did none is made any more. Where it makes two at once, name,
+    layer and seconds are those of the one that it has been in for longer, and `number`
+    is its number; 0 says that it is `begun`.
     """
 
     begun: int = 0
@@ -36,6 +38,7 @@ class GraphState(NamedTuple):
     layer: str = ""
     seconds: float = -1.0
     failure: str = ""
+    number: int = 0
 
 
 class Wait(NamedTuple):
@@ -86,7 +89,8 @@ class Progress:
         waits = [] if main is None else [main]
         if graph.seconds >= 0:
             since = time.monotonic() - graph.seconds
-            waits.append(Wait(since, graph.name, graph.begun, graph.layer, True))
+            number = graph.number or graph.begun
+            waits.append(Wait(since, graph.name, number, graph.layer, True))
         return waits
 
     def last_call(self) -> CollectiveCall | None:
@@ -141,12 +145,12 @@ class Progress:
         return number
 
     @contextmanager
-    def turns(self, count: int) -> Iterator[Callable[[int], None]]:
-        """Number what `count` computations call as they are begun: by turns.
+    def turns(self) -> Iterator[Callable[[int], None]]:
+        """Number what two computations call as it is begun: by turns.
 
-        Gives a function that says which of them calls from now on.
+        Gives a function that says which of them calls from now on: 0 or 1.
         """
-        numbers = [count_from(self.number + 1 + place, count) for place in range(count)]
+        numbers = [count(self.number + 1, 2), count(self.number + 2, 2)]
 
         def call(place: int) -> None:
             self._turn = numbers[place]
@@ -155,8 +159,8 @@ class Progress:
             yield call
         finally:
             self._turn = None
-            # One that calls less than another leaves numbers out.
-            self.number = max(self.number, max(map(next, numbers)) - count)
+            # One that calls less than the other leaves numbers out.
+            self.number = max(self.number, max(map(next, numbers)) - 2)
 
     def end_block(self, *, raised: bool) -> None:
         """Note that the main thread has left a block, with an exception or not."""

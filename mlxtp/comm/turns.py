@@ -1,66 +1,84 @@
-"""Computations in one graph whose collectives take turns.
+"""Two computations in one graph whose collectives take turns.
 
-While what one has sent travels, another computes. The graphs of all are made before
+While what one has sent travels, the other computes. The graphs of both are made before
 any is evaluated, so they are those of computations one after the other, to the bit.
 Then the first collective of each is begun, the second of each, and so on: what computes
 their inputs comes in that order, too.
 """
 
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
-from typing import TypeVar
+from typing import NamedTuple, TypeVar
 
 import mlx.core as mx
 
 T = TypeVar("T")
 
-# Outputs of the collectives that a computation has called, each of which it takes to
-# begin one. State of the call: other threads have none.
-_CALLED: ContextVar[deque[mx.array] | None] = ContextVar("_CALLED", default=None)
+
+class Turn(NamedTuple):
+    """One of two computations: `place` is 0 or 1.
+
+    `called` has an output of each of its collectives, by which they are begun.
+    """
+
+    place: int
+    called: deque[mx.array]
+
+
+# State of the call: other threads are in no turn.
+_TURN: ContextVar[Turn | None] = ContextVar("_TURN", default=None)
+
+
+def place() -> int:
+    """Return the place of the computation that calls, 0 where none takes turns."""
+    turn = _TURN.get()
+    return 0 if turn is None else turn.place
 
 
 def note(x: mx.array) -> None:
     """Note an output of a collective that was called, to be begun in turn."""
-    called = _CALLED.get()
-    if called is not None:
-        called.append(x)
-
-
-@contextmanager
-def _noted(called: deque[mx.array]) -> Iterator[None]:
-    assert _CALLED.get() is None, "turns within turns"
-    token = _CALLED.set(called)
-    try:
-        yield
-    finally:
-        _CALLED.reset(token)
+    turn = _TURN.get()
+    if turn is not None:
+        turn.called.append(x)
 
 
 def take_turns(
-    computations: Sequence[Callable[[], T]],
+    first: Callable[[], T],
+    second: Callable[[], T],
     prepare: Callable[[int], None],
-    finish: Callable[[mx.array | None], None] = lambda last: None,
-) -> list[T]:
-    """Put computations into the graph one after the other, and begin them by turns.
+    finish: Callable[[list[mx.array | None]], None] = lambda last: None,
+) -> tuple[T, T]:
+    """Put two computations into the graph, and begin their collectives by turns.
 
     `prepare(place)` is called before each, and `finish` at the end, with the output
-    that was begun last. What was called is begun where one raises, too: other ranks
-    wait for it.
+    that was begun last of each. What was called is begun where one raises, too: other
+    ranks wait for it.
     """
-    turns = [deque[mx.array]() for _ in computations]
-    results: list[T] = []
+    assert _TURN.get() is None, "turns within turns"
+    turns = Turn(0, deque()), Turn(1, deque())
     try:
-        for place, compute in enumerate(computations):
-            prepare(place)
-            with _noted(turns[place]):
-                results.append(compute())
+        with _in_turn(turns[0], prepare):
+            of_first = first()
+        with _in_turn(turns[1], prepare):
+            of_second = second()
     finally:
-        last = None
-        while any(turns):
-            for called in filter(None, turns):
-                last = called.popleft()  # and held by the graph alone from now on
-                mx.async_eval(last)  # type: ignore[no-untyped-call]
+        last: list[mx.array | None] = [None, None]
+        while any(turn.called for turn in turns):
+            for place, called in turns:
+                if called:
+                    last[place] = x = called.popleft()  # the graph alone holds the rest
+                    mx.async_eval(x)  # type: ignore[no-untyped-call]
         finish(last)
-    return results
+    return of_first, of_second
+
+
+@contextmanager
+def _in_turn(turn: Turn, prepare: Callable[[int], None]) -> Iterator[None]:
+    prepare(turn.place)
+    token = _TURN.set(turn)
+    try:
+        yield
+    finally:
+        _TURN.reset(token)

@@ -9,12 +9,13 @@ what it needs of a cache the first has left there.
 """
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
+import numpy as np
 from mlx_lm.models.cache import make_prompt_cache
 
 from mlxtp.layers.sums import outputs_unread
@@ -25,8 +26,10 @@ WHOLE: dict[str, str] = {}
 # Less is read whole: two calls of a few tokens cost about as much as two of many.
 LEAST_TOKENS = 64
 
-# What is measured is a pass of so many tokens each.
-FEW_TOKENS, MANY_TOKENS = 16, 64
+# What is measured: computing with so few and so many tokens, and allreduces of as many
+# bytes as so many tokens send. Longer ones take little longer.
+COMPUTED_TOKENS = 16, 64
+SENT_TOKENS = 64, 512
 TURNS = 2
 
 # Halves have to take less than this part of the time.
@@ -41,10 +44,11 @@ class Line:
     token: float
 
     @classmethod
-    def through(cls, few: float, many: float) -> "Line":
-        """Draw it through what `FEW_TOKENS` and `MANY_TOKENS` have taken."""
-        token = max(many - few, 0.0) / (MANY_TOKENS - FEW_TOKENS)
-        return cls(max(few - FEW_TOKENS * token, 0.0), token)
+    def through(cls, lengths: tuple[int, int], seconds: Sequence[float]) -> "Line":
+        """Draw it through the seconds that two lengths have taken."""
+        (few, many), (less, more) = lengths, seconds
+        token = max(more - less, 0.0) / (many - few)
+        return cls(max(less - few * token, 0.0), token)
 
     def at(self, tokens: float) -> float:
         """Return the seconds of so many tokens."""
@@ -57,12 +61,14 @@ class Costs:
 
     Args:
         computing: all that is not communication.
-        travelling: all of its collectives.
-        collectives: how many there are.
+        travelling: its collectives.
+        two: the collectives of two such passes that take turns.
+        collectives: how many a pass has.
     """
 
     computing: Line
     travelling: Line
+    two: Line
     collectives: int
 
     def whole(self, tokens: int) -> float:
@@ -72,13 +78,16 @@ class Costs:
     def halves(self, tokens: int) -> float:
         """Seconds of a pass in halves.
 
-        What takes longer hides the rest, but for what the first half computes before
-        its first collective, and the second sends in its last.
+        Either all is computed without a pause, or all travels without one, or each half
+        waits for what it has sent, and the other computes meanwhile. To that comes what
+        the second half does in the end alone: one collective and what leads to it.
         """
-        computing = 2 * self.computing.at(tokens / 2)
-        travelling = 2 * self.travelling.at(tokens / 2)
-        hidden = min(computing, travelling)
-        return max(computing, travelling) + hidden / (2 * max(self.collectives, 1))
+        computing, travelling = (
+            line.at(tokens / 2) for line in (self.computing, self.travelling)
+        )
+        alone = computing + travelling
+        both = max(2 * computing, self.two.at(tokens / 2), alone)
+        return both + alone / self.collectives
 
     def pay(self, tokens: int) -> bool:
         """Whether halves are worth it."""
@@ -111,9 +120,9 @@ def read_in_halves(
     Communicates: what two calls do.
     """
     half = (tokens.shape[1] + 1) // 2
-    parts = tokens[:, :half], tokens[:, half:]
     logits = model.comm.take_turns(
-        [lambda part=part: call(part, **options) for part in parts]
+        lambda: call(tokens[:, :half], **options),
+        lambda: call(tokens[:, half:], **options),
     )
     return mx.concatenate(logits, axis=1)
 
@@ -144,7 +153,7 @@ class Halves:
         if length < LEAST_TOKENS or options.keys() != {"cache"}:
             return call(tokens, **options)
         costs = self.costs()
-        if costs is None or not costs.pay(length):
+        if costs is None or not costs.pay(tokens.size):
             return call(tokens, **options)
         return read_in_halves(call, self._model, tokens, **options)
 
@@ -176,30 +185,44 @@ def measure(model: nn.Module) -> Costs | None:
             model(mx.zeros((1, tokens), mx.int32), cache=caches)
         mx.eval([cache.state for cache in caches])
 
+    tokens = COMPUTED_TOKENS[0]
     calls, nbytes = comm.traffic.calls, comm.traffic.bytes
-    read(FEW_TOKENS)
+    read(tokens)
     calls, nbytes = comm.traffic.calls - calls, comm.traffic.bytes - nbytes
     if not calls:
         return None
+    token_bytes = nbytes // (calls * tokens)  # of one collective
+
+    def part(tokens: int) -> mx.array:
+        return mx.zeros(token_bytes * tokens // mx.float32.size)
 
     def allreduce(tokens: int) -> None:
-        itemsize = mx.float32.size
-        x = mx.zeros(nbytes * tokens // (FEW_TOKENS * calls * itemsize))
-        mx.eval(comm.allreduce(x))
+        mx.eval(comm.allreduce(part(tokens)))
 
-    lengths = FEW_TOKENS, MANY_TOKENS
+    def two_allreduces(tokens: int) -> None:
+        x, y = part(tokens), part(tokens)
+        mx.eval(comm.take_turns(lambda: comm.allreduce(x), lambda: comm.allreduce(y)))
+
     with comm.dry_run():
-        mine = [_seconds(read, tokens) for tokens in lengths]
-    mine += [calls * _seconds(allreduce, tokens) for tokens in lengths]
-    slowest = [max(column) for column in zip(*comm.allgather_object(mine), strict=True)]
-    return Costs(Line.through(*slowest[:2]), Line.through(*slowest[2:]), calls)
+        computing = _seconds(read, COMPUTED_TOKENS)
+    one, two = (_seconds(work, SENT_TOKENS) for work in (allreduce, two_allreduces))
+    of_ranks = comm.allgather_object((computing, one, two))
+    computing, one, two = np.max(of_ranks, axis=0).tolist()
+    return Costs(
+        Line.through(COMPUTED_TOKENS, computing),
+        Line.through(SENT_TOKENS, [calls * seconds for seconds in one]),
+        Line.through(SENT_TOKENS, [calls * seconds for seconds in two]),
+        calls,
+    )
 
 
-def _seconds(work: Callable[[int], None], tokens: int) -> float:
-    """Seconds that something takes with so many tokens: the least of some turns."""
-    seconds = []
+def _seconds(work: Callable[[int], None], lengths: tuple[int, int]) -> list[float]:
+    """Seconds that something takes with two numbers of tokens: the least of turns."""
+    turns = []
     for _ in range(TURNS):
-        begin = time.perf_counter()
-        work(tokens)
-        seconds.append(time.perf_counter() - begin)
-    return min(seconds)
+        marks = [time.perf_counter()]
+        for tokens in lengths:
+            work(tokens)
+            marks.append(time.perf_counter())
+        turns.append(np.diff(marks))
+    return np.min(turns, axis=0).tolist()

@@ -11,6 +11,7 @@ from driven import GREEDY, Driven
 from equal import Tokens
 from every_type import LONG, REPRESENTATIVES, RUNNABLE, for_types, split
 from metal_kernels import use_plain_operations
+from mlx.utils import tree_flatten
 from mlx_lm.generate import generate_step
 from mlx_lm.models.cache import make_prompt_cache
 from mlx_lm.utils import load_tokenizer
@@ -18,7 +19,6 @@ from saved_types import saved
 
 import mlxtp
 from mlxtp import Communicator
-from mlxtp.dryrun.caches import cache_arrays
 from mlxtp.generation import halves
 from mlxtp.generation.halves import (
     WHOLE,
@@ -36,7 +36,7 @@ from mlxtp.stories import PATH as STORIES
 use_plain_operations()
 
 # Halves of anything pay.
-ALWAYS = Costs(Line(0, 1), Line(0, 1), 100)
+ALWAYS = Costs(Line(0, 1), Line(0, 1), Line(0, 2), 100)
 
 # Windows, chunks and blocks of `zoo` end within either half, and are passed in both.
 PROMPT, REST, STEPS = LONG[:121], LONG[121:140], 4
@@ -55,7 +55,8 @@ def always(monkeypatch: pytest.MonkeyPatch) -> Any:
 
 
 def arrays(caches: list[Any]) -> list[mx.array]:
-    return [array for cache in caches for array in cache_arrays(cache)]
+    states = tree_flatten([cache.state for cache in caches])
+    return [array for _, array in states if isinstance(array, mx.array)]
 
 
 def one_after_the_other(
@@ -178,7 +179,7 @@ def test_streams_and_batches(
     always(model)
     taken: list[int] = []
     real = comm.take_turns
-    monkeypatch.setattr(comm, "take_turns", lambda x: taken.append(len(x)) or real(x))
+    monkeypatch.setattr(comm, "take_turns", lambda *x: taken.append(len(x)) or real(*x))
     in_halves = everything()
     assert in_halves[0] == plain[0] and in_halves[2:] == plain[2:]
     assert len(taken) > 6 and set(taken) == {2}
@@ -189,23 +190,29 @@ def test_streams_and_batches(
 @pytest.mark.once
 def test_whether_it_pays() -> None:
     # A part of 2048 tokens over cables: 30 s of products, 8 s of sums.
-    cables = Costs(Line(0.1, 0.0146), Line(0.08, 0.0039), 252)
+    sums, two = Line(0.08, 0.0039), Line(0.08, 0.0078)
+    cables = Costs(Line(0.1, 0.0146), sums, two, 251)
     assert cables.pay(2048)
     assert cables.halves(2048) == pytest.approx(30.2, rel=0.02)
-    # Links that only wait: the halves would wait twice, each for what the other hides.
-    assert not Costs(Line(0, 1e-4), Line(0.1, 0), 20).pay(512)
+    # Links that only wait hide what is computed, if that is something.
+    waits = Line(0.1, 0)
+    assert Costs(Line(0, 2e-4), waits, waits, 20).pay(512)
+    assert not Costs(Line(0, 1e-5), waits, waits, 20).pay(512)
+    # Two sums take as long as one after the other, and longer than what is computed.
+    assert not Costs(Line(0, 1e-4), waits, Line(0.2, 0), 20).pay(512)
     # Nothing to speak of travels.
-    assert not Costs(Line(0, 0.01), Line(0, 1e-4), 20).pay(512)
+    assert not Costs(Line(0, 0.01), Line(0, 1e-4), Line(0, 2e-4), 20).pay(512)
     # Weights that take longer to read than tokens to compute: read twice.
-    assert not Costs(Line(1, 1e-3), Line(0, 1e-3), 20).pay(128)
+    assert not Costs(Line(1, 1e-3), Line(0, 1e-3), Line(0, 2e-3), 20).pay(128)
 
 
 @pytest.mark.once
 def test_a_line_through_two_measures() -> None:
-    line = Line.through(0.5, 0.98)
+    line = Line.through((16, 64), (0.5, 0.98))
     assert (line.base, line.token) == pytest.approx((0.34, 0.01))
-    assert Line.through(0.5, 0.4) == Line(0.5, 0.0)
-    assert Line.through(0.1, 0.9).base == 0.0
+    assert line.at(32) == pytest.approx(0.66)
+    assert Line.through((16, 64), (0.5, 0.4)) == Line(0.5, 0.0)
+    assert Line.through((16, 64), (0.1, 0.9)).base == 0.0
 
 
 @pytest.fixture
@@ -240,7 +247,7 @@ def test_what_is_left_whole(
     model: nn.Module, comm: Communicator, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     taken: list[int] = []
-    monkeypatch.setattr(comm, "take_turns", lambda parts: taken.append(len(parts)))
+    monkeypatch.setattr(comm, "take_turns", lambda *parts: taken.append(len(parts)))
     model.pass_costs = ALWAYS
     reader = Halves(model)
     reader(model, mx.array([PROMPT[:63]]), cache=make_prompt_cache(model))

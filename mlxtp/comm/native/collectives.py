@@ -14,7 +14,7 @@ from mlxtp.comm.request import Request
 from mlxtp.comm.traffic import Traffic
 from mlxtp.comm.transports import Transport
 from mlxtp.comm.tuning import choose
-from mlxtp.comm.turns import note, take_turns
+from mlxtp.comm.turns import note, place, take_turns
 
 T = TypeVar("T")
 
@@ -34,7 +34,7 @@ class NativeCollectives:
 
     def __init__(
         self,
-        core: Any,
+        cores: Sequence[Any],
         control: Transport,
         progress: Progress,
         traffic: Traffic,
@@ -42,18 +42,21 @@ class NativeCollectives:
         allreduce: str = "auto",
         measure: bool = True,
     ) -> None:
-        """Take `core`, this rank's part of a communicator of C++ (`Core`)."""
-        self._core = core
+        """Take `cores`, this rank's parts of two communicators of C++ (`Core`).
+
+        The second is for the second of two computations that take turns.
+        """
+        self._cores = cores
         self._progress = progress
         self._traffic = traffic
-        progress.graph = lambda: GraphState(*core.state())
-        progress.stop_graph = core.stop
+        progress.graph = self._state
+        progress.stop_graph = self._stop
         names = algorithms(control.size, allreduce)
         self.tuning = choose(
             self._time_allreduce, control, names, progress, measure=measure
         )
-        core.forget()
-        traffic.add_graph(core.seconds)
+        cores[0].forget()
+        traffic.add_graph(lambda: sum(core.seconds() for core in cores))
         self._algorithm = cache(self.tuning.algorithm)
         self._gather = cache(self.tuning.gather)
 
@@ -102,27 +105,48 @@ class NativeCollectives:
         algorithm = self._gather(x.nbytes)
         return self._called(self._core.bcast(x, root, algorithm, number, at))
 
-    def take_turns(self, computations: Sequence[Callable[[], T]]) -> list[T]:
-        """Put computations into the graph, and begin their collectives by turns.
+    def take_turns(
+        self, first: Callable[[], T], second: Callable[[], T]
+    ) -> tuple[T, T]:
+        """Put two computations into the graph, and begin their collectives by turns.
 
-        They are made on a stream of their own, and each waits for the one before it of
-        its computation.
+        Each has a communicator and a stream of its own: so two collectives may be under
+        way, and the processor goes on with what it has to compute.
         """
-        before = self._core.token()
+        before = self._cores[0].token()
 
         def prepare(place: int) -> None:
             call(place)
-            self._core.follow(before, True)
+            self._cores[place].follow(before, True)
 
-        def finish(last: mx.array | None) -> None:
-            self._core.follow(before if last is None else last, False)
+        def finish(last: list[mx.array | None]) -> None:
+            self._cores[1].follow(None, False)
+            self._cores[0].follow(before if last[0] is None else last[0], False)
 
-        with self._progress.turns(len(computations)) as call:
-            return take_turns(computations, prepare, finish)
+        with self._progress.turns() as call:
+            return take_turns(first, second, prepare, finish)
+
+    @property
+    def _core(self) -> Any:
+        """The one of the computation that calls."""
+        return self._cores[place()]
+
+    def _state(self) -> GraphState:
+        """Tell what the cores do, of two waits that which has lasted longer."""
+        states = [GraphState(*core.state()) for core in self._cores]
+        begun = max(state.begun for state in states)
+        failure = "; ".join(filter(None, (state.failure for state in states)))
+        longest = max(states, key=lambda state: (state.seconds, state.begun))
+        return longest._replace(begun=begun, failure=failure, number=longest.begun)
+
+    def _stop(self, words: str, error: Callable[[], None]) -> None:
+        """Let every collective fail, those that are under way too."""
+        for core in self._cores:
+            core.stop(words, error)
 
     def _time_allreduce(self, x: np.ndarray, algorithm: str) -> None:
         """Sum x (n,) over ranks, outside of the graph."""
-        self._core.time_allreduce(x, algorithm, self._progress.number)
+        self._cores[0].time_allreduce(x, algorithm, self._progress.number)
 
     def flush(self) -> None:
         """Begin to make what was called: another rank may wait for it."""
@@ -130,7 +154,8 @@ class NativeCollectives:
 
     def close(self) -> None:
         """Make what was called, and part from the other ranks."""
-        self._core.close()
+        for core in self._cores:
+            core.close()
 
     def _called(self, result: mx.array) -> mx.array:
         """Note that a collective was put into the graph; return its result."""

@@ -301,6 +301,9 @@ class Core {
     if (token) {
       mx::eval({*token});
     }
+    if (!collectives_->stopped()) {
+      mx::synchronize(stream_);
+    }
     collectives_->close();
   }
 
