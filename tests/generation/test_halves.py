@@ -15,6 +15,7 @@ from mlx.utils import tree_flatten
 from mlx_lm.generate import generate_step
 from mlx_lm.models.cache import make_prompt_cache
 from mlx_lm.utils import load_tokenizer
+from pyramid import sweep
 from saved_types import saved
 
 import mlxtp
@@ -38,8 +39,8 @@ use_plain_operations()
 # Halves of anything pay.
 ALWAYS = Costs(Line(0, 1), Line(0, 1), Line(0, 2), 100)
 
-# Windows, chunks and blocks of `zoo` end within either half, and are passed in both.
-PROMPT, REST, STEPS = LONG[:121], LONG[121:140], 4
+# Windows and blocks of `zoo` end within either half, and are passed in both.
+PROMPT, REST, STEPS = LONG[:75], LONG[75:86], 4
 
 
 @pytest.fixture
@@ -118,7 +119,7 @@ class Followed:
 
 
 @pytest.mark.once
-@pytest.mark.parametrize("model_type", RUNNABLE)
+@pytest.mark.parametrize("model_type", sweep(RUNNABLE, REPRESENTATIVES))
 def test_the_first_half_is_ahead(model_type: str, comm: Communicator) -> None:
     """What the second sends needs nothing that the first sends later: so it is hidden.
 
@@ -139,13 +140,16 @@ def test_the_first_half_is_ahead(model_type: str, comm: Communicator) -> None:
 
     first, second = read(-1)
     assert len(first) == len(second)
+    seen = False
     for changed in range(len(first)):
         _, now = read(changed)
-        for place in range(changed):
-            assert mx.array_equal(now[place], second[place], equal_nan=True), (
-                changed,
-                place,
-            )
+        same = [
+            mx.array_equal(a, b, equal_nan=True).item()
+            for a, b in zip(now, second, strict=True)
+        ]
+        assert all(same[:changed]), f"sum {changed} of the first comes too late"
+        seen |= not all(same)
+    assert seen  # what the first sends does show in the second
 
 
 @pytest.mark.ranks(3)
@@ -236,7 +240,9 @@ def test_measured_between_hosts(
     """All ranks get the same, which does not touch the random numbers or the model."""
     monkeypatch.setattr(comm, "host", f"studio{comm.rank}")
     costs = measure(model)
-    assert costs is not None and costs.collectives == 4  # two of its layers are unread
+    assert (
+        costs is not None and costs.collectives == 3
+    )  # two sums of its five are unread
     assert costs.computing.at(64) > 0 and costs.travelling.at(64) > 0
     assert len(set(comm.allgather_object(costs))) == 1
 

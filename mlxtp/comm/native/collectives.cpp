@@ -102,8 +102,7 @@ class Ranks::Patience {
   int polls_ = 0;
 };
 
-Ranks::Ranks(MPI_Comm comm, bool crowded)
-    : crowded_(crowded), makes_room_(crowded) {
+Ranks::Ranks(MPI_Comm comm, bool crowded) : crowded_(crowded), makes_room_(crowded) {
   check(MPI_Comm_dup(comm, &comm_));
   check(MPI_Comm_set_errhandler(comm_, MPI_ERRORS_RETURN));
   check(MPI_Comm_rank(comm_, &rank_));

@@ -119,10 +119,9 @@ class Node : public mx::Primitive {
     // Where memory lies is asked in the task: before, a GPU may still move it.
     auto task = [collectives = collectives_, call = call_, work = work_,
                  source = source_.value_or(stream()), data = x.data_shared_ptr(),
-                 offset = x.offset(),
-                 gaps = !x.flags().row_contiguous, shape = x.shape(),
-                 strides = x.strides(), itemsize = x.itemsize(), nbytes = x.nbytes(),
-                 buffer = outputs[0].buffer()]() mutable {
+                 offset = x.offset(), gaps = !x.flags().row_contiguous,
+                 shape = x.shape(), strides = x.strides(), itemsize = x.itemsize(),
+                 nbytes = x.nbytes(), buffer = outputs[0].buffer()]() mutable {
       try {  // what could not be computed is not sent
         mx::scheduler::check_error(source);
       } catch (const std::exception& error) {
@@ -234,7 +233,8 @@ class Core {
     for (size_t& width : widths) {
       width *= x.itemsize();
     }
-    return gather(x, shape, rows, widths, algorithm, {"allgather", layer, number, apart_});
+    return gather(x, shape, rows, widths, algorithm,
+                  {"allgather", layer, number, apart_});
   }
 
   mx::array bcast(const mx::array& x, int root, const std::string& algorithm,
@@ -282,7 +282,10 @@ class Core {
   }
 
   // The token of the collective that was called last, if any was.
-  static std::optional<mx::array> token() { return last().token; }
+  static std::optional<mx::array> token() {
+    check_thread("collectives by turns");
+    return last().token;
+  }
 
   // What is called from now on waits for `token`, instead of the last call. With
   // `apart` it is made on the stream of its own, beside what the CPU computes.
@@ -330,12 +333,7 @@ class Core {
     }
     std::vector<mx::array> inputs = {x};
     if (const auto token = last().token; token) {
-      if (is_waiting(*token) && !last().is_of_this_thread()) {
-        throw std::runtime_error(
-            call->name +
-            ": another thread has called collectives that are not evaluated; it has to "
-            "evaluate them (mx.eval) before this one calls any");
-      }
+      check_thread(call->name);
       inputs.push_back(*token);
     }
     const auto source = cpu_stream_of(x);
@@ -347,6 +345,17 @@ class Core {
         inputs);
     last() = {outputs[1], std::this_thread::get_id()};
     return outputs[0];
+  }
+
+  // Throws where the collective that was called last has to be evaluated elsewhere.
+  static void check_thread(const std::string& name) {
+    const std::optional<mx::array>& token = last().token;
+    if (token && is_waiting(*token) && !last().is_of_this_thread()) {
+      throw std::runtime_error(
+          name +
+          ": another thread has called collectives that are not evaluated; it has to "
+          "evaluate them (mx.eval) before this one calls any");
+    }
   }
 
   static std::optional<mx::Stream> cpu_stream_of(const mx::array& x) {
