@@ -20,9 +20,6 @@ from mlx_lm.models.cache import make_prompt_cache
 
 from mlxtp.layers.sums import outputs_unread
 
-# Types whose tokens are others where a prompt is read in parts, or which hide nothing.
-WHOLE: dict[str, str] = {}
-
 # Less is read whole: two calls of a few tokens cost about as much as two of many.
 LEAST_TOKENS = 64
 
@@ -94,17 +91,6 @@ class Costs:
         return self.halves(tokens) < WORTH * self.whole(tokens)
 
 
-def reason_against_halves(model: nn.Module) -> str | None:
-    """Say why a model's prompts are read whole; None if they need not be.
-
-    Args:
-        model: a split model, as `mlxtp.load` returns it.
-    """
-    if (reason := WHOLE.get(getattr(model, "model_type", ""))) is not None:
-        return reason
-    return None if model.comm.takes_turns else "nothing travels while a rank computes"
-
-
 def read_in_halves(
     call: Callable[..., mx.array], model: nn.Module, tokens: mx.array, **options: Any
 ) -> mx.array:
@@ -174,9 +160,7 @@ def measure(model: nn.Module) -> Costs | None:
     objects.
     """
     comm = model.comm
-    if reason_against_halves(model) is not None:
-        return None
-    if len(set(comm.allgather_object(comm.host))) == 1:
+    if not comm.takes_turns or len(set(comm.allgather_object(comm.host))) == 1:
         return None
 
     def read(tokens: int) -> None:

@@ -15,7 +15,6 @@ from every_type import EVEN_WORLDS
 from mlx_lm.utils import MODEL_REMAPPING
 
 from mlxtp.families import TABLE, Block
-from mlxtp.generation.halves import WHOLE
 from mlxtp.layers.adapt.table import ADAPTERS
 from mlxtp.sharding.decide import slice_table
 from mlxtp.sharding.table import SliceTable
@@ -50,7 +49,7 @@ Long prompts are read in two halves where that is faster, one of which computes 
 the sums of the other travel (`mlxtp/generation/halves.py`). The caches are, to the
 bit, those of a prompt that is read in two parts, and the second half sends nothing that
 waits for a later collective of the first: both are tried with every type
-(`tests/generation/test_halves.py`). Types whose prompts are read whole say so.
+(`tests/generation/test_halves.py`), and there is none for which it does not hold.
 
 mlx-lm loads as others: {aliases}.
 
@@ -88,12 +87,12 @@ lies on the axis that is cut: `q` query heads, `kv` KV heads or groups of a stat
 every KV head. After a colon stands how many features a unit has, where terms differ in
 that.
 """
-COLUMNS = "| type | blocks | collectives a layer | quantized | in halves |"
+COLUMNS = "| type | blocks | collectives a layer | quantized |"
 
 
 def page() -> str:
     """The whole page."""
-    lines = ["## Types", "", COLUMNS, "|---|---|---|---|---|"]
+    lines = ["## Types", "", COLUMNS, "|---|---|---|---|"]
     blocks: dict[str, list[Block]] = {}
     for name in zoo.model_types():
         if name in zoo.UNAVAILABLE:
@@ -113,11 +112,7 @@ def page() -> str:
         for block in used:
             if block not in blocks.setdefault(block.name, []):
                 blocks[block.name].append(block)
-        halved = f"no: {WHOLE[name]}" if name in WHOLE else "yes"
-        if name in zoo.UNAVAILABLE:
-            halved = ""
-        row = (name, _names(used), made, quantized, halved)
-        lines.append(f"| {' | '.join(row)} |")
+        lines.append(f"| {name} | {_names(used)} | {made} | {quantized} |")
     lines += ["", "## Shared beside the blocks", "", *sorted(set(_shared()))]
     lines.append(NOTES.rstrip())
     for name in sorted(blocks):
