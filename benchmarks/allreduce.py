@@ -166,7 +166,7 @@ def our_sums(control: Any, core: Any, progress: Progress) -> dict[str, Any]:
     """Ours by name; eager ones alone where this host cannot compile the others."""
 
     def native(name: str) -> Callable[[mx.array], mx.array]:
-        arrays = NativeCollectives(core, control, progress, Traffic(), allreduce=name)
+        arrays = NativeCollectives([core], control, progress, Traffic(), allreduce=name)
         return lambda x: evaluated(arrays.allreduce(x, ""))
 
     def eager(name: str) -> Callable[[mx.array], mx.array]:

@@ -31,6 +31,7 @@ from mlx_lm.utils import maybe_set_recommended_wired_limit
 
 from mlxtp.generation.agreed import agreed
 from mlxtp.generation.grammar import Grammars, Matcher
+from mlxtp.generation.halves import Halves
 from mlxtp.generation.prefix_cache import PrefixStore
 from mlxtp.generation.rows import Caches, Rows
 from mlxtp.generation.sampling import draw
@@ -219,6 +220,8 @@ class Engine:
         self._drawn: tuple[list[str], mx.array] | None = None
         self._last: _Reader | None = None  # that was read last, if it is still there
         self._agree = agreed(lambda tokens: tokens, model.comm)
+        self._halves = Halves(model)
+        self._halves.costs()  # while nobody waits
         self._passes = 0
         maybe_set_recommended_wired_limit()  # of a GPU of Apple's
 
@@ -383,9 +386,9 @@ class Engine:
         computed: list[Any] = []
         if wanted is None:
             with outputs_unread():
-                self._model(tokens, cache=reader.caches)
+                self._halves(self._model, tokens, cache=reader.caches)
         else:
-            logits = self._model(tokens, cache=reader.caches)[0]
+            logits = self._halves(self._model, tokens, cache=reader.caches)[0]
             following = mx.array(reader.tokens[reader.done + 1 : end + 1])
             reader.scores.append(_Scores.of(logits, following, wanted))
             computed = reader.scores[-1].arrays

@@ -1,7 +1,7 @@
 """Streaming text from a split model."""
 
 from collections.abc import Generator
-from contextlib import nullcontext
+from functools import partial
 from typing import Any
 
 import mlx.core as mx
@@ -11,6 +11,7 @@ from mlx_lm.generate import GenerationResponse
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 
 from mlxtp.generation.agreed import agreed
+from mlxtp.generation.halves import Halves
 from mlxtp.generation.prompt import check_tokens, tokens_of
 from mlxtp.generation.sampling import seeded, tokens_in
 from mlxtp.layers.forward import Forward, change_forward, twin
@@ -29,7 +30,8 @@ def stream_generate(
 
     While mlx-lm reads the prompt it wants the caches and no logits, and says so
     between its steps: the layers that no cache depends on do not communicate then.
-    That is known to this stream alone: streams of one model may take turns.
+    That is known to this stream alone: streams of one model may take turns. Long parts
+    of the prompt are read in halves where that is faster (`generation.halves`).
 
     Every rank samples for itself, from the same logits. With a `seed` what a `sampler`
     draws follows from the seed and the position of the token alone. Without one it
@@ -53,7 +55,7 @@ def stream_generate(
     kwargs = seeded(kwargs, seed, start)
     kwargs["sampler"] = agreed(kwargs.get("sampler"), model.comm)
     told = kwargs.pop("prompt_progress_callback", None)
-    reads_prompt = False
+    reads_prompt, halves = False, Halves(model)
 
     def progress(processed: int, total: int) -> None:
         nonlocal reads_prompt
@@ -63,8 +65,10 @@ def stream_generate(
             told(processed, total)
 
     def call(former: Forward, model: nn.Module, *args: Any, **options: Any) -> mx.array:
-        with outputs_unread() if reads_prompt else nullcontext():
+        if not reads_prompt:
             return former(model, *args, **options)
+        with outputs_unread():
+            return halves(partial(former, model), *args, **options)
 
     stream = twin(model)
     change_forward(stream, call)

@@ -45,6 +45,12 @@ Prompts of unequal length are read in batches (`tests/generation/test_batch.py`)
 by these types, which mlx-lm cannot batch either and which raise on every rank:
 {unbatched}.
 
+Long prompts are read in two halves where that is faster, one of which computes while
+the sums of the other travel (`mlxtp/generation/halves.py`). The caches are, to the
+bit, those of a prompt that is read in two parts, and the second half sends nothing that
+waits for a later collective of the first: both are tried with every type
+(`tests/generation/test_halves.py`), and there is none for which it does not hold.
+
 mlx-lm loads as others: {aliases}.
 
 Read is whatever mlx-lm reads: what it writes itself, older conversions (such as those
