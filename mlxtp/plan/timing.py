@@ -65,7 +65,7 @@ def decode(
     """
     if len(needs) == 1:
         return decode_on_one(needs[0], machines[0], tokens, part)
-    steps = [_times(need.dry_run.token, tokens * part) for need in needs]
+    steps = _times([need.dry_run.token for need in needs], tokens * part)
     caches = max(
         need.cache_bytes / machine.bytes_per_second
         for need, machine in zip(needs, machines, strict=True)
@@ -95,7 +95,7 @@ def prefill_in_halves(
     travel is hidden than there is to compute meanwhile, and both halves read the
     weights. `allreduces` is the time in which all ranks wait.
     """
-    steps = [_times(need.dry_run.chunk, 0.5) for need in needs]
+    steps = _times([need.dry_run.chunk for need in needs], 0.5)
     computed = Time()
     computing_ends = travel_ends = 0.0
     ready = [0.0, 0.0]
@@ -138,9 +138,15 @@ def _attention(need: Need, tokens: int) -> float:
     )
 
 
-def _times(steps: Sequence[Step], factor: float) -> tuple[Step, ...]:
-    """The steps of a pass for `factor` times as many tokens."""
-    return tuple(step.times(factor) for step in steps)
+def _times(passes: Sequence[tuple[Step, ...]], factor: float) -> list[tuple[Step, ...]]:
+    """The steps of passes for `factor` times as many tokens; ranks may share one."""
+    known = {id(steps): steps for steps in passes}
+    if factor != 1:
+        known = {
+            key: tuple(step.times(factor) for step in steps)
+            for key, steps in known.items()
+        }
+    return [known[id(steps)] for steps in passes]
 
 
 def _passes(
@@ -215,7 +221,7 @@ def decode_on_one(
     one: Need, machine: Machine, tokens: int = 1, part: float = 1.0
 ) -> Time:
     """Return the time of a pass on one host, as in `decode`."""
-    steps = _times(one.dry_run.token, tokens * part)
+    [steps] = _times([one.dry_run.token], tokens * part)
     caches = part * one.cache_bytes / machine.bytes_per_second
     return on_one(steps, machine) + Time(caches=caches)
 

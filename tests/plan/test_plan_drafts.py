@@ -50,7 +50,7 @@ def setting(link: Link = LINKS["thunderbolt4"], batch: int = 1) -> Setting:
 
 
 def test_a_pass_of_more_tokens_is_that_of_a_larger_batch(model: PlannedModel) -> None:
-    """Also of experts, of which tokens read some in common."""
+    """Also of experts, of which tokens read some in common: about so many."""
     mixture, _ = WIDE["Qwen3-235B-A22B, 2 of 94 layers"]
     with model_of_config("a mixture", mixture, 4) as experts:
         for each in model, experts:
@@ -60,12 +60,12 @@ def test_a_pass_of_more_tokens_is_that_of_a_larger_batch(model: PlannedModel) ->
                 step = single.times(8)
                 assert step.part_bytes == wanted.part_bytes
                 assert step.flops == pytest.approx(wanted.flops)
-                assert step.read_bytes == pytest.approx(wanted.read_bytes)
+                assert step.read_bytes == pytest.approx(wanted.read_bytes, rel=0.03)
 
 
 def test_a_few_tokens_cost_little_and_many_cost_tiles(five: Plan) -> None:
     """What is read is read once; then products decide, one by one or in tiles."""
-    times = [five.decode_pass(n) for n in (1, 2, 16, TILE_TOKENS, 2 * TILE_TOKENS)]
+    times = [five.decode_pass(n) for n in (1, 2, 8, TILE_TOKENS, 2 * TILE_TOKENS)]
     assert times[1].weights == pytest.approx(times[0].weights, rel=1e-3)
     assert times[1].arithmetic == 0 < times[2].arithmetic
     assert times[2].arithmetic < times[3].arithmetic
@@ -111,17 +111,18 @@ def test_a_draft_needs_room_and_machines_alike(model: PlannedModel, five: Plan) 
 
 def test_no_more_is_hidden_than_is_computed(five: Plan) -> None:
     """Slow cables are hidden as long as there is something to compute."""
-    for hop in 1e-6, 1e-3, 1.0:
+    for hop in 1e-6, 1e-4, 1.0:
         link = replace(LINKS["thunderbolt4"], hop_seconds=hop)
-        result = replace(five, setting=setting(link))
+        slow = [replace(m, flops=m.flops / 20) for m in setting().machines]
+        result = replace(five, setting=replace(setting(link), machines=tuple(slow)))
         plain, halves = result.prefill, result.prefill_in_halves
         travels = plain.allreduces + plain.crossings
         computed = plain.seconds - travels
         # Each half travels by itself, and one of them at least ends unhidden.
         assert halves.seconds > max(computed, travels)
         assert halves.allreduces < 2 * travels
-        if hop == 1e-3:
-            assert halves.seconds < plain.seconds
+        if hop == 1e-4:
+            assert halves.seconds < computed + 0.6 * travels < plain.seconds
     # A second of hops cannot be hidden by less arithmetic: twice as many hops in all.
     assert halves.seconds > 1.9 * travels
 
@@ -148,16 +149,16 @@ def test_it_says_when_fewer_are_faster(five: Plan) -> None:
     machines = [replace(m, crossing_seconds=0.0) for m in five.setting.machines]
     best = Setting(tuple(machines), Network(5, fast, "mesh"), 256, 1)
     assert fewer(replace(five, setting=best)) is None
-    # Where one has no room: two are one hop apart, five two.
+    # Where one has no room: three are all neighbours, five are two hops apart.
     limited = [
         replace(m, limit_bytes=five.one.bytes - 1) for m in five.setting.machines
     ]
-    two = fewer(replace(five, setting=replace(five.setting, machines=tuple(limited))))
-    assert two is not None and two.ranks == 2
-    needed = five.setting.needs(five.model, [1, 1])
-    network = Network(2, LINKS["thunderbolt4"], "ring")
-    seconds = timing.decode(needed, limited[:2], network).seconds
-    assert two.tokens_per_second == pytest.approx(1 / seconds)
+    three = fewer(replace(five, setting=replace(five.setting, machines=tuple(limited))))
+    assert three is not None and three.ranks == 3
+    needed = five.setting.needs(five.model, [1] * 3)
+    network = Network(3, LINKS["thunderbolt4"], "ring")
+    seconds = timing.decode(needed, limited[:3], network).seconds
+    assert three.tokens_per_second == pytest.approx(1 / seconds)
 
 
 # MLX's source: an exchange in a mesh, N - 1 steps in a ring, each part by halves.
