@@ -29,6 +29,13 @@ PARTS = {
     "gathers": "gathers",
     "messages": "messages",
 }
+# Where a draft is computed, as tables call it.
+WHERE = {
+    "ngram": "by n-grams",
+    "one": "whole on one rank",
+    "all": "whole on every rank",
+    "split": "split over the ranks",
+}
 # What each rank owns, and what it needs, in GB.
 COLUMNS = (
     *("rank", "host", "query heads", "KV heads", "MLP columns", "experts"),
@@ -82,7 +89,7 @@ def show(
         console.print(line, highlight=False, soft_wrap=True)
     if drafts:
         console.print()
-        console.print(_drafts(plan, drafts, acceptance))
+        console.print(_drafts(drafts, acceptance))
         console.print(what_pays(plan, drafts), highlight=False, soft_wrap=True)
     if plan.setting.batch > 1:
         console.print()
@@ -216,15 +223,17 @@ def fewer_are_faster(plan: Plan) -> str:
     )
 
 
-def _drafts(plan: Plan, drafts: Sequence[Draft], acceptance: float) -> Table:
-    table = Table(title=f"Modelled with drafts, of which {acceptance:.0%} are accepted")
+def _drafts(drafts: Sequence[Draft], acceptance: float) -> Table:
+    table = Table(
+        title=f"Modelled with drafts, {acceptance:.0%} accepted if those before are"
+    )
     table.add_column("drafted")
     for name in ("tokens a round", "tokens/s", "ms a round", "of it drafting"):
         table.add_column(name, justify="right")
     table.add_column("memory, GB")
     for draft in drafts:
         table.add_row(
-            _WHERE[draft.where],
+            WHERE[draft.where],
             str(draft.tokens) if draft.tokens else "none pay",
             rate(draft.tokens_per_second),
             f"{1e3 * draft.round_seconds:.2f}",
@@ -234,20 +243,12 @@ def _drafts(plan: Plan, drafts: Sequence[Draft], acceptance: float) -> Table:
     return table
 
 
-_WHERE = {
-    "ngram": "by n-grams",
-    "one": "whole on one rank",
-    "all": "whole on every rank",
-    "split": "split over the ranks",
-}
-
-
 def _memory_of_draft(draft: Draft) -> str:
     most = max(draft.bytes_of_ranks)
     if not most:
         return "none"
     on = "each" if draft.rank is None else f"rank {draft.rank}"
-    lacking = ", which is not there" if draft.fits is False else ""
+    lacking = ": no room" if draft.fits is False else ""
     return f"{gigabytes(most, 2)} on {on}{lacking}"
 
 
@@ -260,7 +261,7 @@ def what_pays(plan: Plan, drafts: Sequence[Draft]) -> str:
         return "No draft pays."
     gain = best.tokens_per_second * plan.decode.seconds / plan.setting.batch
     return (
-        f"Fastest {_WHERE[best.where]}, {best.tokens} tokens a round: {gain:.2f} x the "
+        f"Fastest {WHERE[best.where]}, {best.tokens} tokens a round: {gain:.2f} x the "
         f"tokens a second of none ({best.options})."
     )
 

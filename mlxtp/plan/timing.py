@@ -95,12 +95,13 @@ def prefill_in_halves(
     travel is hidden than there is to compute meanwhile, and both halves read the
     weights. `allreduces` is the time in which all ranks wait.
     """
-    steps = _times([need.dry_run.chunk for need in needs], 0.5)
+    chunks = _times([need.dry_run.chunk for need in needs], 0.5)
+    steps, unlike = _unlike(chunks, machines)
     computed = Time()
     computing_ends = travel_ends = 0.0
     ready = [0.0, 0.0]
     for of_ranks in zip(*steps, strict=True):
-        slowest = _slowest(of_ranks, machines)
+        slowest = _slowest(of_ranks, unlike)
         travels = collective(of_ranks, network).seconds + slowest.crossings
         slowest = replace(slowest, crossings=0.0)
         for half in (0, 1):
@@ -153,10 +154,22 @@ def _passes(
     steps: Sequence[tuple[Step, ...]], machines: Sequence[Machine], network: Network
 ) -> Time:
     """The time of a forward pass of all ranks together."""
+    steps, machines = _unlike(steps, machines)
     total = Time()
     for of_ranks in zip(*steps, strict=True):
         total += _slowest(of_ranks, machines) + collective(of_ranks, network)
     return total
+
+
+def _unlike(
+    passes: Sequence[tuple[Step, ...]], machines: Sequence[Machine]
+) -> tuple[list[tuple[Step, ...]], list[Machine]]:
+    """One of all ranks that compute the same on machines alike."""
+    ranks = {
+        (id(steps), replace(machine, host="")): (steps, machine)
+        for steps, machine in zip(passes, machines, strict=True)
+    }
+    return [steps for steps, _ in ranks.values()], [m for _, m in ranks.values()]
 
 
 def _slowest(of_ranks: Sequence[Step], machines: Sequence[Machine]) -> Time:
