@@ -16,6 +16,7 @@ from mlxtp.plan.batches import batches
 from mlxtp.plan.drafts import accepted, drafts
 from mlxtp.plan.fewer import fewer
 from mlxtp.plan.hardware import (
+    FEW_TOKENS_SHARE,
     LINKS,
     OPERATION_SECONDS,
     TILE_TOKENS,
@@ -68,7 +69,8 @@ def test_a_few_tokens_cost_little_and_many_cost_tiles(five: Plan) -> None:
     times = [five.decode_pass(n) for n in (1, 2, 8, TILE_TOKENS, 2 * TILE_TOKENS)]
     assert times[1].weights == pytest.approx(times[0].weights, rel=1e-3)
     assert times[1].arithmetic == 0 < times[2].arithmetic
-    assert times[2].arithmetic < times[3].arithmetic
+    in_tiles = TILE_TOKENS / (8 / FEW_TOKENS_SHARE) * times[2].arithmetic
+    assert times[3].arithmetic == pytest.approx(in_tiles)
     assert times[4].arithmetic == pytest.approx(2 * times[3].arithmetic, rel=0.01)
     waits = [(time.crossings, time.operations) for time in times]
     assert waits == [waits[0]] * 5
