@@ -322,13 +322,15 @@ def test_cables_that_do_not_answer(monkeypatch: pytest.MonkeyPatch) -> None:
     """Who no way reaches is missing until a cable answers; or all take the Ethernet."""
     there = cables.ring(5)
     broken: set[Cable] = set()
+    deaf: set[tuple[int, int]] = set()  # a host, and the neighbour it does not hear
     says = {"routes": "as wanted", "words": ""}
     asked: list[list[str]] = []
 
     def visit(host: str, jobs: object, place: tuple[int, int]) -> Visit:
         own = cables.neighbours(place[0], there)
         answering = cables.neighbours(place[0], there - broken)
-        return Visit(None, None, versions(), tuple(own), tuple(answering))
+        heard = [k for k in answering if (place[0], k) not in deaf]
+        return Visit(None, None, versions(), tuple(own), tuple(heard))
 
     def ask(host: str, words: list[str]) -> dict[str, str]:
         asked.append([host, *words])
@@ -371,6 +373,10 @@ def test_cables_that_do_not_answer(monkeypatch: pytest.MonkeyPatch) -> None:
         left = cables.listed(there - broken)
         assert [words[-1] for words in asked] == [f"--topology={left}"] * 5
         assert hosts.notes == ["the routes are laid past cable 1-2, 3-4"]
+        # A cable that carries one way only is none.
+        deaf.add((5, 2))
+        await hosts.choose(())
+        assert hosts.notes == ["the routes are laid past cable 1-2, 2-5, 3-4"]
 
     asyncio.run(life())
 
