@@ -13,19 +13,20 @@ bit.
 
 Five hosts that share two cores cannot show what five machines would: what each hides
 is computed by the others. With `--modelled` every product of the layers, those of
-attention too, is replaced by a node of the graph that waits for its modelled length;
-all else is computed, and all messages are sent as they are. The length is that with
-which computing takes as long as the collectives, which are timed first. The part of
-them that is hidden is (whole - halves) / (whole - computing alone).
+attention too, is replaced by a node of the graph that waits for its modelled length.
+Norms, rotations and activations are passed over; embeddings, residuals and caches are
+computed, and all messages are sent as they are. The length is that with which computing
+takes as long as the collectives, which are timed first. The part of them that is hidden
+is (whole - halves) / (whole - computing alone).
 """
 
 import argparse
+import dataclasses
 import importlib.util
 import json
 import tempfile
 import time
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -172,9 +173,14 @@ def wait_for_products(
         flops = 4 * queries.size * before
         return wait([queries, keys, values], list(queries.shape), length(flops))
 
+    def passed(x: mx.array, *_: Any, **__: Any) -> mx.array:
+        return wait([x], list(x.shape), 0.0)
+
     llama.scaled_dot_product_attention = attention
+    llama.swiglu = lambda gate, x: wait([x, gate], list(x.shape), 0.0)
     for layer in model.layers:
-        replace_linears(layer, Product)
+        replace(layer, {nn.Linear: Product, nn.RMSNorm: lambda _: passed})
+        layer.self_attn.rope = passed
     # Waits of no length: what is left is what is not modelled.
     least = [
         min(seconds(ways[way])[0] for _ in range(3)) for way in ("whole", "computing")
@@ -186,19 +192,20 @@ def wait_for_products(
     return speed[0] / 1e9
 
 
-def replace_linears(module: nn.Module, product: Callable[[nn.Module], Any]) -> None:
-    for name, child in module.items():
-        if type(child) is nn.Linear:
-            module[name] = product(child)
+def replace(module: nn.Module, stand_ins: dict[type, Callable[[Any], Any]]) -> None:
+    """Replace the layers of some types within a module."""
+    for name, child in list(module.items()):
+        if type(child) in stand_ins:
+            setattr(module, name, stand_ins[type(child)](child))
         elif isinstance(child, nn.Module):
-            replace_linears(child, product)
+            replace(child, stand_ins)
 
 
 def waiting() -> Any:
     """The module of waits, compiled as mlxtp compiles its collectives."""
     from mlxtp.comm.native import build
 
-    extension = replace(build.collectives(), sources=WAITING)
+    extension = dataclasses.replace(build.collectives(), sources=WAITING)
     path = build.build(extension, build.cache_folder(), print)
     spec = importlib.util.spec_from_file_location(build.NAME, path)
     assert spec is not None and spec.loader is not None
