@@ -3,11 +3,11 @@
 from collections import deque
 from collections.abc import Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
 from types import TracebackType
 from typing import Self
 
 import mlx.core as mx
-import numpy as np
 
 from mlxtp.checkpoint.headers import Checkpoint
 from mlxtp.checkpoint.memory import allocate
@@ -15,9 +15,21 @@ from mlxtp.checkpoint.tensors import Tensor
 from mlxtp.partition.spans import Slice
 
 READERS = 4
+# A slice is read in parts of this size, so that all threads read a large one.
+PART_BYTES = 4 * 1024 * 1024
 # The next slice is begun while fewer bytes than this are being read or wait to be
-# converted.
+# converted, besides the one that is waited for.
 AHEAD_BYTES = 32 * 1024 * 1024
+
+
+@dataclass(frozen=True)
+class _UnderWay:
+    """A slice that is being read: its array, and the parts that are not yet read."""
+
+    tensor: Tensor
+    part: Slice
+    array: mx.array
+    parts: list[Future[None]]
 
 
 class ReadAhead:
@@ -32,7 +44,7 @@ class ReadAhead:
     ) -> None:
         self._checkpoint = checkpoint
         self._wanted = iter(wanted)
-        self._under_way: deque[tuple[Tensor, Slice, mx.array, Future[None]]] = deque()
+        self._under_way: deque[_UnderWay] = deque()
         self._bytes = 0
         self._pool = ThreadPoolExecutor(READERS)
 
@@ -50,13 +62,15 @@ class ReadAhead:
     def read(self, tensor: Tensor, part: Slice) -> mx.array:
         """Wait for a slice, or read it. Errors as in `StoredTensor.read`."""
         self._begin()
-        if not self._under_way or self._under_way[0][:2] != (tensor, part):
+        following = self._under_way[0] if self._under_way else None
+        if following is None or (following.tensor, following.part) != (tensor, part):
             return self._checkpoint.read(tensor, part)
-        *_, array, done = self._under_way.popleft()
-        self._bytes -= array.nbytes
-        done.result()
+        self._under_way.popleft()
+        self._bytes -= following.array.nbytes
         self._begin()
-        return array
+        for read in following.parts:
+            read.result()
+        return following.array
 
     def _begin(self) -> None:
         """Begin to read the next slices, as far as AHEAD_BYTES go."""
@@ -65,9 +79,10 @@ class ReadAhead:
                 return
             tensor, part = following
             array, memory = allocate(part.shape, tensor.dtype)
-            done = self._pool.submit(self._fill, memory, tensor, part)
-            self._under_way.append((tensor, part, array, done))
+            plan = self._checkpoint.tensors[tensor.name].plan(part)
+            parts = [
+                self._pool.submit(piece.fill, memory[slice(*place)])
+                for place, piece in plan.parts(PART_BYTES)
+            ]
+            self._under_way.append(_UnderWay(tensor, part, array, parts))
             self._bytes += array.nbytes
-
-    def _fill(self, memory: np.ndarray, tensor: Tensor, part: Slice) -> None:
-        self._checkpoint.tensors[tensor.name].plan(part).fill(memory)

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import numpy as np
 
+from mlxtp.native import loader
 from mlxtp.partition.spans import Span, Spans
 
 # Spans that lie closer together than a page are read with what is between them: the
@@ -74,7 +75,11 @@ class Run:
 
     def _fill_by_span(self, target: np.ndarray, fd: int) -> None:
         """Read each span of each row by itself, straight to its place."""
-        for number, row in enumerate(target):
+        done = 0
+        if (native := loader.reading()) is not None:
+            done = native.fill(fd, target, self.offset, self.stride, self.spans)
+        # The row at which it stopped is read again here, to raise what is wrong.
+        for number, row in enumerate(target[done:], done):
             filled = 0
             for span in self.spans:
                 part = row[filled : filled + span.length]
@@ -131,13 +136,23 @@ class ReadPlan:
 
     def blocks(self) -> Iterator[np.ndarray]:
         """Read the bytes in their order, at most BLOCK_BYTES at a time: (n,) uint8."""
-        columns = max(1, min(self.row_bytes, BLOCK_BYTES))
-        rows = BLOCK_BYTES // columns if columns == self.row_bytes else 1
+        for _, plan in self.parts(BLOCK_BYTES):
+            yield plan.read()
+
+    def parts(self, most_bytes: int) -> Iterator[tuple[Span, "ReadPlan"]]:
+        """Divide it into plans of at most `most_bytes`, in the order of the memory.
+
+        Yields: the bytes of the memory that a plan fills, and the plan.
+        """
+        columns = max(1, min(self.row_bytes, most_bytes))
+        rows = most_bytes // columns if columns == self.row_bytes else 1
         for row in range(0, self.rows, rows):
             band = Span(row, min(row + rows, self.rows))
             for start in range(0, self.row_bytes, columns):
                 part = Span(start, min(start + columns, self.row_bytes))
-                yield self.clipped(band, part).read()
+                begin = row * self.row_bytes + start
+                plan = self.clipped(band, part)
+                yield Span(begin, begin + band.length * part.length), plan
 
 
 def _between(spans: Spans, offsets: Span) -> Spans:
