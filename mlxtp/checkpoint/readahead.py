@@ -16,10 +16,10 @@ from mlxtp.partition.spans import Slice
 
 READERS = 4
 # A slice is read in parts of this size, so that all threads read a large one.
-PART_BYTES = 4 * 1024 * 1024
+PART_BYTES = 8 * 1024 * 1024
 # The next slice is begun while fewer bytes than this are being read or wait to be
 # converted, besides the one that is waited for.
-AHEAD_BYTES = 32 * 1024 * 1024
+AHEAD_BYTES = 64 * 1024 * 1024
 
 
 @dataclass(frozen=True)

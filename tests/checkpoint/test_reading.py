@@ -181,11 +181,12 @@ def test_an_error_is_that_of_its_slice(
     monkeypatch.setattr(readahead, "PART_BYTES", 10_000)
     wanted = wanted_of(checkpoint)
     by_place = sorted(wanted, key=lambda pair: checkpoint.position(pair[0]))
-    *before, (tensor, part) = by_place
+    *before, (tensor, _) = by_place
+    by_place[-1] = tensor, Slice(tensor.shape)
     file = tmp_path / "model.safetensors"
     os.truncate(file, file.stat().st_size - 1)
     with ReadAhead(checkpoint, by_place) as reader:
         for pair in before:
             reader.read(*pair)
         with pytest.raises(OSError, match="the file ends at byte"):
-            reader.read(tensor, part)
+            reader.read(*by_place[-1])
