@@ -515,7 +515,6 @@ def read_slices(
     with ReadAhead(checkpoint, wanted) as reader:
         for name in order:
             array = empty.sources[name].read(slices[name], reader.read)
-            mx.eval(array)
             empty.model.update(tree_unflatten([(name, array)]))
             advance(array.nbytes)
 

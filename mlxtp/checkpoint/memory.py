@@ -21,7 +21,9 @@ def gpu_limit_bytes() -> int | None:
 
 
 def allocate(shape: Sequence[int], dtype: mx.Dtype) -> tuple[mx.array, np.ndarray]:
-    """Make an array to be filled, and a view of its memory, in which anything may be.
+    """Make an evaluated array to be filled, and a view of its memory.
+
+    Anything may be in it.
 
     Shapes: the array has `shape`, its memory is (n,) uint8.
     """
@@ -32,5 +34,6 @@ def allocate(shape: Sequence[int], dtype: mx.Dtype) -> tuple[mx.array, np.ndarra
     # MLX sets it to zero item by item: the fewer the better.
     wide = mx.uint64 if size % 8 == 0 else mx.uint8
     raw = mx.zeros((size // wide.size,), wide)
-    mx.eval(raw)
-    return raw.view(dtype).reshape(shape), np.asarray(raw).view(np.uint8)
+    array = raw.view(dtype).reshape(shape)
+    mx.eval(raw, array)
+    return array, np.asarray(raw).view(np.uint8)

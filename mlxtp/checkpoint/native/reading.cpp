@@ -35,8 +35,9 @@ using Memory = nb::ndarray<nb::numpy, uint8_t, nb::ndim<1>>;
 using Rows = nb::ndarray<uint8_t, nb::ndim<2>, nb::device::cpu>;
 using Span = std::pair<int64_t, int64_t>;
 
-// As much memory as is given its pages at once: it stays in a core's cache.
-constexpr int64_t STEP_BYTES = 1 << 20;
+// As much memory is given its pages at once: it stays in a core's cache, and who wants
+// new memory meanwhile, which the system refuses until it is done, waits little.
+constexpr int64_t STEP_BYTES = 256 * 1024;
 
 // Makes an array whose bytes are whatever lay there, and a view of them, which keeps
 // the array.
