@@ -512,7 +512,8 @@ def read_slices(
 
     order = sorted(reads, key=position)
     wanted = [tensor_and_part for name in order for tensor_and_part in reads[name]]
-    with ReadAhead(checkpoint, wanted) as reader:
+    kept = {source for source in empty.sources.values() if isinstance(source, Tensor)}
+    with ReadAhead(checkpoint, wanted, kept) as reader:
         for name in order:
             array = empty.sources[name].read(slices[name], reader.read)
             empty.model.update(tree_unflatten([(name, array)]))

@@ -1,17 +1,19 @@
 """Slices of tensors, read by threads ahead of what is made of them."""
 
 from collections import deque
-from collections.abc import Iterable
+from collections.abc import Iterable, Set
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from types import TracebackType
 from typing import Self
 
 import mlx.core as mx
+import numpy as np
 
 from mlxtp.checkpoint.headers import Checkpoint
 from mlxtp.checkpoint.memory import allocate
 from mlxtp.checkpoint.tensors import Tensor
+from mlxtp.native import loader
 from mlxtp.partition.spans import Slice
 
 READERS = 4
@@ -36,14 +38,25 @@ class ReadAhead:
     """Reads slices like `Checkpoint.read`, some before they are asked for.
 
     `wanted` is what will be asked for, in that order. What is asked for out of turn is
-    read then.
+    read then. `kept` are those of its tensors whose arrays stay when they are read.
     """
 
     def __init__(
-        self, checkpoint: Checkpoint, wanted: Iterable[tuple[Tensor, Slice]]
+        self,
+        checkpoint: Checkpoint,
+        wanted: Iterable[tuple[Tensor, Slice]],
+        kept: Set[Tensor] = frozenset(),
     ) -> None:
         self._checkpoint = checkpoint
-        self._wanted = iter(wanted)
+        # Memory that stays, and that nothing is written to yet, is taken before threads
+        # read: the system makes who takes memory wait for who fills some.
+        self._wanted = iter(
+            [
+                (tensor, part, _array(tensor, part) if early else None)
+                for tensor, part in wanted
+                for early in [tensor in kept and loader.reading() is not None]
+            ]
+        )
         self._under_way: deque[_UnderWay] = deque()
         self._bytes = 0
         self._pool = ThreadPoolExecutor(READERS)
@@ -77,8 +90,8 @@ class ReadAhead:
         while self._bytes < AHEAD_BYTES:
             if (following := next(self._wanted, None)) is None:
                 return
-            tensor, part = following
-            array, memory = allocate(part.shape, tensor.dtype)
+            tensor, part, taken = following
+            array, memory = taken or _array(tensor, part)
             plan = self._checkpoint.tensors[tensor.name].plan(part)
             parts = [
                 self._pool.submit(piece.fill, memory[slice(*place)])
@@ -86,3 +99,8 @@ class ReadAhead:
             ]
             self._under_way.append(_UnderWay(tensor, part, array, parts))
             self._bytes += array.nbytes
+
+
+def _array(tensor: Tensor, part: Slice) -> tuple[mx.array, np.ndarray]:
+    """Make the array of a slice, to be filled, and a view of its memory."""
+    return allocate(part.shape, tensor.dtype)

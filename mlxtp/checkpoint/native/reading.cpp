@@ -36,8 +36,8 @@ using Rows = nb::ndarray<uint8_t, nb::ndim<2>, nb::device::cpu>;
 using Span = std::pair<int64_t, int64_t>;
 
 // As much memory is given its pages at once: it stays in a core's cache, and who wants
-// new memory meanwhile, which the system refuses until it is done, waits little.
-constexpr int64_t STEP_BYTES = 256 * 1024;
+// new memory meanwhile has to wait.
+constexpr int64_t STEP_BYTES = 1 << 20;
 
 // Makes an array whose bytes are whatever lay there, and a view of them, which keeps
 // the array.
