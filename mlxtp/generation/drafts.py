@@ -1,0 +1,212 @@
+"""What drafts: tokens that may come next, for the model to accept or reject.
+
+A maker (`Drafts`) holds what sequences share, such as a draft model. Each sequence has
+a `Drafter` of its own. On all ranks a drafter proposes the same tokens.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import Any, Protocol
+
+import mlx.core as mx
+import mlx.nn as nn
+from mlx_lm.models.cache import make_prompt_cache
+from mlx_lm.sample_utils import greedy_sampler
+
+from mlxtp.comm.communicator import Communicator
+from mlxtp.generation.agreed import agreed
+from mlxtp.generation.rollback import Point
+from mlxtp.layers.sums import outputs_unread
+
+# Draws a token: log-probabilities (1, V), and how many tokens of the sequence are
+# before it -> (1,).
+Draw = Callable[[mx.array, int], mx.array]
+
+# The name of drafts that need no model.
+NGRAM = "ngram"
+# So many of the last tokens are looked for, the longest first.
+NGRAM_SIZES = (5, 4, 3, 2)
+
+# A draft model reads what it lacks in chunks of so many tokens.
+CHUNK_TOKENS = 512
+
+
+class Drafter(Protocol):
+    """Drafts for one sequence.
+
+    It keeps what it knows of the sequence, such as caches, and brings that into line by
+    itself: nobody tells it what was accepted.
+    """
+
+    def propose(self, tokens: Sequence[int], count: int) -> list[int]:
+        """Propose at most `count` tokens that may follow `tokens`.
+
+        Every rank calls it alike and gets the same list.
+
+        Args:
+            tokens: all that are known of the sequence, prompt and answer. They begin
+                with those of the call before, and there are more of them.
+            count: at least 1.
+        """
+        ...
+
+
+class Drafts(Protocol):
+    """Makes drafters, one for each sequence."""
+
+    def begin(self, draw: Draw | None = None) -> Drafter:
+        """Make the drafter of a new sequence.
+
+        `draw` draws as the model's tokens are drawn, so that good drafts are accepted;
+        None takes the likeliest.
+        """
+        ...
+
+
+class NgramDrafts:
+    """Drafts without a model: what followed the last tokens before.
+
+    Strong where a text repeats itself or its prompt, as code and summaries do.
+    """
+
+    def begin(self, draw: Draw | None = None) -> "NgramDrafter":
+        """Make the drafter of a new sequence."""
+        return NgramDrafter()
+
+
+class NgramDrafter:
+    """Looks for the last tokens in prompt and answer: the latest place where they were.
+
+    A token costs the same however long the sequence is: places are found by the tokens
+    before them.
+    """
+
+    def __init__(self) -> None:
+        # Tokens -> how many tokens are before what followed them.
+        self._places: dict[tuple[int, ...], int] = {}
+        self._noted = 0
+
+    def propose(self, tokens: Sequence[int], count: int) -> list[int]:
+        """Propose what followed the longest match; nothing if there is none."""
+        for place in range(max(1, self._noted), len(tokens)):
+            self._note(tokens, place)
+        self._noted = len(tokens)
+        for size in NGRAM_SIZES:
+            if size >= len(tokens):
+                continue
+            place = self._places.get(tuple(tokens[-size:]))
+            if place is not None:
+                return self._copied(tokens, place, count)
+        return []
+
+    def _note(self, tokens: Sequence[int], place: int) -> None:
+        """Note the token at `place` as what follows those before it."""
+        for size in NGRAM_SIZES:
+            if size <= place:
+                self._places[tuple(tokens[place - size : place])] = place
+
+    @staticmethod
+    def _copied(tokens: Sequence[int], place: int, count: int) -> list[int]:
+        """Copy from `place` on, and what was copied too where it reaches the end."""
+        period = len(tokens) - place
+        return [tokens[place + i % period] for i in range(count)]
+
+
+class ModelDrafts:
+    """Drafts of a model that is smaller than the one it drafts for.
+
+    The model is either whole on one rank, `root`, which hands on what it drafts; or it
+    is called on every rank alike, whole on each or split over them.
+
+    Args:
+        model: as `mlxtp.load` gives it. A whole one is loaded with a `Communicator` of
+            one rank. None on ranks that do not have it.
+        comm: the ranks that need the drafts.
+        root: the rank that computes; None for all.
+    """
+
+    def __init__(
+        self, model: nn.Module | None, comm: Communicator, root: int | None = None
+    ) -> None:
+        self.model, self.comm, self.root = model, comm, root
+        self.agree = agreed(lambda tokens: tokens, comm)
+
+    @property
+    def is_here(self) -> bool:
+        """Whether this rank computes."""
+        return self.root in (None, self.comm.rank)
+
+    def begin(self, draw: Draw | None = None) -> "ModelDrafter":
+        """Make the drafter of a new sequence."""
+        return ModelDrafter(self, draw)
+
+
+class ModelDrafter:
+    """Drafts of a model for one sequence."""
+
+    def __init__(self, drafts: ModelDrafts, draw: Draw | None) -> None:
+        self._drafts = drafts
+        self._draw = draw or (lambda logprobs, _: greedy_sampler(logprobs))
+        self._caches: list[Any] = []
+        self._point: Point | None = None
+        self._read: list[int] = []  # tokens that the caches hold
+        self._agreed = 0  # how many of them were no drafts
+        if drafts.is_here:
+            self._caches = make_prompt_cache(drafts.model)
+
+    def propose(self, tokens: Sequence[int], count: int) -> list[int]:
+        """Propose `count` tokens.
+
+        Communicates: one broadcast of `count` elements from the rank that computes;
+            where all do, what the model's forward passes do, and a broadcast for each
+            token where machines differ.
+        """
+        drafts = self._drafts
+        drafted = mx.zeros((count,), mx.int32)
+        if drafts.is_here:
+            drafted = self._drafted(tokens, count)
+        if drafts.root is not None:
+            drafted = drafts.comm.bcast(drafted, drafts.root, at="the draft")
+        result: Any = drafted.tolist()
+        self._read = [*tokens, *result[:-1]]  # the last is not read
+        return list(result)
+
+    def _drafted(self, tokens: Sequence[int], count: int) -> mx.array:
+        """Draft tokens (count,), one behind another."""
+        self._bring_into_line(tokens)
+        unread = tokens[len(self._read) :]
+        while len(unread) > CHUNK_TOKENS:
+            with outputs_unread():
+                self._logits(mx.array(unread[:CHUNK_TOKENS]))
+            mx.eval([cache.state for cache in self._caches])
+            unread = unread[CHUNK_TOKENS:]
+        logits = self._logits(mx.array(unread))
+        self._agreed, self._point = len(tokens), Point(self._caches)
+        drafted: list[mx.array] = []
+        for position in range(len(tokens), len(tokens) + count):
+            if drafted:
+                logits = self._logits(drafted[-1])
+            logprobs = logits - mx.logsumexp(logits, axis=-1, keepdims=True)
+            token = self._draw(logprobs, position)
+            if self._drafts.root is None:
+                token = self._drafts.agree(token)
+            mx.async_eval(token)  # type: ignore[no-untyped-call]
+            drafted.append(token)
+        return mx.concatenate(drafted).astype(mx.int32)
+
+    def _bring_into_line(self, tokens: Sequence[int]) -> None:
+        """Take drafts out of the caches that have become none of `tokens`."""
+        if self._point is None:
+            return
+        common = self._agreed
+        for drafted, token in zip(self._read[common:], tokens[common:-1], strict=False):
+            if drafted != token:
+                break
+            common += 1
+        was_cut = self._point.take_back(len(self._read) - common)
+        del self._read[common if was_cut else self._agreed :]
+
+    def _logits(self, tokens: mx.array) -> mx.array:
+        """Read tokens (L,); logits (1, V) of what follows."""
+        model: Any = self._drafts.model
+        logits: mx.array = model(tokens[None], cache=self._caches)
+        return logits[:, -1]
