@@ -26,7 +26,7 @@ NGRAM = "ngram"
 # So many of the last tokens are looked for, the longest first.
 NGRAM_SIZES = (5, 4, 3, 2)
 
-# A draft model reads what it lacks in chunks of so many tokens.
+# A draft model reads what it lacks in chunks of so many tokens, unless told.
 CHUNK_TOKENS = 512
 
 
@@ -53,13 +53,33 @@ class Drafter(Protocol):
 class Drafts(Protocol):
     """Makes drafters, one for each sequence."""
 
-    def begin(self, draw: Draw | None = None) -> Drafter:
+    def begin(self, draw: Draw | None = None, chunk: int = CHUNK_TOKENS) -> Drafter:
         """Make the drafter of a new sequence.
 
-        `draw` draws as the model's tokens are drawn, so that good drafts are accepted;
-        None takes the likeliest.
+        Args:
+            draw: draws as the model's tokens are drawn, so that good drafts are
+                accepted; None takes the likeliest.
+            chunk: the most tokens of a prompt that are read at once.
         """
         ...
+
+
+def drafts_of(what: nn.Module | Drafts | str, comm: Communicator) -> Drafts:
+    """Make of what a caller gives for a draft what drafts.
+
+    Args:
+        what: "ngram", a model that is split over `comm`, or drafts as they are.
+        comm: the ranks of the model that is drafted for.
+
+    Raises: ValueError for another name.
+    """
+    if isinstance(what, nn.Module):
+        return ModelDrafts(what, comm)
+    if not isinstance(what, str):
+        return what
+    if what != NGRAM:
+        raise ValueError(f"draft_model {what!r}: wanted a model, or {NGRAM!r}")
+    return NgramDrafts()
 
 
 class NgramDrafts:
@@ -68,7 +88,9 @@ class NgramDrafts:
     Strong where a text repeats itself or its prompt, as code and summaries do.
     """
 
-    def begin(self, draw: Draw | None = None) -> "NgramDrafter":
+    def begin(
+        self, draw: Draw | None = None, chunk: int = CHUNK_TOKENS
+    ) -> "NgramDrafter":
         """Make the drafter of a new sequence."""
         return NgramDrafter()
 
@@ -93,9 +115,9 @@ class NgramDrafter:
         for size in NGRAM_SIZES:
             if size >= len(tokens):
                 continue
-            place = self._places.get(tuple(tokens[-size:]))
-            if place is not None:
-                return self._copied(tokens, place, count)
+            last = tuple(tokens[-size:])
+            if last in self._places:
+                return self._copied(tokens, self._places[last], count)
         return []
 
     def _note(self, tokens: Sequence[int], place: int) -> None:
@@ -135,23 +157,25 @@ class ModelDrafts:
         """Whether this rank computes."""
         return self.root in (None, self.comm.rank)
 
-    def begin(self, draw: Draw | None = None) -> "ModelDrafter":
+    def begin(
+        self, draw: Draw | None = None, chunk: int = CHUNK_TOKENS
+    ) -> "ModelDrafter":
         """Make the drafter of a new sequence."""
-        return ModelDrafter(self, draw)
+        return ModelDrafter(self, draw, chunk)
 
 
 class ModelDrafter:
     """Drafts of a model for one sequence."""
 
-    def __init__(self, drafts: ModelDrafts, draw: Draw | None) -> None:
-        self._drafts = drafts
+    def __init__(self, drafts: ModelDrafts, draw: Draw | None, chunk: int) -> None:
+        self._drafts, self._chunk = drafts, chunk
         self._draw = draw or (lambda logprobs, _: greedy_sampler(logprobs))
-        self._caches: list[Any] = []
-        self._point: Point | None = None
-        self._read: list[int] = []  # tokens that the caches hold
-        self._agreed = 0  # how many of them were no drafts
-        if drafts.is_here:
-            self._caches = make_prompt_cache(drafts.model)
+        self._caches = make_prompt_cache(drafts.model) if drafts.is_here else []
+        # The caches hold so many tokens that were known, where `_point` was set, and
+        # behind them what was drafted.
+        self._known = 0
+        self._drafted: list[int] = []
+        self._point = Point(self._caches)
 
     def propose(self, tokens: Sequence[int], count: int) -> list[int]:
         """Propose `count` tokens.
@@ -163,24 +187,23 @@ class ModelDrafter:
         drafts = self._drafts
         drafted = mx.zeros((count,), mx.int32)
         if drafts.is_here:
-            drafted = self._drafted(tokens, count)
+            drafted = self._draft(tokens, count)
         if drafts.root is not None:
             drafted = drafts.comm.bcast(drafted, drafts.root, at="the draft")
         result: Any = drafted.tolist()
-        self._read = [*tokens, *result[:-1]]  # the last is not read
+        self._drafted = result[:-1]  # the last is not read
         return list(result)
 
-    def _drafted(self, tokens: Sequence[int], count: int) -> mx.array:
+    def _draft(self, tokens: Sequence[int], count: int) -> mx.array:
         """Draft tokens (count,), one behind another."""
-        self._bring_into_line(tokens)
-        unread = tokens[len(self._read) :]
-        while len(unread) > CHUNK_TOKENS:
+        unread = list(tokens[self._take_back(tokens) :])
+        while len(unread) > self._chunk:
             with outputs_unread():
-                self._logits(mx.array(unread[:CHUNK_TOKENS]))
+                self._logits(mx.array(unread[: self._chunk]))
             mx.eval([cache.state for cache in self._caches])
-            unread = unread[CHUNK_TOKENS:]
+            unread = unread[self._chunk :]
         logits = self._logits(mx.array(unread))
-        self._agreed, self._point = len(tokens), Point(self._caches)
+        self._known, self._point = len(tokens), Point(self._caches)
         drafted: list[mx.array] = []
         for position in range(len(tokens), len(tokens) + count):
             if drafted:
@@ -193,17 +216,17 @@ class ModelDrafter:
             drafted.append(token)
         return mx.concatenate(drafted).astype(mx.int32)
 
-    def _bring_into_line(self, tokens: Sequence[int]) -> None:
-        """Take drafts out of the caches that have become none of `tokens`."""
-        if self._point is None:
-            return
-        common = self._agreed
-        for drafted, token in zip(self._read[common:], tokens[common:-1], strict=False):
+    def _take_back(self, tokens: Sequence[int]) -> int:
+        """Take out of the caches what is none of `tokens`; how many they hold now."""
+        right = 0
+        for drafted, token in zip(
+            self._drafted, tokens[self._known : -1], strict=False
+        ):
             if drafted != token:
                 break
-            common += 1
-        was_cut = self._point.take_back(len(self._read) - common)
-        del self._read[common if was_cut else self._agreed :]
+            right += 1
+        was_cut = self._point.take_back(len(self._drafted) - right)
+        return self._known + (right if was_cut else 0)
 
     def _logits(self, tokens: mx.array) -> mx.array:
         """Read tokens (L,); logits (1, V) of what follows."""

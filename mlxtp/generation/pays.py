@@ -30,8 +30,8 @@ GUESS, GUESS_WEIGHT = 0.7, 1.0
 class Costs:
     """Seconds of rounds: of passes with drafts, and of those without.
 
-    A round drafts, makes a pass, and draws its tokens. They are measured by the clock of
-    one rank. What other ranks decide with has to be the same: `to_floats` and
+    A round drafts, makes a pass, and draws its tokens. One rank's clock measures them.
+    What other ranks decide with has to be the same: `to_floats` and
     `from_floats` hand it on.
     """
 
