@@ -141,8 +141,20 @@ class Service:
                 steps=self._steps,
                 step_seconds=scheduler.pace.decode_seconds,
                 ranks=ranks,
+                **self._drafts(),
             )
         )
+
+    def _drafts(self) -> dict[str, int]:
+        """What `Stats` say of drafts."""
+        drafts = self._scheduler.drafts
+        if drafts is None:
+            return {}
+        return {
+            "drafts": drafts.rounds,
+            "drafted": drafts.drafted,
+            "accepted": drafts.accepted,
+        }
 
     def _take(self, start: Start) -> None:
         """Take a request, or say what is wrong with it."""
