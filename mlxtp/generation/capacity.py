@@ -130,13 +130,15 @@ class RankCapacity:
     """What caches take on one rank, and the most that they may.
 
     `score_bytes` is what the products of queries and keys take for each token of the
-    longest sequence, where attention is not one kernel.
+    longest sequence, where attention is not one kernel. `draft` is what the caches of a
+    draft model take on this rank, which has those of each row besides.
     """
 
     host: str
     cache: CacheBytes
     limit_bytes: int
     score_bytes: float = 0.0
+    draft: CacheBytes | None = None
 
     def used_bytes(
         self, rows: Sequence[int], others: Sequence[int], kept_bytes: int, part: int
@@ -149,7 +151,8 @@ class RankCapacity:
         # What grows, or comes or goes in a batch, is copied.
         copied = self.cache.copied * max(batch, *single, 0)
         scores = self.score_bytes * max(*rows, *others, 0)
-        return kept_bytes + batch + sum(single) + round(copied + scores)
+        drafts = sum(self.draft.bytes(tokens) for tokens in rows) if self.draft else 0
+        return kept_bytes + batch + sum(single) + round(copied + scores) + drafts
 
 
 @dataclass(frozen=True)
@@ -214,6 +217,7 @@ def measure(
     kv_bits: int | None = None,
     kv_group_size: int = 64,
     quantized_kv_start: int = 0,
+    draft: nn.Module | None = None,
 ) -> Capacity:
     """Say what caches take and may take, now that the model is loaded.
 
@@ -226,10 +230,11 @@ def measure(
         build: makes the model without weights, as it was loaded, for a dry run.
         kv_gb: the limit in GB, on the rank whose caches take most.
         part: the most tokens of a prompt that are read in a pass.
-        rows: the most tokens that are drawn in a pass.
+        rows: the most tokens that are drawn in a pass, drafts of all rows among them.
         kv_bits: how caches are quantized, as mlx-lm has it; None for not.
         kv_group_size: mlx-lm's.
         quantized_kv_start: mlx-lm's.
+        draft: what this rank has of a draft model, which has caches for each row too.
 
     Raises: UsageError, with the numbers, if `kv_gb` is not there or is not enough, and
         if caches cannot be quantized so.
@@ -251,6 +256,7 @@ def measure(
             available_bytes(gpu_limit_bytes()),
             # Metal's limit counts what is there already.
             mx.get_active_memory() if mx.metal.is_available() else 0,
+            None if draft is None else CacheBytes.of(draft),
         )
     ranks: list[_Facts] = comm.allgather_object(mine)
     free = _free_bytes(ranks)
@@ -267,7 +273,7 @@ def measure(
             )
     capacity = Capacity(
         tuple(
-            RankCapacity(facts.host, facts.cache, limit, facts.score_bytes)
+            RankCapacity(facts.host, facts.cache, limit, facts.score_bytes, facts.draft)
             for facts, limit in zip(ranks, limits, strict=True)
         ),
         part,
@@ -313,10 +319,12 @@ class _Facts:
     working_bytes: int
     available_bytes: int
     held_bytes: int
+    draft: CacheBytes | None
 
     @property
     def typical_bytes(self) -> int:
-        return self.cache.bytes(4096)
+        of_draft = self.draft.bytes(4096) if self.draft else 0
+        return self.cache.bytes(4096) + of_draft
 
 
 def _free_bytes(ranks: Sequence[_Facts]) -> list[int]:

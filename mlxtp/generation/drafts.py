@@ -5,6 +5,7 @@ a `Drafter` of its own. On all ranks a drafter proposes the same tokens.
 """
 
 from collections.abc import Callable, Sequence
+from itertools import islice
 from typing import Any, Protocol
 
 import mlx.core as mx
@@ -63,6 +64,16 @@ class Drafts(Protocol):
         """
         ...
 
+    def propose(
+        self, asked: Sequence[tuple[Any, Sequence[int], int]]
+    ) -> list[list[int]]:
+        """Let several of its drafters propose, for one pass.
+
+        Args:
+            asked: drafters, with what `Drafter.propose` takes.
+        """
+        ...
+
 
 def drafts_of(what: nn.Module | Drafts | str, comm: Communicator) -> Drafts:
     """Make of what a caller gives for a draft what drafts.
@@ -93,6 +104,12 @@ class NgramDrafts:
     ) -> "NgramDrafter":
         """Make the drafter of a new sequence."""
         return NgramDrafter()
+
+    def propose(
+        self, asked: "Sequence[tuple[NgramDrafter, Sequence[int], int]]"
+    ) -> list[list[int]]:
+        """Let the drafters of several sequences propose."""
+        return [drafter.propose(tokens, count) for drafter, tokens, count in asked]
 
 
 class NgramDrafter:
@@ -163,6 +180,28 @@ class ModelDrafts:
         """Make the drafter of a new sequence."""
         return ModelDrafter(self, draw, chunk)
 
+    def propose(
+        self, asked: "Sequence[tuple[ModelDrafter, Sequence[int], int]]"
+    ) -> list[list[int]]:
+        """Let the drafters of several sequences propose: tokens and counts as theirs.
+
+        Communicates: what `ModelDrafter.propose` does, but one broadcast for all.
+        """
+        counts = [count for _, _, count in asked]
+        drafted = mx.zeros((sum(counts),), mx.int32)
+        if self.is_here:
+            drafted = mx.concatenate(
+                [drafter.draft(tokens, count) for drafter, tokens, count in asked]
+            )
+        if self.root is not None:
+            drafted = self.comm.bcast(drafted, self.root, at="the draft")
+        numbers: Any = drafted.tolist()
+        every = iter(numbers)
+        result = [list(islice(every, count)) for count in counts]
+        for (drafter, _, _), of_one in zip(asked, result, strict=True):
+            drafter.note(of_one)
+        return result
+
 
 class ModelDrafter:
     """Drafts of a model for one sequence."""
@@ -184,17 +223,14 @@ class ModelDrafter:
             where all do, what the model's forward passes do, and a broadcast for each
             token where machines differ.
         """
-        drafts = self._drafts
-        drafted = mx.zeros((count,), mx.int32)
-        if drafts.is_here:
-            drafted = self._draft(tokens, count)
-        if drafts.root is not None:
-            drafted = drafts.comm.bcast(drafted, drafts.root, at="the draft")
-        result: Any = drafted.tolist()
-        self._drafted = result[:-1]  # the last is not read
-        return list(result)
+        (result,) = self._drafts.propose([(self, tokens, count)])
+        return result
 
-    def _draft(self, tokens: Sequence[int], count: int) -> mx.array:
+    def note(self, drafted: Sequence[int]) -> None:
+        """Note what `draft` gave, which is known now."""
+        self._drafted = list(drafted[:-1])  # the last is not read
+
+    def draft(self, tokens: Sequence[int], count: int) -> mx.array:
         """Draft tokens (count,), one behind another."""
         unread = list(tokens[self._take_back(tokens) :])
         while len(unread) > self._chunk:

@@ -39,6 +39,7 @@ from mlx_lm.utils import maybe_set_recommended_wired_limit
 from mlxtp.generation.agreed import agreed
 from mlxtp.generation.drafts import Drafter, Drafts
 from mlxtp.generation.grammar import Grammars, Matcher
+from mlxtp.generation.pays import MOST
 from mlxtp.generation.prefix_cache import PrefixStore
 from mlxtp.generation.rollback import Point
 from mlxtp.generation.rows import Caches, Rows
@@ -255,7 +256,7 @@ class Engine:
         self._grammars = grammars
         self._drafts, self._ends = drafts, frozenset(ends)
         self._sampler = _samplers(rows, never_excluded)
-        self._quantized = dict(
+        self._quantized: dict[str, Any] = dict(
             kv_bits=kv_bits,
             kv_group_size=kv_group_size,
             quantized_kv_start=quantized_kv_start,
@@ -451,22 +452,37 @@ class Engine:
         Communicates: what drafters do.
         """
         begun = time.perf_counter()
-        drafts: list[list[int]] = []
+        assert self._drafts is not None
+        proposing: list[tuple[_Row, tuple[Drafter, Sequence[int], int]]] = []
         for row in rows:
-            count = asked.get(row.request.id, 0)
-            if not count or len(row.pending) > MOST_PENDING:
-                drafts.append([])
+            wanted = asked.get(row.request.id, 0)
+            if not wanted:
                 continue
-            if row.drafter is None:
-                assert self._drafts is not None
-                is_greedy = row.sampler is greedy_sampler
-                row.drafter = self._drafts.begin(None if is_greedy else row.sample)
-            drafts.append(row.drafter.propose(row.tokens, count))
-        for row, draft in zip(rows, drafts, strict=True):
-            if row.request.id in asked:
+            result.drafted[row.request.id] = 0, 0
+            count = min(wanted, self._room(row))
+            if count > 0:
+                if row.drafter is None:
+                    is_greedy = row.sampler is greedy_sampler
+                    row.drafter = self._drafts.begin(None if is_greedy else row.sample)
+                proposing.append((row, (row.drafter, row.tokens, count)))
+        drafts: dict[str, list[int]] = {}
+        if proposing:
+            proposed = self._drafts.propose([one for _, one in proposing])
+            for (row, _), draft in zip(proposing, proposed, strict=True):
+                drafts[row.request.id] = draft
                 result.drafted[row.request.id] = len(draft), 0
         result.draft_seconds = time.perf_counter() - begun
-        return drafts
+        return [drafts.get(row.request.id, []) for row in rows]
+
+    def _room(self, row: _Row) -> int:
+        """How many tokens a row can draft, by what its caches hold and lack."""
+        if len(row.pending) > MOST_PENDING:
+            return 0
+        if self._quantized["kv_bits"] is None:
+            return MOST
+        # Tokens behind the start of quantized caches find those before them quantized.
+        held, start = len(row.held), self._quantized["quantized_kv_start"]
+        return MOST if held >= start else start - held - len(row.pending)
 
     def _decode_drafts(
         self, rows: Sequence[_Row], drafts: Sequence[list[int]], result: Result
@@ -509,7 +525,7 @@ class Engine:
             of_row = scores[at]
             told = [None] * len(right) if of_row is None else of_row.evaluated()
             self._add(row, right, told[: len(right)], result)
-            if row.request.id in result.drafted:
+            if draft:
                 result.drafted[row.request.id] = len(draft), max(0, len(right) - 1)
             # The last one was not read.
             read = len(row.pending) + len(right) - 1 if right else 0

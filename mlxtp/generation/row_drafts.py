@@ -22,6 +22,9 @@ from mlxtp.generation.pays import (
 # Numbers of drafted tokens that are weighed against each other.
 COUNTS = tuple(n for n in (1, 2, 3, 4, 6, 8, 12, 16) if n <= MOST)
 
+# The most tokens of all rows in a pass with drafts: their logits are there at once.
+PLACES = 128
+
 # What each round leaves of the time that drafting has taken before.
 FADING = 0.9
 
@@ -45,15 +48,22 @@ class RowDrafts:
     Args:
         fixed: always so many; None for as many as pay.
         in_batches: whether several rows may draft; else a row alone.
+        places: the most tokens of all rows in a pass with drafts.
 
     Attributes:
         rounds, drafted, accepted: drafts of all rows, and their tokens, since the
             start.
     """
 
-    def __init__(self, fixed: int | None = None, *, in_batches: bool = True) -> None:
+    def __init__(
+        self,
+        fixed: int | None = None,
+        *,
+        in_batches: bool = True,
+        places: int = PLACES,
+    ) -> None:
         self.rounds = self.drafted = self.accepted = 0
-        self._fixed, self._in_batches = fixed, in_batches
+        self._fixed, self._in_batches, self._places = fixed, in_batches, places
         self._rows: dict[str, _Row] = {}
         self._pause = FIRST_PAUSE  # with which new rows begin
         self._costs: dict[int, Costs] = {}  # by the number of rows
@@ -74,9 +84,11 @@ class RowDrafts:
         self._passes += 1
         for name in self._rows.keys() - room.keys():
             del self._rows[name]
-        most = {name: min(count, MOST) for name, count in room.items() if count > 0}
         if not room or (len(room) > 1 and not self._in_batches):
             return {}
+        widest = min(MOST, self._places // len(room) - 1)
+        most = {name: min(count, widest) for name, count in room.items()}
+        most = {name: count for name, count in most.items() if count > 0}
         if self._fixed is not None:
             return {name: min(count, self._fixed) for name, count in most.items()}
         costs = self._costs_of(len(room))

@@ -56,7 +56,9 @@ def test_each_sees_its_own_tokens(window: int | None, seed: int) -> None:
             for place in range(width):
                 here = mask[at, 0, place].tolist()
                 values = keys[at, 0, :, 0].tolist()
-                seen = {int(x) for x, is_seen in zip(values, here, strict=True) if is_seen}
+                seen = {
+                    int(x) for x, is_seen in zip(values, here, strict=True) if is_seen
+                }
                 text = [*known[name], *tokens[at][: place + 1]]
                 assert seen == {*text[-(window or len(text)) :]}, (turn, name, place)
         rejected = [draw.randrange(width) for _ in rows.ids]

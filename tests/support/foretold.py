@@ -19,7 +19,11 @@ class Foretold:
         """Draft for one more sequence."""
         return self
 
-    def propose(self, tokens: Sequence[int], count: int) -> list[int]:
+    def propose(self, asked: Any) -> list[list[int]]:
+        """Draft for several sequences."""
+        return [self._one(tokens, count) for _, tokens, count in asked]
+
+    def _one(self, tokens: Sequence[int], count: int) -> list[int]:
         """Draft what comes behind `tokens`, nothing behind others."""
         length = len(tokens)
         text = next((x for x in self.texts if x[:length] == [*tokens]), [])
