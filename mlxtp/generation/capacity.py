@@ -115,9 +115,12 @@ class CacheBytes:
         before = min(tokens, self.quantized_start + part)
         return max(result, self.plain.bytes(before, part))
 
-    def batch_bytes(self, rows: int, longest: int) -> int:
-        """Bytes of a batch: all rows are filled up to the longest."""
-        return rows * self.bytes(longest)
+    def batch_bytes(self, rows: int, longest: int, width: int = 1) -> int:
+        """Bytes of a batch: all rows are filled up to the longest.
+
+        `width` is how many tokens of each the last pass has read.
+        """
+        return rows * self.bytes(longest, width)
 
     @property
     def copied(self) -> float:
@@ -141,12 +144,17 @@ class RankCapacity:
     draft: CacheBytes | None = None
 
     def used_bytes(
-        self, rows: Sequence[int], others: Sequence[int], kept_bytes: int, part: int
+        self,
+        rows: Sequence[int],
+        others: Sequence[int],
+        kept_bytes: int,
+        part: int,
+        width: int = 1,
     ) -> int:
         """Bytes at the worst moment of a pass; arguments are `Capacity.fits`'s."""
         if not rows and not others:
             return kept_bytes
-        batch = self.cache.batch_bytes(len(rows), max(rows, default=0))
+        batch = self.cache.batch_bytes(len(rows), max(rows, default=0), width)
         single = [self.cache.bytes(tokens, part) for tokens in others]
         # What grows, or comes or goes in a batch, is copied.
         copied = self.cache.copied * max(batch, *single, 0)
@@ -170,7 +178,11 @@ class Capacity:
         return tuple(rank.cache.bytes(tokens, self.part) for rank in self.ranks)
 
     def fullest(
-        self, rows: Sequence[int], others: Sequence[int], kept_bytes: Sequence[int] = ()
+        self,
+        rows: Sequence[int],
+        others: Sequence[int],
+        kept_bytes: Sequence[int] = (),
+        width: int = 1,
     ) -> float:
         """The part of the limit that is used on the fullest rank, 0 to 1; above 1 none.
 
@@ -178,12 +190,16 @@ class Capacity:
         """
         kept = kept_bytes or [0] * len(self.ranks)
         return max(
-            rank.used_bytes(rows, others, of_rank, self.part) / rank.limit_bytes
+            rank.used_bytes(rows, others, of_rank, self.part, width) / rank.limit_bytes
             for rank, of_rank in zip(self.ranks, kept, strict=True)
         )
 
     def fits(
-        self, rows: Sequence[int], others: Sequence[int], kept_bytes: Sequence[int] = ()
+        self,
+        rows: Sequence[int],
+        others: Sequence[int],
+        kept_bytes: Sequence[int] = (),
+        width: int = 1,
     ) -> bool:
         """Whether caches have room on every rank.
 
@@ -194,8 +210,9 @@ class Capacity:
             others: tokens of each sequence that has caches of its own, as when its
                 prompt is read.
             kept_bytes: what the prefix cache holds, on each rank.
+            width: tokens of each row that a pass reads, of which windows hold more.
         """
-        return self.fullest(rows, others, kept_bytes) <= 1
+        return self.fullest(rows, others, kept_bytes, width) <= 1
 
     def longest(self, context: int) -> int:
         """The most tokens that one sequence can have, up to `context`."""

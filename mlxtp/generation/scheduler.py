@@ -88,7 +88,7 @@ class Scheduler:
         self._part, self._logits_part = part, logits_part
         self._trimmable_below = trimmable_below
         self._context = context
-        self._lacking = 0  # of the tokens of each row, the last, which no cache holds
+        self._width = 0  # tokens of each row that the last pass has read, with drafts
         self._is_read_beside = False
         self._waiting: deque[_Active] = deque()
         self._active: dict[str, _Active] = {}  # in the order of admission
@@ -153,7 +153,7 @@ class Scheduler:
             drafted: see `width`.
             draft_seconds: see `width`.
         """
-        self._lacking = 1 if width else 0
+        self._width = width
         if seconds is not None:
             self.pace.passed(seconds, is_waited_for=width > 0)
         if self.drafts is not None:
@@ -165,6 +165,11 @@ class Scheduler:
                 draft_seconds,
                 is_alone=not self._is_read_beside,
             )
+
+    @property
+    def _lacking(self) -> int:
+        """How many of the known tokens of each row its caches lack: the last one."""
+        return 1 if self._width else 0
 
     def decide(self) -> Step:
         """Decide the next step."""
@@ -407,7 +412,8 @@ class Scheduler:
         It reads `ahead` tokens of each row, one of which may be on its way.
         """
         rows, others = self._lengths(ahead)
-        return self._capacity.fits(rows, [*others, *more], self._prefixes.nbytes)
+        kept, width = self._prefixes.nbytes, max(ahead, self._width)
+        return self._capacity.fits(rows, [*others, *more], kept, width)
 
 
 def begin_alike(a: Sequence[int], b: Sequence[int]) -> bool:

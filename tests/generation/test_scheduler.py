@@ -7,6 +7,7 @@ from driven import GREEDY
 
 from mlxtp.generation.capacity import CacheBytes, Capacity, Growth, RankCapacity
 from mlxtp.generation.prefix_cache import PrefixIndex
+from mlxtp.generation.row_drafts import RowDrafts
 from mlxtp.generation.scheduler import Scheduler
 from mlxtp.generation.step import GenerationRequest, Step
 
@@ -202,3 +203,48 @@ def test_caches_that_cannot_be_taken_back_are_kept_at_turns() -> None:
     one.decide()
     submit(one, "b", 95)
     assert one.decide().admit[0].cached == 90
+
+
+def test_rows_draft_in_the_memory_that_is_left() -> None:
+    """As many tokens as have room in all rows, which are filled up to the longest."""
+    one = scheduler(tokens=2 * (300 + 255) + 8, drafts=RowDrafts(16))
+    for name, first in (("a", 0), ("b", 1000)):
+        submit(one, name, 300, first=first)
+    run_until(one, "b")
+    one.passed(None, width=1)
+    # Behind a pass with drafts the last token of each is known: 301 + 1 + 3 at most.
+    for name in "ab":
+        while len(one._active[name].tokens) < 301:
+            one.add(name, 7)
+    assert dict(one.decide().draft) == {"a": 2, "b": 2}
+    for name in "ab":
+        for _ in range(3):
+            one.add(name, 7)
+    assert one.decide().draft == ()
+    assert one.preemptions == 0
+
+
+def test_what_is_kept_is_what_caches_hold() -> None:
+    """Behind a pass with drafts all but the last token; else all."""
+    for width, held in ((0, 52), (4, 51)):
+        one = scheduler(prefix_tokens=10_000)
+        submit(one, "a", 50)
+        run_until(one, "a")
+        for _ in range(2):
+            one.add("a", 7)
+        one.passed(None, width)
+        one.end("a")
+        assert one.decide().keep
+        submit(one, "b", 50)
+        assert one._prefixes.find([*range(50), 7, 7, 7]).tokens == held
+
+
+def test_no_draft_reaches_beyond_what_is_asked_for() -> None:
+    one = scheduler(drafts=RowDrafts(16), context=60)
+    for name, most in (("a", 6), ("b", None)):
+        settings = replace(GREEDY, max_tokens=most)
+        prompt = tuple(range(50))
+        one.submit(GenerationRequest(name, prompt, 50, settings))
+    run_until(one, "b")
+    # A token may be on its way, and a pass gives one besides its drafts.
+    assert dict(one.decide().draft) == {"a": 4, "b": 8}
