@@ -62,6 +62,7 @@ def can_draft_in_batches(model: nn.Module) -> bool:
                 rows.join([name], [caches])
             if not rows.can_take_back:
                 return False
+            rows.prepare()
             model(mx.zeros((2, 3), mx.int32), cache=rows.caches)
             rows.take_back([2, 0])
             model(mx.zeros((2, 1), mx.int32), cache=rows.caches)

@@ -494,6 +494,7 @@ class Engine:
         inputs = [[*row.pending, *x] for row, x in zip(rows, drafts, strict=True)]
         width = result.width = max(map(len, inputs))
         filled = [x + [0] * (width - len(x)) for x in inputs]
+        self._rows.prepare()
         point = Point(self._rows.caches) if len(rows) == 1 else None
         logits = self._model(mx.array(filled, mx.uint32), cache=self._rows.caches)
         # What a row alone has pending besides its last token draws nothing.

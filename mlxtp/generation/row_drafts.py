@@ -15,6 +15,7 @@ from mlxtp.generation.pays import (
     MOST,
     PLAIN_FIRST,
     PROVEN_ROUNDS,
+    TRIAL_ROUNDS,
     Acceptance,
     Costs,
 )
@@ -24,6 +25,12 @@ COUNTS = tuple(n for n in (1, 2, 3, 4, 6, 8, 12, 16) if n <= MOST)
 
 # The most tokens of all rows in a pass with drafts: their logits are there at once.
 PLACES = 128
+
+# A row that is tried again is left out once so many of its drafts are all wrong.
+TRIAL_AGAIN = 2
+
+# The longest that a new row is left out first, though all before it were for longer.
+NEW_PAUSE = 128
 
 # What each round leaves of the time that drafting has taken before.
 FADING = 0.9
@@ -37,6 +44,7 @@ class _Row:
     acceptance: Acceptance = field(default_factory=Acceptance)
     left_out_until: int = 0  # a number of passes
     rounds: int = 0  # in a row
+    trial: int = TRIAL_ROUNDS  # of drafts, one of which has to be right in part
 
 
 class RowDrafts:
@@ -102,10 +110,11 @@ class RowDrafts:
         chosen = self._best(asked, len(room), costs)
         for name in asked:
             row = self._rows[name]
-            row.rounds = row.rounds + 1 if name in chosen else 0
-            if row.rounds == 0:
+            if name not in chosen:
                 self._leave_out(row)
-            elif row.rounds == PROVEN_ROUNDS:
+                continue
+            row.rounds += 1
+            if row.rounds == PROVEN_ROUNDS:
                 row.pause = self._pause = FIRST_PAUSE
         return chosen
 
@@ -135,7 +144,7 @@ class RowDrafts:
             self.drafted += count
             self.accepted += accepted
             if name in self._rows:
-                self._rows[name].acceptance.add(count, accepted)
+                self._judge(self._rows[name], count, accepted)
         count = sum(count for count, _ in drafted.values())
         if count:
             took = draft_seconds / count
@@ -187,8 +196,18 @@ class RowDrafts:
     def _row(self, name: str) -> _Row:
         row = self._rows.get(name)
         if row is None:
-            row = self._rows[name] = _Row(self._pause)
+            row = self._rows[name] = _Row(min(self._pause, NEW_PAUSE))
         return row
+
+    def _judge(self, row: _Row, count: int, accepted: int) -> None:
+        """Note what became of a row's draft."""
+        row.acceptance.add(count, accepted)
+        if accepted:
+            row.trial = 0
+        elif count and row.trial:
+            row.trial -= 1
+            if row.trial == 0 and self._fixed is None:
+                self._leave_out(row)
 
     def _leave_out(self, row: _Row) -> None:
         """Leave a row out for a while.
@@ -197,7 +216,7 @@ class RowDrafts:
         """
         row.left_out_until = (self._passes // row.pause + 1) * row.pause
         row.pause = self._pause = min(2 * row.pause, LONGEST_PAUSE)
-        row.acceptance = Acceptance()
+        row.acceptance, row.rounds, row.trial = Acceptance(), 0, TRIAL_AGAIN
 
     def _best(
         self, asked: Mapping[str, int], rows: int, costs: Costs

@@ -67,11 +67,21 @@ class Rows:
                 ]
         return caches
 
+    def prepare(self) -> None:
+        """Make ready for a pass of more than one token a row.
+
+        mlx-lm's mask for it takes a window to be in order, and puts it in order after.
+        """
+        for cache in leaves(self.caches):
+            if isinstance(cache, BatchRotatingKVCache):
+                cache._temporal_order()
+
     def take_back(self, rejected: Sequence[int]) -> None:
         """Take the last `rejected` tokens out of each of several rows.
 
-        Directly behind a pass of more than one token. Those of mlx-lm's batches alone
-        can be taken back row by row that keep keys and values (`can_take_back`).
+        Directly behind a pass of more than one token, for which they were prepared.
+        Those of mlx-lm's batches alone can be taken back row by row that keep keys and
+        values (`can_take_back`).
 
         Args:
             rejected: one number a row: what fills up shorter rows of the pass counts.

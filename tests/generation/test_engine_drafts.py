@@ -3,7 +3,7 @@
 `test_engine.py` does it with all model types.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
 import mlx.core as mx
@@ -19,7 +19,6 @@ from mlxtp import Communicator
 from mlxtp.generation.drafts import NgramDrafts
 from mlxtp.generation.grammar import Grammars
 from mlxtp.generation.row_drafts import RowDrafts
-from mlxtp.generation.settings import Settings
 from mlxtp.generation.step import GenerationRequest
 from mlxtp.stories import PATH as STORIES
 
@@ -53,8 +52,6 @@ SETTINGS = {
 }
 ENDS = TOKENIZER.eos_token_ids
 
-Submit = Callable[[Driven], None]
-
 
 @pytest.fixture(scope="module")
 def model(comm: Communicator) -> nn.Module:
@@ -77,16 +74,23 @@ def prompt() -> list[int]:
     return TOKENIZER.encode(text)[:220]
 
 
-def all_submitted(prompt: Sequence[int], count: int = 14) -> Submit:
-    """A request of each of the settings, which begin one after another."""
+def submit_all(driven: Driven, prompt: Sequence[int]) -> None:
+    """Hand in a request of each of the settings, one after another."""
+    for number, (name, settings) in enumerate(SETTINGS.items()):
+        part = prompt[number : 40 + 9 * number]
+        driven.submit(name, part, settings, max_tokens=12)
+        driven.pass_()
 
-    def submit(driven: Driven) -> None:
-        for number, (name, settings) in enumerate(SETTINGS.items()):
-            part = prompt[number : 40 + 9 * number]
-            driven.submit(name, part, settings, max_tokens=count)
-            driven.pass_()
 
-    return submit
+@pytest.fixture(scope="module")
+def plain(
+    model: nn.Module, grammars: Grammars, prompt: list[int], comm: Communicator
+) -> Driven:
+    """All of these without drafts."""
+    driven = Driven(model, comm, grammars=grammars)
+    submit_all(driven, prompt)
+    driven.run()
+    return driven
 
 
 def with_drafts(
@@ -107,20 +111,18 @@ def with_drafts(
 def test_what_is_drawn_is_drawn_without_drafts(
     wrong: int,
     count: int,
+    plain: Driven,
     model: nn.Module,
     grammars: Grammars,
     prompt: list[int],
     comm: Communicator,
 ) -> None:
     """By all settings, in a batch: where all drafts are right, some, and none."""
-    plain = Driven(model, comm, grammars=grammars)
-    all_submitted(prompt)(plain)
-    expected = dict(plain.run())
     drafted = with_drafts(
         model, comm, plain, wrong=wrong, count=count, grammars=grammars
     )
-    all_submitted(prompt)(drafted)
-    assert drafted.run() == expected
+    submit_all(drafted, prompt)
+    assert drafted.run() == plain.tokens
     assert not drafted.errors
     for one, other in zip(plain.drawn["scores"], drafted.drawn["scores"], strict=True):
         assert one.score is not None and other.score is not None
@@ -138,11 +140,13 @@ def test_what_is_drawn_is_drawn_without_drafts(
 def test_drafts_without_a_model(
     model: nn.Module, prompt: list[int], comm: Communicator
 ) -> None:
-    """What the prompt repeats is found in it; rows come and go meanwhile."""
+    """Of few words that a text has it soon repeats some; rows come and go meanwhile."""
+    few = dict.fromkeys(prompt[:3], 50.0)
 
     def submit(driven: Driven) -> None:
-        for name, length in (("a", 120), ("b", 61), ("c", 9)):
-            driven.submit(name, prompt[:length], max_tokens=24 + length // 10)
+        for name, length in (("a", 40), ("b", 61), ("c", 10)):
+            count = 14 + length // 5
+            driven.submit(name, prompt[:length], max_tokens=count, logit_bias=few)
             driven.pass_()
 
     plain = Driven(model, comm)
@@ -264,18 +268,23 @@ def test_cancelled_beside_others(
 
 
 def test_interrupted_and_gone_on(
-    model: nn.Module, grammars: Grammars, prompt: list[int], comm: Communicator
+    plain: Driven,
+    model: nn.Module,
+    grammars: Grammars,
+    prompt: list[int],
+    comm: Communicator,
 ) -> None:
     """With its tokens, as after a restart: penalties and grammars follow from them."""
+    rest = with_drafts(model, comm, plain, grammars=grammars)
+    numbers = {name: number for number, name in enumerate(SETTINGS)}
     for name in ("penalties", "grammar"):
-        settings: Settings = replace(SETTINGS[name], max_tokens=16)
-        plain = Driven(model, comm, grammars=grammars)
-        plain.submit("x", prompt[:30], settings)
-        expected = plain.run()["x"]
-        rest = with_drafts(model, comm, plain, grammars=grammars)
-        tokens = (*prompt[:30], *expected[:5])
-        rest.take(GenerationRequest("x", tokens, 30, settings))
-        assert rest.run()["x"] == expected[5:]
+        number = numbers[name]
+        part = prompt[number : 40 + 9 * number]
+        tokens = (*part, *plain.tokens[name][:5])
+        settings = replace(SETTINGS[name], max_tokens=12)
+        rest.take(GenerationRequest(name, tokens, len(part), settings))
+    for name, tokens in rest.run().items():
+        assert tokens == plain.tokens[name][5:]
 
 
 def test_drafts_are_left_out_and_taken_up_again(

@@ -50,6 +50,8 @@ def test_each_sees_its_own_tokens(window: int | None, seed: int) -> None:
         (cache,) = rows.caches
         width = draw.choice([1, 2, 5, 11])
         tokens = [some(width) for _ in rows.ids]
+        if width > 1:
+            rows.prepare()
         mask = cache.make_mask(width)
         keys, _ = cache.update_and_fetch(keys_of(tokens), keys_of(tokens))
         for at, name in enumerate(rows.ids):
