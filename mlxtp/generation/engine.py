@@ -21,6 +21,7 @@ import time
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
+from itertools import takewhile
 from typing import Any
 
 import mlx.core as mx
@@ -255,6 +256,7 @@ class Engine:
         self._store = store
         self._grammars = grammars
         self._drafts, self._ends = drafts, frozenset(ends)
+        self._tokens = rows
         self._sampler = _samplers(rows, never_excluded)
         self._quantized: dict[str, Any] = dict(
             kv_bits=kv_bits,
@@ -469,6 +471,8 @@ class Engine:
         if proposing:
             proposed = self._drafts.propose([one for _, one in proposing])
             for (row, _), draft in zip(proposing, proposed, strict=True):
+                # A draft model may know more tokens.
+                draft = [*takewhile(lambda token: token < self._tokens, draft)]
                 drafts[row.request.id] = draft
                 result.drafted[row.request.id] = len(draft), 0
         result.draft_seconds = time.perf_counter() - begun

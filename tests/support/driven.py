@@ -105,12 +105,15 @@ class Driven:
         self.results.append(result)
         self.scheduler.passed(None, result.width, result.drafted, result.draft_seconds)
         for name, several in result.drawn.items():
-            self.drawn[name] += several
             for drawn in several:
                 self.scheduler.add(name, drawn.token)
             request = self._requests[name]
             given = len(request.tokens) - request.prompt_length
-            if given + len(self.drawn[name]) == request.settings.max_tokens:
+            tokens, most = self.drawn[name], request.settings.max_tokens
+            for drawn in several:
+                if most is None or given + len(tokens) < most:
+                    tokens.append(drawn)
+            if given + len(tokens) == most:
                 self.scheduler.end(name)
         for name, scores in result.read.items():
             self.scores[name] = scores

@@ -28,6 +28,6 @@ class Foretold:
         length = len(tokens)
         text = next((x for x in self.texts if x[:length] == [*tokens]), [])
         return [
-            token ^ 1 if self._wrong and place % self._wrong == 0 else token
+            abs(token - 1) if self._wrong and place % self._wrong == 0 else token
             for place, token in enumerate(text[length : length + count], length)
         ]
