@@ -195,7 +195,8 @@ class Speculation:
         wanted = min(self._pays.count, self._room(left))
         with mx.stream(self._stream):
             drafted = self._drafter.propose(self._tokens, wanted) if wanted > 0 else []
-            point = Point(self._caches)
+            # Not of a pass without drafts: a window would be copied to be kept.
+            point = Point(self._caches if drafted else [])
             inputs = mx.array([*self._pending, *drafted], mx.uint32)
             logits = self._model(inputs[None], cache=self._caches)[0]
             drawn, logprobs = self._draw(logits[-1 - len(drafted) :], drafted)
