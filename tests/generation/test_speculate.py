@@ -1,5 +1,6 @@
 """One stream with drafts: the tokens of the model alone, whatever the options."""
 
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -7,11 +8,12 @@ import mlx.core as mx
 import mlx.nn as nn
 import pytest
 from equal import Tokens
-from kept import kept_model
+from kept import kept, kept_model
 from mlx_lm.models.cache import make_prompt_cache
 from mlx_lm.sample_utils import make_logits_processors, make_sampler
 from mlx_lm.tokenizer_utils import TokenizerWrapper
-from reference import PROMPT
+from reference import PROMPT, heads
+from tiny import Tiny
 
 import mlxtp
 from mlxtp import Communicator
@@ -38,17 +40,29 @@ OPTIONS: dict[str, dict[str, Any]] = {
 
 
 @pytest.fixture(scope="module")
-def loaded(comm: Communicator) -> Loaded:
+def folder(comm: Communicator) -> Path:
+    """A model whose caches can be quantized."""
+
+    def save(folder: Path) -> Path:
+        Tiny(heads(8, 4, head_dim=32, tie_word_embeddings=True)).save(folder)
+        return folder
+
+    return kept(comm, "llama-8-4-wide-heads", save)
+
+
+@pytest.fixture(scope="module")
+def loaded(comm: Communicator, folder: Path) -> Loaded:
     """A model whose texts do not end."""
-    model, tokenizer = mlxtp.load(kept_model(comm, "llama-8-4-tied"), comm)
+    model, tokenizer = mlxtp.load(folder, comm)
     tokenizer.eos_token_ids = set()
     return model, tokenizer
 
 
 @pytest.fixture(scope="module")
-def drafts(comm: Communicator, loaded: Loaded) -> dict[str, Drafts | nn.Module | str]:
+def drafts(
+    comm: Communicator, folder: Path, loaded: Loaded
+) -> dict[str, Drafts | nn.Module | str]:
     """All that drafts: the model itself, which is often right, whole and split."""
-    folder = kept_model(comm, "llama-8-4-tied")
     other, _ = mlxtp.load_model(kept_model(comm, "llama-8-8"), comm)
     whole, _ = mlxtp.load_model(folder, Communicator())
     root = comm.size - 1
