@@ -23,6 +23,8 @@ PROVEN_ROUNDS = 16
 REMEMBERED = 7
 # What each round leaves of what was accepted before it.
 FADING = 0.95
+# And what is left of it when drafts are left out: the next trial is of another text.
+FADING_OF_TRIALS = 0.3
 # A guess of the acceptance of a drafted token, which counts as so many of them.
 GUESS, GUESS_WEIGHT = 0.7, 1.0
 
@@ -111,12 +113,15 @@ class Acceptance:
         self._with_draft = FADING * self._with_draft + bool(drafted)
         if not drafted:
             return
-        for place in range(MOST):
-            self._judged[place] *= FADING
-            self._accepted[place] *= FADING
+        self.fade(FADING)
         for place in range(min(drafted, accepted + 1, MOST)):
             self._judged[place] += 1
             self._accepted[place] += place < accepted
+
+    def fade(self, part: float) -> None:
+        """Let what was accepted so far count for a part only."""
+        self._judged = [part * x for x in self._judged]
+        self._accepted = [part * x for x in self._accepted]
 
     @property
     def share(self) -> float:
@@ -202,6 +207,7 @@ class Pays:
             if self._proven >= PROVEN_ROUNDS:
                 self._pause = FIRST_PAUSE
             return
+        self.acceptance.fade(FADING_OF_TRIALS)
         self._plain_left = self._pause
         self._pause = min(2 * self._pause, LONGEST_PAUSE)
         self._trial, self._proven = TRIAL_ROUNDS, 0

@@ -195,7 +195,8 @@ class Speculation:
         wanted = min(self._pays.count, self._room(left))
         with mx.stream(self._stream):
             drafted = self._drafter.propose(self._tokens, wanted) if wanted > 0 else []
-            point = Point(self._caches)
+            # Not of a pass without drafts: a window would be copied to be kept.
+            point = Point(self._caches if drafted else [])
             inputs = mx.array([*self._pending, *drafted], mx.uint32)
             logits = self._model(inputs[None], cache=self._caches)[0]
             drawn, logprobs = self._draw(logits[-1 - len(drafted) :], drafted)
@@ -239,15 +240,17 @@ class Speculation:
             # Nothing depends on what is drawn before: all are drawn at once.
             x = _logprobs(logits)
             together: Any = self._agree(self._drawn_together(x, known)).tolist()
-            drawn = together[: self._right(together, drafted)]
-            return drawn, list(x[: len(drawn)])
+            right = 0
+            while self._goes_on(together[right], drafted[right : right + 1]):
+                right += 1
+            return together[: right + 1], list(x[: right + 1])
         drawn, logprobs = [], []
         for place, row in enumerate(mx.split(logits, len(logits))):
             history = mx.array([*self._tokens, *drawn])
             token, x = self._draw_one(row, history, known + place)
             drawn.append(_value(self._agree(token)))
             logprobs.append(x[0])
-            if self._right(drawn, drafted) <= place:
+            if not self._goes_on(drawn[-1], drafted[place : place + 1]):
                 break
         return drawn, logprobs
 
@@ -269,12 +272,12 @@ class Speculation:
         logprobs = _logprobs(logits)
         return self._drawing.draw(logprobs, position), logprobs
 
-    def _right(self, drawn: Sequence[int], drafted: Sequence[int]) -> int:
-        """How many of the drawn tokens are the text's: up to a draft that was wrong."""
-        for place, token in enumerate(drawn):
-            if drafted[place : place + 1] != [token] or token in self._ends:
-                return place + 1
-        return len(drawn)
+    def _goes_on(self, token: int, drafted: Sequence[int]) -> bool:
+        """Whether what was drafted behind a drawn token may be right: it was drafted.
+
+        `drafted` is the draft at its place, empty behind the last.
+        """
+        return list(drafted) == [token] and token not in self._ends
 
     def _history(self) -> mx.array | None:
         """The tokens (L,) that processors look at; None without processors."""

@@ -22,6 +22,7 @@ from mlx.utils import tree_flatten, tree_map
 from mlx_lm.models.llama import Model, ModelArgs
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
+from mlxtp.stories import PATH
 from mlxtp.stories.grammar import story
 
 END = "<|end|>"
@@ -176,7 +177,10 @@ def main() -> None:
     config = DRAFT_CONFIG if options.draft else CONFIG
 
     mx.random.seed(0)
-    tokenizer = train_tokenizer(Random(1))
+    if options.draft:  # it has to have the model's tokens
+        tokenizer = Tokenizer.from_file(str(PATH / "tokenizer.json"))
+    else:
+        tokenizer = train_tokenizer(Random(1))
     model = Model(ModelArgs.from_dict(config))
     loss = train(model, tokenizer, Random(2), options.steps)
     held_out = Random(3)
