@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from mlxtp.generation.pays import (
+    FIRST,
     FIRST_PAUSE,
     LONGEST_PAUSE,
     MARGIN,
@@ -29,8 +30,8 @@ PLACES = 128
 # A row that is tried again is left out once so many of its drafts are all wrong.
 TRIAL_AGAIN = 2
 
-# The longest that a new row is left out first, though all before it were for longer.
-NEW_PAUSE = 128
+# Trials may take this part of the time, and as long as so many passes at once.
+PART_OF_TRIALS, MOST_AT_ONCE = 0.03, 4
 
 # What each round leaves of the time that drafting has taken before.
 FADING = 0.9
@@ -40,10 +41,11 @@ FADING = 0.9
 class _Row:
     """What is known of the drafts of one row."""
 
-    pause: int  # passes for which it is left out next
+    pause: int = FIRST_PAUSE  # passes for which it is left out next
     acceptance: Acceptance = field(default_factory=Acceptance)
     left_out_until: int = 0  # a number of passes
     rounds: int = 0  # in a row
+    has_drafted: bool = False
     trial: int = TRIAL_ROUNDS  # of drafts, one of which has to be right in part
 
 
@@ -51,7 +53,8 @@ class RowDrafts:
     """Decides how many tokens rows draft, by what passes took and what was accepted.
 
     A row whose drafts do not pay is left out for a while, which doubles each time. Of a
-    row that comes back it is guessed what is accepted, as of a new one.
+    row that comes back it is guessed what is accepted, as of a new one. Both are on
+    trial, and trials take a small part of the time.
 
     Args:
         fixed: always so many; None for as many as pay.
@@ -73,11 +76,12 @@ class RowDrafts:
         self.rounds = self.drafted = self.accepted = 0
         self._fixed, self._in_batches, self._places = fixed, in_batches, places
         self._rows: dict[str, _Row] = {}
-        self._pause = FIRST_PAUSE  # with which new rows begin
         self._costs: dict[int, Costs] = {}  # by the number of rows
         self._passes = 0
         self._plain_passes: dict[int, int] = {}  # by the number of rows
+        self._widest: dict[int, int] = {}  # drafts that were measured, by rows
         self._token_seconds = 0.0  # of drafting one token
+        self._left = 0.0  # seconds that trials may take
         self._was_asked = self._was_drafted = False
         self._before = 0  # rows of the last pass; 0 where it read prompts
 
@@ -105,7 +109,7 @@ class RowDrafts:
         asked = {
             name: count
             for name, count in most.items()
-            if self._row(name).left_out_until <= self._passes
+            if self._may_draft(self._rows.setdefault(name, _Row()))
         }
         chosen = self._best(asked, len(room), costs)
         for name in asked:
@@ -115,7 +119,7 @@ class RowDrafts:
                 continue
             row.rounds += 1
             if row.rounds == PROVEN_ROUNDS:
-                row.pause = self._pause = FIRST_PAUSE
+                row.pause = FIRST_PAUSE
         return chosen
 
     def passed(
@@ -139,26 +143,56 @@ class RowDrafts:
             draft_seconds: what drafting took of the time.
             is_alone: no prompt was read beside it.
         """
+        count = sum(count for count, _ in drafted.values())
+        if count and not any(self._is_first(name) for name in drafted):
+            # The first draft of a row reads its prompt.
+            took = draft_seconds / count
+            before = self._token_seconds or took
+            self._token_seconds = FADING * before + (1 - FADING) * took
+        if seconds is not None:
+            self._account(seconds, rows, width, drafted)
+            if is_alone and rows == self._before:
+                asked = bool(drafted)
+                self._measure(rows, width, seconds - draft_seconds, is_asked=asked)
         for name, (count, accepted) in drafted.items():
             self.rounds += bool(count)
             self.drafted += count
             self.accepted += accepted
             if name in self._rows:
                 self._judge(self._rows[name], count, accepted)
-        count = sum(count for count, _ in drafted.values())
-        if count:
-            took = draft_seconds / count
-            before = self._token_seconds or took
-            # The first draft of a row reads its prompt, which is not counted.
-            self._token_seconds = before + (1 - FADING) * (
-                min(took, 4 * before) - before
-            )
-        if seconds is not None and is_alone and rows == self._before:
-            self._measure(rows, width, seconds - draft_seconds, is_asked=bool(drafted))
         if not drafted:
             self._plain_passes[rows] = self._plain_passes.get(rows, 0) + 1
         self._before = rows if is_alone else 0
         self._was_asked, self._was_drafted = bool(drafted), width > 0
+
+    def _may_draft(self, row: _Row) -> bool:
+        """Whether a row is not left out, and not on trial at a bad time."""
+        is_back = row.left_out_until <= self._passes
+        return is_back and (row.trial == 0 or self._left >= 0)
+
+    def _is_first(self, name: str) -> bool:
+        row = self._rows.get(name)
+        return row is not None and not row.has_drafted
+
+    def _account(
+        self,
+        seconds: float,
+        rows: int,
+        width: int,
+        drafted: Mapping[str, tuple[int, int]],
+    ) -> None:
+        """Note what drafts have saved, or cost, beside passes without them."""
+        costs = self._costs_of(rows)
+        plain = None if costs is None else costs.plain_seconds
+        if plain is None:
+            return
+        self._left += PART_OF_TRIALS * seconds
+        if width:
+            accepted = sum(accepted for _, accepted in drafted.values())
+            # A pass without drafts before it was waited for in this one.
+            passes = 1 + accepted / rows + (not self._was_drafted)
+            self._left += passes * plain - seconds
+        self._left = min(self._left, MOST_AT_ONCE * plain)
 
     def _measure(
         self, rows: int, width: int, seconds: float, *, is_asked: bool
@@ -170,10 +204,12 @@ class RowDrafts:
         costs = self._costs.setdefault(rows, Costs())
         plain = costs.plain_seconds
         if width:
+            drafted = width - 1
+            self._widest[rows] = max(self._widest.get(rows, 0), drafted)
             if self._was_drafted:
-                costs.add(width - 1, seconds)
+                costs.add(drafted, seconds)
             elif plain is not None:
-                costs.add(width - 1, max(seconds - plain, plain))
+                costs.add(drafted, max(seconds - plain, plain))
         elif self._was_drafted:
             return  # nothing was waited for
         elif is_asked:
@@ -193,15 +229,10 @@ class RowDrafts:
         nearest = min(known, key=lambda n: abs(n - rows), default=None)
         return None if nearest is None else self._costs[nearest]
 
-    def _row(self, name: str) -> _Row:
-        row = self._rows.get(name)
-        if row is None:
-            row = self._rows[name] = _Row(min(self._pause, NEW_PAUSE))
-        return row
-
     def _judge(self, row: _Row, count: int, accepted: int) -> None:
         """Note what became of a row's draft."""
         row.acceptance.add(count, accepted)
+        row.has_drafted = row.has_drafted or count > 0
         if accepted:
             row.trial = 0
         elif count and row.trial:
@@ -215,7 +246,7 @@ class RowDrafts:
         Rows come back together, so that few passes are wide for those that may not pay.
         """
         row.left_out_until = (self._passes // row.pause + 1) * row.pause
-        row.pause = self._pause = min(2 * row.pause, LONGEST_PAUSE)
+        row.pause = min(2 * row.pause, LONGEST_PAUSE)
         row.acceptance, row.rounds, row.trial = Acceptance(), 0, TRIAL_AGAIN
 
     def _best(
@@ -227,7 +258,10 @@ class RowDrafts:
         alone = costs.seconds(0) or plain
         best: dict[str, int] = {}
         best_rate = MARGIN * rows / plain
+        widest = max(FIRST, 2 * self._widest.get(rows, 0))
         for count in COUNTS:
+            if count > widest:  # step by step, by what was measured
+                break
             counts = {name: min(count, most) for name, most in asked.items()}
             if count > max(counts.values(), default=0):
                 break
