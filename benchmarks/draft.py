@@ -11,8 +11,9 @@ and on shared memory, where drafts are to be left out when they do not pay:
     python benchmarks/draft.py
 
 A job loads once and takes turns: each text with every draft, one behind another. Three
-texts: a story; one that repeats itself, told greedily beyond its end; and one that does
-not, each of its tokens drawn.
+texts: a story, told greedily; one that repeats itself, two sentences over and over; and
+one that does not, whose tokens are drawn. The small model repeats nothing by itself: in
+the second a processor of logits lets nothing but the sentences be drawn, for all alike.
 """
 
 import argparse
@@ -23,10 +24,14 @@ from typing import Any
 
 from ranks import HOSTFILE, measured, print_on_rank_0
 
-# Text -> its prompt and its temperature.
+SENTENCES = (
+    "Mia went to the market and found a red apple, two pears and an old lamp. "
+    "She gave the lamp to the king, who said that it was his. "
+)
+# Text -> its prompt, and the temperature at which it is drawn.
 TEXTS: dict[str, tuple[str, float]] = {
     "story": ("Once upon a time", 0.0),
-    "repeats": ("One day", 0.0),
+    "repeats": (SENTENCES, 0.0),
     "does not": ("One day", 1.0),
 }
 SEED = 7
@@ -87,14 +92,23 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
         "seed": SEED,
     }
 
+    repeated = tokenizer.encode(SENTENCES)
+
+    def repeat(tokens: mx.array, logits: mx.array) -> mx.array:
+        """Let only the token be drawn that the sentences go on with."""
+        token = repeated[len(tokens) % len(repeated)]
+        return mx.where(mx.arange(logits.shape[-1]) == token, logits, -mx.inf)
+
     def run(text: str, draft: str, tokens: int) -> dict[str, Any]:
         prompt, temperature = TEXTS[text]
+        processors = {"logits_processors": [repeat]} if text == "repeats" else {}
         responses = list(
             mlxtp.stream_generate(
                 *(model, tokenizer, prompt),
                 sampler=make_sampler(temperature),
                 max_tokens=tokens,
                 draft_model=drafts[draft],
+                **processors,
                 **options,
             )
         )

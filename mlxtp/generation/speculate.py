@@ -8,6 +8,7 @@ they are the same. Then the caches are taken back to the last token that is righ
 import time
 from collections.abc import Callable, Container, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import takewhile
 from typing import Any, NamedTuple
 
 import mlx.core as mx
@@ -105,6 +106,7 @@ class Speculation:
         draw_alike = drawing.draw if drawing.is_repeatable else None
         self._drafter = drafts.begin(draw_alike, chunk)
         self._chunk = chunk
+        self._rows = model.slice_table.vocabulary_rows
         self._agree = agreed(lambda tokens: tokens, comm)
         self._quantized = quantized
         self._stream = stream
@@ -194,7 +196,7 @@ class Speculation:
         begin = time.perf_counter()
         wanted = min(self._pays.count, self._room(left))
         with mx.stream(self._stream):
-            drafted = self._drafter.propose(self._tokens, wanted) if wanted > 0 else []
+            drafted = self._drafts_of(wanted) if wanted > 0 else []
             # Not of a pass without drafts: a window would be copied to be kept.
             point = Point(self._caches if drafted else [])
             inputs = mx.array([*self._pending, *drafted], mx.uint32)
@@ -215,6 +217,11 @@ class Speculation:
                 self._tell_costs()
         for place, token in enumerate(drawn):
             yield Step(token, logprobs[place], place < accepted)
+
+    def _drafts_of(self, count: int) -> list[int]:
+        """Draft at most `count` tokens, up to one that the model has no row for."""
+        drafted = self._drafter.propose(self._tokens, count)
+        return list(takewhile(lambda token: token < self._rows, drafted))
 
     def _room(self, left: int) -> int:
         """How many tokens can be drafted at most."""
@@ -244,7 +251,8 @@ class Speculation:
             while self._goes_on(together[right], drafted[right : right + 1]):
                 right += 1
             return together[: right + 1], list(x[: right + 1])
-        drawn, logprobs = [], []
+        drawn: list[int] = []
+        logprobs: list[mx.array] = []
         for place, row in enumerate(mx.split(logits, len(logits))):
             history = mx.array([*self._tokens, *drawn])
             token, x = self._draw_one(row, history, known + place)

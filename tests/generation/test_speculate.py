@@ -21,6 +21,7 @@ from mlxtp.generation import speculate
 from mlxtp.generation.drafts import Drafts, ModelDrafts
 from mlxtp.generation.sampling import tokens_in
 from mlxtp.generation.speculate import Speculation
+from mlxtp.layers.forward import change_forward, twin
 
 STEPS, SEED = 24, 7
 Loaded = tuple[nn.Module, TokenizerWrapper]
@@ -218,6 +219,27 @@ def test_ranks_that_differ_take_rank_0s_tokens(
         other == (tokens, counts) for other in comm.allgather_object((tokens, counts))
     )
     assert counts
+
+
+def test_a_draft_of_more_tokens(loaded: Loaded) -> None:
+    """What the model has no row for is not looked up, and nothing behind it."""
+
+    class Beyond(Nothing):
+        def propose(self, tokens: list[int], count: int) -> list[int]:
+            return [1, 131, 2][:count]
+
+    read: list[int] = []
+    model = twin(loaded[0])
+
+    def call(former: Any, model: nn.Module, tokens: mx.array, **options: Any) -> Any:
+        read.extend(tokens[0].tolist())  # type: ignore[arg-type]
+        return former(model, tokens, **options)
+
+    change_forward(model, call)
+    expected = made(loaded, PROMPT, max_tokens=6)
+    options = {"draft_model": Beyond(), "num_draft_tokens": 3, "max_tokens": 6}
+    assert made((model, loaded[1]), PROMPT, **options) == expected
+    assert 131 not in read and read.count(1) >= 4
 
 
 def test_options_that_are_none(loaded: Loaded) -> None:
