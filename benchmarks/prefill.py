@@ -203,11 +203,11 @@ def replace(module: nn.Module, stand_ins: dict[type, Callable[[Any], Any]]) -> N
 
 def waiting() -> Any:
     """The module of waits, compiled as mlxtp compiles its collectives."""
-    from mlxtp.comm.native import build
+    from mlxtp.native import build
 
     extension = dataclasses.replace(build.collectives(), sources=WAITING)
     path = build.build(extension, build.cache_folder(), print)
-    spec = importlib.util.spec_from_file_location(build.NAME, path)
+    spec = importlib.util.spec_from_file_location(extension.name, path)
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)

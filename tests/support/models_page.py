@@ -36,8 +36,8 @@ with 2 to 8 bits, mxfp4, nvfp4, mxfp8, other bits for each layer.
 Each type is tested with a tiny model of random weights, in float32 and in 4 bits: in
 worlds of {worlds} ranks its logits, its greedy tokens, and that no rank holds more than
 1.3 times an even share of what is cut; on 7 ranks logits and tokens, unquantized; on
-three ranks uneven shares, adapters (LoRA, DoRA), draft models, prompts that mlx-lm
-saved, and that layers which no cache depends on may stay silent during prefill
+three ranks uneven shares, adapters (LoRA, DoRA), drafts, prompts that mlx-lm saved, and
+that layers which no cache depends on may stay silent during prefill
 (`tests/families/test_every_type.py`, `tests/test_with_every_type.py`). No published
 checkpoint was at hand.
 
