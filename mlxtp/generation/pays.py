@@ -27,6 +27,8 @@ FADING = 0.95
 FADING_OF_TRIALS = 0.3
 # A guess of the acceptance of a drafted token, which counts as so many of them.
 GUESS, GUESS_WEIGHT = 0.7, 1.0
+# And that in a round anything is drafted, which counts as so many rounds.
+SHARE_WEIGHT = 0.2
 
 
 class Costs:
@@ -54,6 +56,11 @@ class Costs:
     def plain_seconds(self) -> float | None:
         """Seconds of a pass while drafts are left out; None before the first."""
         return median(self._plain) if self._plain else None
+
+    @property
+    def knows_drafts(self) -> bool:
+        """Whether a round was measured for which tokens were drafted."""
+        return any(self._rounds)
 
     def seconds(self, drafted: int) -> float | None:
         """Seconds of a round with so many drafted tokens; None if nothing is known.
@@ -126,7 +133,7 @@ class Acceptance:
     @property
     def share(self) -> float:
         """In which share of the rounds anything was drafted."""
-        return (self._with_draft + GUESS_WEIGHT) / (self._rounds + GUESS_WEIGHT)
+        return (self._with_draft + SHARE_WEIGHT) / (self._rounds + SHARE_WEIGHT)
 
     def tokens(self, drafted: int) -> float:
         """The expected tokens of a pass with so many drafted ones, its own among them.
@@ -145,12 +152,13 @@ class Acceptance:
 def best_count(acceptance: Acceptance, costs: Costs, most: int = MOST) -> int:
     """The number of drafted tokens, 0 to `most`, that makes most tokens a second."""
     plain = costs.plain_seconds
+    first = min(FIRST, most)
     if plain is None:
-        return min(FIRST, most)
+        return first
     share = acceptance.share
     alone = costs.seconds(0) or plain
     best, best_rate = 0, MARGIN / plain
-    for count in range(1, most + 1):
+    for count in range(1, most + 1) if costs.knows_drafts else (first,):
         with_draft = costs.seconds(count) or plain
         seconds = share * with_draft + (1 - share) * alone
         tokens = share * acceptance.tokens(count) + 1 - share

@@ -116,6 +116,7 @@ class Speculation:
         self._is_fixed = fixed is not None
         self._pays = Pays(self._costs, fixed)
         self._rounds = 0
+        self._is_warm = False  # whether the drafter has read all but the last tokens
 
     def read(self, progress: Callable[[int, int], None]) -> None:
         """Read the prompt in chunks; `progress` is told of it, as mlx-lm does it."""
@@ -176,6 +177,7 @@ class Speculation:
                 self._costs.add_plain(time.perf_counter() - begin)
             yield Step(token, logprobs[0], False)
             begin = time.perf_counter()
+        self._is_warm = False
         self._pays.passed(passes)
         self._tell_costs()
 
@@ -210,7 +212,9 @@ class Speculation:
             self._tokens += drawn
             self._quantize()
         if wanted > 0:
-            self._costs.add(len(drafted), time.perf_counter() - begin)
+            if self._is_warm:
+                self._costs.add(len(drafted), time.perf_counter() - begin)
+            self._is_warm = True
             self._pays.judged(len(drafted), accepted)
             self._rounds += 1
             if self._rounds.bit_count() == 1 or self._rounds % TELL_ROUNDS == 0:

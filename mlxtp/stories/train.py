@@ -4,6 +4,9 @@ Everything is seeded. The shipped model saw 4.3 million tokens in 2600 steps: he
 loss 0.470 nats per token, in 22 minutes 44 seconds on two shared CPU cores. OpenBLAS
 stood in for the reference BLAS of MLX's Linux wheel, which is several times slower.
 After 1000 steps the loss is 0.649, and the text loses more often who is who.
+
+Its draft (`--draft --steps 1500`) saw 2.4 million tokens: held-out loss 0.681, in ten
+minutes of processor time.
 """
 
 import argparse
