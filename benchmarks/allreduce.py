@@ -3,14 +3,17 @@
 Ours stand twice, as `--transport mpi` makes them (`native`, in MLX's graph) and as
 `mpi-eager` does (`eager`), and take turns in one job. Beside them: the same over MPI's
 own allgather (`eager mpi-one-shot` and `mpi-two-shot`), MPI_Allreduce as Open MPI
-chooses it, each of Open MPI's algorithms, and the sums of MLX's ring. Where the links'
-delay is known (in the lab) times are also given as multiples of the floor, which is the
-hops between the farthest ranks. Parts are bfloat16, for MPI_Allreduce float32 of as
-many bytes.
+chooses it, each of Open MPI's algorithms, the sums of MLX's ring, and what plain TCP
+takes to bring everyone's part to everyone, without MPI and without a sum: what the
+machine and its links leave to be had. Where the links' delay is known (in the lab)
+times are also given as multiples of the floor, which is the hops between the farthest
+ranks. Parts are bfloat16, for MPI_Allreduce float32 of as many bytes.
 """
 
 import argparse
 import json
+import select
+import socket
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -20,6 +23,7 @@ import mlx.core as mx
 import numpy as np
 from ranks import HOSTFILE, measured, print_on_rank_0
 
+from mlxtp.cluster.addresses import own_address
 from mlxtp.cluster.units import binary_size
 from mlxtp.comm.allreduce import ALGORITHMS, OneShot, TwoShot, algorithms
 from mlxtp.comm.eager import EagerCollectives
@@ -47,6 +51,7 @@ OPEN_MPI = {
     "Rabenseifner": 6,
 }
 RING = "MLX over ring"
+SOCKETS = "plain sockets"
 
 # Rounds before those that count: buffers of sockets grow with what passes them.
 WARM_UP = 2
@@ -107,7 +112,7 @@ def jobs(args: argparse.Namespace) -> dict[str, dict[str, str]]:
     for name, number in OPEN_MPI.items():
         chosen = {**tuned, algorithm: str(number)} if number else {}
         all_jobs[f"Open MPI, {name}"] = chosen
-    all_jobs[RING] = {}
+    all_jobs |= {RING: {}, SOCKETS: {}}
     wanted = args.only or [""]
     return {
         job: env for job, env in all_jobs.items() if any(word in job for word in wanted)
@@ -130,6 +135,8 @@ def measure(args: argparse.Namespace) -> Times:
         sums = our_sums(control, core, progress)
     elif args.job == RING:
         sums = sums_in_graph(start_backend("ring", control), progress)
+    elif args.job == SOCKETS:
+        sums = {SOCKETS: exchange_of_sockets(control)}
     else:
         sums = {args.job: sum_of_mpi}
     result: Times = {algorithm: {} for algorithm in sums}
@@ -166,7 +173,7 @@ def our_sums(control: Any, core: Any, progress: Progress) -> dict[str, Any]:
     """Ours by name; eager ones alone where this host cannot compile the others."""
 
     def native(name: str) -> Callable[[mx.array], mx.array]:
-        arrays = NativeCollectives(core, control, progress, Traffic(), allreduce=name)
+        arrays = NativeCollectives([core], control, progress, Traffic(), allreduce=name)
         return lambda x: evaluated(arrays.allreduce(x, ""))
 
     def eager(name: str) -> Callable[[mx.array], mx.array]:
@@ -198,6 +205,36 @@ def sum_of_mpi(x: mx.array) -> mx.array:
     return mx.array(total).view(mx.bfloat16)
 
 
+def exchange_of_sockets(control: Any) -> Callable[[mx.array], mx.array]:
+    """Everyone's part to everyone, over a connection for each two ranks."""
+    rank, size = control.rank, control.size
+    address = own_address(control.allgather_object(socket.gethostname()))
+    ends: list[socket.socket] = []
+    with socket.create_server((address, 0)) as server:
+        servers = control.allgather_object(server.getsockname())
+        ends += [socket.create_connection(servers[peer]) for peer in range(rank)]
+        ends += [server.accept()[0] for _ in range(rank + 1, size)]
+    for end in ends:
+        end.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        end.setblocking(False)
+
+    def exchange(x: mx.array) -> mx.array:
+        part = memoryview(np.asarray(x.view(mx.uint8)))
+        to_send = dict.fromkeys(ends, part)
+        to_come = {end: memoryview(bytearray(len(part))) for end in ends}
+        while to_send or to_come:
+            readable, writable, _ = select.select([*to_come], [*to_send], [])
+            for end in readable:
+                to_come[end] = to_come[end][end.recv_into(to_come[end]) :]
+            for end in writable:
+                to_send[end] = to_send[end][end.send(to_send[end]) :]
+            to_come = {end: rest for end, rest in to_come.items() if rest}
+            to_send = {end: rest for end, rest in to_send.items() if rest}
+        return x
+
+    return exchange
+
+
 def sums_in_graph(transport: Any, progress: Progress) -> dict[str, Any]:
     ours = GraphCollectives(transport, progress, Traffic())
     return {
@@ -213,7 +250,7 @@ def report(args: argparse.Namespace, ranks: int, times: Times) -> None:
         cells = "".join(f"{1000 * row[str(size)]:10.3f}" for size in args.sizes)
         print(f"{name:26}{cells}")
     theirs = [row for name, row in times.items() if name.startswith("Open MPI")]
-    for name in ("native auto", "eager auto"):
+    for name in ("native auto", "eager auto", SOCKETS):
         if name in times:
             compare(args, ranks, name, times[name], theirs)
     print(end="", flush=True)

@@ -8,12 +8,19 @@ their floor is the pages they lie in.
 
 Then, in turns, the time in which all ranks together load it from the page cache, and
 that of mlx-lm's loading in one process; imports and tokenizers count for neither.
+
+With --alone one rank loads its slices while no other computes, of a world of one and
+of one of five, in turns with mlx-lm: bytes a second, of reading alone and of all from
+the config to the arrays. `read` counts the bytes of the slices, not what lies between
+them in the files.
 """
 
 import argparse
 import json
 import math
 import statistics
+import subprocess
+import sys
 import tempfile
 import time
 from pathlib import Path
@@ -21,6 +28,7 @@ from typing import Any
 
 import mlx.core as mx
 import numpy as np
+from mlx.utils import tree_flatten
 from mlx_lm import utils as mlx_lm_utils
 from models import LLAMA_3_2_1B, QWEN3_30B_A3B, make, take_experts_apart
 from proc import PeakMemory
@@ -30,10 +38,12 @@ import mlxtp
 from mlxtp.checkpoint.runs import PAGE_BYTES
 from mlxtp.checkpoint.tensors import StoredTensor, Tensor
 from mlxtp.layers import parallelize as parallelize  # not timed: load imports it
-from mlxtp.loading import load_model
+from mlxtp.loading import load_model, read_slices
 from mlxtp.model import sources
 from mlxtp.model.skeleton import EmptyModel, build
 from mlxtp.model.sources import Computed
+from mlxtp.native import loader
+from mlxtp.partition.shares import as_shares
 from mlxtp.partition.spans import Slice
 from mlxtp.sharding.decide import slice_table
 
@@ -55,13 +65,28 @@ def main() -> None:
         help="follow no weight transform: with --experts the ranks compute "
         "each stack of experts in turn, one rank for all",
     )
+    parser.add_argument(
+        "--alone", action="store_true", help="time one rank alone, and no memory"
+    )
+    parser.add_argument(
+        "--cut", action="store_true", help="with --alone: of a cut checkpoint"
+    )
+    parser.add_argument(
+        "--plain", action="store_true", help="with --alone: without what is compiled"
+    )
+    parser.add_argument("--rank", type=int, default=0, help="with --alone")
     parser.add_argument("--turns", type=int, default=5, help="of the timing")
     parser.add_argument("--folder", type=Path, help="keep the checkpoint here")
     sides = {"memory": measure, "mlxtp": time_mlxtp, "mlx-lm": time_mlx_lm}
-    parser.add_argument("--side", choices=sides, help=argparse.SUPPRESS)
+    parser.add_argument("--side", choices=[*sides, "alone"], help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.computed:
         sources.PRIMITIVES = {}
+    if args.plain:
+        loader.reading = lambda: None
+    if args.side == "alone":
+        time_alone(args.folder, args.ranks, args.rank)
+        return
     if args.side:
         sides[args.side](args.folder)
         return
@@ -75,6 +100,9 @@ def main() -> None:
         make(args.folder, config, mx.bfloat16, args.bits)
         if args.experts:
             take_experts_apart(args.folder)
+        if args.alone:
+            report_alone(args)
+            return
 
         def side(name: str, ranks: int) -> dict[str, Any]:
             more = ["--computed"] if args.computed else []
@@ -113,6 +141,73 @@ def report(args: argparse.Namespace, result: dict[str, Any]) -> None:
             middle = statistics.median(figures)
             print(f"{name:22} {middle:.2f} ({min(figures):.2f} to {max(figures):.2f})")
     print(json.dumps(result))
+
+
+def report_alone(args: argparse.Namespace) -> None:
+    """Time one rank alone and mlx-lm, in turns; print it."""
+    size = sum(file.stat().st_size for file in args.folder.glob("*.safetensors"))
+    print(f"a checkpoint of {size / 1e6:.0f} MB; GB/s")
+    sides: dict[str, list[object]] = {"mlx-lm": ["--side", "mlx-lm"]}
+    for world in (1, args.ranks):
+        folder = cut_for(args.folder, world) if args.cut else args.folder
+        rank = args.rank if world > 1 else 0
+        sides[f"one of {world}"] = [
+            *("--side", "alone", "--folder", folder, "--ranks", world),
+            *("--rank", rank, *(["--plain"] if args.plain else [])),
+        ]
+    turns: dict[str, list[dict[str, float]]] = {name: [] for name in sides}
+    for turn in range(args.turns + 1):
+        for name, options in sides.items():
+            command = [__file__, "--folder", args.folder, *options]
+            done = subprocess.run(
+                [sys.executable, *map(str, command)],
+                capture_output=True,
+                text=True,
+                check=True,
+            )
+            if turn:  # the first one fills the page cache
+                turns[name].append(json.loads(done.stdout.splitlines()[-1]))
+
+    def speeds(name: str, what: str) -> list[float]:
+        return [turn["bytes"] / turn[what] / 1e9 for turn in turns[name]]
+
+    def shown(figures: list[float]) -> str:
+        middle = statistics.median(figures)
+        return f"{middle:.2f} ({min(figures):.2f} to {max(figures):.2f})"
+
+    for name in sides:
+        print(f"{name}: {turns[name][0]['bytes'] / 1e6:.0f} MB")
+        for what in ("read", "seconds"):
+            ours, theirs = speeds(name, what), speeds("mlx-lm", what)
+            ratios = [one / other for one, other in zip(ours, theirs, strict=True)]
+            label = "reading" if what == "read" else "all of it"
+            print(f"  {label:10} {shown(ours):24} by mlx-lm's {shown(ratios)}")
+    print(json.dumps({"mb": size / 1e6, "turns": turns}))
+
+
+def cut_for(folder: Path, world: int) -> Path:
+    """Cut the checkpoint for so many ranks, beside it, unless that is done."""
+    cut = folder.with_name(f"{folder.name}-cut-{world}")
+    if not cut.exists():
+        command = [sys.executable, "-m", "mlxtp.shard", "--model", folder]
+        command += ["--ranks", str(world), "--output", cut]
+        subprocess.run(list(map(str, command)), capture_output=True, check=True)
+    return cut
+
+
+def time_alone(folder: Path, world: int, rank: int) -> None:
+    """How long one rank of `world` takes, the only one that there is."""
+    loader.reading()  # an import
+    begin = time.perf_counter()
+    empty = build(folder)
+    slices = slice_table(empty.model, as_shares([1] * world)).slices(rank)
+    empty.settle(slices)
+    built = time.perf_counter()
+    read_slices(empty, empty.checkpoint, slices)
+    end = time.perf_counter()
+    nbytes = empty.bytes_of(slices)
+    times = {"read": end - built, "seconds": end - begin, "bytes": nbytes}
+    print(json.dumps(times), flush=True)
 
 
 def measure(folder: Path) -> None:
@@ -163,10 +258,13 @@ def time_mlxtp(folder: Path) -> None:
 def time_mlx_lm(folder: Path) -> None:
     """How long mlx-lm takes."""
     begin = time.perf_counter()
-    model, _ = mlx_lm_utils.load_model(folder)
-    seconds = time.perf_counter() - begin
-    assert model is not None
-    print(json.dumps({"seconds": seconds}), flush=True)
+    model, _ = mlx_lm_utils.load_model(folder, lazy=True)
+    built = time.perf_counter()
+    mx.eval(model.parameters())
+    end = time.perf_counter()
+    nbytes = sum(array.nbytes for _, array in tree_flatten(model.parameters()))
+    times = {"read": end - built, "seconds": end - begin, "bytes": nbytes}
+    print(json.dumps(times), flush=True)
 
 
 def floor_bytes(empty: EmptyModel, slices: dict[str, Slice]) -> int:

@@ -8,6 +8,8 @@ A model with random weights, in float32, of eight layers, 512 wide, unless --lay
   --links    eight clients beside one, where the links decide: in the lab
   --gaps     the gaps between others' tokens while a long prompt is read, and how late
              the first token of that prompt comes
+  --drafts   clients of the model that ships, with drafts (--draft-model) and without:
+             in the lab
   --soak     for some minutes 64 clients, of which some hang up, stall or send rubbish:
              whether every answer is the one that its request gets alone, whether
              memory is flat, and what is left running
@@ -21,6 +23,7 @@ import itertools
 import json
 import tempfile
 import time
+from collections import defaultdict
 from collections.abc import Callable
 from pathlib import Path
 from statistics import median
@@ -29,7 +32,17 @@ from typing import Any
 import numpy as np
 from decode import SMALL, spread
 from ranks import HOSTFILE, measured, print_on_rank_0
-from serving import Answer, Server, client, load, make_model, prompt, served, stream
+from serving import (
+    Answer,
+    Server,
+    client,
+    in_float32,
+    load,
+    make_model,
+    prompt,
+    served,
+    stream,
+)
 from soak import processes, soak
 
 # How many tokens others have got before the long prompt comes.
@@ -52,6 +65,10 @@ def main() -> None:
     parser.add_argument("--number", type=int, nargs="+", help="of clients; 1 4 8 16")
     parser.add_argument("--prompt-tokens", type=int, default=64)
     parser.add_argument("--long-tokens", type=int, default=2000, help="--gaps")
+    parser.add_argument(
+        "--draft-model", default="stories-draft", help="--drafts: what drafts"
+    )
+    parser.add_argument("--num-draft-tokens", default="auto", help="--drafts")
     parser.add_argument("--others", type=int, default=4, help="--gaps: who wait")
     parser.add_argument("--max-tokens", type=int, default=128)
     parser.add_argument("--turns", type=int, default=5)
@@ -64,6 +81,10 @@ def main() -> None:
         return
     with tempfile.TemporaryDirectory() as temporary:
         args.folder = args.folder or Path(temporary) / "model"
+        if args.mode == "drafts":  # answers are compared, in float32
+            args.folder = in_float32(args.folder)
+            print(json.dumps(drafts_mode(args)))
+            return
         changes = {
             "num_hidden_layers": args.layers,
             "hidden_size": args.hidden,
@@ -180,6 +201,53 @@ def links_mode(args: argparse.Namespace) -> dict[str, Any]:
     return result
 
 
+def story(number: int) -> str:
+    """The beginning of a story; another number gives another one."""
+    who = ("girl", "boy", "cat", "dog", "bird", "bear", "frog", "fish")[number % 8]
+    name = ("Mia", "Tom", "Lily", "Ben", "Sue")[number // 8 % 5]
+    where = ("by the sea", "in a big house", "near the park")[number // 40 % 3]
+    return f"Once upon a time there was a {who} named {name}, who lived {where}. One"
+
+
+def drafts_mode(args: argparse.Namespace) -> dict[str, Any]:
+    """With drafts and without, beside each other; answers have to be the same."""
+    args.number = args.number or [1, 8]
+    with_drafts = ["--draft-model", args.draft_model]
+    with_drafts += ["--num-draft-tokens", args.num_draft_tokens]
+    sides = {"plain": [], "drafts": with_drafts}
+    rates: dict[tuple[str, int], list[float]] = defaultdict(list)
+    for turn in range(args.turns):
+        texts: dict[str, list[str]] = {}
+        for side, args.options in sides.items():
+            texts[side], number = [], 1 + 9 * turn
+            with served("mlxtp", args) as server:
+                for clients in args.number:
+                    prompts = [story(number + i) for i in range(clients)]
+                    number += clients
+                    # What is measured first is what drafts cost.
+                    for _ in range(2):
+                        rate, answers, failed = asyncio.run(
+                            load(server.url, prompts, args.max_tokens)
+                        )
+                    assert not failed
+                    rates[side, clients].append(rate)
+                    texts[side] += [answer.text for answer in answers]
+        assert texts["plain"] == texts["drafts"], "drafts have changed an answer"
+    print(
+        f"the model that ships, {args.ranks} ranks, drafts of {args.draft_model}: "
+        f"tokens a second of all clients; medians of {args.turns} turns (min-max)"
+    )
+    print(f"{'clients':>7}{'without':>28}{'with drafts':>28}{'with / without':>22}")
+    result: dict[str, Any] = {"mode": "drafts", "ranks": args.ranks}
+    for clients in args.number:
+        plain, drafted = (rates[side, clients] for side in sides)
+        ratios = [a / b for a, b in zip(drafted, plain, strict=True)]
+        cells = f"{spread(plain):>28}{spread(drafted):>28}{spread(ratios):>22}"
+        print(f"{clients:7}{cells}")
+        result[f"{clients}, with / without"] = median(ratios)
+    return result
+
+
 def gaps_mode(args: argparse.Namespace) -> dict[str, Any]:
     """How others wait while a long prompt is read, and how that one waits for them."""
 
@@ -266,6 +334,7 @@ MODES: dict[str, Callable[[argparse.Namespace], dict[str, Any]]] = {
     "clients": clients_mode,
     "stream": stream_mode,
     "links": links_mode,
+    "drafts": drafts_mode,
     "gaps": gaps_mode,
     "soak": soak_mode,
 }

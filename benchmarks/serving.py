@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+import os
 import random
 import signal
 import socket
@@ -13,7 +14,7 @@ from collections.abc import AsyncIterator, Iterator, Sequence
 from contextlib import asynccontextmanager, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import httpx2
 import mlx.core as mx
@@ -101,10 +102,17 @@ COMMANDS = {"mlxtp": mlxtp_command, "mlx-lm": mlx_lm_command}
 
 @dataclass
 class Server:
-    """A server that answers: its process, and its address."""
+    """A server that answers: its process, its address, and what it says."""
 
     process: subprocess.Popen[bytes]
     url: str
+    log: IO[bytes]
+
+    def said(self) -> str:
+        """All that it has printed."""
+        number = self.log.fileno()  # its place is the server's
+        data = os.pread(number, os.fstat(number).st_size, 0)
+        return data.decode(errors="replace")
 
 
 @contextmanager
@@ -126,14 +134,13 @@ def served(side: str, args: Any) -> Iterator[Server]:
             stderr=log,
             env=environment(**variables),
         )
-        server = Server(process, f"http://127.0.0.1:{port}")
+        server = Server(process, f"http://127.0.0.1:{port}", log)
         try:
             if not _answers(server):
                 raise RuntimeError(f"{side} does not answer")
             yield server
         except BaseException:
-            log.seek(0)
-            print(log.read().decode(errors="replace"), file=sys.stderr)
+            print(server.said(), file=sys.stderr)
             raise
         finally:
             process.send_signal(signal.SIGTERM)

@@ -2,8 +2,10 @@
 
 In the lab: a server on five hosts, the model that ships in float32, clients that ask
 all the while. A seeded die chooses faults, and each strikes when eight streams or more
-are in mid-answer. Then what was broken is mended, and the host is taken in again. Every
-answer is compared with the one that the same request got before anything was broken.
+are in mid-answer; with --each all kinds strike once, and some while prompts are read,
+while nothing is asked, and while the ranks load. Then what was broken is mended, and
+the host is taken in again. Every answer is compared with the one that the same request
+got before anything was broken.
 
     launch/lab up --delay-ms 1
     launch/lab run python benchmarks/survive.py --hostfile hostfiles/studio5
@@ -19,12 +21,12 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import median
-from typing import Any
+from typing import Any, Literal
 
 import httpx2
 from serving import MODEL, Server, client, in_float32, served
@@ -36,6 +38,12 @@ LAB = ROOT / "launch" / "lab"
 # A fault strikes when so many streams have got so many tokens.
 STREAMS = 8
 TOKENS = 3
+
+# Prompts are being read so long after they were sent.
+READING_SECONDS = 0.1
+
+# A prompt of so many characters takes the ranks a while to read.
+LONG_PROMPT = 300
 
 # How long it may take until streams go on, and until a host is taken in again.
 LIMIT_SECONDS = 300.0
@@ -165,38 +173,61 @@ class Load:
     lost: list[str] = field(default_factory=list)
     partings: list[tuple[str, bool]] = field(default_factory=list)
     tokens: int = 0
+    last_token: float = 0.0  # when it came, of the streams that have ended
+    ready_at: float = 0.0  # when these ranks were ready
+    may_ask: asyncio.Event = field(default_factory=asyncio.Event)
 
     async def client(self, number: int) -> None:
         """Ask until it is cancelled."""
         draw = random.Random(number)
         async with client(self.url) as http:
             while True:
-                body, alone = draw.choice(self.expected)
-                stream = self.under_way[number] = Stream()
-                self.begun += 1
-                try:
-                    await ask(http, body, stream)
-                except (RuntimeError, httpx2.HTTPError) as error:
-                    self.lost.append(f"{type(error).__name__}: {error}")
-                    await asyncio.sleep(1)
-                    continue
-                self.tokens += len(stream.answer.tokens)
-                parted = parting(body, alone.answer, stream.answer)
-                if parted is not None:
-                    self.partings.append(parted)
-                elif stream.text != alone.text:
-                    self.partings.append((f"texts: {body}", False))
-                else:
-                    self.right += 1
+                await self.may_ask.wait()
+                await self.ask_one(http, number, *draw.choice(self.expected))
 
-    def in_mid_answer(self) -> int:
-        """How many streams have begun to answer."""
-        return sum(len(s.times) >= TOKENS for s in self.under_way.values())
+    async def ask_one(
+        self,
+        http: httpx2.AsyncClient,
+        number: int,
+        body: dict[str, Any],
+        alone: Stream,
+    ) -> None:
+        """Ask once, and compare the answer with the one that it had `alone`."""
+        stream = self.under_way[number] = Stream()
+        self.begun += 1
+        try:
+            await ask(http, body, stream)
+        except (RuntimeError, httpx2.HTTPError) as error:
+            self.lost.append(f"{type(error).__name__}: {error}")
+            await asyncio.sleep(1)
+            return
+        finally:
+            del self.under_way[number]
+        self.tokens += len(stream.answer.tokens)
+        self.last_token = stream.times[-1]
+        parted = parting(body, alone.answer, stream.answer)
+        if parted is not None:
+            self.partings.append(parted)
+        elif stream.text != alone.text:
+            self.partings.append((f"texts: {body}", False))
+        else:
+            self.right += 1
 
-    def last_token(self) -> float:
-        """When the last token of any stream came."""
+    async def read_long(self, http: httpx2.AsyncClient) -> None:
+        """Ask what has a long prompt, all at once."""
+        long = [x for x in self.expected if len(x[0].get("prompt", "")) > LONG_PROMPT]
+        asked = enumerate(long * (STREAMS // len(long)))
+        await asyncio.gather(*(self.ask_one(http, -1 - n, *one) for n, one in asked))
+
+    def in_mid_answer(self, tokens: int = TOKENS) -> int:
+        """How many streams have got so many tokens from the ranks that are there."""
+        times = [s.times[-tokens:] for s in self.under_way.values()]
+        return sum(len(t) == tokens and t[0] > self.ready_at for t in times)
+
+    def has_token(self) -> bool:
+        """Whether these ranks have given a token to any stream."""
         times = [s.times[-1] for s in self.under_way.values() if s.times]
-        return max(times, default=0.0)
+        return max([*times, self.last_token]) > self.ready_at
 
 
 def lab(*words: object) -> None:
@@ -237,9 +268,10 @@ def cut(host: str, hosts: int) -> None:
 def restore(host: str, hosts: int) -> None:
     """Switch a host on, and give it its addresses on the cables."""
     lab("on", host)
-    number = host.removeprefix("studio")
-    names = ["--left", "tb0", "--right", "tb1", "--os", "linux", "--apply"]
-    words = [sys.executable, ROOT / "launch" / "cables", number, hosts, *names]
+    number = int(host.removeprefix("studio"))
+    before, after = (n.removeprefix("studio") for n in neighbours(number, hosts))
+    options = ["--ports", f"{before}=tb0,{after}=tb1", "--os", "linux", "--apply"]
+    words = [sys.executable, ROOT / "launch" / "cables", number, hosts, *options]
     lab("run", "--on", host, *words)
 
 
@@ -316,16 +348,52 @@ async def until(condition: Callable[[], Any], what: str) -> None:
         await asyncio.sleep(0.05)
 
 
-async def strike(
-    load: Load, fault: str, hosts: list[str], count: int, *, again: bool
-) -> Seen:
-    """Strike when streams are in mid-answer, wait until they go on, and mend.
+# When a fault strikes. "loading": the second host, while the ranks load without the
+# first.
+Moment = Literal["answering", "reading", "idle", "loading"]
 
-    With `again` the second host is struck while the ranks load after the first.
-    """
-    hit, undo = FAULTS[fault]
+
+@dataclass(frozen=True)
+class Strike:
+    """What strikes which hosts, and when."""
+
+    fault: str
+    hosts: list[str]
+    moment: Moment = "answering"
+
+
+# Each kind of fault, and each moment. The ranks that load after the idle ones have no
+# prompts in their prefix cache, and have to read them.
+EACH = [
+    Strike("off", ["studio3", "studio5"], "loading"),
+    Strike("cables cut", ["studio2"]),
+    Strike("cut off", ["studio4"]),
+    Strike("one cable", ["studio3"]),
+    Strike("stopped", ["studio3", "studio2"]),
+    Strike("rank 0 killed", ["studio1"]),
+    Strike("killed", ["studio5"], "idle"),
+    Strike("killed", ["studio4"], "reading"),
+]
+
+
+async def strike(load: Load, one: Strike, count: int) -> Seen:
+    """Wait for the moment, strike, wait until streams go on, and mend."""
+    hosts, (hit, undo) = one.hosts, FAULTS[one.fault]
+    again = one.moment == "loading"
+    fault = one.fault if one.moment == "answering" else f"{one.fault}, {one.moment}"
     async with client(load.url) as http:
-        await until(lambda: load.in_mid_answer() >= STREAMS, "streams in mid-answer")
+        reading: asyncio.Task[None] | None = None
+        if one.moment in ("answering", "loading"):
+            await until(
+                lambda: load.in_mid_answer() >= STREAMS, "streams in mid-answer"
+            )
+        else:
+            load.may_ask.clear()
+            await until(lambda: not load.under_way, "nothing under way")
+        if one.moment == "reading":
+            reading = asyncio.create_task(load.read_long(http))
+            await asyncio.sleep(READING_SECONDS)
+            assert load.under_way and load.in_mid_answer(1) == 0, "tokens have come"
         streams, begun = load.in_mid_answer(), time.monotonic()
 
         def seconds() -> float:
@@ -344,8 +412,9 @@ async def strike(
             for host in hosts[1:]:
                 await asyncio.to_thread(hit, host, count)
         await until(lambda: is_in("ready"), f"{fault}: ready")
-        ready, ready_at = seconds(), time.monotonic()
-        await until(lambda: load.last_token() > ready_at, f"{fault}: a token")
+        ready, load.ready_at = seconds(), time.monotonic()
+        load.may_ask.set()
+        await until(load.has_token, f"{fault}: a token")
         token = seconds()
         for host in hosts:
             await asyncio.to_thread(undo, host, count)
@@ -359,28 +428,39 @@ async def strike(
             )
 
         await until(is_whole, f"{fault}: all hosts")
+        load.ready_at = time.monotonic()  # of the ranks of all hosts
+        if reading is not None:
+            await reading
         return Seen(fault, ", ".join(hosts), streams, notice, ready, token, seconds())
+
+
+def thrown(args: argparse.Namespace, die: random.Random) -> Iterator[Strike]:
+    """Throw the die for each fault."""
+    others = [f"studio{n}" for n in range(2, args.hosts + 1)]
+    for _ in range(args.faults):
+        fault = die.choice(args.only)
+        again = die.random() < args.second
+        two = again or die.random() < args.two
+        hosts = die.sample(others, 2 if two else 1)
+        yield Strike(fault, hosts, "loading" if again else "answering")
 
 
 async def run(server: Server, args: argparse.Namespace) -> dict[str, Any]:
     """Ask all once, then go on asking while faults strike."""
-    draw = random.Random(args.seed)
     expected = [(body, Stream()) for body in bodies()]
     async with client(server.url) as http:
         await asyncio.gather(*(ask(http, body, told) for body, told in expected))
     load = Load(server.url, expected)
+    load.may_ask.set()
     clients = [asyncio.create_task(load.client(n)) for n in range(args.clients)]
-    others = [f"studio{n}" for n in range(2, args.hosts + 1)]
+    strikes = EACH if args.each else list(thrown(args, random.Random(args.seed)))
     seen = []
     try:
-        for number in range(args.faults):
-            fault = draw.choice(args.only)
-            again = draw.random() < args.second
-            hosts = draw.sample(others, 2 if again or draw.random() < args.two else 1)
-            one = await strike(load, fault, hosts, args.hosts, again=again)
+        for number, each in enumerate(strikes, 1):
+            one = await strike(load, each, args.hosts)
             seen.append(one)
             print(
-                f"{number + 1:3} {one.fault:14}{one.hosts:18}{one.streams:3} streams"
+                f"{number:3} {one.fault:16}{one.hosts:18}{one.streams:3} streams"
                 f"{one.notice:7.1f} s to notice{one.ready:7.1f} ready{one.token:7.1f} "
                 f"a token{one.back:7.1f} all hosts",
                 flush=True,
@@ -434,8 +514,10 @@ def main() -> None:
     parser.add_argument("--clients", type=int, default=12)
     parser.add_argument("--seed", type=int, default=17)
     parser.add_argument("--only", nargs="+", choices=FAULTS, default=list(FAULTS))
+    parser.add_argument("--each", action="store_true", help="no die: all kinds once")
     parser.add_argument("--two", type=float, default=0.1, help="two hosts at once")
     parser.add_argument("--second", type=float, default=0.1, help="one after another")
+    parser.add_argument("--log", action="store_true", help="what the server says")
     args = parser.parse_args()
     args.ranks = None
     args.options = ["--rejoin", "now"]
@@ -444,6 +526,8 @@ def main() -> None:
         start = start_seconds(args)
         with served("mlxtp", args) as server:
             result = asyncio.run(run(server, args))
+            if result["lost"] or args.log:
+                print(server.said())
         result["status at the end"] = server.process.returncode
     recovery = result["seconds until ready"] + result["seconds until a token"]
     result["seconds of a start on one host fewer"] = round(start, 2)

@@ -30,7 +30,9 @@ from mlxtp.comm.errors import UsageError
 from mlxtp.comm.same_start import check_same_start
 from mlxtp.dryrun.chosen import CONTEXT
 from mlxtp.dryrun.loops import try_options
-from mlxtp.generation import standard_input
+from mlxtp.generation import draft_model, standard_input
+from mlxtp.generation.draft_model import PreparedDraft
+from mlxtp.generation.drafts import NGRAM
 from mlxtp.generation.prompt import check_tokens, encode, messages_of
 from mlxtp.generation.prompt_cache import SavedPrompt
 from mlxtp.generation.text import figures
@@ -123,10 +125,10 @@ def prepare(args: argparse.Namespace, comm: Communicator) -> Task:
     tokenizer = target.load_tokenizer(saved.tokenizer_config if saved else None)
     draft = None
     if args.draft_model:
-        draft = loading.prepare(
-            args.draft_model, comm, shares=args.shares, beside=target
+        draft = draft_model.prepare(
+            *(args.draft_model, args.draft, args.draft_rank, target, tokenizer),
+            shares=args.shares,
         )
-        check_vocabularies(target, tokenizer, draft, draft.load_tokenizer(), comm)
 
     with comm.unlimited(), comm.agreement():
         for token in args.extra_eos_token:
@@ -142,12 +144,12 @@ def prepare(args: argparse.Namespace, comm: Communicator) -> Task:
         "progress": show,
     }
     model = target.load(**how)
-    draft_model = draft.load(**how) if draft else None
+    drafts = draft.load(**how) if draft else None
     generation = generation_options(args, tokenizer, target.table.vocabulary_rows)
     generation |= dict(
         seed=shared_seed(args.seed, comm),
         prompt_cache=saved.shard(model, comm) if saved else None,
-        draft_model=draft_model,
+        draft_model=drafts,
     )
     return Task(model, tokenizer, prompt, generation)
 
@@ -171,34 +173,6 @@ def open_prompt_cache(args: argparse.Namespace) -> SavedPrompt | None:
 def shared_seed(seed: int | None, comm: Communicator) -> int:
     """The seed of all ranks: `seed`, or what rank 0 chooses."""
     return int(comm.bcast_object(secrets.randbits(64) if seed is None else seed))
-
-
-def check_vocabularies(
-    target: Prepared,
-    tokenizer: TokenizerWrapper,
-    draft: Prepared,
-    draft_tokenizer: TokenizerWrapper,
-    comm: Communicator,
-) -> None:
-    """Compare what tokens a model and its draft know.
-
-    Raises: UsageError if the tokenizers differ in size, or if the draft lacks a token
-        that the model has and its tokenizer knows.
-    """
-    known = 1 + max(tokenizer.get_vocab().values())
-    needed = min(known, target.table.vocabulary_rows)
-    rows = draft.table.vocabulary_rows
-    with comm.agreement():
-        if draft_tokenizer.vocab_size != tokenizer.vocab_size:
-            raise ValueError(
-                f"--draft-model knows {draft_tokenizer.vocab_size} tokens, the model "
-                f"{tokenizer.vocab_size}: they do not fit together"
-            )
-        if rows < needed:
-            raise ValueError(
-                f"--draft-model {draft.name} has an embedding of {rows} rows, the "
-                f"model's tokens are {needed}: they do not fit together"
-            )
 
 
 def encode_prompt(
@@ -269,7 +243,7 @@ def generation_options(
 def check_options(
     args: argparse.Namespace,
     target: Prepared,
-    draft: Prepared | None,
+    draft: PreparedDraft | None,
     tokenizer: TokenizerWrapper,
     prompt: list[int],
     saved: SavedPrompt | None,
@@ -284,15 +258,19 @@ def check_options(
 
     def generated(args: argparse.Namespace) -> None:
         models = [target]
+        drafts: dict[str, Any] = {}
         if draft and args.draft_model:
-            models.append(draft)
+            drafts = {"draft_model": NGRAM}
+            if draft.prepared:
+                models.append(draft.prepared)
         caches = saved.caches if saved and args.prompt_cache_file else None
         try_options(
             mlxtp.stream_generate,
             [(model.empty.model, model.table) for model in models],
             tokenizer,
             generation_options(args, tokenizer, rows)
-            | dict(seed=0, prompt_cache=copy.deepcopy(caches)),
+            | dict(seed=0, prompt_cache=copy.deepcopy(caches))
+            | drafts,
             token=prompt[-1],
             length=len(prompt) + args.max_tokens,
         )
@@ -334,7 +312,7 @@ def run(
     show_figures = show_text and not args.quiet
     if show_figures:
         show("=" * 10, screen)
-    text, tokens = "", []
+    text, tokens, accepted = "", [], 0
     comm.traffic.reset()
     begin = time.perf_counter()
     for response in mlxtp.stream_generate(
@@ -342,6 +320,7 @@ def run(
     ):
         text += response.text
         tokens.append(response.token)
+        accepted += response.from_draft
         if show_text:
             show(response.text, screen, end="")
     seconds = time.perf_counter() - begin
@@ -357,6 +336,9 @@ def run(
             raise RuntimeError(f"rank {rank} made other tokens than rank {comm.rank}")
     collectives_share = sum(collective_shares) / comm.size if comm.is_timed else None
     if show_figures:
+        drafted = ""
+        if task.options["draft_model"]:
+            drafted = f"Drafts: {accepted} of these tokens were drafted\n"
         timed = (
             "in the graph, not timed"
             if collectives_share is None
@@ -365,6 +347,7 @@ def run(
         show(
             "=" * 10 + "\n"
             f"{figures(response)}\n"
+            f"{drafted}"
             f"Peak memory: {max(peaks_gb):.3f} GB on the largest of {comm.size} ranks, "
             f"{min(peaks_gb):.3f} GB on the smallest\n"
             f"Collectives: {timed}",
@@ -379,6 +362,7 @@ def run(
             "prompt_tokens_per_second": response.prompt_tps,
             "generation_tokens": response.generation_tokens,
             "generation_tokens_per_second": response.generation_tps,
+            "drafted_tokens": accepted,
             "peak_memory_gb": {"largest": max(peaks_gb), "smallest": min(peaks_gb)},
             "collectives_share": collectives_share,
             "world_size": comm.size,

@@ -24,6 +24,8 @@ Args = argparse.Namespace
 # Holds a server's key where no option gives one, for the server and for its client.
 KEY_VARIABLE = "MLXTP_API_KEY"
 
+AUTO = "auto"
+
 # What an option may be, in words and as a test; None is always allowed.
 Limits = Mapping[str, tuple[str, Callable[[Any], bool]]]
 # Options that do not go together: which, and what is said of them.
@@ -45,6 +47,12 @@ LIMITS: Limits = {
     "quantized_kv_start": ("at least 0", lambda n: n >= 0),
     "timeout": ("above 0", lambda x: 0 < x < float("inf")),
     "silence_timeout": ("above 0", lambda x: 0 < x < float("inf")),
+    "draft_model": (
+        "a folder, a Hugging Face repo, ngram or stories-draft",
+        lambda name: bool(name.strip()),
+    ),
+    "draft_rank": ("the number of a rank", lambda n: n >= 0),
+    "num_draft_tokens": ("auto, or from 1 to 16", lambda n: n == AUTO or 1 <= n <= 16),
 }
 
 CONFLICTS: Conflicts = [
@@ -55,6 +63,14 @@ CONFLICTS: Conflicts = [
         ),
         "--transport {args.transport}: MLX's backend chooses the algorithm itself; "
         "--allreduce and --wire go with --transport mpi and mpi-eager",
+    ),
+    (
+        lambda args: (
+            getattr(args, "draft_rank", None) is not None
+            and args.draft not in (AUTO, "one")
+        ),
+        "--draft-rank {args.draft_rank} is for a draft on one rank, and --draft is "
+        "{args.draft}: leave one of them out",
     ),
 ]
 
@@ -126,6 +142,48 @@ def add_options(
         "collective in each layer that has them: for machines whose chips differ.",
     )
     _add_connection(parser, silence_seconds)
+
+
+def add_draft_options(parser: argparse.ArgumentParser) -> None:
+    """Add the options of drafts to a parser."""
+    drafts = parser.add_argument_group("drafts")
+    drafts.add_argument(
+        "--draft-model",
+        metavar="MODEL",
+        help="What drafts tokens for the model to accept: a smaller model of the same "
+        "tokens; stories-draft, which comes with mlxtp; or ngram, which looks for what "
+        "followed the last tokens before.",
+    )
+    drafts.add_argument(
+        "--draft",
+        choices=[AUTO, "one", "all", "split"],
+        default=AUTO,
+        help="Where a draft model is: whole on one rank, whole on all, or split over "
+        "them. Default: auto, on one or on all, whichever is quicker.",
+    )
+    drafts.add_argument(
+        "--draft-rank",
+        type=int,
+        metavar="RANK",
+        help="Which rank has the draft model. Default: 0.",
+    )
+    drafts.add_argument(
+        "--num-draft-tokens",
+        type=_auto_or_number,
+        default=AUTO,
+        metavar="N",
+        help="How many tokens are drafted for a pass. Default: auto, as many as pay.",
+    )
+
+
+def _auto_or_number(text: str) -> int | str:
+    """Parse the word auto, or a number."""
+    try:
+        return text if text == AUTO else int(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(
+            f"{text!r}: wanted auto, or a number"
+        ) from None
 
 
 def check(args: Args, limits: Limits, conflicts: Conflicts) -> None:

@@ -526,12 +526,14 @@ def read_slices(
 
     order = sorted(reads, key=position)
     wanted = [tensor_and_part for name in order for tensor_and_part in reads[name]]
-    with ReadAhead(checkpoint, wanted) as reader:
+    kept = {source for source in empty.sources.values() if isinstance(source, Tensor)}
+    arrays: list[tuple[str, mx.array]] = []
+    with ReadAhead(checkpoint, wanted, kept) as reader:
         for name in order:
             array = empty.sources[name].read(slices[name], reader.read)
-            mx.eval(array)
-            empty.model.update(tree_unflatten([(name, array)]))
+            arrays.append((name, array))
             advance(array.nbytes)
+    empty.model.update(tree_unflatten(arrays))
 
 
 def compute_slices(

@@ -36,7 +36,6 @@ LIMITS: Limits = {
     "min_tokens_to_keep": ("at least 1", lambda n: n >= 1),
     "seed": ("from 0 to 2^64 - 1", lambda n: 0 <= n < 2**64),
     "max_kv_size": ("above 4: the first 4 tokens are kept", lambda n: n > 4),
-    "num_draft_tokens": ("at least 1", lambda n: n >= 1),
 }
 
 CONFLICTS: Conflicts = [
@@ -48,10 +47,6 @@ CONFLICTS: Conflicts = [
         lambda args: args.prompt == "-" and _input_has_no_end(),
         "--prompt -: under mpirun standard input has no end; give --prompt-file FILE, "
         "or start with --ranks N in place of mpirun",
-    ),
-    (
-        lambda args: args.draft_model and args.prompt_cache_file,
-        "--prompt-cache-file holds no cache of the --draft-model: give one of them",
     ),
 ]
 
@@ -180,6 +175,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     job.add_options(result)
     job_options.add_options(result)
+    job_options.add_draft_options(result)
     output = result.add_argument_group("output")
     output.add_argument(
         "--verbose",

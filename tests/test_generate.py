@@ -190,7 +190,10 @@ def test_draft_model_and_rotating_cache(folder: Path, tmp_path: Path) -> None:
     MODELS["llama-8-4-tied"].save(tmp_path)
     model = ["--model", folder, "--prompt", "abcdef", "--max-tokens", "16", "--json"]
     plain = tokens(generate(2, *model))
-    assert tokens(generate(2, *model, "--draft-model", tmp_path)) == plain
+    drafted = [*model, "--draft-model", tmp_path]
+    for how in ([], ["--draft-rank", "1"], ["--draft", "all"], ["--draft", "split"]):
+        assert tokens(generate(2, *drafted, *how, "--num-draft-tokens", "3")) == plain
+    assert tokens(generate(2, *model, "--draft-model", "ngram")) == plain
     rotated = tokens(generate(2, *model, "--max-kv-size", "5"))
     assert rotated == one_process(folder, "abcdef", max_tokens=16, max_kv_size=5)
 
@@ -230,17 +233,13 @@ MISTAKES: dict[str, tuple[list[str], str]] = {
     "out of range": (["--temp", "-1"], "--temp is -1.0: wanted at least 0"),
     "too many ranks": (["--model", "FEW HEADS"], "start at most 1 ranks"),
     "shares of another world": (["--shares", "1,1,1"], "for each of 2 ranks"),
-    "drafts in a window": (
-        ["--model", "SLIDING", "--draft-model", "SLIDING"],
-        "cannot be taken back from RotatingKVCache: leave out --draft-model",
-    ),
 }
 
 
 @pytest.mark.parametrize("mistake", sweep(MISTAKES, ["out of range", "too many ranks"]))
 def test_mistakes(mistake: str, tmp_path: Path) -> None:
     arguments, message = MISTAKES[mistake]
-    models = {"FEW HEADS": Tiny(heads(1, 1)), "SLIDING": MODELS["llama-sliding"]}
+    models = {"FEW HEADS": Tiny(heads(1, 1))}
     for name in models.keys() & set(arguments):
         models[name].save(tmp_path)
         arguments = [str(tmp_path) if word == name else word for word in arguments]
@@ -348,7 +347,7 @@ def test_every_option_of_mlx_lm_is_known() -> None:
 def test_limits(name: str) -> None:
     args = options.parse([])
     options.check(args)
-    texts = {"prompt": " ", "model": " "}
+    texts = {"prompt": " ", "model": " ", "draft_model": " "}
     texts |= dict.fromkeys(("system_prompt", "prefill_response"), "\udcff")
     setattr(args, name, texts.get(name, -3))
     with pytest.raises(ValueError, match=f"--{name.replace('_', '-')} is .*: wanted"):

@@ -58,10 +58,6 @@ MISTAKES: dict[str, tuple[list[str], str]] = {
         ["--model", "WIDE-HEADS", "--kv-bits", "8"],
         "leave out --kv-bits 8",
     ),
-    "cache and draft": (
-        ["--prompt-cache-file", "x", "--draft-model", "y"],
-        "holds no cache of the --draft-model",
-    ),
     "no quantized rotation": (
         [
             "--model",
@@ -75,25 +71,32 @@ MISTAKES: dict[str, tuple[list[str], str]] = {
         ],
         "Quantization NYI: leave out --max-kv-size 64 or leave out --kv-bits 8",
     ),
-    "drafts in a window": (
-        ["--model", "SLIDING", "--draft-model", "SLIDING"],
-        "these options: ValueError: rejected drafts cannot be taken back from "
-        "RotatingKVCache: leave out --draft-model",
+    "a draft on a rank that is none": (
+        ["--draft-model", "stories-draft", "--draft-rank", "64"],
+        "--draft-rank 64: wanted 0 to ",
     ),
-    "states that drafts leave": (
-        ["--model", "STATES", "--draft-model", "LLAMA"],
-        "a trimmable prompt cache (got {'ArraysCache'}): leave out --draft-model",
+    "a draft on one rank and on all": (
+        ["--draft-model", "ngram", "--draft", "all", "--draft-rank", "0"],
+        "--draft-rank 0 is for a draft on one rank, and --draft is all: leave one",
     ),
-    "states of a draft": (
-        ["--model", "LLAMA", "--draft-model", "STATES"],
-        "cannot be taken back from ArraysCache: leave out --draft-model",
+    "as many drafts as nobody makes": (
+        ["--num-draft-tokens", "many"],
+        "'many': wanted auto, or a number",
     ),
-    "drafts without an end": (
-        ["--model", "LLAMA", "--draft-model", "LLAMA", "--max-tokens", "-1"],
-        "leave out --max-tokens -1 or leave out --draft-model",
+    "a draft that is not there": (
+        ["--draft-model", "./nowhere"],
+        "there is no model folder ./nowhere",
+    ),
+    "a draft of other tokens": (
+        ["--draft-model", "LLAMA"],
+        "--draft-model knows 131 tokens, the model 1024: they do not fit together",
     ),
     "a draft with fewer rows": (
         ["--model", "LLAMA", "--draft-model", "FEW-ROWS"],
+        "FEW-ROWS has an embedding of 100 rows, the model's tokens are 131",
+    ),
+    "a split draft with fewer rows": (
+        ["--model", "LLAMA", "--draft-model", "FEW-ROWS", "--draft", "split"],
         "FEW-ROWS has an embedding of 100 rows, the model's tokens are 131",
     ),
     "quantized latents": (

@@ -12,7 +12,7 @@ pytestmark = pytest.mark.once
 # Rooms on one floor do not know each other. Command lines stand below the programs that
 # share them, and what starts them by name above.
 FLOORS: list[set[str]] = [
-    {"partition", "cluster", "stories"},
+    {"partition", "cluster", "native", "stories"},
     {"comm", "families", "checkpoint"},
     {"sharding", "model", "fetch"},
     {"layers"},

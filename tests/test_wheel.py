@@ -77,8 +77,8 @@ def test_the_sources_in_cpp_are_in_the_sdist(tmp_path):
     (path,) = tmp_path.glob("*.tar.gz")
     with tarfile.open(path) as tar:
         names = {name.partition("/")[2] for name in tar.getnames()}
-    sources = {str(p.relative_to(ROOT)) for p in ROOT.glob("mlxtp/comm/native/*.cpp")}
-    assert sources and sources <= names
+    sources = {str(p.relative_to(ROOT)) for p in ROOT.glob("mlxtp/**/*.cpp")}
+    assert len(sources) == 3 and sources <= names
 
 
 def test_generate_outside_the_checkout(installed, tmp_path):

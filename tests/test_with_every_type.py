@@ -18,6 +18,7 @@ from metal_kernels import use_plain_operations
 from mlx.utils import tree_flatten
 from mlx_lm.generate import generate_step, speculative_generate_step
 from mlx_lm.models.cache import make_prompt_cache, save_prompt_cache
+from mlx_lm.sample_utils import make_sampler
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 from mlx_lm.tuner.utils import linear_to_lora_layers, load_adapters
 from mlx_lm.utils import load_model, load_tokenizer
@@ -27,13 +28,14 @@ from tiny import save_tokenizer
 
 from mlxtp import Communicator, stream_generate
 from mlxtp.generation.prompt_cache import SavedPrompt
+from mlxtp.generation.sampling import seeded
 from mlxtp.loading import load_model as load_split
 from mlxtp.partition.shares import Share
 
 use_plain_operations()
 pytestmark = pytest.mark.ranks(3)
 
-STEPS = 6
+STEPS, SEED = 6, 7
 
 QUICK = ["llama", "deepseek_v3", "gpt_oss", "mamba2", "qwen3_next"]
 
@@ -258,6 +260,58 @@ def test_draft_model(model_type: str, llama: nn.Module, comm: Communicator) -> N
     assert both_ways(split(model_type, comm), llama) == expected
     if isinstance(expected, str):
         pytest.skip(f"not in mlx-lm either: {expected}")
+
+
+class Scripted:
+    """Drafts that are right up to a token that changes from round to round."""
+
+    RIGHT = (2, 0, 9, 1, 9, 9, 0)
+
+    def __init__(self, prompt: list[int], text: list[int]) -> None:
+        self.tokens, self.rounds = [*prompt, *text], 0
+
+    def begin(self, *_: Any) -> "Scripted":
+        return self
+
+    def propose(self, tokens: list[int], count: int) -> list[int]:
+        right = self.RIGHT[self.rounds % len(self.RIGHT)]
+        self.rounds += 1
+        drafted = self.tokens[len(tokens) : len(tokens) + count]
+        return [
+            token if place < right else (token + 1) % zoo.VOCABULARY
+            for place, token in enumerate(drafted)
+        ]
+
+
+@EVERY_TYPE
+def test_drafts_change_no_tokens(
+    model_type: str, comm: Communicator, tokenizer: TokenizerWrapper
+) -> None:
+    """Greedy from a short prompt on, whose windows fill, and drawn behind a long one.
+
+    Whatever was drafted, and whatever the caches are that are taken back.
+    """
+    folder, model = saved(model_type, comm), split(model_type, comm)
+    greedy: dict[str, Any] = {"max_tokens": 2 * STEPS}
+    drawn = {**greedy, "sampler": make_sampler(1.0, top_p=0.9)}
+    for prompt, options in ((PROMPT[:3], greedy), (LONG, drawn)):
+        by_position = seeded(options, SEED, len(prompt))
+        steps = on_rank_0(
+            comm,
+            lambda p=prompt, o=by_position: Tokens.of(
+                generate_step(mx.array(p), whole(folder), **o)
+            ),
+        )
+        stream = stream_generate(
+            *(model, tokenizer, prompt),
+            draft_model=Scripted(prompt, steps),
+            num_draft_tokens=3,
+            seed=SEED,
+            **options,
+        )
+        said = list(stream)
+        assert Tokens.of((x.token, x.logprobs) for x in said) == steps
+        assert sum(x.from_draft for x in said) >= STEPS
 
 
 @EVERY_TYPE

@@ -1,8 +1,9 @@
 """Slices of tensors, read by threads ahead of what is made of them."""
 
 from collections import deque
-from collections.abc import Iterable
+from collections.abc import Iterable, Set
 from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
 from types import TracebackType
 from typing import Self
 
@@ -12,27 +13,51 @@ import numpy as np
 from mlxtp.checkpoint.headers import Checkpoint
 from mlxtp.checkpoint.memory import allocate
 from mlxtp.checkpoint.tensors import Tensor
+from mlxtp.native import loader
 from mlxtp.partition.spans import Slice
 
 READERS = 4
+# A slice is read in parts of this size, so that all threads read a large one.
+PART_BYTES = 8 * 1024 * 1024
 # The next slice is begun while fewer bytes than this are being read or wait to be
-# converted.
-AHEAD_BYTES = 32 * 1024 * 1024
+# converted, besides the one that is waited for.
+AHEAD_BYTES = 64 * 1024 * 1024
+
+
+@dataclass(frozen=True)
+class _UnderWay:
+    """A slice that is being read: its array, and the parts that are not yet read."""
+
+    tensor: Tensor
+    part: Slice
+    array: mx.array
+    parts: list[Future[None]]
 
 
 class ReadAhead:
     """Reads slices like `Checkpoint.read`, some before they are asked for.
 
     `wanted` is what will be asked for, in that order. What is asked for out of turn is
-    read then.
+    read then. `kept` are those of its tensors whose arrays stay when they are read.
     """
 
     def __init__(
-        self, checkpoint: Checkpoint, wanted: Iterable[tuple[Tensor, Slice]]
+        self,
+        checkpoint: Checkpoint,
+        wanted: Iterable[tuple[Tensor, Slice]],
+        kept: Set[Tensor] = frozenset(),
     ) -> None:
         self._checkpoint = checkpoint
-        self._wanted = iter(wanted)
-        self._under_way: deque[tuple[Tensor, Slice, mx.array, Future[None]]] = deque()
+        # Memory that stays, and that nothing is written to yet, is taken before threads
+        # read: the system makes who takes memory wait for who fills some.
+        self._wanted = iter(
+            [
+                (tensor, part, _array(tensor, part) if early else None)
+                for tensor, part in wanted
+                for early in [tensor in kept and loader.reading() is not None]
+            ]
+        )
+        self._under_way: deque[_UnderWay] = deque()
         self._bytes = 0
         self._pool = ThreadPoolExecutor(READERS)
 
@@ -50,24 +75,32 @@ class ReadAhead:
     def read(self, tensor: Tensor, part: Slice) -> mx.array:
         """Wait for a slice, or read it. Errors as in `StoredTensor.read`."""
         self._begin()
-        if not self._under_way or self._under_way[0][:2] != (tensor, part):
+        following = self._under_way[0] if self._under_way else None
+        if following is None or (following.tensor, following.part) != (tensor, part):
             return self._checkpoint.read(tensor, part)
-        *_, array, done = self._under_way.popleft()
-        self._bytes -= array.nbytes
-        done.result()
+        self._under_way.popleft()
+        self._bytes -= following.array.nbytes
         self._begin()
-        return array
+        for read in following.parts:
+            read.result()
+        return following.array
 
     def _begin(self) -> None:
         """Begin to read the next slices, as far as AHEAD_BYTES go."""
         while self._bytes < AHEAD_BYTES:
             if (following := next(self._wanted, None)) is None:
                 return
-            tensor, part = following
-            array, memory = allocate(part.shape, tensor.dtype)
-            done = self._pool.submit(self._fill, memory, tensor, part)
-            self._under_way.append((tensor, part, array, done))
+            tensor, part, taken = following
+            array, memory = taken or _array(tensor, part)
+            plan = self._checkpoint.tensors[tensor.name].plan(part)
+            parts = [
+                self._pool.submit(piece.fill, memory[slice(*place)])
+                for place, piece in plan.parts(PART_BYTES)
+            ]
+            self._under_way.append(_UnderWay(tensor, part, array, parts))
             self._bytes += array.nbytes
 
-    def _fill(self, memory: np.ndarray, tensor: Tensor, part: Slice) -> None:
-        self._checkpoint.tensors[tensor.name].plan(part).fill(memory)
+
+def _array(tensor: Tensor, part: Slice) -> tuple[mx.array, np.ndarray]:
+    """Make the array of a slice, to be filled, and a view of its memory."""
+    return allocate(part.shape, tensor.dtype)

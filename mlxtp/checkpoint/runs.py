@@ -12,6 +12,7 @@ from pathlib import Path
 
 import numpy as np
 
+from mlxtp.native import loader
 from mlxtp.partition.spans import Span, Spans
 
 # Spans that lie closer together than a page are read with what is between them: the
@@ -63,29 +64,44 @@ class Run:
         target = memory[slice(*self.rows), slice(*self.columns)]
         if not target.size:
             return
-        gap = self.stride - self.spans.length  # bytes of a row that are not wanted
+        spans = self.spans
+        gap = self.stride - spans.length  # bytes of a row that are not wanted
+        if gap == 0 and len(spans) == 1 and target.flags.c_contiguous:
+            target = target.reshape(1, -1)
+            spans = Spans.whole(target.size)
+        block = 0  # rows that are read at once
+        if len(target) > 1 and gap < PAGE_BYTES:
+            block = max(1, BLOCK_BYTES // self.stride)
         with open(self.file, "rb", buffering=0) as file:
-            if gap == 0 and len(self.spans) == 1 and target.flags.c_contiguous:
-                _pread(file.fileno(), target.reshape(-1).data, self.offset)
-            elif len(target) == 1 or gap >= PAGE_BYTES:
-                self._fill_by_span(target, file.fileno())
+            fd, done = file.fileno(), 0
+            if (native := loader.reading()) is not None:
+                done = native.fill(fd, target, self.offset, self.stride, spans, block)
+            # What it has left is read here, which also tells why it stopped there.
+            if block:
+                self._fill_by_block(target, fd, block, done)
             else:
-                self._fill_by_block(target, file.fileno())
+                self._fill_by_span(target, fd, spans, done)
 
-    def _fill_by_span(self, target: np.ndarray, fd: int) -> None:
+    def _fill_by_span(
+        self, target: np.ndarray, fd: int, spans: Spans, done: int
+    ) -> None:
         """Read each span of each row by itself, straight to its place."""
-        for number, row in enumerate(target):
+        for number, row in enumerate(target[done:], done):
             filled = 0
-            for span in self.spans:
+            for span in spans:
                 part = row[filled : filled + span.length]
                 _pread(fd, part.data, self.offset + number * self.stride + span.start)
                 filled += span.length
 
-    def _fill_by_block(self, target: np.ndarray, fd: int) -> None:
+    def _fill_by_block(
+        self, target: np.ndarray, fd: int, count: int, done: int
+    ) -> None:
         """Read some rows at once with all that lies between, and copy the spans."""
-        block = np.empty((max(1, BLOCK_BYTES // self.stride), self.stride), np.uint8)
+        if done == len(target):
+            return
+        block = np.empty((count, self.stride), np.uint8)
         first, last = min(self.spans).start, max(self.spans).stop
-        for number in range(0, len(target), len(block)):
+        for number in range(done, len(target), count):
             rows = block[: len(target) - number]
             # From the first span of the first row to the last span of the last.
             wanted = rows.reshape(-1)[first : rows.size - (self.stride - last)]
@@ -131,13 +147,23 @@ class ReadPlan:
 
     def blocks(self) -> Iterator[np.ndarray]:
         """Read the bytes in their order, at most BLOCK_BYTES at a time: (n,) uint8."""
-        columns = max(1, min(self.row_bytes, BLOCK_BYTES))
-        rows = BLOCK_BYTES // columns if columns == self.row_bytes else 1
+        for _, plan in self.parts(BLOCK_BYTES):
+            yield plan.read()
+
+    def parts(self, most_bytes: int) -> Iterator[tuple[Span, "ReadPlan"]]:
+        """Divide it into plans of at most `most_bytes`, in the order of the memory.
+
+        Yields: the bytes of the memory that a plan fills, and the plan.
+        """
+        columns = max(1, min(self.row_bytes, most_bytes))
+        rows = most_bytes // columns if columns == self.row_bytes else 1
         for row in range(0, self.rows, rows):
             band = Span(row, min(row + rows, self.rows))
             for start in range(0, self.row_bytes, columns):
                 part = Span(start, min(start + columns, self.row_bytes))
-                yield self.clipped(band, part).read()
+                begin = row * self.row_bytes + start
+                plan = self.clipped(band, part)
+                yield Span(begin, begin + band.length * part.length), plan
 
 
 def _between(spans: Spans, offsets: Span) -> Spans:

@@ -299,7 +299,7 @@ class StoredTensor:
         """
         own = part.axis or 0
         axes = [own if p.part.axis is None else p.part.axis for p in self.pieces]
-        if not axes:
+        if len({*axes, own}) == 1:
             return own
         axes.sort(key=lambda axis: axis != own)
         complete = (

@@ -20,7 +20,7 @@ WITHOUT_CABLES = f"127.0.0.0/8,{CABLE_NETWORK},{RING_NETWORK}"
 
 
 def ring_address() -> str | None:
-    """Return this host's address in the ring of cables; None if it has none.
+    """Return this host's address on the cables; None if it has none.
 
     None as well where `CABLES_VARIABLE` says that the cables are not to be used.
     """
@@ -37,8 +37,7 @@ def uses_cables() -> bool:
 def own_address(hosts: Iterable[str]) -> str:
     """Return the address under which ranks on `hosts` reach this host.
 
-    Its address in the ring of cables comes before any other. With no other host it
-    is loopback.
+    Its address on the cables comes before any other. With no other host it is loopback.
     """
     others = {host for host in hosts if host != socket.gethostname()}
     if not others:

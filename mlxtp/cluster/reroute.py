@@ -1,8 +1,9 @@
-"""Lay the routes of this host in a ring of cables so that they avoid broken ones.
+"""Lay the routes of this host over the cables that carry something.
 
-`python -m mlxtp.cluster.reroute K N --broken 2,3`, on host K of N; with `--broken ""`
-they are laid as `launch/cables` lays them. Routes to hosts that no way reaches are
-removed; addresses stay as they are. It takes root, or a sudo that asks for no password.
+`python -m mlxtp.cluster.reroute K N --topology ring --broken 2-3,3-4`, on host K of N;
+without `--broken` they are laid as `launch/cables` lays them. Routes to hosts that no
+way reaches are removed; addresses stay as they are. It takes root, or a sudo that asks
+for no password.
 One line of JSON says how it went: `routes` is "as wanted", "changed" or "refused",
 `words` says more. Only the standard library is used.
 """
@@ -17,8 +18,9 @@ import sys
 from collections.abc import Callable, Sequence, Set
 from typing import NamedTuple
 
-from mlxtp.cluster import ring
+from mlxtp.cluster import cables
 from mlxtp.cluster.addresses import RING_ADDRESSES
+from mlxtp.cluster.cables import Cable
 from mlxtp.cluster.commands import output
 
 
@@ -36,7 +38,7 @@ class System(NamedTuple):
         lay: the command for the route to another host's address, from this one's.
         remove: the command that removes the route to an address.
         clear: `remove` goes before `lay`.
-        laid: the routes to addresses of the ring, as they are.
+        laid: the routes to addresses of hosts on the cables, as they are.
     """
 
     lay: Callable[[str, Route, str], list[str]]
@@ -68,7 +70,7 @@ def remove_macos(other: str) -> list[str]:
 
 
 def read_ip_route(text: str) -> dict[str, Route]:
-    """Read the routes to hosts of the ring from what `ip -json route` prints."""
+    """Read the routes to hosts on the cables from what `ip -json route` prints."""
     return {
         entry["dst"]: Route(entry.get("gateway", ""), entry.get("dev", ""))
         for entry in json.loads(text or "[]")
@@ -77,7 +79,7 @@ def read_ip_route(text: str) -> dict[str, Route]:
 
 
 def read_netstat(text: str) -> dict[str, Route]:
-    """Read the routes to hosts of the ring from what `netstat -rn` of macOS prints."""
+    """Read the routes to hosts on the cables from `netstat -rn` of macOS."""
     result = {}
     for line in text.splitlines():
         destination, gateway, _, interface, *_ = [*line.split(), *[""] * 4]
@@ -108,24 +110,28 @@ class Outcome(NamedTuple):
     words: str
 
 
-def reroute(number: int, hosts: int, broken: Set[int]) -> Outcome:
-    """Lay the routes of this host, number `number` of `hosts`, past broken cables."""
-    system = MACOS if sys.platform == "darwin" else LINUX
-    own = ring.host_address(number)
-    interface_of = ring.interfaces()
+def this_system() -> System:
+    """Return the commands of the system that this host runs."""
+    return MACOS if sys.platform == "darwin" else LINUX
+
+
+def reroute(number: int, hosts: int, carrying: Set[Cable]) -> Outcome:
+    """Lay the routes of this host, host `number` of `hosts`, over `carrying`."""
+    system = this_system()
+    own = cables.host_address(number)
+    interface_of = cables.interfaces()
     if own not in interface_of:
         return Outcome(
             "refused",
-            f"this host has no address {own} on its cables: "
-            f"`launch/cables {number} {hosts} --apply`, as root, gives it",
+            f"this host has no address {own} on its cables: launch/cables gives it",
         )
-    ends = ring.ends(number, hosts)
     wanted = {}
-    for other, hop in ring.routes(number, hosts, broken).items():
-        address = ends[hop.side].address
+    through = cables.routes(number, carrying)
+    for other, neighbour in through.items():
+        address, gateway = cables.end(number, neighbour, hosts)
         if address not in interface_of:
             return Outcome("refused", f"no interface of this host has {address}")
-        wanted[ring.host_address(other)] = Route(hop.gateway, interface_of[address])
+        wanted[cables.host_address(other)] = Route(gateway, interface_of[address])
     laid = system.laid()
     others = RING_ADDRESSES[:hosts]
     others.remove(own)
@@ -140,17 +146,14 @@ def reroute(number: int, hosts: int, broken: Set[int]) -> Outcome:
     for command in commands:
         if says := _run_as_root(command):
             program = f"{shlex.quote(sys.executable)} -m mlxtp.cluster.reroute"
-            by_hand = f"sudo {program} {number} {hosts} --broken {_listed(broken)}"
+            topology = cables.named(carrying, hosts)
+            by_hand = f"sudo {program} {number} {hosts} --topology={topology}"
             return Outcome("refused", f"{says}; by hand: {by_hand}")
-    words = f"{len(wanted)} routes go "
-    words += f"past {_listed(broken)}" if broken else "the shorter way round"
+    direct = sum(other == neighbour for other, neighbour in through.items())
+    words = f"{len(wanted)} routes, {direct} of them to neighbours"
     if lost := [target for target in others if target not in wanted]:
         words += f"; no way leads to {', '.join(lost)}"
     return Outcome("changed" if commands else "as wanted", words)
-
-
-def _listed(cables: Set[int]) -> str:
-    return ",".join(map(str, sorted(cables))) or "''"
 
 
 def _run_as_root(command: list[str]) -> str | None:
@@ -172,30 +175,37 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
         prog="python -m mlxtp.cluster.reroute", description=__doc__
     )
     parser.add_argument("number", metavar="K", type=int, help="this host, 1 to N")
-    parser.add_argument("hosts", metavar="N", type=int, help="hosts in the ring")
+    parser.add_argument("hosts", metavar="N", type=int, help="hosts on the cables")
     parser.add_argument(
-        "--broken",
+        "--topology",
         required=True,
         metavar="CABLES",
-        help="such as 2,3: cable i joins hosts i and i + 1, cable N hosts N and 1",
+        help="ring, mesh, or cables such as 1-2,2-3: those between hosts 1 and 2, ...",
+    )
+    parser.add_argument(
+        "--broken",
+        default="",
+        metavar="CABLES",
+        help="those of them that carry nothing, such as 2-3,3-4; default: none",
     )
     args = parser.parse_args(arguments)
-    if not 2 <= args.hosts <= ring.MOST_HOSTS:
-        parser.error(f"a ring has 2 to {ring.MOST_HOSTS} hosts, not {args.hosts}")
+    if not 2 <= args.hosts <= cables.MOST_HOSTS:
+        parser.error(f"cables join 2 to {cables.MOST_HOSTS} hosts, not {args.hosts}")
     if not 1 <= args.number <= args.hosts:
         parser.error(f"K is one of 1 to {args.hosts}, not {args.number}")
-    words = [word for word in args.broken.split(",") if word]
-    cables = {str(cable) for cable in range(1, args.hosts + 1)}
-    if not cables.issuperset(words):
-        parser.error(f"--broken names cables 1 to {args.hosts}, not {args.broken}")
-    args.broken = frozenset(map(int, words))
+    for name in "topology", "broken":
+        try:
+            setattr(args, name, cables.parse(getattr(args, name), args.hosts))
+        except ValueError as error:
+            parser.error(f"--{name}: {error}")
     return args
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Lay the routes and print how it went."""
     args = parse(arguments)
-    print(json.dumps(reroute(args.number, args.hosts, args.broken)._asdict()))
+    outcome = reroute(args.number, args.hosts, args.topology - args.broken)
+    print(json.dumps(outcome._asdict()))
 
 
 if __name__ == "__main__":

@@ -18,12 +18,13 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import psutil
 
-from mlxtp.cluster import ring
+from mlxtp.cluster import cables
 from mlxtp.cluster.addresses import ring_address
 from mlxtp.cluster.commands import output
 from mlxtp.cluster.remote import HostError, run_on
@@ -37,6 +38,9 @@ NEW_SECONDS = 2.0
 # How long processes that were killed may take to be gone.
 GONE_SECONDS = 5.0
 
+# The ranks' own check at their start (comm.same_start) compares them as well.
+PACKAGES = ("mlxtp", "mlx", "mlx-lm", "mpi4py")
+
 # Python and its imports take a while on a host that has just started.
 VISIT_SECONDS = 20.0
 
@@ -45,17 +49,18 @@ VISIT_SECONDS = 20.0
 class Visit:
     """What was seen on a host.
 
-    `ended` counts processes of old jobs that were ended, `ring_address` is the host's
-    on the cables, if it has one, `cables` those of its cables whose other end answers.
-    `gpu_limit_mb` is what macOS was told that its GPU may take (iogpu.wired_limit_mb),
-    0 for its own choice; None elsewhere.
+    `ring_address` is the host's on the cables, if it has one. `cables` are the hosts,
+    by number, to which it has a cable with an address; `answering` those of them that
+    answer there. `gpu_limit_mb` is what macOS was told that its GPU may take
+    (iogpu.wired_limit_mb), 0 for its own choice; None elsewhere. `versions` are those
+    of the packages that all ranks must have alike.
     """
 
-    host: str
-    ended: int
     ring_address: str | None
     gpu_limit_mb: int | None
+    versions: dict[str, str]
     cables: tuple[int, ...] = ()
+    answering: tuple[int, ...] = ()
 
 
 def visit(
@@ -63,15 +68,15 @@ def visit(
 ) -> Visit:
     """Visit a host, on which jobs of these names may have left something.
 
-    `place` says that it is host K of N in a ring of cables.
+    `place` says that it is host K of N on the cables.
 
     Raises: HostError if it does not answer.
     """
     words = ["mlxtp.cluster.visit", *jobs]
     if place is not None:
-        words.append(f"--ring={place[0]},{place[1]}")
+        words.append(f"--place={place[0]},{place[1]}")
     content = ask(host, words)
-    content["cables"] = tuple(content["cables"])
+    content |= {name: tuple(content[name]) for name in ("cables", "answering")}
     return Visit(**content)
 
 
@@ -90,19 +95,21 @@ def ask(host: str, words: Sequence[str]) -> dict[str, Any]:
     return content
 
 
-def end_jobs(names: Sequence[str]) -> int:
-    """End the ranks and daemons of jobs on this host; return how many there were."""
-    ended: set[int] = set()
+def versions() -> dict[str, str]:
+    """Return the versions of the packages that all ranks must have alike."""
+    return {name: version(name) for name in PACKAGES}
+
+
+def end_jobs(names: Sequence[str]) -> None:
+    """End the ranks and daemons of jobs on this host."""
     until = time.monotonic() + GONE_SECONDS
     while left := list(_of_jobs(names)):
         for process in left:
-            ended.add(process.pid)
             with suppress(psutil.Error):  # it has gone
                 process.kill()
         psutil.wait_procs(left, 0.2)
         if time.monotonic() > until:
             break
-    return len(ended)
 
 
 def _of_jobs(names: Sequence[str]) -> Iterator[psutil.Process]:
@@ -123,11 +130,13 @@ def _of_jobs(names: Sequence[str]) -> Iterator[psutil.Process]:
 
 def remove_leftovers() -> None:
     """Remove this user's shared memory and folders of Open MPI that nobody uses."""
-    used = set(_mapped())
     host = socket.gethostname().partition(".")[0]
-    for file in SHARED_MEMORY.glob(f"sm_segment.{host}.*"):
-        if str(file) not in used and _is_old_and_own(file):
-            file.unlink(missing_ok=True)
+    files = filter(_is_old_and_own, SHARED_MEMORY.glob(f"sm_segment.{host}.*"))
+    if segments := list(files):
+        used = set(_mapped())  # the maps of all processes are read for it
+        for file in segments:
+            if str(file) not in used:
+                file.unlink(missing_ok=True)
     for folder in Path(tempfile.gettempdir()).glob("ompi.*"):
         number = re.fullmatch(r"ompi\.(\d+)", folder.name)
         if number and not psutil.pid_exists(int(number[1])) and _is_old_and_own(folder):
@@ -166,19 +175,20 @@ def main() -> None:
     """End what is left, and print what was seen."""
     parser = argparse.ArgumentParser(prog="mlxtp.cluster.visit", description=__doc__)
     parser.add_argument("jobs", nargs="*", metavar="JOB")
-    parser.add_argument("--ring", metavar="K,N", help="host K of N in a ring of cables")
+    parser.add_argument("--place", metavar="K,N", help="host K of N on the cables")
     args = parser.parse_args()
-    ended = end_jobs(args.jobs)
+    if args.jobs:
+        end_jobs(args.jobs)
     remove_leftovers()
-    cables: dict[int, bool] = {}
-    if args.ring is not None:
-        cables = ring.answering(*map(int, args.ring.split(",")))
+    answers: dict[int, bool] = {}
+    if args.place is not None:
+        answers = cables.answering(*map(int, args.place.split(",")))
     seen = Visit(
-        socket.gethostname(),
-        ended,
         ring_address(),
         gpu_limit_mb(),
-        tuple(cable for cable, answers in cables.items() if answers),
+        versions(),
+        tuple(answers),
+        tuple(other for other, is_there in answers.items() if is_there),
     )
     print(json.dumps(asdict(seen)))
 

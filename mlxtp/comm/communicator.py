@@ -6,11 +6,11 @@ import socket
 import sys
 import time
 import traceback
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from contextvars import ContextVar
 from types import TracebackType
-from typing import Any
+from typing import Any, TypeVar
 
 import mlx.core as mx
 import numpy as np
@@ -52,6 +52,8 @@ ANNOUNCE_TAG = 32766
 ANNOUNCE_BYTES = 4096
 NAP_SECONDS = 50e-6
 IDLE_NAP_SECONDS = 20e-3
+
+T = TypeVar("T")
 
 # State of the calls of one thread: `Communicator.dry_run`.
 _DRY_RUNS: ContextVar[tuple["Communicator", ...]] = ContextVar("_DRY_RUNS", default=())
@@ -219,6 +221,30 @@ class Communicator:
             alone = mx.reshape(x, x.shape)  # what changes x in place leaves it as it is
             return Request(lambda: alone)
         return self._arrays.iallreduce(x, at)
+
+    @property
+    def takes_turns(self) -> bool:
+        """Whether what one computation sends travels while another computes."""
+        return self._control is not None and self._arrays.takes_turns
+
+    def take_turns(
+        self, first: Callable[[], T], second: Callable[[], T]
+    ) -> tuple[T, T]:
+        """Make two computations whose collectives take turns; return what they return.
+
+        Each puts what it computes into MLX's graph, one after the other, so that the
+        results are those of two plain calls, to the bit. Then the first collective of
+        each is begun, the second of each, and so on: one computes while what the other
+        has sent travels. Where the second needs what the first sends later, it waits.
+
+        With one rank, in a dry run, and over "mpi-eager", whose collectives evaluate
+        what they send, nothing travels meanwhile.
+
+        Communicates: what the computations do.
+        """
+        if self._control is None or self in _DRY_RUNS.get():
+            return first(), second()
+        return self._arrays.take_turns(first, second)
 
     def allgather(self, x: mx.array, sizes: Sequence[int], at: str = "") -> mx.array:
         """Join the ranks' arrays along the last axis, in rank order.
@@ -449,10 +475,10 @@ class Communicator:
             return GraphCollectives(backend, self._progress, self.traffic)
         if transport == "mpi" and wire == "plain":
             with self._progress.unlimited():  # a compiler may take long
-                core = start_native(control)
-            if core is not None:
+                cores = start_native(control)
+            if cores is not None:
                 return NativeCollectives(
-                    core, *counted, allreduce=allreduce, measure=measure
+                    cores, *counted, allreduce=allreduce, measure=measure
                 )
         return EagerCollectives(
             *counted, allreduce=allreduce, wire=wire, measure=measure

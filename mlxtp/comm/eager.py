@@ -2,9 +2,10 @@
 
 import math
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import cache
+from typing import TypeVar
 
 import ml_dtypes
 import mlx.core as mx
@@ -17,6 +18,8 @@ from mlxtp.comm.traffic import Traffic
 from mlxtp.comm.transports import MessageTransport
 from mlxtp.comm.tuning import choose
 
+T = TypeVar("T")
+
 
 class EagerCollectives:
     """Send the memory of evaluated arrays as it lies, and make arrays of results.
@@ -26,6 +29,7 @@ class EagerCollectives:
     """
 
     is_timed = True
+    takes_turns = False
 
     def __init__(
         self,
@@ -90,6 +94,12 @@ class EagerCollectives:
             result = mx.array(total.reshape(shape))
         self._traffic.add_seconds(time.perf_counter() - begin)
         return result
+
+    def take_turns(
+        self, first: Callable[[], T], second: Callable[[], T]
+    ) -> tuple[T, T]:
+        """Make one after the other: a collective evaluates what it sends."""
+        return first(), second()
 
     def allgather(self, x: mx.array, sizes: Sequence[int], at: str) -> mx.array:
         """Join the ranks' arrays along the last axis, in rank order.

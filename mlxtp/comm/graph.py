@@ -1,6 +1,7 @@
 """Collectives on MLX arrays that stand in MLX's graph: nothing is evaluated."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import TypeVar
 
 import mlx.core as mx
 
@@ -8,6 +9,9 @@ from mlxtp.comm.progress import Progress
 from mlxtp.comm.request import Request
 from mlxtp.comm.traffic import Traffic
 from mlxtp.comm.transports import GraphTransport
+from mlxtp.comm.turns import note, take_turns
+
+T = TypeVar("T")
 
 
 class GraphCollectives:
@@ -18,6 +22,7 @@ class GraphCollectives:
     """
 
     is_timed = False
+    takes_turns = True
 
     def __init__(
         self, transport: GraphTransport, progress: Progress, traffic: Traffic
@@ -38,6 +43,19 @@ class GraphCollectives:
         """Leave no collective that others are still in."""
         self._transport.close()
 
+    def take_turns(
+        self, first: Callable[[], T], second: Callable[[], T]
+    ) -> tuple[T, T]:
+        """Put two computations into the graph, and begin their gathers by turns."""
+        with self._progress.turns() as call:
+            return take_turns(first, second, call)
+
+    def _gathered(self, x: mx.array) -> mx.array:
+        """Gather the ranks' arrays: x (...) -> (ranks, ...), unevaluated."""
+        parts = self._transport.allgather(x)
+        note(parts)
+        return parts
+
     def allreduce(self, x: mx.array, at: str) -> mx.array:
         """Sum x over ranks, in float32 for 16-bit floats.
 
@@ -45,7 +63,7 @@ class GraphCollectives:
         """
         self._traffic.count(x.nbytes)
         self._progress.put_in_graph("allreduce", at)
-        parts = self._transport.allgather(x)
+        parts = self._gathered(x)
         if x.dtype in (mx.float16, mx.bfloat16):
             parts = parts.astype(mx.float32)
         total = parts[0]
@@ -71,7 +89,7 @@ class GraphCollectives:
         self._progress.put_in_graph("allgather", at)
         missing = max(sizes) - x.shape[-1]
         padded = mx.pad(x, [*[(0, 0)] * (x.ndim - 1), (0, missing)])
-        parts = self._transport.allgather(padded)
+        parts = self._gathered(padded)
         return mx.concatenate(
             [parts[rank][..., :size] for rank, size in enumerate(sizes)], axis=-1
         )
@@ -86,4 +104,4 @@ class GraphCollectives:
         """
         self._traffic.count(x.nbytes)
         self._progress.put_in_graph("bcast", at)
-        return self._transport.allgather(x)[root]
+        return self._gathered(x)[root]

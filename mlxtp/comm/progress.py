@@ -3,6 +3,7 @@
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from itertools import count
 from typing import NamedTuple
 
 from mlxtp.cluster.verdict import CollectiveCall, Verdict
@@ -27,7 +28,9 @@ class GraphState(NamedTuple):
     `begun` is the number of the last one that it has begun, 0 before the first, and
     `name` and `layer` are those of that one. `seconds` is how long it has been waiting
     in it, -1 while it is in none. `failure` says which one failed, and why: "" if none
-    did; after one that did none is made any more.
+    did; after one that did none is made any more. Where it makes two at once, name,
+    layer and seconds are those of the one that it has been in for longer, and `number`
+    is its number; 0 says that it is `begun`.
     """
 
     begun: int = 0
@@ -35,6 +38,7 @@ class GraphState(NamedTuple):
     layer: str = ""
     seconds: float = -1.0
     failure: str = ""
+    number: int = 0
 
 
 class Wait(NamedTuple):
@@ -68,6 +72,7 @@ class Progress:
 
     def __init__(self) -> None:
         self.number = 0
+        self._turn: Iterator[int] | None = None
         self.graph: Callable[[], GraphState] = GraphState
         self.limited_since: float | None = 0.0
         self.blocks = Blocks()
@@ -84,7 +89,8 @@ class Progress:
         waits = [] if main is None else [main]
         if graph.seconds >= 0:
             since = time.monotonic() - graph.seconds
-            waits.append(Wait(since, graph.name, graph.begun, graph.layer, True))
+            number = graph.number or graph.begun
+            waits.append(Wait(since, graph.name, number, graph.layer, True))
         return waits
 
     def last_call(self) -> CollectiveCall | None:
@@ -128,14 +134,33 @@ class Progress:
     def put_in_graph(self, name: str, layer: str) -> int:
         """Note a collective that MLX will wait for when it evaluates the graph.
 
-        Returns its number.
+        Returns its number, which counts in the order in which they are begun.
 
         Raises: RankLostError if a rank is lost.
         """
         self.raise_if_lost()
         self.number += 1
-        self._last = name, self.number, layer, True
-        return self.number
+        number = self.number if self._turn is None else next(self._turn)
+        self._last = name, number, layer, True
+        return number
+
+    @contextmanager
+    def turns(self) -> Iterator[Callable[[int], None]]:
+        """Number what two computations call as it is begun: by turns.
+
+        Gives a function that says which of them calls from now on: 0 or 1.
+        """
+        numbers = [count(self.number + 1, 2), count(self.number + 2, 2)]
+
+        def call(place: int) -> None:
+            self._turn = numbers[place]
+
+        try:
+            yield call
+        finally:
+            self._turn = None
+            # One that calls less than the other leaves numbers out.
+            self.number = max(self.number, max(map(next, numbers)) - 2)
 
     def end_block(self, *, raised: bool) -> None:
         """Note that the main thread has left a block, with an exception or not."""

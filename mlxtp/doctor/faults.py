@@ -19,6 +19,7 @@ def faults(findings: Findings) -> list[Fault]:
         host_faults.transports,
         host_faults.memory,
         network_faults.detours,
+        network_faults.lacking,
         network_faults.slow_links,
         network_faults.packets,
         network_faults.order,

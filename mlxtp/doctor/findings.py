@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from itertools import combinations
 
+from mlxtp.cluster import cables
 from mlxtp.cluster.addresses import RING_ADDRESSES
 from mlxtp.comm.arithmetic import Arithmetic
 from mlxtp.doctor.facts import Interface
@@ -84,9 +85,32 @@ class Findings:
         return all(pair in self.links for pair in self.pairs)
 
     @property
-    def is_ring(self) -> bool:
-        """Whether some host has an address in a ring of cables."""
+    def on_cables(self) -> bool:
+        """Whether some host has an address on the cables."""
         return any(machine.address in RING_ADDRESSES for machine in self.machines)
+
+    @cached_property
+    def cables(self) -> set[Pair]:
+        """The pairs of hosts, by their lowest ranks, that a cable with addresses joins.
+
+        Addresses of one end are enough: the other host may have lost its own.
+        """
+        number = {host.rank: self.number(host) for host in self.hosts}
+        return {
+            (a, b)
+            for a, b in combinations(number, 2)
+            if any(
+                cables.end(number[x], number[y], len(number)).address
+                in self.machines[x].addresses
+                for x, y in ((a, b), (b, a))
+            )
+        }
+
+    def number(self, machine: Machine) -> int:
+        """Return the number of a host on the cables, or else its place from 1."""
+        if machine.address in RING_ADDRESSES:
+            return RING_ADDRESSES.index(machine.address) + 1
+        return [host.host for host in self.hosts].index(machine.host) + 1
 
     def port(self, a: int, b: int) -> Interface | None:
         """Return the interface by which rank `a` reaches rank `b`; None without one."""

@@ -1,24 +1,28 @@
 """The commands that fix what is wrong, as they are typed on the host."""
 
-from mlxtp.cluster.addresses import RING_ADDRESSES
+from mlxtp.cluster import cables
 from mlxtp.doctor.findings import Findings
 from mlxtp.doctor.machine import Machine
 
 
-def ring_command(findings: Findings, machine: Machine) -> str:
-    """Return the command that gives a host its addresses and routes in the ring."""
-    hosts = [each.host for each in findings.hosts]
-    number = hosts.index(machine.host) + 1
-    if machine.address in RING_ADDRESSES:
-        number = RING_ADDRESSES.index(machine.address) + 1
-    ends = {"left": f"10.88.{number - 1 or len(hosts)}.2", "right": f"10.88.{number}.1"}
-    ports = "".join(
-        f" --{side} {port.name}"
-        for side, address in ends.items()
-        for port in machine.facts.interfaces
-        if address in port.addresses
-    )
-    return f"{sudo(machine)}./launch/cables {number} {len(hosts)}{ports} --apply"
+def cables_command(findings: Findings, machine: Machine) -> str:
+    """Return the command that gives a host its addresses and routes on the cables."""
+    hosts, number = len(findings.hosts), findings.number(machine)
+    numbers = {host.rank: findings.number(host) for host in findings.hosts}
+    used = {cables.between(numbers[a], numbers[b]) for a, b in findings.cables}
+    port_of = {
+        a: port.name for port in machine.facts.interfaces for a in port.addresses
+    }
+    leads = [
+        f"{other}={port_of[end.address]}"
+        for other, end in cables.laid(number, hosts, port_of).items()
+    ]
+    words = ["./launch/cables", str(number), str(hosts)]
+    if used not in (set(), cables.ring(hosts)):
+        words.append(f"--topology {cables.named(used, hosts)}")
+    if len(leads) == len(cables.neighbours(number, used or cables.ring(hosts))):
+        words.append(f"--ports {','.join(leads)}")
+    return f"{sudo(machine)}{' '.join([*words, '--apply'])}"
 
 
 def mtu_command(machine: Machine, interface: str, mtu: int) -> str:

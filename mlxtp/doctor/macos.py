@@ -8,7 +8,7 @@ import re
 
 from mlxtp.cluster.commands import output
 from mlxtp.cluster.memory import host_memory
-from mlxtp.comm.transports import rdma
+from mlxtp.cluster.ports import hardware_ports as named_ports
 from mlxtp.doctor.facts import Facts, Interface, Route
 
 SETTINGS = ("iogpu.wired_limit_mb", "net.inet.ip.forwarding")
@@ -60,7 +60,7 @@ def interfaces(
         hardware_ports: what `networksetup -listallhardwareports` prints.
         thunderbolt: what `system_profiler SPThunderboltDataType -json` prints.
     """
-    kinds = {name: port for port, name in rdma.interfaces(hardware_ports).items()}
+    kinds = {name: port for port, name in named_ports(hardware_ports).items()}
     cables = cable_rates(thunderbolt)
     result = []
     for block in re.split(r"^(?=\S)", ifconfig, flags=re.M):

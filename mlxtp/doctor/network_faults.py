@@ -2,11 +2,12 @@
 
 from collections import Counter
 from collections.abc import Iterator
+from itertools import combinations
 from statistics import median
 
 from mlxtp.cluster.addresses import RING_ADDRESSES
 from mlxtp.doctor.findings import Fault, Findings, Pair
-from mlxtp.doctor.fixes import mtu_command, ring_command, sudo
+from mlxtp.doctor.fixes import cables_command, mtu_command, sudo
 from mlxtp.doctor.machine import Machine
 
 # A link is slow if its rate is below that of its peers by this factor, or its latency
@@ -18,18 +19,20 @@ FEWEST_PEERS = 3
 
 
 def addresses(findings: Findings) -> Iterator[Fault]:
-    """Yield the hosts of a ring without an address of their own in it."""
-    if not findings.is_ring:
+    """Yield the hosts without an address of their own on the cables."""
+    if not findings.on_cables:
         return
     owners: dict[str, str] = {}
     for machine in findings.hosts:
         address = machine.address
         if address not in RING_ADDRESSES:
             what = f"no address 10.89.0.K, which others have: its data go by {address}"
-            yield Fault(machine.host, what, ring_command(findings, machine))
+            yield Fault(machine.host, what, cables_command(findings, machine))
         elif address in owners:
             what = f"the address {address} is also that of {owners[address]}"
-            undo = ring_command(findings, machine).replace("--apply", "--undo --apply")
+            undo = cables_command(findings, machine).replace(
+                "--apply", "--undo --apply"
+            )
             fix = f"{undo}, then launch/cables with its own number"
             yield Fault(machine.host, what, fix)
         owners.setdefault(address, machine.host)
@@ -65,7 +68,7 @@ def routes(findings: Findings) -> Iterator[Fault]:
                 for rank in sorted(missing)
             )
             yield Fault(
-                machine.host, f"no route to {names}", ring_command(findings, machine)
+                machine.host, f"no route to {names}", cables_command(findings, machine)
             )
 
 
@@ -132,7 +135,7 @@ def detours(findings: Findings) -> Iterator[Fault]:
             what = (
                 f"data to {', '.join(others)} go by {', '.join(ports)}, not by a cable"
             )
-            yield Fault(machine.host, what, ring_command(findings, machine))
+            yield Fault(machine.host, what, cables_command(findings, machine))
 
 
 def slow_links(findings: Findings) -> Iterator[Fault]:
@@ -197,25 +200,59 @@ def packets(findings: Findings) -> Iterator[Fault]:
             yield Fault(f"{near.host} - {far.host}", what, ping)
 
 
+def lacking(findings: Findings) -> Iterator[Fault]:
+    """Yield the pairs whose data go past their cable, and those without one in a mesh.
+
+    More cables than hosts are meant to be a mesh.
+    """
+    is_mesh = len(findings.cables) > len(findings.hosts)
+    for a, b in combinations([host.rank for host in findings.hosts], 2):
+        path, has_cable = findings.paths[a, b], (a, b) in findings.cables
+        if path.stopped or path.hops == 1 or not (has_cable or is_mesh):
+            continue
+        near, far = findings.machines[a].host, findings.machines[b].host
+        through = ", ".join(findings.machines[rank].host for rank in path.ranks[1:-1])
+        what = f"their data go through {through}: "
+        if has_cable:
+            what += "the routes were laid past the cable that joins them"
+            fix = "put it in again at both ends"
+        else:
+            what += "no cable joins them, as others are joined in a mesh"
+            fix = "put one in"
+        fix += ", then launch/cables HOSTFILE --apply"
+        yield Fault(f"{near} - {far}", what, fix)
+
+
 def order(findings: Findings) -> Iterator[Fault]:
     """Yield the hostfile, if successive ranks are no neighbours in a ring of cables."""
     if any(path.stopped for path in findings.paths.values()) or len(findings.hosts) < 4:
         return
-    if all(path.hops == 1 for path in findings.paths.values()):
-        return
     size = len(findings.machines)
     far = [r for r in range(size) if findings.paths[r, (r + 1) % size].hops > 1]
-    if far and len(findings.hosts) == size:
+    circle = _circle(findings)
+    if far and circle and len(findings.hosts) == size:
         a, b = (
             findings.machines[far[0]].host,
             findings.machines[(far[0] + 1) % size].host,
         )
-        ring = sorted(
-            findings.hosts, key=lambda machine: RING_ADDRESSES.index(machine.address)
-        )
-        names = ", ".join(machine.host for machine in ring)
+        names = ", ".join(findings.machines[rank].host for rank in circle)
         what = f"{a} and {b} follow each other, and no cable joins them"
         yield Fault("hostfile", what, f"write its lines in the ring's order: {names}")
+
+
+def _circle(findings: Findings) -> list[int]:
+    """All ranks in the order of a ring of cables; empty if they are in none."""
+    size = len(findings.machines)
+    near: dict[int, list[int]] = {rank: [] for rank in range(size)}
+    for (a, b), path in findings.paths.items():
+        if path.hops == 1:
+            near[a].append(b)
+    if any(len(others) != 2 for others in near.values()):
+        return []
+    circle = [0]
+    while after := [rank for rank in near[circle[-1]] if rank not in circle]:
+        circle.append(min(after))
+    return circle if len(circle) == size else []
 
 
 def _dead(findings: Findings) -> list[Pair]:

@@ -14,14 +14,41 @@ from mlxtp.layers.forward import Forward, change_forward
 class Call:
     """A call of the layer at `path`.
 
-    It reads `read_bytes` bytes of weights, makes `flops` floating-point operations and
-    returns `output_bytes` bytes.
+    For `tokens` tokens it reads `read_bytes` bytes of weights, makes `flops`
+    floating-point operations and returns `output_bytes` bytes. A token alone reads
+    `share` of the layer's weights: less than 1 of experts, and of an embedding.
     """
 
     path: str
     read_bytes: float
     flops: float
     output_bytes: int
+    tokens: float = 1.0
+    share: float = 1.0
+
+    def times(self, factor: float) -> "Call":
+        """Return the same call for `factor` times as many tokens.
+
+        Tokens read what they have in common once, if each chooses evenly.
+        """
+        tokens = factor * self.tokens
+        read = self.read_bytes
+        if self.share < 1:
+            read *= _read_share(self.share, tokens)
+            read /= _read_share(self.share, self.tokens)
+        return Call(
+            self.path,
+            read,
+            factor * self.flops,
+            round(factor * self.output_bytes),
+            tokens,
+            self.share,
+        )
+
+
+def _read_share(share: float, tokens: float) -> float:
+    """The expected share of the weights that so many tokens read."""
+    return 1 - (1 - share) ** tokens
 
 
 def record_calls(model: nn.Module, calls: list[Call]) -> None:
@@ -58,8 +85,9 @@ class _Recorder:
     def as_linear(self, former: Forward, layer: nn.Module, x: mx.array) -> mx.array:
         y = former(layer, x)
         size = sum(array.nbytes for array in self.own)
-        flops = 2.0 * _elements(layer) * x.size / x.shape[-1]
-        self.calls.append(Call(self.path, size, flops, y.nbytes))
+        tokens = x.size / x.shape[-1]
+        flops = 2.0 * _elements(layer) * tokens
+        self.calls.append(Call(self.path, size, flops, y.nbytes, tokens))
         return y
 
 
@@ -71,33 +99,31 @@ def _call(
     if not isinstance(x, mx.array) or not x.ndim:
         return Call(path, size, 0.0, output)
     if isinstance(layer, nn.Embedding | nn.QuantizedEmbedding):
-        return Call(path, size / own[0].shape[0] * x.size, 0.0, output)
-    if "weight" not in layer or layer.weight.ndim < 2:
-        return Call(path, size, 0.0, output)
+        rows = own[0].shape[0]
+        return Call(path, size / rows * x.size, 0.0, output, x.size, 1 / rows)
     tokens = x.size / x.shape[-1]
+    if "weight" not in layer or layer.weight.ndim < 2:
+        return Call(path, size, 0.0, output, tokens)
     elements = _elements(layer)
     chosen = next((a for a in others if _is_choice(a)), None)
     if chosen is not None and layer.weight.ndim == 3:
         experts = layer.weight.shape[0]
+        per_token = chosen.shape[-1] if chosen.ndim > 1 else 1
+        tokens, share = chosen.size / per_token, per_token / experts
         return Call(
             path,
-            size * _distinct(experts, chosen) / experts,
+            size * _read_share(share, tokens),
             2.0 * elements / experts * chosen.size,
             output,
+            tokens,
+            share,
         )
-    return Call(path, size, 2.0 * elements * tokens, output)
+    return Call(path, size, 2.0 * elements * tokens, output, tokens)
 
 
 def _is_choice(value: Any) -> bool:
     """Whether an argument says which experts each token chooses."""
     return isinstance(value, mx.array) and mx.issubdtype(value.dtype, mx.integer)
-
-
-def _distinct(experts: int, chosen: mx.array) -> float:
-    """The expected number of experts that are chosen, if tokens choose evenly."""
-    per_token = chosen.shape[-1] if chosen.ndim > 1 else 1
-    tokens = chosen.size / per_token
-    return experts * (1 - (1 - per_token / experts) ** tokens)
 
 
 def _elements(layer: nn.Module) -> int:

@@ -9,7 +9,7 @@ from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
-from mlx_lm.models.cache import can_trim_prompt_cache, make_prompt_cache
+from mlx_lm.models.cache import make_prompt_cache
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 
 from mlxtp.comm.communicator import Communicator
@@ -20,6 +20,8 @@ from mlxtp.sharding.table import SliceTable
 PROMPT_TOKENS = 5
 CHUNK_TOKENS = 2
 MADE_TOKENS = 3
+# What is drafted for a pass, right and wrong by turns.
+DRAFT_TOKENS = 2
 # A long run is no longer than this: the windows of all models are shorter.
 LONGEST = 1 << 20
 
@@ -45,12 +47,11 @@ def try_options(
         models: mlx-lm's whole model without weights and its table, then those of the
             draft if there is one. They stay as they are.
         tokenizer: the model's.
-        options: those of `stream_generate`, but for the draft.
+        options: those of `stream_generate`, but for a draft that is a model.
         token: one of the tokenizer's, that all models have a row for.
         length: tokens of the prompt and of the text.
 
-    Raises: ValueError where mlx-lm does not take rejected drafts back; what mlx-lm
-        raises for everything else.
+    Raises: what mlx-lm raises.
     Communicates: nothing.
     """
     other = int(token == 0)
@@ -70,15 +71,14 @@ def try_options(
         changes |= {"quantized_kv_start": 0}
         if drafts:
             changes["draft_model"] = drafts[0].module
+        if drafts or "draft_model" in options:
+            changes["num_draft_tokens"] = DRAFT_TOKENS
         prompt = mx.full((prompt_tokens,), token)
         responses = stream_generate(
             target.module, tokenizer, prompt, **{**options, **changes}
         )
         for _ in islice(responses, MADE_TOKENS):
             pass
-        if drafts:
-            for stand_in in stand_ins:
-                _check_trimmable(stand_in.caches)
 
     with _nothing_evaluated(), _endless(tokenizer):
         run(PROMPT_TOKENS, CHUNK_TOKENS)
@@ -92,7 +92,7 @@ class _StandIn:
     """A model whose calls put the forward pass of another into the graph.
 
     `module` is called as the model is. In each call its logits favour the next of the
-    tokens `favourites`. `caches` are those that it was called with last.
+    tokens `favourites`.
     """
 
     def __init__(
@@ -103,7 +103,6 @@ class _StandIn:
         reads_values: bool,
     ) -> None:
         self._favourites = favourites
-        self.caches: list[Any] = []
         # A copy, for some models keep what they compute of their weights.
         self.module = copy.deepcopy(model)
         if reads_values:
@@ -115,7 +114,6 @@ class _StandIn:
         self, former: Forward, model: nn.Module, tokens: mx.array, cache: list[Any]
     ) -> mx.array:
         """Tokens (B, L) -> logits (B, L, V) that depend on nothing."""
-        self.caches = cache
         y = former(model, tokens, cache=cache)
         row = mx.where(mx.arange(y.shape[-1]) == next(self._favourites), 0, -mx.inf)
         return mx.broadcast_to(row.astype(y.dtype), y.shape)
@@ -145,15 +143,6 @@ def _cut_off_weights(model: nn.Module) -> None:
     for _, module in model.named_modules():
         if any(isinstance(value, mx.array) for value in module.values()):
             change_forward(module, call)
-
-
-def _check_trimmable(caches: list[Any]) -> None:
-    """Raise ValueError if mlx-lm leaves rejected drafts in the caches, in silence."""
-    if not can_trim_prompt_cache(caches):
-        kinds = sorted({type(c).__name__ for c in caches if not c.is_trimmable()})
-        raise ValueError(
-            f"rejected drafts cannot be taken back from {', '.join(kinds)}"
-        )
 
 
 @contextlib.contextmanager

@@ -65,6 +65,14 @@ class Step:
         """Bytes of the outputs of all layers with weights."""
         return sum(call.output_bytes for call in self.calls)
 
+    def times(self, factor: float) -> "Step":
+        """Return the same step for `factor` times as many tokens."""
+        return replace(
+            self,
+            part_bytes=round(factor * self.part_bytes),
+            calls=tuple(call.times(factor) for call in self.calls),
+        )
+
 
 @dataclass(frozen=True)
 class CacheSize:

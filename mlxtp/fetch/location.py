@@ -1,6 +1,7 @@
 """Where a model lies: in a folder, whole or cut, or on the hub."""
 
 import os
+import re
 import shutil
 import socket
 from collections.abc import Callable, Iterator
@@ -68,10 +69,11 @@ class Location:
         """A repository on the hub, of which each machine keeps slices in its cache.
 
         Rank 0 asks the hub and tells the others; where the hub does not answer, it is
-        the commit that most machines keep slices of. The headers come once, from the
-        hub or from a machine that has slices already. Slices that were damaged since
-        they came are removed. Where all machines have all of it in the hub's cache,
-        that is read; where some have files of it there, these are used.
+        the commit that most machines keep slices of. It is not asked for a commit that
+        a machine keeps slices of, which is always the same. The headers come once, from
+        the hub or from a machine that has slices already. Slices that were damaged
+        since they came are removed. Where all machines have all of it in the hub's
+        cache, that is read; where some have files of it there, these are used.
 
         Raises: UsageError on every rank, with what the hub said, and what which host
             lacks.
@@ -90,10 +92,16 @@ class Location:
                 return message
             return repo, sorted(small)
 
-        answer = _from_root(comm, ask_commit)
-        if isinstance(answer, str):
-            answer = _known(comm, name, revision, answer)
-        repo, names = answer
+        known = _known(comm, name, revision) if _is_commit(revision) else None
+        if known is None:
+            answer = _from_root(comm, ask_commit)
+            if isinstance(answer, str):
+                known = _known(comm, name, revision)
+                if known is None:
+                    raise UsageError(answer)
+            else:
+                known = answer
+        repo, names = known
         lacks = hub.lacking(repo, names)
         hosts = comm.allgather_object((comm.host, lacks, lacks and _is_begun(repo)))
         if not any(lacks for _, lacks, _ in hosts):
@@ -128,7 +136,8 @@ class Location:
                         if not _is_begun(repo):
                             shutil.rmtree(folder, ignore_errors=True)
                         cut.begin(folder, origin, small)
-                    _remember(repo, revision)
+                    for reference in (revision, repo.commit):
+                        _remember(repo, reference)
                     verify.drop_damaged(folder)
         with comm.agreement(), named(name, folder):
             return cls(name, folder, hub.here(repo), repo, repo.commit)
@@ -201,21 +210,23 @@ def _is_begun(repo: Repo) -> bool:
     return True
 
 
+def _is_commit(revision: str | None) -> bool:
+    """Whether a revision is the whole name of a commit."""
+    return re.fullmatch(r"[0-9a-f]{40}", revision or "") is not None
+
+
 def _known(
-    comm: Communicator, name: str, revision: str | None, message: str
-) -> tuple[Repo, list[str]]:
-    """Find the commit that most hosts keep slices of, where the hub does not tell it.
+    comm: Communicator, name: str, revision: str | None
+) -> tuple[Repo, list[str]] | None:
+    """Find the commit that most hosts keep slices of, without the hub.
 
-    Returns: the repository, and what its small files are called.
-
-    Raises: UsageError on every rank, with the hub's `message`, if none keeps any.
+    Returns: the repository, and what its small files are called; None if none keeps
+    any.
     """
     found = comm.allgather_object(_remembered(name, revision))
     kept = [known for known in found if known is not None]
-    if not kept:
-        raise UsageError(message)
     commits = [repo.commit for repo, _ in kept]
-    return max(kept, key=lambda known: commits.count(known[0].commit))
+    return max(kept, key=lambda known: commits.count(known[0].commit), default=None)
 
 
 def _remembered(name: str, revision: str | None) -> tuple[Repo, list[str]] | None:

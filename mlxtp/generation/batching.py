@@ -1,4 +1,4 @@
-"""Whether a model's caches can stand in a batch."""
+"""Whether a model's caches can stand in a batch, and be taken back there."""
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -43,3 +43,29 @@ def reason_against_batches(model: nn.Module) -> str | None:
     except Exception as error:  # mlx-lm and its models name none
         return f"{type(error).__name__}: {error}"
     return None
+
+
+def can_draft_in_batches(model: nn.Module) -> bool:
+    """Whether rows of a batch can be taken back, each behind drafts of its own.
+
+    It is tried as batches are. `model` is one whose requests can decode together.
+
+    Communicates: nothing.
+    """
+    rows = Rows()
+    try:
+        with model.comm.dry_run():
+            for name, tokens in (("a", 3), ("b", 5)):
+                caches = make_prompt_cache(model)
+                with outputs_unread():
+                    model(mx.zeros((1, tokens), mx.int32), cache=caches)
+                rows.join([name], [caches])
+            if not rows.can_take_back:
+                return False
+            rows.prepare()
+            model(mx.zeros((2, 3), mx.int32), cache=rows.caches)
+            rows.take_back([2, 0])
+            model(mx.zeros((2, 1), mx.int32), cache=rows.caches)
+    except Exception:  # mlx-lm and its models name none
+        return False
+    return True

@@ -115,9 +115,12 @@ class CacheBytes:
         before = min(tokens, self.quantized_start + part)
         return max(result, self.plain.bytes(before, part))
 
-    def batch_bytes(self, rows: int, longest: int) -> int:
-        """Bytes of a batch: all rows are filled up to the longest."""
-        return rows * self.bytes(longest)
+    def batch_bytes(self, rows: int, longest: int, width: int = 1) -> int:
+        """Bytes of a batch: all rows are filled up to the longest.
+
+        `width` is how many tokens of each the last pass has read.
+        """
+        return rows * self.bytes(longest, width)
 
     @property
     def copied(self) -> float:
@@ -130,26 +133,34 @@ class RankCapacity:
     """What caches take on one rank, and the most that they may.
 
     `score_bytes` is what the products of queries and keys take for each token of the
-    longest sequence, where attention is not one kernel.
+    longest sequence, where attention is not one kernel. `draft` is what the caches of a
+    draft model take on this rank, which has those of each row besides.
     """
 
     host: str
     cache: CacheBytes
     limit_bytes: int
     score_bytes: float = 0.0
+    draft: CacheBytes | None = None
 
     def used_bytes(
-        self, rows: Sequence[int], others: Sequence[int], kept_bytes: int, part: int
+        self,
+        rows: Sequence[int],
+        others: Sequence[int],
+        kept_bytes: int,
+        part: int,
+        width: int = 1,
     ) -> int:
         """Bytes at the worst moment of a pass; arguments are `Capacity.fits`'s."""
         if not rows and not others:
             return kept_bytes
-        batch = self.cache.batch_bytes(len(rows), max(rows, default=0))
+        batch = self.cache.batch_bytes(len(rows), max(rows, default=0), width)
         single = [self.cache.bytes(tokens, part) for tokens in others]
         # What grows, or comes or goes in a batch, is copied.
         copied = self.cache.copied * max(batch, *single, 0)
         scores = self.score_bytes * max(*rows, *others, 0)
-        return kept_bytes + batch + sum(single) + round(copied + scores)
+        drafts = sum(self.draft.bytes(tokens) for tokens in rows) if self.draft else 0
+        return kept_bytes + batch + sum(single) + round(copied + scores) + drafts
 
 
 @dataclass(frozen=True)
@@ -167,7 +178,11 @@ class Capacity:
         return tuple(rank.cache.bytes(tokens, self.part) for rank in self.ranks)
 
     def fullest(
-        self, rows: Sequence[int], others: Sequence[int], kept_bytes: Sequence[int] = ()
+        self,
+        rows: Sequence[int],
+        others: Sequence[int],
+        kept_bytes: Sequence[int] = (),
+        width: int = 1,
     ) -> float:
         """The part of the limit that is used on the fullest rank, 0 to 1; above 1 none.
 
@@ -175,12 +190,16 @@ class Capacity:
         """
         kept = kept_bytes or [0] * len(self.ranks)
         return max(
-            rank.used_bytes(rows, others, of_rank, self.part) / rank.limit_bytes
+            rank.used_bytes(rows, others, of_rank, self.part, width) / rank.limit_bytes
             for rank, of_rank in zip(self.ranks, kept, strict=True)
         )
 
     def fits(
-        self, rows: Sequence[int], others: Sequence[int], kept_bytes: Sequence[int] = ()
+        self,
+        rows: Sequence[int],
+        others: Sequence[int],
+        kept_bytes: Sequence[int] = (),
+        width: int = 1,
     ) -> bool:
         """Whether caches have room on every rank.
 
@@ -191,8 +210,9 @@ class Capacity:
             others: tokens of each sequence that has caches of its own, as when its
                 prompt is read.
             kept_bytes: what the prefix cache holds, on each rank.
+            width: tokens of each row that a pass reads, of which windows hold more.
         """
-        return self.fullest(rows, others, kept_bytes) <= 1
+        return self.fullest(rows, others, kept_bytes, width) <= 1
 
     def longest(self, context: int) -> int:
         """The most tokens that one sequence can have, up to `context`."""
@@ -214,6 +234,7 @@ def measure(
     kv_bits: int | None = None,
     kv_group_size: int = 64,
     quantized_kv_start: int = 0,
+    draft: nn.Module | None = None,
 ) -> Capacity:
     """Say what caches take and may take, now that the model is loaded.
 
@@ -226,10 +247,11 @@ def measure(
         build: makes the model without weights, as it was loaded, for a dry run.
         kv_gb: the limit in GB, on the rank whose caches take most.
         part: the most tokens of a prompt that are read in a pass.
-        rows: the most tokens that are drawn in a pass.
+        rows: the most tokens that are drawn in a pass, drafts of all rows among them.
         kv_bits: how caches are quantized, as mlx-lm has it; None for not.
         kv_group_size: mlx-lm's.
         quantized_kv_start: mlx-lm's.
+        draft: what this rank has of a draft model, which has caches for each row too.
 
     Raises: UsageError, with the numbers, if `kv_gb` is not there or is not enough, and
         if caches cannot be quantized so.
@@ -251,6 +273,7 @@ def measure(
             available_bytes(gpu_limit_bytes()),
             # Metal's limit counts what is there already.
             mx.get_active_memory() if mx.metal.is_available() else 0,
+            None if draft is None else CacheBytes.of(draft),
         )
     ranks: list[_Facts] = comm.allgather_object(mine)
     free = _free_bytes(ranks)
@@ -267,7 +290,7 @@ def measure(
             )
     capacity = Capacity(
         tuple(
-            RankCapacity(facts.host, facts.cache, limit, facts.score_bytes)
+            RankCapacity(facts.host, facts.cache, limit, facts.score_bytes, facts.draft)
             for facts, limit in zip(ranks, limits, strict=True)
         ),
         part,
@@ -313,10 +336,12 @@ class _Facts:
     working_bytes: int
     available_bytes: int
     held_bytes: int
+    draft: CacheBytes | None
 
     @property
     def typical_bytes(self) -> int:
-        return self.cache.bytes(4096)
+        of_draft = self.draft.bytes(4096) if self.draft else 0
+        return self.cache.bytes(4096) + of_draft
 
 
 def _free_bytes(ranks: Sequence[_Facts]) -> list[int]:

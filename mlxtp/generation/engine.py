@@ -8,12 +8,20 @@ In a pass the forward pass of all rows begins first. Its input are the tokens th
 last pass drew: they are known as soon as it has begun. So grammars, what ends a text,
 and rank 0's next step are worked out while the ranks compute; then the next tokens are
 drawn from the logits.
+
+A pass with drafts reads several tokens a row, and so waits for what the last one drew,
+which the drafts go on from. What each place would draw is drawn at once, since all that
+its draw depends on is known: the tokens before it, if they are right, are the drafts.
+Drafts are accepted while they are what is drawn, and the caches are taken back behind
+them, each row's for itself.
 """
 
 import copy
-from collections.abc import Callable, Sequence
+import time
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
+from itertools import takewhile
 from typing import Any
 
 import mlx.core as mx
@@ -30,8 +38,12 @@ from mlx_lm.sample_utils import (
 from mlx_lm.utils import maybe_set_recommended_wired_limit
 
 from mlxtp.generation.agreed import agreed
+from mlxtp.generation.drafts import Drafter, Drafts
 from mlxtp.generation.grammar import Grammars, Matcher
+from mlxtp.generation.halves import Halves
+from mlxtp.generation.pays import MOST
 from mlxtp.generation.prefix_cache import PrefixStore
+from mlxtp.generation.rollback import Point
 from mlxtp.generation.rows import Caches, Rows
 from mlxtp.generation.sampling import draw
 from mlxtp.generation.settings import Settings
@@ -42,6 +54,9 @@ from mlxtp.layers.sums import outputs_unread
 CLEAR_PASSES = 256
 # And behind parts of prompts of so many tokens, whose arrays are large.
 CLEAR_TOKENS = 256
+
+# A row whose caches lack more tokens than this does not draft: it reads them first.
+MOST_PENDING = 16
 
 # Below it logits that are divided by the temperature leave the range of float16.
 LEAST_TEMPERATURE = 1e-3
@@ -71,12 +86,20 @@ class Result:
     have been read to the end, None for requests that did not ask. `refused` could not
     begin, for the reason that is given, and are forgotten. `stuck` are rows whose
     grammar cannot be followed any further: they are to be dropped.
+
+    `drafted` are the numbers of drafted and of accepted tokens of rows that were asked
+    to draft, by id, and `draft_seconds` what drafting took on this rank. Behind a pass
+    of `width` tokens a row the last token of each is known, and is not in its caches.
+    A `width` of 0 is a pass whose token is on its way: caches hold all that are known.
     """
 
-    drawn: dict[str, Drawn] = field(default_factory=dict)
+    drawn: dict[str, list[Drawn]] = field(default_factory=dict)
     read: dict[str, list[Score] | None] = field(default_factory=dict)
     refused: dict[str, str] = field(default_factory=dict)
     stuck: dict[str, str] = field(default_factory=dict)
+    drafted: dict[str, tuple[int, int]] = field(default_factory=dict)
+    draft_seconds: float = 0.0
+    width: int = 0
 
 
 @dataclass(frozen=True)
@@ -129,7 +152,13 @@ class _Reader:
 
 
 class _Row:
-    """A request that decodes."""
+    """A request that decodes.
+
+    Attributes:
+        tokens: all that are known, prompt and answer.
+        pending: the last of them, which its caches lack. None while the next token is
+            on its way.
+    """
 
     def __init__(
         self, reader: _Reader, sampler: Sampler, matcher: Matcher | None
@@ -137,10 +166,13 @@ class _Row:
         self.request = reader.request
         self.settings = reader.request.settings
         self.matcher = matcher
-        self.generated = list(reader.tokens[reader.request.prompt_length :])
+        self.tokens = list(reader.tokens)
+        self.pending = self.tokens[-1:]
         self.sampler = sampler
-        self.processors = _Processors(self.settings, reader.tokens, self.generated)
+        generated = self.tokens[reader.request.prompt_length :]
+        self.processors = _Processors(self.settings, reader.tokens, generated)
         self.scores: _Scores | None = None  # of the token that was drawn last
+        self.drafter: Drafter | None = None
 
     @property
     def is_plain(self) -> bool:
@@ -152,26 +184,41 @@ class _Row:
         )
 
     @property
-    def tokens(self) -> tuple[int, ...]:
-        """All that are known: those that its caches hold."""
-        prompt = self.request.tokens[: self.request.prompt_length]
-        return (*prompt, *self.generated)
+    def held(self) -> list[int]:
+        """The tokens that its caches hold."""
+        return self.tokens[: len(self.tokens) - len(self.pending)]
 
-    def draw(self, logits: mx.array) -> mx.array:
-        """Draw its next token: logits (1, V) -> (1,)."""
-        logits = self.processors(logits)
-        mask = None if self.matcher is None else self.matcher.mask()
+    def draw(self, logits: mx.array, draft: Sequence[int] = ()) -> mx.array:
+        """Draw the next token, and those that come if the draft is right so far.
+
+        Shapes: logits (N, V), draft (N - 1,) -> (M,), where M <= N: a grammar may end
+            the draft.
+        """
+        masks = self.matcher.masks(draft) if self.matcher else [None] * len(logits)
+        places = zip(masks, mx.split(logits, len(logits)), strict=False)
+        return mx.concatenate(
+            [
+                self._draw(x, mask, draft[:place])
+                for place, (mask, x) in enumerate(places)
+            ]
+        )
+
+    def _draw(self, logits: mx.array, mask: Any, before: Sequence[int]) -> mx.array:
+        """Draw the token behind `before`, tokens that are not noted: (1, V) -> (1,)."""
+        logits = self.processors(logits, before)
         if mask is not None:
             logits = mx.where(mx.array(mask), logits, -mx.inf)
-        logprobs = _logprobs(logits)
+        return self.sample(_logprobs(logits), len(self.tokens) + len(before))
+
+    def sample(self, logprobs: mx.array, position: int) -> mx.array:
+        """Draw a token at a position: (1, V) -> (1,)."""
         if self.sampler is greedy_sampler:
             return greedy_sampler(logprobs)
-        position = self.request.prompt_length + len(self.generated)
         return draw(self.sampler, logprobs, self.settings.seed, position)
 
     def add(self, token: int) -> None:
         """Note a token that was drawn."""
-        self.generated.append(token)
+        self.tokens.append(token)
         self.processors.add(token)
         if self.matcher is not None:
             self.matcher.accept(token)
@@ -185,6 +232,8 @@ class Engine:
         store: the caches of the prefix cache.
         grammars: of the model's tokenizer.
         rows: how many tokens the model knows (V).
+        drafts: makes the drafters of rows; None where nothing is drafted.
+        ends: tokens that end a text: what is drafted behind them is not accepted.
         never_excluded: tokens that XTC leaves in, as mlx-lm's programs have them.
         kv_bits, kv_group_size, quantized_kv_start: mlx-lm's; with `kv_bits` there is
             one row at most.
@@ -197,6 +246,8 @@ class Engine:
         grammars: Grammars,
         rows: int,
         *,
+        drafts: Drafts | None = None,
+        ends: Collection[int] = (),
         never_excluded: Sequence[int] = (),
         kv_bits: int | None = None,
         kv_group_size: int = 64,
@@ -205,8 +256,10 @@ class Engine:
         self._model = model
         self._store = store
         self._grammars = grammars
+        self._drafts, self._ends = drafts, frozenset(ends)
+        self._tokens = rows
         self._sampler = _samplers(rows, never_excluded)
-        self._quantized = dict(
+        self._quantized: dict[str, Any] = dict(
             kv_bits=kv_bits,
             kv_group_size=kv_group_size,
             quantized_kv_start=quantized_kv_start,
@@ -215,10 +268,11 @@ class Engine:
         self._of: dict[str, _Row] = {}
         self._readers: dict[str, _Reader] = {}
         self._matchers: dict[str, Matcher] = {}  # of prompts that are read
-        self._begins: dict[str, int] = {}  # first inputs of rows that have just joined
         self._drawn: tuple[list[str], mx.array] | None = None
         self._last: _Reader | None = None  # that was read last, if it is still there
         self._agree = agreed(lambda tokens: tokens, model.comm)
+        self._halves = Halves(model)
+        self._halves.costs()  # while nobody waits
         self._passes = 0
         maybe_set_recommended_wired_limit()  # of a GPU of Apple's
 
@@ -235,7 +289,7 @@ class Engine:
         result = Result()
         self._change(step, result)
         if self._rows.ids:
-            self._decode(result)
+            self._decode(dict(step.draft), result)
         else:
             self._drawn = None  # rows that were set back draw these tokens again
         reading = [part for part in step.read if part[0] not in result.refused]
@@ -266,12 +320,12 @@ class Engine:
                 tokens = reader.tokens[: reader.done]
                 self._store.put(key, tokens, copy.deepcopy(reader.caches))
             else:
-                self._store.put(key, self._of[name].tokens, self._rows.extract(name))
+                self._read_pending()
+                self._store.put(key, self._of[name].held, self._rows.extract(name))
         for name in step.drop:
             self._readers.pop(name, None)
             self._matchers.pop(name, None)
             self._of.pop(name, None)
-            self._begins.pop(name, None)
         self._rows.drop(step.drop)
         for admission in step.admit:
             self._admit(admission, result)
@@ -281,7 +335,8 @@ class Engine:
             name = reader.request.id
             sampler = self._sampler(reader.request.settings)
             self._of[name] = _Row(reader, sampler, self._matchers.pop(name, None))
-            self._begins[name] = reader.tokens[-1]
+        if joining and self._rows.ids:
+            self._read_pending()  # rows of a batch have one such token each
         self._rows.join(list(step.join), [reader.caches for reader in joining])
         if self._last not in self._readers.values():
             self._last = None  # its caches are copied in a batch
@@ -303,15 +358,31 @@ class Engine:
             caches = self._store.take(admission.key, admission.cached)
         self._readers[request.id] = _Reader(admission, caches)
 
-    def _decode(self, result: Result) -> None:
-        """Compute the logits of every row, and draw its next token."""
+    def _read_pending(self) -> None:
+        """Let the caches of a row alone hold all known tokens but the last."""
+        row = self._of[self._rows.ids[0]]
+        if len(row.pending) > 1:
+            with outputs_unread():
+                tokens = mx.array(row.pending[:-1])[None]
+                self._model(tokens, cache=self._rows.caches)
+            self._quantize(self._rows.caches)
+            row.pending = row.pending[-1:]
+
+    def _decode(self, asked: Mapping[str, int], result: Result) -> None:
+        """Compute the logits of every row, and draw its next tokens."""
         rows = [self._of[name] for name in self._rows.ids]
-        inputs = self._inputs()
-        logits = self._model(inputs[:, None], cache=self._rows.caches)[:, -1]
+        if asked:
+            self._take_drawn(result)
+            drafts = self._propose(rows, asked, result)
+            if any(drafts):
+                self._decode_drafts(rows, drafts, result)
+                return
+        logits = self._model(self._inputs(rows), cache=self._rows.caches)[:, -1]
         self._quantize(self._rows.caches)
         mx.async_eval(logits)  # type: ignore[no-untyped-call]
         self._take_drawn(result)
-        self._begins.clear()
+        for row in rows:
+            row.pending = []
         if all(row.is_plain for row in rows):
             tokens = greedy_sampler(_logprobs(logits))
         else:
@@ -328,47 +399,178 @@ class Engine:
         mx.async_eval(computed)  # type: ignore[no-untyped-call]
         self._drawn = list(self._rows.ids), tokens
 
-    def _inputs(self) -> mx.array:
-        """The tokens that the rows go on with, in their order: (B,)."""
+    def _inputs(self, rows: Sequence[_Row]) -> mx.array:
+        """The tokens that the rows go on with: (B, L).
+
+        L is 1 but for a row alone, whose caches may lack more.
+        """
         drawn: dict[str, mx.array] = {}
         if self._drawn is not None:
             names, tokens = self._drawn
             if names == self._rows.ids:
-                return tokens
+                return tokens[:, None]
             drawn = dict(zip(names, mx.split(tokens, len(names)), strict=True))
-        return mx.concatenate(
-            [
-                mx.array([self._begins[name]], mx.uint32)
-                if name in self._begins
-                else drawn[name].astype(mx.uint32)
-                for name in self._rows.ids
-            ]
-        )
+        inputs = [
+            mx.array(row.pending, mx.uint32)
+            if row.pending
+            else drawn[row.request.id].astype(mx.uint32)
+            for row in rows
+        ]
+        return mx.stack(inputs)
 
     def _take_drawn(self, result: Result) -> None:
         """Note what the last pass drew, for the rows that are still there."""
         if self._drawn is None:
             return
         names, drawn = self._drawn
+        self._drawn = None
         tokens: Any = drawn.tolist()
         for name, token in zip(names, tokens, strict=True):
             row = self._of.get(name)
             if row is None:
                 continue
+            scores = row.scores.evaluated() if row.scores else [None]
+            self._add(row, [token], scores, result)
+            row.pending = [token]
+
+    def _add(
+        self,
+        row: _Row,
+        tokens: Sequence[int],
+        scores: Sequence[Score | None],
+        result: Result,
+    ) -> None:
+        """Note tokens that a row has got."""
+        name = row.request.id
+        for token, score in zip(tokens, scores, strict=True):
             try:
                 row.add(token)
             except ValueError as error:
                 row.matcher, result.stuck[name] = None, str(error)
-            score = row.scores.evaluated()[0] if row.scores else None
-            result.drawn[name] = Drawn(token, score)
+            result.drawn.setdefault(name, []).append(Drawn(token, score))
 
-    def _draw(self, row: _Row, logits: mx.array, result: Result) -> mx.array:
-        """Draw the next token of a row: logits (1, V) -> (1,)."""
+    def _propose(
+        self, rows: Sequence[_Row], asked: Mapping[str, int], result: Result
+    ) -> list[list[int]]:
+        """Let rows draft as many tokens as they are asked for, at most.
+
+        Communicates: what drafters do.
+        """
+        begun = time.perf_counter()
+        assert self._drafts is not None
+        proposing: list[tuple[_Row, tuple[Drafter, Sequence[int], int]]] = []
+        for row in rows:
+            wanted = asked.get(row.request.id, 0)
+            if not wanted:
+                continue
+            result.drafted[row.request.id] = 0, 0
+            count = min(wanted, self._room(row))
+            if count > 0:
+                if row.drafter is None:
+                    is_greedy = row.sampler is greedy_sampler
+                    row.drafter = self._drafts.begin(None if is_greedy else row.sample)
+                proposing.append((row, (row.drafter, row.tokens, count)))
+        drafts: dict[str, list[int]] = {}
+        if proposing:
+            proposed = self._drafts.propose([one for _, one in proposing])
+            for (row, _), draft in zip(proposing, proposed, strict=True):
+                # A draft model may know more tokens.
+                draft = [*takewhile(lambda token: token < self._tokens, draft)]
+                drafts[row.request.id] = draft
+                result.drafted[row.request.id] = len(draft), 0
+        result.draft_seconds = time.perf_counter() - begun
+        return [drafts.get(row.request.id, []) for row in rows]
+
+    def _room(self, row: _Row) -> int:
+        """How many tokens a row can draft, by what its caches hold and lack."""
+        if len(row.pending) > MOST_PENDING:
+            return 0
+        if self._quantized["kv_bits"] is None:
+            return MOST
+        # Tokens behind the start of quantized caches find those before them quantized.
+        held, start = len(row.held), self._quantized["quantized_kv_start"]
+        return MOST if held >= start else start - held - len(row.pending)
+
+    def _decode_drafts(
+        self, rows: Sequence[_Row], drafts: Sequence[list[int]], result: Result
+    ) -> None:
+        """Read the drafts of all rows, and take back what the model would not draw.
+
+        Shorter rows are filled up: what that leaves in the caches is taken back too.
+        """
+        inputs = [[*row.pending, *x] for row, x in zip(rows, drafts, strict=True)]
+        width = result.width = max(map(len, inputs))
+        filled = [x + [0] * (width - len(x)) for x in inputs]
+        self._rows.prepare()
+        point = Point(self._rows.caches) if len(rows) == 1 else None
+        logits = self._model(mx.array(filled, mx.uint32), cache=self._rows.caches)
+        # What a row alone has pending besides its last token draws nothing.
+        logits = logits[:, len(rows[0].pending) - 1 :]
+        mx.async_eval(logits)  # type: ignore[no-untyped-call]
+        counts = [len(draft) + 1 for draft in drafts]
+        if all(row.is_plain for row in rows):
+            tokens = greedy_sampler(_logprobs(logits))
+        else:
+            places = logits.shape[1]
+            drawn = []
+            for at, (row, draft) in enumerate(zip(rows, drafts, strict=True)):
+                x = self._draw(row, logits[at, : counts[at]], result, draft)
+                counts[at] = 0 if row.request.id in result.stuck else len(x)
+                drawn.append(mx.pad(x, (0, places - len(x))))
+            tokens = mx.stack(drawn)
+        tokens = self._agree(tokens)
+        scores = [
+            None
+            if row.settings.logprobs is None
+            else _Scores.of(logits[at], tokens[at], row.settings.logprobs)
+            for at, row in enumerate(rows)
+        ]
+        mx.eval(tokens, [x.arrays for x in scores if x is not None])
+        lists: Any = tokens.tolist()
+        rejected = []
+        for at, (row, draft) in enumerate(zip(rows, drafts, strict=True)):
+            right = self._accepted(row, lists[at][: counts[at]], draft)
+            of_row = scores[at]
+            told = [None] * len(right) if of_row is None else of_row.evaluated()
+            self._add(row, right, told[: len(right)], result)
+            if draft:
+                result.drafted[row.request.id] = len(draft), max(0, len(right) - 1)
+            # The last one was not read.
+            read = len(row.pending) + len(right) - 1 if right else 0
+            row.pending = [*row.pending, *right][read:]
+            rejected.append(width - read)
+        if point is None:
+            self._rows.take_back(rejected)
+        elif not point.take_back(rejected[0]):
+            lacking = width - rejected[0] + len(rows[0].pending)
+            rows[0].pending = rows[0].tokens[-lacking:]
+        self._quantize(self._rows.caches)
+
+    def _accepted(
+        self, row: _Row, drawn: Sequence[int], draft: Sequence[int]
+    ) -> list[int]:
+        """The tokens that a row gets: those behind a wrong draft are none."""
+        result: list[int] = []
+        for place, token in enumerate(drawn):
+            result.append(token)
+            is_end = token in self._ends and not row.settings.ignore_eos
+            if is_end or place == len(draft) or token != draft[place]:
+                break
+        return result
+
+    def _draw(
+        self,
+        row: _Row,
+        logits: mx.array,
+        result: Result,
+        draft: Sequence[int] = (),
+    ) -> mx.array:
+        """Draw the next tokens of a row: logits (N, V), draft (N - 1,) -> (M,)."""
         try:
-            return row.draw(logits)
+            return row.draw(logits, draft)
         except ValueError as error:  # of its grammar
             row.matcher, result.stuck[row.request.id] = None, str(error)
-            return row.draw(logits)
+            return row.draw(logits, draft)
 
     def _read(self, reader: _Reader, count: int) -> None:
         """Read so many tokens of a prompt."""
@@ -383,9 +585,9 @@ class Engine:
         computed: list[Any] = []
         if wanted is None:
             with outputs_unread():
-                self._model(tokens, cache=reader.caches)
+                self._halves(self._model, tokens, cache=reader.caches)
         else:
-            logits = self._model(tokens, cache=reader.caches)[0]
+            logits = self._halves(self._model, tokens, cache=reader.caches)[0]
             following = mx.array(reader.tokens[reader.done + 1 : end + 1])
             reader.scores.append(_Scores.of(logits, following, wanted))
             computed = reader.scores[-1].arrays
@@ -430,18 +632,24 @@ class _Processors:
         if self._of_generated:
             self._generated.update_and_fetch(mx.array([token], mx.int32))
 
-    def __call__(self, logits: mx.array) -> mx.array:
-        """Change the logits of the next token: (1, V) -> (1, V)."""
+    def __call__(self, logits: mx.array, more: Sequence[int] = ()) -> mx.array:
+        """Change the logits of the token behind `more`, which are not noted.
+
+        Shapes: logits (1, V) -> (1, V).
+        """
         if not self.any:
             return logits
         logits = mx.array(logits)  # mlx-lm's processors change theirs in place
-        for processors, tokens in (
+        for processors, noted in (
             (self._bias, self._all),
             (self._of_all, self._all),
             (self._of_generated, self._generated),
         ):
+            tokens = noted.tokens
+            if more and processors:
+                tokens = mx.concatenate([tokens, mx.array([*more], mx.int32)])
             for processor in processors:
-                logits = processor(tokens.tokens, logits)
+                logits = processor(tokens, logits)
         return logits
 
 

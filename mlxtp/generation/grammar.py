@@ -150,6 +150,29 @@ class Matcher:
         bits = np.unpackbits(packed, count=self._rows, bitorder="little")
         return bits.view(np.bool_)
 
+    def masks(self, draft: Sequence[int]) -> list[NDArray[np.bool_] | None]:
+        """The masks here and behind each token of a draft, as far as it may be written.
+
+        The matcher stays where it is, and is as far within its limits as before.
+
+        Raises: ValueError as `mask`, for the first one alone.
+        """
+        if not draft:
+            return [self.mask()]
+        copy = Matcher(self._matcher.deep_copy(), self._rows, self._reasoning_end)
+        copy._latest = self._latest
+        result = [copy.mask()]
+        for token in draft:
+            here = result[-1]
+            if here is not None and not here[token]:
+                break
+            try:
+                copy.accept(token)
+                result.append(copy.mask())
+            except ValueError:  # as it will be told if the draft is right so far
+                break
+        return result
+
     def accept(self, token: int) -> None:
         """Go on behind a token.
 

@@ -49,6 +49,12 @@ class Pace:
         self._most_read = 0  # that was measured
         self._now = self._before = self._earlier = _Pass()
         self._left = PAUSE_SECONDS  # that reading may take in the next pass
+        self._was_waited_for = False  # the pass before has waited for its own tokens
+
+    @property
+    def rows(self) -> int:
+        """How many rows decode in the pass that was begun last."""
+        return self._now.rows
 
     @property
     def decode_seconds(self) -> float | None:
@@ -78,18 +84,27 @@ class Pace:
         left = max(self._left - spent, 0.0) + earned
         self._left = min(left, max(PAUSE_SECONDS, earned))
 
-    def passed(self, seconds: float) -> None:
-        """Note how long it was from the last pass to this one."""
+    def passed(self, seconds: float, *, is_waited_for: bool = False) -> None:
+        """Note how long it was from the last pass to this one.
+
+        Args:
+            seconds: how long.
+            is_waited_for: this pass has waited for its own tokens, as one with drafts,
+                and so for all that the one before has read.
+        """
         read = 0
-        if self._now.read and self._before.read:
+        if self._before.read and (self._now.read or is_waited_for):
             read += self._before.read
-        if self._before.rows and not self._before.read:
+        if self._before.rows and not self._before.read and not self._was_waited_for:
             read += self._earlier.read
+        rows = 0 if self._was_waited_for else self._before.rows
+        rows = self._now.rows if is_waited_for else rows
         if read:
-            decode = (self.decode_seconds or 0.0) if self._before.rows else 0.0
+            decode = (self.decode_seconds or 0.0) if rows else 0.0
             self._has_read(read, max(seconds - decode, 0.0))
-        elif self._before.rows:
+        elif rows:
             self._decode_seconds.append(seconds)
+        self._was_waited_for = is_waited_for
 
     def _earned(self) -> float:
         """How many seconds of reading a pass with rows allows for the next one."""

@@ -10,18 +10,21 @@ The rules:
   rows decode, so many times as much. Where nothing decodes, parts are as long as the
   option admits.
 - Of several prompts that wait to be read, the shortest and the oldest take turns.
+- Rows draft in the memory that all this leaves, as many tokens as pay.
 - When memory gets short the prefix cache gives way first; then the request that was
   admitted last is set back. It is read again later, and its tokens are the same.
 """
 
 import itertools
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 from mlxtp.generation.capacity import Capacity
 from mlxtp.generation.pace import Pace
+from mlxtp.generation.pays import MOST
 from mlxtp.generation.prefix_cache import PrefixIndex
+from mlxtp.generation.row_drafts import RowDrafts
 from mlxtp.generation.step import Admission, GenerationRequest, Step
 
 # Prompts that are read at the same time: each has caches of its own.
@@ -58,6 +61,8 @@ class Scheduler:
         part: the most tokens of a prompt that are read in a pass.
         logits_part: the same where the logits of a prompt are wanted.
         trimmable_below: caches of fewer tokens can be taken back to any length.
+        drafts: how many tokens rows draft; None where nothing is drafted.
+        context: the most tokens of a request.
     """
 
     def __init__(
@@ -69,16 +74,22 @@ class Scheduler:
         part: int = 512,
         logits_part: int = 64,
         trimmable_below: float = float("inf"),
+        drafts: RowDrafts | None = None,
+        context: float = float("inf"),
     ) -> None:
         self.preemptions = 0
         self.looked_up_tokens = 0
         self.found_tokens = 0
         self.pace = Pace()
+        self.drafts = drafts
         self._capacity = capacity
         self._prefixes = prefixes
         self._concurrency = concurrency
         self._part, self._logits_part = part, logits_part
         self._trimmable_below = trimmable_below
+        self._context = context
+        self._width = 0  # tokens of each row that the last pass has read, with drafts
+        self._is_read_beside = False
         self._waiting: deque[_Active] = deque()
         self._active: dict[str, _Active] = {}  # in the order of admission
         self._ended: list[_Active] = []  # to be dropped in the next step
@@ -127,6 +138,39 @@ class Scheduler:
         if name in self._active:
             self._active[name].tokens.append(token)
 
+    def passed(
+        self,
+        seconds: float | None,
+        width: int = 0,
+        drafted: Mapping[str, tuple[int, int]] | None = None,
+        draft_seconds: float = 0.0,
+    ) -> None:
+        """Note what the step that was decided last has come to.
+
+        Args:
+            seconds: from the pass before; None behind a time without passes.
+            width: `generation.engine.Result`'s, and so are the others.
+            drafted: see `width`.
+            draft_seconds: see `width`.
+        """
+        self._width = width
+        if seconds is not None:
+            self.pace.passed(seconds, is_waited_for=width > 0)
+        if self.drafts is not None:
+            self.drafts.passed(
+                seconds,
+                self.pace.rows,
+                width,
+                drafted or {},
+                draft_seconds,
+                is_alone=not self._is_read_beside,
+            )
+
+    @property
+    def _lacking(self) -> int:
+        """How many of the known tokens of each row its caches lack: the last one."""
+        return 1 if self._width else 0
+
     def decide(self) -> Step:
         """Decide the next step."""
         keep, drop, forget = self._let_go()
@@ -137,6 +181,7 @@ class Scheduler:
         admit = self._admit(forget)
         read = self._read()
         read_tokens = sum(count for _, count in read)
+        self._is_read_beside = bool(read)
         self.pace.begin(read_tokens, self._decoding(), self._reading())
         # What goes at once, and nobody takes, is not put there.
         taken = {admission.key for admission in admit}
@@ -147,6 +192,7 @@ class Scheduler:
             forget=tuple(key for key in forget if key not in unmade),
             admit=tuple(admit),
             join=tuple(join),
+            draft=tuple(self._draft().items()),
             read=tuple(read),
         )
 
@@ -166,7 +212,8 @@ class Scheduler:
     def _keep(
         self, active: _Active, keep: list[tuple[str, int]], forget: list[int]
     ) -> None:
-        tokens = active.tokens if active.decodes else active.tokens[: active.done]
+        held = len(active.tokens) - self._lacking if active.decodes else active.done
+        tokens = active.tokens[:held]
         if not tokens:
             return
         added = self._prefixes.add(tokens, len(tokens) < self._trimmable_below)
@@ -305,6 +352,30 @@ class Scheduler:
                 break
         return read
 
+    def _draft(self) -> dict[str, int]:
+        """Choose which rows draft, and how many tokens at most.
+
+        A request has no more tokens than it asks for and the context has, and caches no
+        more than there is room for: the pass makes all rows longer by its width.
+        """
+        if self.drafts is None:
+            return {}
+        rows = [active for active in self._active.values() if active.decodes]
+        room = {}
+        for active in rows:
+            most = active.request.settings.max_tokens
+            last = self._context
+            if most is not None:
+                last = min(last, active.request.prompt_length + most)
+            # Besides drafts a pass gives one token, and another one may be on its way.
+            known = len(active.tokens) + 1 - self._lacking
+            room[active.request.id] = int(min(max(last - known - 1, 0), MOST))
+        chosen = self.drafts.choose(room)
+        while chosen and not self._fits(ahead=1 + max(chosen.values())):
+            longest = max(chosen.values()) - 1
+            chosen = {name: min(n, longest) for name, n in chosen.items() if longest}
+        return chosen
+
     def _reading(self) -> int:
         return sum(not active.decodes for active in self._active.values())
 
@@ -335,10 +406,14 @@ class Scheduler:
         is_read = self._capacity.fits(rows, [*others, tokens])
         return is_read and self._capacity.fits(joined, [])
 
-    def _fits(self, *more: int) -> bool:
-        """Whether the next pass has room, with prompts of so many tokens besides."""
-        rows, others = self._lengths(1)
-        return self._capacity.fits(rows, [*others, *more], self._prefixes.nbytes)
+    def _fits(self, *more: int, ahead: int = 1) -> bool:
+        """Whether the next pass has room, with prompts of so many tokens besides.
+
+        It reads `ahead` tokens of each row, one of which may be on its way.
+        """
+        rows, others = self._lengths(ahead)
+        kept, width = self._prefixes.nbytes, max(ahead, self._width)
+        return self._capacity.fits(rows, [*others, *more], kept, width)
 
 
 def begin_alike(a: Sequence[int], b: Sequence[int]) -> bool:

@@ -3,27 +3,43 @@
 import os
 from io import BytesIO, TextIOWrapper
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from mlxtp.cluster.job import read_input
 from mlxtp.comm import launcher
-from mlxtp.comm.communicator import Communicator
+
+# The front of a server, which reads a prompt as well, imports no MLX.
+if TYPE_CHECKING:
+    from mlxtp.comm.communicator import Communicator
 
 
-def read(prompt: str, file: str | None, comm: Communicator) -> str:
-    r"""Give the text of `--prompt-file`, or else of `--prompt`.
-
-    Files are rank 0's, and so is standard input, for which a `prompt` of `-` stands.
-    On a command line \n and \t stand for a new line and a tab.
+def read(prompt: str, file: str | None, comm: "Communicator") -> str:
+    """Give all ranks rank 0's `text_of`: files are its own, and so is standard input.
 
     Raises: UsageError if there is no such file, or it is empty or no text.
     """
     if file is None and prompt != "-":
-        return prompt.replace("\\n", "\n").replace("\\t", "\t")
+        return text_of(prompt, file)
     text = ""
     with comm.unlimited(), comm.agreement():
         if comm.rank == 0:
-            text = _text_of_input() if file is None else _text_of_file(file)
+            text = text_of(prompt, file)
     return str(comm.bcast_object(text))
+
+
+def text_of(prompt: str, file: str | None) -> str:
+    r"""Give the text of `--prompt-file`, or else of `--prompt`.
+
+    A `prompt` of `-` stands for standard input. On a command line \n and \t stand for a
+    new line and a tab.
+
+    Raises: ValueError if there is no such file, or it is empty or no text.
+    """
+    if file is not None:
+        return _text_of_file(file)
+    if prompt == "-":
+        return _text_of_input()
+    return prompt.replace("\\n", "\n").replace("\\t", "\t")
 
 
 def _text_of_input() -> str:

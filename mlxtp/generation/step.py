@@ -44,6 +44,7 @@ class Step:
         forget: entries of the prefix cache that go: first of all, or, those that are
             taken in this step, behind it.
         join: requests whose prompts are read: they decode from now on.
+        draft: rows that draft in this pass, and how many tokens at most: (id, number).
         read: tokens of prompts to be read in this pass: (id, number).
         writes: no pass is made: an entry of the prefix cache is written to disk.
         spares: no pass is made: a step is made to keep another host's slices.
@@ -57,6 +58,7 @@ class Step:
     admit: tuple[Admission, ...] = ()
     forget: tuple[int, ...] = ()
     join: tuple[str, ...] = ()
+    draft: tuple[tuple[str, int], ...] = ()
     read: tuple[tuple[str, int], ...] = ()
     writes: bool = False
     spares: bool = False

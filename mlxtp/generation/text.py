@@ -1,5 +1,6 @@
 """Whole texts from a split model: of one prompt, or of several in a batch."""
 
+from functools import partial
 from typing import Any
 
 import mlx.core as mx
@@ -9,9 +10,11 @@ from mlx_lm.generate import BatchResponse, GenerationResponse
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 
 from mlxtp.generation.agreed import agreed
+from mlxtp.generation.halves import Halves
 from mlxtp.generation.prompt import check_tokens
 from mlxtp.generation.sampling import seeded
 from mlxtp.generation.stream import stream_generate
+from mlxtp.layers.forward import Forward, change_forward, twin
 
 
 def generate(
@@ -78,7 +81,14 @@ def batch_generate(
     kwargs = seeded(kwargs, seed)
     show = verbose and model.comm.rank == 0
     kwargs["sampler"] = agreed(kwargs.get("sampler"), model.comm)
-    return mlx_lm.batch_generate(model, tokenizer, prompts, verbose=show, **kwargs)
+    halves = Halves(model)
+
+    def call(former: Forward, model: nn.Module, *args: Any, **options: Any) -> mx.array:
+        return halves(partial(former, model), *args, **options)
+
+    batch = twin(model)
+    change_forward(batch, call)
+    return mlx_lm.batch_generate(batch, tokenizer, prompts, verbose=show, **kwargs)
 
 
 def figures(response: GenerationResponse) -> str:

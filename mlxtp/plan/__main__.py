@@ -9,6 +9,8 @@ python -m mlxtp.plan --model MODEL --measured FILE
 import argparse
 import json
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Literal
 
@@ -23,8 +25,9 @@ from mlxtp.plan import hardware
 from mlxtp.plan.auto import auto, longest
 from mlxtp.plan.calibration import measured_machines
 from mlxtp.plan.disk import Disk, disks
+from mlxtp.plan.drafts import ACCEPTANCE, Draft, drafts
 from mlxtp.plan.hardware import LINKS, TOPOLOGIES, Link, Machine, Network
-from mlxtp.plan.model import GROUP_SIZE, open_model
+from mlxtp.plan.model import GROUP_SIZE, PlannedModel, open_model
 from mlxtp.plan.planning import Setting, plan
 from mlxtp.plan.plot import plot
 from mlxtp.plan.remedies import remedies
@@ -52,7 +55,12 @@ def run(args: argparse.Namespace) -> None:
     Raises: ValueError that says what was given wrong.
     """
     setting = setting_of(args)
-    with open_model(args.model, args.bits, args.group_size) as model:
+    if not 0 <= args.acceptance <= 1:
+        raise ValueError(f"--acceptance is {args.acceptance:g}: wanted 0 to 1")
+    with (
+        open_model(args.model, args.bits, args.group_size) as model,
+        _draft_model(args) as draft_model,
+    ):
         even = Shares([1] * len(setting.machines))
         if args.context == "max":
             chosen = None if args.shares == "auto" else args.shares or even
@@ -66,13 +74,26 @@ def run(args: argparse.Namespace) -> None:
         if args.spare:
             hosts = [machine.host for machine in setting.machines]
             kept = disks(model, result.shares, hosts)
+        drafted: list[Draft] = []
+        if args.draft_model:
+            drafted = drafts(result, draft_model, args.acceptance)
         if args.plot:
             plot(result, args.plot)
         if args.json:
-            print(json.dumps(as_json(result, offered, kept)))
+            print(json.dumps(as_json(result, offered, kept, drafted)))
         else:
             console = Console(width=None if sys.stdout.isatty() else 120)
-            show(result, offered, console, kept)
+            show(result, offered, console, kept, drafted, args.acceptance)
+
+
+@contextmanager
+def _draft_model(args: argparse.Namespace) -> Iterator[PlannedModel | None]:
+    """The draft model; None without one, and for n-grams."""
+    if args.draft_model in (None, "ngram"):
+        yield None
+        return
+    with open_model(args.draft_model, args.draft_bits, args.group_size) as model:
+        yield model
 
 
 def setting_of(args: argparse.Namespace) -> Setting:
@@ -123,14 +144,20 @@ def _machines(
     args: argparse.Namespace, hosts: list[str], measured: Measured | None
 ) -> list[Machine]:
     if measured:
-        if args.chip or args.chips:
-            raise ValueError("--measured says what chips there are: leave --chip out")
+        if args.chip or args.chips or args.fast_synch:
+            raise ValueError(
+                "--measured says what chips there are, and how long they take: leave "
+                "--chip and --fast-synch out"
+            )
         if len(measured.hosts) < len(hosts):
             raise ValueError(
                 f"{args.measured} measures {len(measured.hosts)} ranks, wanted are "
                 f"{len(hosts)}"
             )
         return measured_machines(measured.hosts[: len(hosts)])
+    crossing = hardware.CROSSING_SECONDS
+    if args.fast_synch:
+        crossing = hardware.FAST_CROSSING_SECONDS
     chips = args.chips or [args.chip or DEFAULT_CHIP] * len(hosts)
     sizes = args.memory or [DEFAULT_MEMORY_GB]
     sizes = sizes * len(hosts) if len(sizes) == 1 else sizes
@@ -138,7 +165,7 @@ def _machines(
         if len(given) != len(hosts):
             raise ValueError(f"{option} gives {len(given)} for {len(hosts)} ranks")
     return [
-        hardware.published(host, chip, size)
+        hardware.published(host, chip, size, crossing)
         for host, chip, size in zip(hosts, chips, sizes, strict=True)
     ]
 
@@ -218,9 +245,17 @@ def _parser() -> argparse.ArgumentParser:
         metavar="FILE",
         help="machines and links as python -m mlxtp.doctor --json FILE measured them",
     )
+    hosts.add_argument("--fast-synch", action="store_true",
+        help="machines are set to MLX_METAL_FAST_SYNCH=1, which MLX advises against: "
+        "from the GPU to the CPU and back in "
+        f"{1e6 * hardware.FAST_CROSSING_SECONDS:g} µs in place of "
+        f"{1e6 * hardware.CROSSING_SECONDS:g}")  # fmt: skip
     links = result.add_argument_group("links")
     links.add_argument(
-        "--link", choices=LINKS, help=f"kind of link. Default: {DEFAULT_LINK}"
+        "--link",
+        choices=LINKS,
+        help="kind of link; rdma is what --transport jaccl goes over, the others are "
+        f"TCP's. Default: {DEFAULT_LINK}",
     )
     links.add_argument("--hop-us", type=float, metavar="US",
         help="time of a hop, one way, in µs")  # fmt: skip
@@ -234,7 +269,16 @@ def _parser() -> argparse.ArgumentParser:
         "with --shares auto of the shares with which most fit, if a token takes at "
         f"most 5 %% longer than with the fastest. Default: {CONTEXT}")  # fmt: skip
     use.add_argument("--batch", type=int, default=1,
-        help="sequences at once. Default: 1")  # fmt: skip
+        help="sequences at once; what 1, 2, 4, … of them get is shown. "
+        "Default: 1")  # fmt: skip
+    use.add_argument("--draft-model", metavar="MODEL",
+        help="plan with drafts of this model too, or of ngram, without a "
+        "model")  # fmt: skip
+    use.add_argument("--draft-bits", type=int, choices=[2, 3, 4, 5, 6, 8, 16],
+        help="as --bits, of the draft model")  # fmt: skip
+    use.add_argument("--acceptance", type=float, default=ACCEPTANCE, metavar="A",
+        help="how probably a drafted token is accepted, if those before it are. "
+        f"Default: {ACCEPTANCE}")  # fmt: skip
     use.add_argument("--shares", type=job_options.shares, metavar="SHARES",
         help="shares of the ranks, such as 2,1,1,1,1, or for each kind of layer, such "
         "as attention=2,1,1/mlp=1,1,2, with queries= in place of attention= to share "

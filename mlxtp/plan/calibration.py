@@ -16,8 +16,8 @@ def measured_machines(hosts: Sequence[Host]) -> list[Machine]:
     """Turn what doctor measured into machines.
 
     The time of reading weights is subtracted from that of doctor's token. What is left
-    is, on a CPU, the time of MLX's operations; on a GPU, the waits for it after each
-    evaluation, beside the starts of kernels.
+    is, on a CPU, the time of MLX's operations; on a GPU, the crossings to the CPU for
+    each collective, beside the starts of kernels.
     """
     with open_model(str(STORIES)) as model:
         [need] = needs(model.build, [1], CONTEXT)
@@ -25,7 +25,7 @@ def measured_machines(hosts: Sequence[Host]) -> list[Machine]:
     read_bytes = sum(step.read_bytes for step in token)
     operations = sum(step.operations for step in token)
     started = OPERATION_SECONDS * sum(kernels(step) for step in token)
-    evaluations = sum(bool(step.kind) for step in token)
+    crossings = sum(bool(step.kind) for step in token)
     machines = []
     for host in hosts:
         rest = host.token_seconds - read_bytes / host.bytes_per_second
@@ -38,7 +38,7 @@ def measured_machines(hosts: Sequence[Host]) -> list[Machine]:
                 host.bytes_per_second,
                 host.flops,
                 OPERATION_SECONDS if host.has_gpu else max(0.0, rest) / operations,
-                max(0.0, rest - started) / evaluations if host.has_gpu else 0.0,
+                max(0.0, rest - started) / crossings if host.has_gpu else 0.0,
                 host.has_gpu,
             )
         )

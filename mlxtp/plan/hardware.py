@@ -1,6 +1,5 @@
 """Machines and links: what is published of them, or what doctor has measured."""
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 from mlxtp.cluster.curve import interpolate
@@ -32,17 +31,25 @@ FLOPS_SHARE = 0.6
 # The share of a Mac's memory that the GPU may wire, unless iogpu.wired_limit_mb says
 # otherwise: 51.5 GB of 64 GiB (up to 55.7 have been reported).
 WIRED_SHARE = 0.75
-# How long the CPU waits to learn that the GPU has finished: 150 to 200 µs without
-# MLX_METAL_FAST_SYNCH (mlx pull request 1773, issue 4438).
-EVALUATION_SECONDS = 180e-6
+# The share of the rate of large matrix products that products with a few tokens reach.
+# MLX's kernels for vectors multiply anew for each of them: with 0.6 of above, 0.24 of
+# the GPU's arithmetic. Reported: 0.2 of an M3 Ultra's (mlx 4265), 0.3 of an M4 Pro's
+# (mlx 3839), 0.4 of an M5 Max's (mlx 3791); of an M1 or M2 there is no figure.
+FEW_TOKENS_SHARE = 0.4
+# A large product takes as long for fewer tokens as for so many (MLX's tiles).
+TILE_TOKENS = 32
+# From the GPU to the CPU and back, where another kernel goes on: 180 µs, and 4 µs with
+# MLX_METAL_FAST_SYNCH=1 (mlx 4438, M3 Ultra; 150 to 200 and 15 to 20 in mlx 1773).
+# MLX's documentation advises against the latter (mlx 4005): GPUs have been wedged until
+# a restart (mlx 3142, 3830). Metal has no collectives on the GPU, so each collective is
+# a crossing, whether it stands in MLX's graph or not.
+CROSSING_SECONDS = 180e-6
+FAST_CROSSING_SECONDS = 5e-6
 # To start a kernel, as one of many. Assumed.
 OPERATION_SECONDS = 3e-6
 # To add an element of a part: five parts of 4 Mi bfloat16 elements take 9 ms
 # (docs/log.md, on Linux).
 ADD_SECONDS = 0.45e-9
-
-# Measured rates of machines that are alike differ by up to this factor.
-VARIES = 1.1
 
 
 @dataclass(frozen=True)
@@ -52,8 +59,8 @@ class Machine:
     `limit_bytes` is what a model may take; where it is None, nobody can say whether a
     model fits. `bytes_per_second` is the rate of reading weights, `flops` the rate of
     arithmetic. `operation_seconds` is the time to start one of MLX's operations: on a
-    GPU a norm, a rotation or attention is one. `evaluation_seconds` is spent once
-    before each collective.
+    GPU a norm, a rotation or attention is one. `crossing_seconds` is spent once for
+    each collective: from the GPU to the CPU and back.
     """
 
     host: str
@@ -63,8 +70,13 @@ class Machine:
     bytes_per_second: float
     flops: float
     operation_seconds: float
-    evaluation_seconds: float
+    crossing_seconds: float
     has_gpu: bool = False
+
+    @property
+    def few_tokens_flops(self) -> float:
+        """The rate of arithmetic where a product has a few tokens only."""
+        return self.flops * (FEW_TOKENS_SHARE if self.has_gpu else 1.0)
 
 
 @dataclass(frozen=True)
@@ -72,27 +84,38 @@ class Link:
     """One hop: a cable, or the path through a switch.
 
     `topology` is what such links usually build: "ring", "mesh" or "switch".
+    `transport` is what the collectives go over, "mpi" or "jaccl".
     """
 
     hop_seconds: float
     bytes_per_second: float
     topology: str
+    transport: str = "mpi"
 
 
-# Hops: TCP over Thunderbolt has round trips of 300 µs to 1 ms. The best is taken here,
-# and for 10 Gb Ethernet too, where TCP takes the time as well. RDMA over Thunderbolt 5
-# has less than 50 µs (Apple, TN3205; single-digit figures have been reported). Rates
-# are those of the standards; TCP reaches less.
+# A hop of TCP. Over Thunderbolt round trips of 0.38 to 0.95 ms have been reported (exo
+# 2063 and 2295), so 190 to 475 µs one way. For 10 Gb Ethernet the same is assumed: TCP
+# takes most of it.
+TCP_HOP_SECONDS = 300e-6
+# RDMA over Thunderbolt 5 has less than 50 µs (Apple, TN3205; single-digit figures have
+# been reported). Rates are those of the standards; TCP reaches less.
 LINKS = {
-    "thunderbolt4": Link(150e-6, 40e9 / 8, "ring"),
-    "thunderbolt5": Link(150e-6, 80e9 / 8, "ring"),
-    "10gbe": Link(150e-6, 10e9 / 8, "switch"),
-    "rdma": Link(25e-6, 80e9 / 8, "ring"),
+    "thunderbolt4": Link(TCP_HOP_SECONDS, 40e9 / 8, "ring"),
+    "thunderbolt5": Link(TCP_HOP_SECONDS, 80e9 / 8, "ring"),
+    "10gbe": Link(TCP_HOP_SECONDS, 10e9 / 8, "switch"),
+    "rdma": Link(25e-6, 80e9 / 8, "ring", "jaccl"),
 }
+# JACCL refuses a mesh of more ranks (MLX's mesh.cpp).
+JACCL_MESH_RANKS = 8
 TOPOLOGIES = ("ring", "mesh", "switch")
 
 
-def published(host: str, chip: str, memory_gb: float) -> Machine:
+def published(
+    host: str,
+    chip: str,
+    memory_gb: float,
+    crossing_seconds: float = CROSSING_SECONDS,
+) -> Machine:
     """Describe a Mac by Apple's figures; Apple's GB of memory are GiB.
 
     Raises: ValueError if the chip is not known.
@@ -114,7 +137,7 @@ def published(host: str, chip: str, memory_gb: float) -> Machine:
         BANDWIDTH_SHARE * bandwidth * 1e9,
         FLOPS_SHARE * cores * 128 * 2 * megahertz * 1e6,
         OPERATION_SECONDS,
-        EVALUATION_SECONDS,
+        crossing_seconds,
         True,
     )
 
@@ -127,6 +150,14 @@ class Network:
     link: Link
     topology: str
 
+    def __post_init__(self) -> None:
+        """Raise ValueError for a mesh of more ranks than JACCL has."""
+        is_mesh = (self.link.transport, self.topology) == ("jaccl", "mesh")
+        if is_mesh and self.ranks > JACCL_MESH_RANKS:
+            raise ValueError(
+                f"JACCL has no mesh of {self.ranks} ranks: at most {JACCL_MESH_RANKS}"
+            )
+
     def seconds(self, kind: str, part_bytes: int, item_bytes: int) -> float:
         """Return the seconds of an allreduce or allgather of all ranks.
 
@@ -137,6 +168,8 @@ class Network:
         """
         if self.ranks == 1:
             return 0.0
+        if self.link.transport == "jaccl":
+            return self._jaccl_seconds(kind, part_bytes)
         algorithms = self._algorithms()
         if kind != "allreduce":
             algorithms = algorithms[:1]
@@ -169,9 +202,25 @@ class Network:
             ]
         return [(1, direct, n), (2, 2 * direct / n, 1)]
 
+    def _jaccl_seconds(self, kind: str, part_bytes: int) -> float:
+        """The seconds over JACCL, where an allreduce gathers and adds on the GPU.
+
+        A gather is one exchange in a mesh. In a ring it takes N - 1 steps, with half
+        of each part either way (MLX's source).
+        """
+        n = self.ranks
+        hops, parts = (1, 1.0) if self.topology == "mesh" else (n - 1, (n - 1) / 2)
+        adds = (n + 1) * OPERATION_SECONDS if kind == "allreduce" else 0.0
+        seconds = hops * self.link.hop_seconds + adds
+        return seconds + parts * part_bytes / self.link.bytes_per_second
+
     def message_seconds(self, message_bytes: int) -> float:
         """Return the seconds of a message to a neighbour."""
         return self.link.hop_seconds + message_bytes / self.link.bytes_per_second
+
+    def bcast_seconds(self, nbytes: int) -> float:
+        """Return the seconds until `nbytes` bytes of one rank have come to all."""
+        return self.seconds("allgather", nbytes, nbytes)
 
 
 @dataclass(frozen=True)
@@ -213,10 +262,3 @@ def network_of(measured: Measured, ranks: int, topology: str) -> Network:
         )
         curves[kind] = (tuple(p for p, _ in points), tuple(s for _, s in points))
     return MeasuredNetwork(ranks, link, topology, curves)
-
-
-def alike(machines: Sequence[Machine]) -> bool:
-    """Whether they have equal limits of memory, and read about equally fast."""
-    rates = [machine.bytes_per_second for machine in machines]
-    limits = {machine.limit_bytes for machine in machines}
-    return len(limits) == 1 and max(rates) <= VARIES * min(rates)

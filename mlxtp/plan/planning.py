@@ -31,6 +31,11 @@ class Setting:
         network = Network(len(machines), link, topology)
         return replace(self, machines=tuple(machines), network=network)
 
+    def with_topology(self, topology: str) -> "Setting":
+        """Return the same setting with its links in another topology, calculated."""
+        network = Network(len(self.machines), self.network.link, topology)
+        return replace(self, network=network)
+
     def needs(self, model: PlannedModel, shares: Sequence[int | Share]) -> list[Need]:
         """Say what the ranks need that share `model` in proportion to `shares`.
 
@@ -100,10 +105,17 @@ class Plan:
     @cached_property
     def decode(self) -> Time:
         """The time of a token of each sequence."""
+        return self.decode_pass()
+
+    def decode_pass(self, tokens: int = 1, part: float = 1.0) -> Time:
+        """Return the time of a pass with `tokens` tokens of each of some sequences.
+
+        `part` is the part of the batch that decodes.
+        """
         setting = self.setting
-        if len(self.needs) == 1:
-            return self.decode_on_one
-        return timing.decode(self.needs, setting.machines, setting.network)
+        return timing.decode(
+            self.needs, setting.machines, setting.network, tokens, part
+        )
 
     @cached_property
     def prefill(self) -> Time:
@@ -116,12 +128,19 @@ class Plan:
         )
 
     @cached_property
+    def prefill_in_halves(self) -> Time:
+        """The time of that prompt, read in two halves that take turns."""
+        setting = self.setting
+        if len(self.needs) == 1:
+            return self.prefill_on_one
+        return timing.prefill_in_halves(
+            self.needs, setting.machines, setting.network, setting.context
+        )
+
+    @cached_property
     def decode_on_one(self) -> Time:
         """The time of a token on the first host alone."""
-        machine = self.setting.machines[0]
-        caches = self.one.cache_bytes / machine.bytes_per_second
-        token = timing.on_one(self.one.dry_run.token, machine)
-        return token + Time(caches=caches)
+        return timing.decode_on_one(self.one, self.setting.machines[0])
 
     @cached_property
     def prefill_on_one(self) -> Time:

@@ -89,10 +89,10 @@ def _more_hosts(plan: Plan) -> Iterator[Remedy]:
         number = len(machines) + 1
         machines.append(replace(machines[-1], host=f"host {number}"))
         shares.append(shares[-1])
-        setting = plan.setting.with_machines(machines)
         try:
+            setting = plan.setting.with_machines(machines)
             needs = setting.needs(plan.model, shares)
-        except ValueError:  # fewer heads than ranks
+        except ValueError:  # fewer heads than ranks, or too many for JACCL's mesh
             return
         if setting.fits(needs):
             added = len(machines) - len(plan.shares)

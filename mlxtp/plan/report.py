@@ -1,14 +1,19 @@
 """A plan for people, as tables, and as JSON."""
 
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import asdict, dataclass, replace
 from typing import Any, Literal
 
 from rich.console import Console
 from rich.table import Table
 
 from mlxtp.cluster.units import gigabytes
+from mlxtp.generation.pace import PAUSE_SECONDS
+from mlxtp.plan.batches import Batch, batches
 from mlxtp.plan.disk import Disk
+from mlxtp.plan.drafts import Draft
+from mlxtp.plan.fewer import fewer
+from mlxtp.plan.hardware import MeasuredNetwork
 from mlxtp.plan.planning import Plan
 from mlxtp.plan.remedies import Remedy
 from mlxtp.plan.timing import Time
@@ -19,10 +24,17 @@ PARTS = {
     "caches": "reading caches",
     "arithmetic": "multiplying",
     "operations": "starting operations",
-    "evaluations": "waiting for the GPU",
+    "crossings": "GPU to CPU and back",
     "allreduces": "allreduces",
     "gathers": "gathers",
     "messages": "messages",
+}
+# Where a draft is computed, as tables call it.
+WHERE = {
+    "ngram": "by n-grams",
+    "one": "whole on one rank",
+    "all": "whole on every rank",
+    "split": "split over the ranks",
 }
 # What each rank owns, and what it needs, in GB.
 COLUMNS = (
@@ -31,15 +43,30 @@ COLUMNS = (
 )
 
 
+@dataclass(frozen=True)
+class Side:
+    """The modelled times of one way to run the model.
+
+    `halves` is that of a prompt in two halves, None where there is nothing to hide.
+    """
+
+    token: Time
+    prompt: Time
+    halves: Time | None = None
+
+
 def show(
     plan: Plan,
     remedies: Sequence[Remedy],
     console: Console,
     disks: Sequence[Disk] = (),
+    drafts: Sequence[Draft] = (),
+    acceptance: float = 0.0,
 ) -> None:
     """Print what each rank needs, whether that fits, and how fast it would be.
 
-    What the hosts keep on their `disks` is printed where it is given.
+    What the hosts keep on their `disks`, and what `drafts` bring of which so many are
+    accepted, is printed where it is given.
     """
     setting = plan.setting
     console.print(
@@ -57,6 +84,16 @@ def show(
         console.print(_disks(disks))
     console.print()
     console.print(_speed(plan))
+    line = fewer_are_faster(plan)
+    if line:
+        console.print(line, highlight=False, soft_wrap=True)
+    if drafts:
+        console.print()
+        console.print(_drafts(drafts, acceptance))
+        console.print(what_pays(plan, drafts), highlight=False, soft_wrap=True)
+    if plan.setting.batch > 1:
+        console.print()
+        console.print(_batches(batches(plan)))
 
 
 def _memory(plan: Plan) -> Table:
@@ -115,11 +152,17 @@ def _speed(plan: Plan) -> Table:
     table.add_column("modelled")
     for name in sides:
         table.add_column(name, justify="right")
-    tokens, prompts = zip(*sides.values(), strict=True)
+    tokens = [side.token for side in sides.values()]
+    prompts = [side.prompt for side in sides.values()]
     table.add_row("decoding, tokens/s", *(_rate(token, plan, 1) for token in tokens))
     length = plan.setting.context
     rates = (_rate(prompt, plan, length) for prompt in prompts)
-    table.add_row(f"prefill of {length}, tokens/s", *rates, end_section=True)
+    table.add_row(f"prefill of {length}, tokens/s", *rates)
+    halves = [side.halves for side in sides.values()]
+    if any(halves):
+        rates = (_rate(half, plan, length) if half else "" for half in halves)
+        table.add_row("  read in two halves", *rates)
+    table.add_section()
     _parts(table, "ms a token", 1e3, tokens)
     table.add_section()
     _parts(table, "seconds a prompt", 1, prompts)
@@ -135,16 +178,112 @@ def _parts(table: Table, name: str, unit: float, times: Sequence[Time]) -> None:
             table.add_row(f"  {label}", *(f"{unit * each:.2f}" for each in seconds))
 
 
-def _sides(plan: Plan) -> dict[str, tuple[Time, Time]]:
+def _sides(plan: Plan) -> dict[str, Side]:
     """By name: the times of a token, and of a prompt as long as the context."""
     if len(plan.needs) == 1:
-        return {"one host": (plan.decode, plan.prefill_on_one)}
+        return {"one host": Side(plan.decode, plan.prefill)}
+    sides = {"this plan": Side(plan.decode, plan.prefill, plan.prefill_in_halves)}
+    other = _recabled(plan)
+    if other:
+        halves = other.prefill_in_halves
+        name = f"in a {other.setting.network.topology}"
+        sides[name] = Side(other.decode, other.prefill, halves)
+    sides["pipeline"] = Side(*plan.pipeline)
     one = "one host (does not fit)" if plan.one_fits is False else "one host"
-    return {
-        "this plan": (plan.decode, plan.prefill),
-        "pipeline": plan.pipeline,
-        one: (plan.decode_on_one, plan.prefill_on_one),
-    }
+    sides[one] = Side(plan.decode_on_one, plan.prefill_on_one)
+    return sides
+
+
+def _recabled(plan: Plan) -> Plan | None:
+    """The plan on a mesh in place of a ring, or on a ring in place of a mesh.
+
+    None where the two are the same, or the network was measured as it is.
+    """
+    network = plan.setting.network
+    others = {"ring": "mesh", "mesh": "ring"}
+    topology = others.get(network.topology)
+    if not topology or network.ranks < 4 or isinstance(network, MeasuredNetwork):
+        return None
+    try:
+        return replace(plan, setting=plan.setting.with_topology(topology))
+    except ValueError:  # JACCL has no mesh of so many
+        return None
+
+
+def fewer_are_faster(plan: Plan) -> str:
+    """Say in a line that fewer hosts would be faster than all, where it is so."""
+    found = fewer(plan)
+    if found is None:
+        return ""
+    first = "One host alone" if found.ranks == 1 else f"The first {found.ranks} alone"
+    return (
+        f"{first} would be faster than all {len(plan.needs)}: modelled "
+        f"{rate(found.tokens_per_second)} tokens/s in place of "
+        f"{rate(plan.setting.batch / plan.decode.seconds)} (--ranks {found.ranks})."
+    )
+
+
+def _drafts(drafts: Sequence[Draft], acceptance: float) -> Table:
+    table = Table(
+        title=f"Modelled with drafts, {acceptance:.0%} accepted if those before are"
+    )
+    table.add_column("drafted")
+    for name in ("tokens a round", "tokens/s", "ms a round", "of it drafting"):
+        table.add_column(name, justify="right")
+    table.add_column("memory, GB")
+    for draft in drafts:
+        table.add_row(
+            WHERE[draft.where],
+            str(draft.tokens) if draft.tokens else "none pay",
+            rate(draft.tokens_per_second),
+            f"{1e3 * draft.round_seconds:.2f}",
+            f"{1e3 * draft.drafting_seconds:.2f}",
+            _memory_of_draft(draft),
+        )
+    return table
+
+
+def _memory_of_draft(draft: Draft) -> str:
+    most = max(draft.bytes_of_ranks)
+    if not most:
+        return "none"
+    on = "each" if draft.rank is None else f"rank {draft.rank}"
+    lacking = ": no room" if draft.fits is False else ""
+    return f"{gigabytes(most, 2)} on {on}{lacking}"
+
+
+def what_pays(plan: Plan, drafts: Sequence[Draft]) -> str:
+    """Say in a line which way to draft is the fastest, and how many tokens pay."""
+    best = drafts[0]
+    if best.fits is False:
+        return "There is no room for the draft model."
+    if not best.tokens:
+        return "No draft pays."
+    gain = best.tokens_per_second * plan.decode.seconds / plan.setting.batch
+    return (
+        f"Fastest {WHERE[best.where]}, {best.tokens} tokens a round: {gain:.2f} x the "
+        f"tokens a second of none ({best.options})."
+    )
+
+
+def _batches(rows: Sequence[Batch]) -> Table:
+    table = Table(
+        title="Modelled for requests at once",
+        caption=f"A prompt may hold up all for {PAUSE_SECONDS:g} s before it is read "
+        "in parts.",
+    )
+    names = ("requests", "tokens/s, all", "tokens/s, one", "ms between tokens")
+    for name in (*names, "while a prompt is read in parts"):
+        table.add_column(name, justify="right")
+    for row in rows:
+        table.add_row(
+            str(row.requests),
+            rate(row.tokens_per_second),
+            rate(1 / row.gap_seconds),
+            f"{1e3 * row.gap_seconds:.1f}",
+            f"{1e3 * row.reading_gap_seconds:.1f}",
+        )
+    return table
 
 
 def _rate(time: Time, plan: Plan, tokens: int) -> str:
@@ -162,7 +301,10 @@ def _span(counts: tuple[int, int]) -> str:
 
 
 def as_json(
-    plan: Plan, remedies: Sequence[Remedy], disks: Sequence[Disk] = ()
+    plan: Plan,
+    remedies: Sequence[Remedy],
+    disks: Sequence[Disk] = (),
+    drafts: Sequence[Draft] = (),
 ) -> dict[str, Any]:
     """Return all of it, in bytes and seconds; what is modelled is named so."""
     setting = plan.setting
@@ -192,13 +334,21 @@ def as_json(
         "one_host_fits": plan.one_fits,
         "modelled": {
             name.partition(" (")[0]: {
-                "decode_tokens_per_second": setting.batch / token.seconds,
+                "decode_tokens_per_second": setting.batch / side.token.seconds,
                 "prefill_tokens_per_second": setting.batch
                 * setting.context
-                / prompt.seconds,
-                "seconds_a_token": asdict(token),
-                "seconds_a_prompt": asdict(prompt),
+                / side.prompt.seconds,
+                "seconds_a_token": asdict(side.token),
+                "seconds_a_prompt": asdict(side.prompt),
+                **(
+                    {"seconds_a_prompt_in_halves": asdict(side.halves)}
+                    if side.halves
+                    else {}
+                ),
             }
-            for name, (token, prompt) in _sides(plan).items()
+            for name, side in _sides(plan).items()
         },
+        "modelled_fewer": asdict(found) if (found := fewer(plan)) else None,
+        "modelled_drafts": [asdict(draft) for draft in drafts],
+        "modelled_batches": [asdict(batch) for batch in batches(plan)],
     }

@@ -7,9 +7,10 @@ a token takes, summed over its steps, the time of the slowest rank and the colle
 from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
 
+from mlxtp.dryrun.calls import Call
 from mlxtp.dryrun.passes import CHUNK_TOKENS, Step
 from mlxtp.dryrun.requirements import Need
-from mlxtp.plan.hardware import Machine, Network
+from mlxtp.plan.hardware import TILE_TOKENS, Machine, Network
 
 # GPU kernels for each call of a layer with weights. A layer of Llama has 9 such calls
 # and about 18 kernels, as a norm, a rotation or attention is one each.
@@ -21,15 +22,15 @@ class Time:
     """Modelled seconds of a forward pass, by what they are spent on.
 
     `weights` and `caches` is reading them, `arithmetic` matrix products that take
-    longer than reading, `operations` starting them, `evaluations` waiting for the GPU,
-    `messages` what a pipeline passes on.
+    longer than reading, `operations` starting them, `crossings` going from the GPU to
+    the CPU and back, `messages` what a pipeline passes on.
     """
 
     weights: float = 0.0
     caches: float = 0.0
     arithmetic: float = 0.0
     operations: float = 0.0
-    evaluations: float = 0.0
+    crossings: float = 0.0
     allreduces: float = 0.0
     gathers: float = 0.0
     messages: float = 0.0
@@ -51,16 +52,25 @@ class Time:
 
 
 def decode(
-    needs: Sequence[Need], machines: Sequence[Machine], network: Network
+    needs: Sequence[Need],
+    machines: Sequence[Machine],
+    network: Network,
+    tokens: int = 1,
+    part: float = 1.0,
 ) -> Time:
-    """Return the time of a token of each sequence, with full caches."""
-    steps = [need.dry_run.token for need in needs]
-    return _passes(steps, machines, network) + Time(
-        caches=max(
-            need.cache_bytes / machine.bytes_per_second
-            for need, machine in zip(needs, machines, strict=True)
-        )
+    """Return the time of a pass with `tokens` tokens of each sequence, full caches.
+
+    `part` is the part of the batch that decodes. Tokens of one sequence read its caches
+    once. One rank is evaluated once, at the end.
+    """
+    if len(needs) == 1:
+        return decode_on_one(needs[0], machines[0], tokens, part)
+    steps = _times([need.dry_run.token for need in needs], tokens * part)
+    caches = max(
+        need.cache_bytes / machine.bytes_per_second
+        for need, machine in zip(needs, machines, strict=True)
     )
+    return _passes(steps, machines, network) + Time(caches=part * caches)
 
 
 def prefill(
@@ -72,12 +82,49 @@ def prefill(
     two products, with the keys and with the values, of which it sees half on average.
     """
     steps = [need.dry_run.chunk for need in needs]
-    chunks = _passes(steps, machines, network).scaled(_chunks(tokens))
+    chunk = _passes(steps, machines, network)
+    return _prompt(chunk, needs, machines, tokens)
+
+
+def prefill_in_halves(
+    needs: Sequence[Need], machines: Sequence[Machine], network: Network, tokens: int
+) -> Time:
+    """Return the time of a prompt whose chunks are read in two halves that take turns.
+
+    While the sums of one half travel, the other computes; then they change. So no more
+    travel is hidden than there is to compute meanwhile, and both halves read the
+    weights. `allreduces` is the time in which all ranks wait.
+    """
+    chunks = _times([need.dry_run.chunk for need in needs], 0.5)
+    steps, unlike = _unlike(chunks, machines)
+    computed = Time()
+    computing_ends = travel_ends = 0.0
+    ready = [0.0, 0.0]
+    for of_ranks in zip(*steps, strict=True):
+        slowest = _slowest(of_ranks, unlike)
+        travels = collective(of_ranks, network).seconds + slowest.crossings
+        slowest = replace(slowest, crossings=0.0)
+        for half in (0, 1):
+            computing_ends = max(computing_ends, ready[half]) + slowest.seconds
+            ready[half] = computing_ends
+            if travels:
+                travel_ends = max(travel_ends, computing_ends) + travels
+                ready[half] = travel_ends
+            computed += slowest
+    waited = max(0.0, max(ready) - computed.seconds)
+    chunk = computed + Time(allreduces=waited)
+    return _prompt(chunk, needs, machines, tokens)
+
+
+def _prompt(
+    chunk: Time, needs: Sequence[Need], machines: Sequence[Machine], tokens: int
+) -> Time:
+    """The time of a prompt of which one chunk takes `chunk` without attention."""
     attention = max(
         _attention(need, tokens) / machine.flops
         for need, machine in zip(needs, machines, strict=True)
     )
-    return chunks + Time(arithmetic=attention)
+    return chunk.scaled(_chunks(tokens)) + Time(arithmetic=attention)
 
 
 def _attention(need: Need, tokens: int) -> float:
@@ -92,21 +139,43 @@ def _attention(need: Need, tokens: int) -> float:
     )
 
 
+def _times(passes: Sequence[tuple[Step, ...]], factor: float) -> list[tuple[Step, ...]]:
+    """The steps of passes for `factor` times as many tokens; ranks may share one."""
+    known = {id(steps): steps for steps in passes}
+    if factor != 1:
+        known = {
+            key: tuple(step.times(factor) for step in steps)
+            for key, steps in known.items()
+        }
+    return [known[id(steps)] for steps in passes]
+
+
 def _passes(
     steps: Sequence[tuple[Step, ...]], machines: Sequence[Machine], network: Network
 ) -> Time:
     """The time of a forward pass of all ranks together."""
+    steps, machines = _unlike(steps, machines)
     total = Time()
     for of_ranks in zip(*steps, strict=True):
-        slowest = max(
-            (
-                compute(step, machine)
-                for step, machine in zip(of_ranks, machines, strict=True)
-            ),
-            key=lambda time: time.seconds,
-        )
-        total += slowest + collective(of_ranks, network)
+        total += _slowest(of_ranks, machines) + collective(of_ranks, network)
     return total
+
+
+def _unlike(
+    passes: Sequence[tuple[Step, ...]], machines: Sequence[Machine]
+) -> tuple[list[tuple[Step, ...]], list[Machine]]:
+    """One of all ranks that compute the same on machines alike."""
+    ranks = {
+        (id(steps), replace(machine, host="")): (steps, machine)
+        for steps, machine in zip(passes, machines, strict=True)
+    }
+    return [steps for steps, _ in ranks.values()], [m for _, m in ranks.values()]
+
+
+def _slowest(of_ranks: Sequence[Step], machines: Sequence[Machine]) -> Time:
+    """The time of the rank that takes the longest for a step."""
+    times = map(compute, of_ranks, machines)
+    return max(times, key=lambda time: time.seconds)
 
 
 def compute(step: Step, machine: Machine) -> Time:
@@ -115,14 +184,26 @@ def compute(step: Step, machine: Machine) -> Time:
     Reading weights and multiplying overlap: what takes longer counts.
     """
     reading = step.read_bytes / machine.bytes_per_second
-    multiplying = step.flops / machine.flops
+    multiplying = sum(_multiplying(call, machine) for call in step.calls)
     return Time(
         weights=reading if reading >= multiplying else 0.0,
         arithmetic=multiplying if multiplying > reading else 0.0,
         operations=machine.operation_seconds
         * (kernels(step) if machine.has_gpu else step.operations),
-        evaluations=machine.evaluation_seconds if step.kind else 0.0,
+        crossings=machine.crossing_seconds if step.kind else 0.0,
     )
+
+
+def _multiplying(call: Call, machine: Machine) -> float:
+    """The seconds of a call's products, by the kernel that takes less.
+
+    One multiplies anew for each token, the other takes tokens in tiles.
+    """
+    tokens = call.tokens * call.share  # of experts: those that each gets
+    in_tiles = call.flops / machine.flops
+    if machine.has_gpu:
+        in_tiles *= max(1.0, TILE_TOKENS / tokens)
+    return min(in_tiles, call.flops / machine.few_tokens_flops)
 
 
 def kernels(step: Step) -> int:
@@ -145,8 +226,17 @@ def on_one(steps: Sequence[Step], machine: Machine) -> Time:
     """Return the time of a pass on one host, which is evaluated once, at its end."""
     total = Time()
     for step in steps:
-        total += replace(compute(step, machine), evaluations=0.0)
-    return total + Time(evaluations=machine.evaluation_seconds)
+        total += replace(compute(step, machine), crossings=0.0)
+    return total + Time(crossings=machine.crossing_seconds)
+
+
+def decode_on_one(
+    one: Need, machine: Machine, tokens: int = 1, part: float = 1.0
+) -> Time:
+    """Return the time of a pass on one host, as in `decode`."""
+    [steps] = _times([one.dry_run.token], tokens * part)
+    caches = part * one.cache_bytes / machine.bytes_per_second
+    return on_one(steps, machine) + Time(caches=caches)
 
 
 def prefill_on_one(one: Need, machine: Machine, tokens: int) -> Time:
@@ -179,7 +269,7 @@ def pipeline(
     stages = []
     for share, machine in zip(shares, machines, strict=True):
         stage = on_one(one.dry_run.token, machine).scaled(share)
-        token += replace(stage, evaluations=machine.evaluation_seconds)
+        token += replace(stage, crossings=machine.crossing_seconds)
         token += Time(caches=share * one.cache_bytes / machine.bytes_per_second)
         stages.append(prefill_on_one(one, machine, tokens).scaled(share))
     chunks = max(1.0, tokens / CHUNK_TOKENS)

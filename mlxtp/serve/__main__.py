@@ -28,7 +28,7 @@ from mlxtp.serve.front.journal import Journal, default_folder
 from mlxtp.serve.front.ranks import Ranks
 from mlxtp.serve.hosts import check_first_host
 from mlxtp.serve.log import say
-from mlxtp.serve.supervisor import Future, Supervisor, first_of, signals
+from mlxtp.serve.supervisor import Future, first_of, signals, supervised
 
 # At the end, how long clients may take to read the rest of their answers.
 LAST_READ_SECONDS = 2
@@ -97,39 +97,28 @@ async def serve(
 
     Raises: JobError where there is no mpirun, or for a wrong number of ranks.
     """
+    name = config.model_names[0]
     with signals() as (first, second):
-        ranks = Ranks()
-        try:
-            await ranks.listen()
+        async with Ranks() as ranks:
             front = Front(ranks, replace(config, journal=journal(args, ranks)))
-            supervisor = Supervisor(args, given, ranks, config.model_names[0])
-            supervisor.start()
-        except BaseException:
-            await ranks.close()
-            raise
-        supervising = asyncio.create_task(supervisor.run())
-        serving = asyncio.create_task(front.serve([listener]))
-        say(f"{url(listener)}, loading {config.model_names[0]} {where(args, given)}")
-        if not (config.api_keys or is_loopback(listener)):
-            say(
-                f"WARNING: whoever reaches {url(listener)} can use the model: there is "
-                "no key; give --api-key-file FILE"
-            )
-        try:
-            await first_of(first, supervising, serving)
-            if first.done():
-                await drain(front, ranks, config.drain_seconds, second, supervising)
-                status = 0
-            elif serving.done():
-                raise RuntimeError("the front has ended") from serving.exception()
-            else:
-                status = supervising.result()
-            front.should_exit = True
-        finally:
-            supervising.cancel()
-            await asyncio.wait([supervising])
-            await supervisor.end(second)
-        await serving
+            async with supervised(args, given, ranks, name, second) as supervising:
+                serving = asyncio.create_task(front.serve([listener]))
+                say(f"{url(listener)}, loading {name} {where(args, given)}")
+                if not (config.api_keys or is_loopback(listener)):
+                    say(
+                        f"WARNING: whoever reaches {url(listener)} can use the model: "
+                        "there is no key; give --api-key-file FILE"
+                    )
+                await first_of(first, supervising, serving)
+                if first.done():
+                    await drain(front, ranks, config.drain_seconds, second, supervising)
+                    status = 0
+                elif serving.done():
+                    raise RuntimeError("the front has ended") from serving.exception()
+                else:
+                    status = supervising.result()
+                front.should_exit = True
+            await serving
         return status
 
 

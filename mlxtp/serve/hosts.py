@@ -4,26 +4,28 @@ The rules stand first. A host takes part if it answers; the front's own does in 
 case. Where hosts could not be visited from the beginning, as within a batch system's
 job, all take part but those that the last job was lost with. One with which the last
 jobs in turn were lost is left out for a while, and one that comes back without what it
-had (a Mac that was restarted has lost its addresses on the cables, and its GPU's limit)
-is taken in when that is mended. In a ring of cables the routes are laid past cables
-that do not answer; a host that no way reaches does not take part. Where the routes
-cannot be laid, all take the Ethernet.
+had (a Mac that was restarted has lost its addresses on the cables, and its GPU's
+limit), or with other packages, is taken in when that is mended. Routes are laid past
+cables that do not answer; a host that no way reaches does not take part. Where the
+routes cannot be laid, all take the Ethernet.
 """
 
 import asyncio
 import socket
 import time
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
-from mlxtp.cluster import ring
+from mlxtp.cluster import cables
 from mlxtp.cluster.addresses import is_here, uses_cables
 from mlxtp.cluster.allocation import Allocation
+from mlxtp.cluster.cables import Cable
 from mlxtp.cluster.hostfile import by_rank, read
 from mlxtp.cluster.job import JobError
 from mlxtp.cluster.remote import HostError
 from mlxtp.cluster.verdict import Verdict
-from mlxtp.cluster.visit import Visit, ask, visit
+from mlxtp.cluster.visit import Visit, ask, versions, visit
 
 # A host with which so many jobs in turn were lost is left out, for so long.
 LOSSES_OF_HOST = 2
@@ -33,6 +35,8 @@ UNREACHED = "its cables do not answer"
 
 # Reasons for which a verdict names ranks that are not to blame, or none.
 BLAMELESS = ("undelivered", "unconnected", "not started", "not ended")
+# Reasons that no request can bring about: hosts and cables.
+OF_HOSTS = ("silent", "unreachable", *BLAMELESS)
 
 
 def check_first_host(file: str | None, given: Allocation | None) -> None:
@@ -62,13 +66,15 @@ class Loss:
     """A job that has ended by itself.
 
     `words` say why, `hosts` are those that it has lost, `status` is its exit status.
-    `is_of_ranks`: ranks were lost, as a verdict says.
+    `is_of_ranks`: ranks were lost, as a verdict says. `is_refusal`: the ranks say
+    themselves what is wrong with what they were given.
     """
 
     words: str
     hosts: tuple[str, ...] = ()
     status: int = 1
     is_of_ranks: bool = True
+    is_refusal: bool = False
 
 
 def lost_hosts(verdict: Verdict | None, ranks: Sequence[str]) -> tuple[str, ...]:
@@ -85,8 +91,21 @@ def lost_in_turn(losses: Sequence[Loss]) -> set[str]:
     return set.intersection(*last) if len(last) == LOSSES_OF_HOST else set()
 
 
-def lacks(before: Visit, now: Visit, file: str) -> str | None:
-    """Say what a host has lost since it was visited first, and how that is mended."""
+def lacks(
+    before: Visit | None, now: Visit, file: str, versions: dict[str, str]
+) -> str | None:
+    """Say what is wrong with a host that answers, and how that is mended.
+
+    `before` is how it was when it was visited first, if it was; `versions` are those of
+    the packages here.
+    """
+    for name, wanted in versions.items():
+        if (there := now.versions.get(name)) != wanted:
+            return (
+                f"it has {name} {there}, and here it is {wanted}: launch/install {file}"
+            )
+    if before is None:
+        return None
     if before.ring_address is not None and now.ring_address is None:
         return (
             f"it has lost its address on the cables, {before.ring_address}: "
@@ -100,12 +119,12 @@ def lacks(before: Visit, now: Visit, file: str) -> str | None:
     return None
 
 
-def _is_in_ring(hosts: int) -> bool:
-    """Whether this host has its place, the first, in a ring of cables."""
+def _is_on_cables(hosts: int) -> bool:
+    """Whether this host, the first, has its address and a cable to another."""
     if not uses_cables():
         return False
-    there = ring.interfaces()
-    return all(end.address in there for end in ring.ends(1, hosts).values())
+    there = cables.interfaces()
+    return cables.host_address(1) in there and bool(cables.laid(1, hosts, there))
 
 
 class Hosts:
@@ -126,7 +145,8 @@ class Hosts:
         self.takes_cables = True  # where there are any
         self.notes: list[str] = []
         self._file = file
-        self._in_ring = len(slots) > 1 and _is_in_ring(len(slots))
+        self._versions = versions()
+        self._on_cables = len(slots) > 1 and _is_on_cables(len(slots))
         self._jobs: list[str] = []
         self._before: dict[str, Visit] = {}  # as they were when the service began
         self._left_out_until: dict[str, float] = {}
@@ -166,17 +186,19 @@ class Hosts:
             words = self._against(host, visits[host])
             if words is not None and host != first:
                 self.missing[host] = words
-        if self._in_ring:
+        if self._on_cables:
             await self._lay_routes(visits)
         self.part = {h: n for h, n in self.slots.items() if h not in self.missing}
 
     async def returned(self) -> list[str]:
         """Visit the hosts that are missing; return those that can take part again."""
-        # The last job runs. Where cables count, both ends of each have to be seen.
-        hosts = self.slots if self._in_ring and self.takes_cables else self.missing
-        visits = await self._visits(hosts, self._jobs[:-1])
+        # The last job runs, and has left nothing.
+        visits = await self._visits(self.missing, self._jobs[:-1])
+        if self._on_cables and self.takes_cables:
+            # Of each cable both ends have to be seen.
+            visits |= await self._visits(self.slots.keys() - self.missing.keys(), [])
         words = {host: self._against(host, visits[host]) for host in self.missing}
-        if self._in_ring and self.takes_cables:
+        if self._on_cables and self.takes_cables:
             well = {h: v for h, v in visits.items() if words.get(h) is None}
             for host in self._unreached(well):
                 if host in self.missing:
@@ -185,52 +207,56 @@ class Hosts:
         return [host for host, said in words.items() if said is None]
 
     def _numbers(self) -> dict[str, int]:
-        """The place of each host in a ring."""
+        """The place of each host on the cables."""
         return {host: number for number, host in enumerate(self.slots, 1)}
 
-    def _broken(self, visits: Mapping[str, Visit | str]) -> set[int]:
-        """Return the cables that do not join two hosts that answer."""
-        numbers = self._numbers()
-        broken = set()
-        for host, number in numbers.items():
+    def _cables(
+        self, visits: Mapping[str, Visit | str]
+    ) -> tuple[set[Cable], set[Cable]]:
+        """Return the cables that have addresses, and those that carry something.
+
+        A cable carries something where each of its hosts hears the other.
+        """
+        laid: set[Cable] = set()
+        heard: Counter[Cable] = Counter()
+        for host, number in self._numbers().items():
             seen = visits.get(host)
-            answer = seen.cables if isinstance(seen, Visit) else ()
-            ends = ring.ends(number, len(numbers)).values()
-            broken |= {end.cable for end in ends if end.cable not in answer}
-        return broken
+            if isinstance(seen, Visit):
+                laid |= {cables.between(number, other) for other in seen.cables}
+                heard.update(cables.between(number, o) for o in seen.answering)
+        return laid, {cable for cable, ends in heard.items() if ends == 2}
 
     def _unreached(self, visits: Mapping[str, Visit | str]) -> list[str]:
-        """Return the hosts that no unbroken cables join with this one."""
-        numbers = self._numbers()
-        reached = ring.routes(1, len(numbers), self._broken(visits))
-        return [host for host, n in numbers.items() if n != 1 and n not in reached]
+        """Return the hosts that no cables which carry something join with this one."""
+        reached = cables.routes(1, self._cables(visits)[1])
+        return [h for h, n in self._numbers().items() if n != 1 and n not in reached]
 
     async def _lay_routes(self, visits: Mapping[str, Visit | str]) -> None:
-        """Lay the routes in the ring past the cables that do not answer."""
+        """Lay the routes past the cables that do not answer."""
         numbers = self._numbers()
         well = {host: v for host, v in visits.items() if host not in self.missing}
-        broken = self._broken(well)
+        laid, carrying = self._cables(well)
         unreached = [h for h in self._unreached(well) if h not in self.missing]
         part = [h for h in numbers if h not in self.missing and h not in unreached]
 
         def lay(host: str) -> str | None:
             place = [str(numbers[host]), str(len(numbers))]
-            cables = ",".join(map(str, sorted(broken)))
-            words = ["mlxtp.cluster.reroute", *place, f"--broken={cables}"]
+            topology = f"--topology={cables.listed(carrying)}"
+            words = ["mlxtp.cluster.reroute", *place, topology]
             try:
                 said = ask(host, words)
             except HostError as error:
                 return f"{host}: {error}"
             return f"{host}: {said['words']}" if said["routes"] == "refused" else None
 
-        laid = await asyncio.gather(*(asyncio.to_thread(lay, host) for host in part))
-        refused = [words for words in laid if words is not None]
+        done = await asyncio.gather(*(asyncio.to_thread(lay, host) for host in part))
+        refused = [words for words in done if words is not None]
         self.takes_cables = not refused
         if refused:
             self.notes = [*refused, "all hosts take the Ethernet"]
             return
         self.missing |= dict.fromkeys(unreached, UNREACHED)
-        if broken:
+        if broken := laid - carrying:
             words = ", ".join(map(str, sorted(broken)))
             self.notes = [f"the routes are laid past cable {words}"]
 
@@ -242,7 +268,7 @@ class Hosts:
             return f"it does not answer: {seen}" if is_judged else None
         if self._left_out_until.get(host, 0.0) > time.monotonic():
             return "the last jobs were lost with it"
-        return lacks(before, seen, self._file) if before is not None else None
+        return lacks(before, seen, self._file, self._versions)
 
     async def _visits(
         self, hosts: Iterable[str], jobs: Sequence[str]
@@ -252,9 +278,9 @@ class Hosts:
         numbers = self._numbers()
 
         def visited(host: str) -> Visit | str:
-            in_ring = (numbers[host], len(numbers)) if self._in_ring else None
+            place = (numbers[host], len(numbers)) if self._on_cables else None
             try:
-                return visit(host, jobs, in_ring)
+                return visit(host, jobs, place)
             except HostError as error:
                 return str(error)
 

@@ -251,6 +251,8 @@ class Stats:
         steps: passes that were made.
         step_seconds: the median of the last passes that only decode; None before.
         ranks: one for each.
+        drafts: how often a request has drafted tokens.
+        drafted, accepted: how many tokens these were, and how many the model took.
     """
 
     running: int
@@ -264,6 +266,9 @@ class Stats:
     steps: int
     step_seconds: float | None
     ranks: list[RankStats]
+    drafts: int = 0
+    drafted: int = 0
+    accepted: int = 0
 
 
 FromFront = Call | Start | Cancel | End

@@ -357,6 +357,7 @@ def _add_sampling(parser: argparse.ArgumentParser) -> None:
 def _add_options_of_ranks(parser: argparse.ArgumentParser) -> None:
     """Add what the ranks are told."""
     job_options.add_options(parser, silence_seconds=SILENCE_SECONDS)
+    job_options.add_draft_options(parser)
     # For jobs that follow another: they go on with the same weights.
     parser.add_argument("--revision", help=argparse.SUPPRESS)
     parser.add_argument(

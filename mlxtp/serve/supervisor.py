@@ -13,8 +13,8 @@ import subprocess
 import sys
 import time
 from collections import Counter
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import AsyncIterator, Iterator
+from contextlib import asynccontextmanager, contextmanager
 from dataclasses import replace
 from typing import Any
 
@@ -25,7 +25,7 @@ from mlxtp.cluster.job import END_SECONDS, Job, Outcome, RunningJob, start_alone
 from mlxtp.partition.shares import Share, Shares
 from mlxtp.serve import options
 from mlxtp.serve.front.ranks import Generation, Ranks, State
-from mlxtp.serve.hosts import Hosts, Loss, lost_hosts
+from mlxtp.serve.hosts import OF_HOSTS, Hosts, Loss, lost_hosts
 from mlxtp.serve.log import say, say_line
 from mlxtp.serve.messages import FOLDER_VARIABLE, Event
 
@@ -37,7 +37,7 @@ PROGRAM = (sys.executable, "-m", "mlxtp.serve.ranks")
 # So many losses without a token between them end it.
 MOST_LOSSES = 3
 
-# The status of a job that says itself what is wrong with what it was given.
+# The status of a program that has said itself what is wrong with what it was given.
 MISTAKE = 2
 
 # A job that was ready for so long counts like a token.
@@ -118,7 +118,7 @@ class Supervisor:
                 elif self._is_the_last(loss):
                     self._ranks.lost(loss.words)
                     return loss.status
-                elif loss.status == MISTAKE:
+                elif loss.is_refusal:
                     await self._make_it_fit(loss.words)
                 else:
                     await self._choose(loss)
@@ -210,15 +210,24 @@ class Supervisor:
 
     def _loss(self, outcome: Outcome) -> Loss:
         verdict = outcome.verdict
-        if self._ranks.refusal is not None:
-            words = self._ranks.refusal
+        refusal = self._ranks.refusal
+        if verdict is None or verdict.why not in OF_HOSTS:
+            self._ranks.suspect()
+        if refusal is not None:
+            words = refusal
         elif verdict is not None:
             words = verdict.sentence().removeprefix("mlxtp: ")
             words = words.removesuffix(": all ranks end")
         else:
             words = f"the ranks have ended with status {outcome.status}"
         hosts = lost_hosts(verdict, self._hosts.ranks)
-        return Loss(words, hosts, outcome.status or 1, verdict is not None)
+        return Loss(
+            words,
+            hosts,
+            outcome.status or 1,
+            is_of_ranks=verdict is not None,
+            is_refusal=refusal is not None,
+        )
 
     def _is_the_last(self, loss: Loss) -> bool:
         """Whether no job follows: a mistake at the start, or losses without an end."""
@@ -226,7 +235,7 @@ class Supervisor:
             if loss.status != MISTAKE:  # else the ranks have said it themselves
                 say(loss.words)
             return True
-        if loss.status == MISTAKE:
+        if loss.is_refusal:
             return False
         self._losses.append(loss)
         self._ranks.losses += 1
@@ -338,6 +347,32 @@ class Supervisor:
     def _observe(self, generation: Generation, event: Event | None) -> None:
         if event is not None and event.tokens and not event.is_told_again:
             self._losses.clear()
+
+
+@asynccontextmanager
+async def supervised(
+    args: argparse.Namespace,
+    given: Allocation | None,
+    ranks: Ranks,
+    name: str,
+    second: Future,
+) -> AsyncIterator[asyncio.Task[int]]:
+    """Let jobs follow each other in this block; give the task that returns the status.
+
+    Arguments are those of `Supervisor`; when `second` is done, the end does not wait.
+    No process is left behind.
+
+    Raises: JobError where there is no mpirun, or for a wrong number of ranks.
+    """
+    supervisor = Supervisor(args, given, ranks, name)
+    supervisor.start()
+    supervising = asyncio.create_task(supervisor.run())
+    try:
+        yield supervising
+    finally:
+        supervising.cancel()
+        await asyncio.wait([supervising])
+        await supervisor.end(second)
 
 
 @contextmanager

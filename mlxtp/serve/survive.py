@@ -9,18 +9,18 @@ import asyncio
 import secrets
 import sys
 import time
-from pathlib import Path
 
-from mlxtp.cluster.job import JobError, read_input
+from mlxtp.cluster.job import JobError
 from mlxtp.comm import launcher
 from mlxtp.comm.errors import UsageError
 from mlxtp.generation.settings import Settings
+from mlxtp.generation.standard_input import text_of
 from mlxtp.serve import options
 from mlxtp.serve.front.ranks import Generation, Mistake, Ranks, Unavailable
 from mlxtp.serve.hosts import check_first_host
 from mlxtp.serve.log import say
 from mlxtp.serve.messages import Start
-from mlxtp.serve.supervisor import Supervisor, first_of, signals
+from mlxtp.serve.supervisor import first_of, signals, supervised
 
 # How long the end of the ranks may lag behind that of the request.
 LAST_SECONDS = 1.0
@@ -35,65 +35,42 @@ def main() -> None:
     try:
         args = options.parse_survive(sys.argv[1:])
         check_first_host(args.hostfile, None)
-        text = prompt(args)
+        try:
+            text = text_of(args.prompt, args.prompt_file)
+        except ValueError as error:
+            raise UsageError(str(error)) from None
         status = asyncio.run(run(args, text))
     except (UsageError, JobError, Mistake) as error:
         launcher.refuse("mlxtp.generate", error)
     sys.exit(status)
 
 
-def prompt(args: argparse.Namespace) -> str:
-    """Return the text of the prompt.
-
-    Raises: UsageError if its file, or standard input, cannot be read.
-    """
-    if args.prompt_file is None and args.prompt != "-":
-        return str(args.prompt).replace("\\n", "\n").replace("\\t", "\t")
-    try:
-        data = Path(args.prompt_file).read_bytes() if args.prompt_file else read_input()
-        return data.decode()
-    except OSError as error:
-        raise UsageError(
-            f"--prompt-file {args.prompt_file}: {error.strerror}"
-        ) from None
-    except ValueError as error:
-        raise UsageError(f"the prompt: {error}") from None
-
-
 async def run(args: argparse.Namespace, text: str) -> int:
     """Let jobs follow each other until the text is whole; return the exit status."""
+    name = args.model or options.DEFAULT_NAME
     with signals() as (first, second):
-        ranks = Ranks()
-        try:
-            await ranks.listen()
-            supervisor = Supervisor(
-                args, None, ranks, args.model or options.DEFAULT_NAME
-            )
-            supervisor.start()
-        except BaseException:
-            await ranks.close()
-            raise
-        supervising = asyncio.create_task(supervisor.run())
-        answering = asyncio.create_task(answer(args, ranks, text))
-        try:
-            await first_of(first, supervising, answering)
-            if answering.done():
-                try:
-                    answering.result()
-                except Unavailable as error:
-                    # It has ended, or waits for hosts for longer than it should.
-                    await first_of(supervising, timeout_seconds=LAST_SECONDS)
-                    if not supervising.done():
-                        say(str(error))
-                        return 1
-                else:
-                    return 0
-            return supervising.result() if supervising.done() else 1
-        finally:
-            for task in (supervising, answering):
-                task.cancel()
-            await asyncio.wait([supervising, answering])
-            await supervisor.end(second)
+        async with (
+            Ranks() as ranks,
+            supervised(args, None, ranks, name, second) as supervising,
+        ):
+            answering = asyncio.create_task(answer(args, ranks, text))
+            try:
+                await first_of(first, supervising, answering)
+                if answering.done():
+                    try:
+                        answering.result()
+                    except Unavailable as error:
+                        # It has ended, or waits for hosts for longer than it should.
+                        await first_of(supervising, timeout_seconds=LAST_SECONDS)
+                        if not supervising.done():
+                            say(str(error))
+                            return 1
+                    else:
+                        return 0
+                return supervising.result() if supervising.done() else 1
+            finally:
+                answering.cancel()
+                await asyncio.wait([answering])
 
 
 async def answer(args: argparse.Namespace, ranks: Ranks, text: str) -> None:

@@ -1,6 +1,7 @@
-"""Slices are read right, and with few bytes beside them."""
+"""Slices are read right, and with few bytes beside them, with C++ and without."""
 
 import os
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -16,9 +17,23 @@ from mlxtp.checkpoint import runs
 from mlxtp.checkpoint.headers import Checkpoint
 from mlxtp.checkpoint.runs import PAGE_BYTES
 from mlxtp.checkpoint.tensors import Piece, StoredTensor, Tensor
+from mlxtp.native import build, loader
 from mlxtp.partition.spans import Slice, Span, Spans
 
 pytestmark = pytest.mark.once
+
+
+@pytest.fixture(scope="module", autouse=True, params=["C++", "Python"])
+def language(request: pytest.FixtureRequest) -> Iterator[None]:
+    """Run every test twice, with what is compiled and without."""
+    with pytest.MonkeyPatch.context() as patch:
+        if request.param == "C++":
+            loader.load(build.reading(), print)
+            loader.reading.cache_clear()
+            assert loader.reading() is not None
+        else:
+            patch.setattr(loader, "reading", lambda: None)
+        yield
 
 
 @pytest.fixture(scope="module")
@@ -185,6 +200,7 @@ def test_system_calls(
         return preadv(fd, buffers, offset)
 
     monkeypatch.setattr(os, "preadv", counted)
+    monkeypatch.setattr(loader, "reading", lambda: None)  # its calls are not seen
     StoredTensor.whole("x", "I32", part.full_shape, file, 0).read(part)
     assert len(made) == calls
 
@@ -234,8 +250,22 @@ def _read_by_this_process() -> int:
 
 def test_a_file_that_shrinks_meanwhile_is_an_error(folder: Path) -> None:
     file = folder / "model-s.safetensors"
-    mx.save_safetensors(str(file), {"x": mx.zeros((100, 100))})
+    shape = (100, 4000)
+    mx.save_safetensors(str(file), {"x": mx.zeros(shape)})
     tensor = Checkpoint.of_files([file]).tensors["x"]
-    file.write_bytes(file.read_bytes()[:-4])
-    with pytest.raises(OSError, match="the file ends at byte"):
-        tensor.read(Slice((100, 100)))
+    size = file.stat().st_size
+    os.truncate(file, size - 4)
+    for part in (Slice(shape), Slice(shape, 1, Spans([(0, 10), (3000, 4000)]))):
+        with pytest.raises(OSError, match=f"the file ends at byte {size - 4}, inside"):
+            tensor.read(part)
+    tensor.read(Slice(shape, 1, Spans([(0, 10), (2000, 3000)])))
+
+
+@needs("linux")
+def test_what_the_disk_says_is_an_error() -> None:
+    """This process's memory is a file that the system refuses to read at its start."""
+    shape = (10, 10000)
+    tensor = StoredTensor.whole("x", "U8", shape, Path("/proc/self/mem"), 0)
+    for part in (Slice(shape), Slice(shape, 1, Spans([(0, 10), (5000, 5010)]))):
+        with pytest.raises(OSError, match="Input/output error"):
+            tensor.read(part)

@@ -8,10 +8,13 @@ from pathlib import Path
 
 import pytest
 
-from mlxtp.cluster import reroute, ring
+from mlxtp.cluster import cables, reroute
 from mlxtp.cluster.addresses import ring_address
+from mlxtp.cluster.cables import Cable
 
 pytestmark = pytest.mark.once
+
+RING = cables.ring(5)
 
 # Host 1 of 5 in a ring, as launch/cables leaves it.
 INTERFACES = {
@@ -57,7 +60,7 @@ class Host:
         printed = {"ip": IP_ROUTE, "netstat": NETSTAT}
         monkeypatch.setattr(reroute.sys, "platform", system)
         monkeypatch.setattr(reroute, "output", lambda *words: printed[words[0]])
-        monkeypatch.setattr(ring, "interfaces", lambda: self.interfaces)
+        monkeypatch.setattr(cables, "interfaces", lambda: self.interfaces)
         monkeypatch.setattr(reroute.subprocess, "run", self.run)
         monkeypatch.setattr(os, "geteuid", lambda: 0)
 
@@ -73,15 +76,16 @@ def host(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Hos
 
 
 def test_as_wanted_takes_no_command(host: Host) -> None:
-    outcome = reroute.reroute(1, 5, set())
-    assert outcome == ("as wanted", "4 routes go the shorter way round")
-    assert reroute.reroute(1, 5, {3}).routes == "as wanted"  # opposite
+    outcome = reroute.reroute(1, 5, RING)
+    assert outcome == ("as wanted", "4 routes, 2 of them to neighbours")
+    opposite = RING - {Cable(3, 4)}
+    assert reroute.reroute(1, 5, opposite).routes == "as wanted"
     assert host.commands == []
 
 
 def test_the_commands_past_a_cut_cable(host: Host) -> None:
-    outcome = reroute.reroute(1, 5, {2})
-    assert outcome == ("changed", "4 routes go past 2")
+    outcome = reroute.reroute(1, 5, RING - {Cable(2, 3)})
+    assert outcome == ("changed", "4 routes, 2 of them to neighbours")
     assert (
         host.commands
         == {
@@ -97,38 +101,56 @@ def test_the_commands_past_a_cut_cable(host: Host) -> None:
 
 
 def test_who_is_lost_has_no_route(host: Host) -> None:
-    outcome = reroute.reroute(1, 5, {2, 3})
-    words = "3 routes go past 2,3; no way leads to 10.89.0.3"
+    outcome = reroute.reroute(1, 5, RING - {Cable(2, 3), Cable(3, 4)})
+    words = "3 routes, 2 of them to neighbours; no way leads to 10.89.0.3"
     assert outcome == ("changed", words)
     delete = {"linux": "ip route del 10.89.0.3/32"}
     mac = "route -n delete -host 10.89.0.3"
     assert host.commands == [delete.get(sys.platform, mac)]
 
 
+def test_a_mesh_that_lacks_a_cable(host: Host) -> None:
+    """Straight where there is a cable; the one without goes through another host."""
+    host.interfaces |= {"10.88.1.5": "X", "10.88.4.6": "Y"}
+    outcome = reroute.reroute(1, 5, cables.mesh(5))
+    assert outcome == ("changed", "4 routes, 4 of them to neighbours")
+    laid = {"linux": "ip route replace {}/32 via {} dev {} src 10.89.0.1"}
+    mac = "route -n add -host {} {} -ifp {} -ifa 10.89.0.1"
+    lay = laid.get(sys.platform, mac).format
+    assert [c for c in host.commands if "delete" not in c] == [
+        lay("10.89.0.3", "10.88.1.6", "X"),
+        lay("10.89.0.4", "10.88.4.5", "Y"),
+    ]
+    host.commands.clear()
+    outcome = reroute.reroute(1, 5, cables.mesh(5) - {Cable(1, 5)})
+    assert outcome == ("changed", "4 routes, 3 of them to neighbours")
+    assert lay("10.89.0.5", "10.88.1.6", "X") in host.commands
+
+
 def test_what_it_cannot_do(host: Host, monkeypatch: pytest.MonkeyPatch) -> None:
     """Each in words: no root, no sudo, no cable's address, no address of the ring."""
     monkeypatch.setattr(os, "geteuid", lambda: 501)
     host.refuses = "sudo: a password is required\n"
-    outcome = reroute.reroute(1, 5, {2, 3})
+    outcome = reroute.reroute(1, 5, RING - {Cable(2, 3), Cable(3, 4)})
     assert outcome.routes == "refused" and len(host.commands) == 1
     assert host.commands[0].startswith("sudo -n ")
     assert "failed: sudo: a password is required; by hand: sudo /" in outcome.words
-    assert outcome.words.endswith("-m mlxtp.cluster.reroute 1 5 --broken 2,3")
+    assert outcome.words.endswith("-m mlxtp.cluster.reroute 1 5 --topology=1-2,1-5,4-5")
 
     def no_sudo(words: list[str], **_: object) -> None:
         raise FileNotFoundError(2, "No such file or directory", words[0])
 
     monkeypatch.setattr(reroute.subprocess, "run", no_sudo)
-    outcome = reroute.reroute(1, 5, {2})
+    outcome = reroute.reroute(1, 5, RING - {Cable(2, 3)})
     assert outcome.routes == "refused" and "'sudo'" in outcome.words
     del host.interfaces["10.88.5.2"]
-    outcome = reroute.reroute(1, 5, {2})
+    outcome = reroute.reroute(1, 5, RING - {Cable(2, 3)})
     assert outcome == ("refused", "no interface of this host has 10.88.5.2")
     del host.interfaces["10.89.0.1"]
-    outcome = reroute.reroute(1, 5, {2})
+    outcome = reroute.reroute(1, 5, RING - {Cable(2, 3)})
     assert outcome.routes == "refused"
     assert "no address 10.89.0.1" in outcome.words
-    assert "launch/cables 1 5 --apply" in outcome.words
+    assert "launch/cables gives it" in outcome.words
 
 
 def run(*words: str) -> subprocess.CompletedProcess[str]:
@@ -139,10 +161,11 @@ def run(*words: str) -> subprocess.CompletedProcess[str]:
 @pytest.mark.parametrize(
     "words, says",
     [
-        (["6", "5", "--broken", ""], "K is one of 1 to 5, not 6"),
-        (["1", "1", "--broken", ""], "a ring has 2 to 254 hosts, not 1"),
-        (["1", "5", "--broken", "6"], "cables 1 to 5, not 6"),
-        (["1", "5", "--broken", "2;3"], "cables 1 to 5, not 2;3"),
+        (["6", "5", "--topology=ring"], "K is one of 1 to 5, not 6"),
+        (["1", "1", "--topology=ring"], "cables join 2 to 128 hosts, not 1"),
+        (["1", "5", "--topology=star"], "--topology: wanted ring, mesh, or cables"),
+        (["1", "5", "--topology=ring", "--broken=5-6"], "--broken: wanted ring"),
+        (["1", "5", "--topology=ring", "--broken=2;3"], "such as 1-2,2-3, not '2;3'"),
     ],
 )
 def test_wrong_input(
@@ -156,7 +179,7 @@ def test_wrong_input(
 @pytest.mark.skipif(ring_address() is not None, reason="this host is in a ring")
 def test_a_host_without_cables_says_so() -> None:
     """As a program: a line of JSON, and nothing but the standard library is loaded."""
-    done = run("3", "5", "--broken", "2,3")
+    done = run("3", "5", "--topology=mesh", "--broken", "2-3,3-4")
     assert done.returncode == 0 and done.stderr == ""
     said = json.loads(done.stdout)
     assert said["routes"] == "refused" and "no address 10.89.0.3" in said["words"]
@@ -165,7 +188,7 @@ def test_a_host_without_cables_says_so() -> None:
 def test_the_standard_library_is_enough(tmp_path: Path) -> None:
     root = Path(reroute.__file__).parents[2]
     program = f"import sys; sys.path.insert(0, {str(root)!r})\n"
-    program += "from mlxtp.cluster import reroute, ring\n"
+    program += "from mlxtp.cluster import cables, ports, reroute\n"
     # -S: no packages that are installed. -I: no PYTHONPATH.
     words = [sys.executable, "-I", "-S", "-c", program]
     assert subprocess.run(words, cwd=tmp_path).returncode == 0

@@ -14,7 +14,7 @@ from tiny import VOCABULARY, Tiny, made_by_rank_0
 
 import mlxtp
 from mlxtp import Communicator
-from mlxtp.cluster.ring import goes_right
+from mlxtp.cluster.cables import goes_right
 from mlxtp.comm.allreduce import ALGORITHMS, Collectives, algorithms
 from mlxtp.comm.codec import GROUP_SIZE
 from mlxtp.comm.eager import EagerCollectives

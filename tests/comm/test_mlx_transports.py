@@ -1,14 +1,14 @@
 """MLX's backends as transports: ranks of their own, and RDMA as text."""
 
-import json
 import sys
 
 import pytest
 from needs import needs
 from pyramid import sweep
 from ranks import mpirun
-from recorded import HARDWARE_PORTS
+from recorded import HARDWARE_PORTS, PROFILE
 
+from mlxtp.cluster.ports import hardware_ports
 from mlxtp.comm.transports import rdma
 from mlxtp.comm.transports.rdma import Port
 
@@ -152,53 +152,9 @@ IBV_DEVICES = """\
 """
 
 
-def bus(number: int, domain: str | None, *items: dict[str, str]) -> dict[str, object]:
-    """An entry of `system_profiler SPThunderboltDataType -json`."""
-    connected = "receptacle_connected" if items else "receptacle_no_devices_connected"
-    entry = {
-        "_name": f"thunderboltusb5_bus_{number - 1}",
-        "device_name_key": "Mac Studio",
-        "receptacle_1_tag": {
-            "current_speed_key": "Up to 80 Gb/s",
-            "link_status_key": "0x2" if items else "0x7",
-            "receptacle_id_key": str(number),
-            "receptacle_status_key": connected,
-        },
-        "route_string_key": "0",
-        "switch_uid_key": f"0x05AC4F6D9D6E8E0{number}",
-        "vendor_name_key": "Apple Inc.",
-    }
-    if domain:
-        entry["domain_uuid_key"] = domain
-    if items:
-        entry["_items"] = list(items)
-    return entry
-
-
-MAC = {
-    "_name": "Mac Studio",
-    "device_name_key": "Mac Studio",
-    "domain_uuid_key": "B-1",
-    "mode_key": "thunderbolt_five",
-    "vendor_name_key": "Apple Inc.",
-}
-DISPLAY = {"_name": "Studio Display", "device_name_key": "Studio Display"}
-PROFILE = json.dumps(
-    {
-        "SPThunderboltDataType": [
-            bus(3, "A-3"),
-            bus(1, "A-1", MAC),
-            bus(2, "A-2", DISPLAY),
-            bus(4, "A-4", {**MAC, "domain_uuid_key": "C-1"}),  # not a port with RDMA
-            bus(5, None),
-        ]
-    }
-)
-
-
 def test_ports() -> None:
     assert rdma.device_names(IBV_DEVICES) == {"rdma_en2", "rdma_en3", "rdma_en4"}
-    assert rdma.interfaces(HARDWARE_PORTS)["Thunderbolt 4"] == "en5"
+    assert hardware_ports(HARDWARE_PORTS)["Thunderbolt 4"] == "en5"
     assert rdma.ports(PROFILE, HARDWARE_PORTS, IBV_DEVICES) == [
         Port("rdma_en2", "A-1", "B-1"),
         Port("rdma_en3", "A-2", None),

@@ -18,9 +18,10 @@ from ranks import mpirun
 from mlxtp import Communicator
 from mlxtp.comm.allreduce import algorithms
 from mlxtp.comm.eager import EagerCollectives, memory
-from mlxtp.comm.native.loader import load
 from mlxtp.comm.progress import Progress
 from mlxtp.comm.traffic import Traffic
+from mlxtp.native.build import collectives
+from mlxtp.native.loader import load
 
 DTYPES = [
     *(mx.bool_, mx.int8, mx.uint8, mx.int16, mx.uint16, mx.int32, mx.uint32),
@@ -34,7 +35,7 @@ SIZES = [0, 1, 65, 1000, 300_001]
 def core(comm: Communicator) -> Iterator[Any]:
     if comm.size == 1:
         pytest.skip("one rank sends nothing")
-    core = load(print).Core(comm._control.handle(), True)
+    core = load(collectives(), print).Core(comm._control.handle(), True)
     yield core
     core.close()
 

@@ -19,8 +19,8 @@ from pathlib import Path
 import mlx.core as mx
 import pytest
 
-from mlxtp.comm.native import build, loader
-from mlxtp.comm.native.build import BuildError, Extension
+from mlxtp.native import build, loader
+from mlxtp.native.build import BuildError, Extension
 
 pytestmark = pytest.mark.once
 
@@ -30,8 +30,8 @@ ANSWER = 'extern "C" [[gnu::visibility("default")]] int answer() { return 42; }\
 RANK = """
 import sys
 from pathlib import Path
-from mlxtp.comm.native.build import Extension, build
-extension = Extension("a test", Path(sys.argv[1]), (), (), ("stand-in", "1"))
+from mlxtp.native.build import Extension, build
+extension = Extension("the test", Path(sys.argv[1]), (), (), ("stand-in", "1"))
 print(build(extension, Path(sys.argv[2]), print))
 """
 
@@ -45,7 +45,7 @@ class StandIn:
         self.source.parent.mkdir()
         self.source.write_text(ANSWER)
         self.extension = Extension(
-            "a test", self.source.parent, (), (), ("stand-in", "1")
+            "the test", self.source.parent, (), (), ("stand-in", "1")
         )
         self.said: list[str] = []
         self.calls = folder / "calls"
@@ -89,7 +89,7 @@ def nothing(*_: object) -> None:
 
 def test_a_second_start_runs_nothing(standin, monkeypatch):
     path = standin.build()
-    assert standin.said == ["compiling the collectives for a test, once"]
+    assert standin.said == ["compiling the test, once"]
     assert ctypes.CDLL(str(path)).answer() == 42
     files = {"mlxtp_native.so", "mlxtp_native.sha256", "build.log", "lock"}
     assert {file.name for file in path.parent.iterdir()} == files
@@ -407,20 +407,22 @@ def test_where_the_cache_is(tmp_path, monkeypatch):
 
 
 def test_the_packages_own_takes_mlx_arrays():
-    module = loader.load(print)
-    assert module.probe(mx.zeros((2, 3))) == 6
-    assert loader.load(nothing) is module
+    for extension in (build.collectives(), build.reading()):
+        module = loader.load(extension, print)
+        assert module.probe(mx.zeros((2, 3))) == 6
+        assert loader.load(extension, nothing) is module
+    assert loader.reading() is module
 
 
 def test_one_that_does_not_load_or_fit(tmp_path):
     broken = tmp_path / "mlxtp_native.so"
     broken.write_bytes(b"nothing of the kind")
-    with pytest.raises(BuildError, match=f"do not load: .*: rm -r {tmp_path}"):
-        loader._load(broken)
+    with pytest.raises(BuildError, match=f"does not load: .*: rm -r {tmp_path}"):
+        loader._load(broken, "mlxtp_native")
     unlike = tmp_path / "mlxtp_native.py"
     unlike.write_text("def probe(array): raise TypeError")
     with pytest.raises(BuildError, match=r"MLX .* and nanobind .*: pip install"):
-        loader._load(unlike)
+        loader._load(unlike, "mlxtp_native")
 
 
 def test_the_program_says_in_a_line_what_is_lacking(tmp_path):

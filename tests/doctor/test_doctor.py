@@ -12,11 +12,13 @@ from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
+import cabling
 import mlx.core as mx
 import pytest
-from cables_script import cables
 from recorded import HARDWARE_PORTS
 
+from mlxtp.cluster import cables
+from mlxtp.cluster.cables import Cable
 from mlxtp.cluster.memory import HostMemory
 from mlxtp.comm.arithmetic import Arithmetic
 from mlxtp.comm.communicator import Communicator
@@ -191,11 +193,16 @@ def test_a_linux_machine(tmp_path: Path) -> None:
     assert linux.parse_route('[{"dst":"10.0.0.2","dev":"eth0"}]') == Route("eth0", None)
 
 
-def macs(size: int = 5) -> Findings:
-    """A ring of Macs in which all is well."""
+def macs(size: int = 5, used: frozenset[Cable] | None = None) -> Findings:
+    """Macs in which all is well, with these cables, or in a ring.
+
+    They lead from en2 to the host before, from en3 to the next, and so on.
+    """
     machines, routes = [], []
+    used = cables.ring(size) if used is None else used
     for rank in range(size):
-        host = cables.Host(rank + 1, size, "en2", "en3")
+        leads = cabling.usual_ports(rank + 1, size, used, "macos")
+        host = cabling.Host(rank + 1, size, used, leads)
         ports = tuple(
             Interface(
                 name,
@@ -205,7 +212,7 @@ def macs(size: int = 5) -> Findings:
                 (host.address, address),
                 40e9,
             )
-            for name, address in host.ports.items()
+            for name, address in host.ends.items()
         )
         wifi = Interface("en1", "Wi-Fi", True, 1500, (f"192.168.1.{rank}",))
         facts = Facts("macOS", 64 * 10**9, 60 * 10**9, 0, True, (*ports, wifi))
@@ -311,7 +318,7 @@ def alone() -> Findings:
     )
 
 
-RING_2 = "sudo ./launch/cables 2 5 --left en2 --right en3 --apply"
+RING_2 = "sudo ./launch/cables 2 5 --ports 1=en2,3=en3 --apply"
 
 
 @pytest.mark.parametrize(
@@ -514,6 +521,48 @@ def test_ranks_in_another_order_than_cables() -> None:
     [fault] = faults(replace(swapped, links=findings.links))
     assert fault.where == "hostfile" and "studio1 and studio3" in fault.what
     assert "studio1, studio2, studio3, studio4, studio5" in fault.fix
+
+
+@pytest.mark.parametrize("size", [4, 5, 6])
+def test_a_mesh(size: int) -> None:
+    """All are one hop away; what is wrong with one cable is said of it alone."""
+    well = macs(size, cables.mesh(size))
+    assert faults(well) == []
+    assert {path.hops for path in well.paths.values()} == {1}
+    [fault] = faults(link(1, 3, latency_seconds=9e-4)(well))
+    assert fault.where == "studio2 - studio4" and "a slow link" in fault.what
+    [fault] = faults(without((1, 3))(well))
+    assert "nothing passes between studio2 en4" in fault.what
+    [fault] = faults(route(1, 3, None)(well))
+    ports = ",".join(f"{k}=en{max(k, 2)}" for k in range(1, size + 1) if k != 2)
+    words = f"sudo ./launch/cables 2 {size} --topology mesh --ports {ports} --apply"
+    assert fault.fix == words
+
+
+def test_a_mesh_that_lacks_a_cable() -> None:
+    """The pair is named, and through whom its data go."""
+    lacks = macs(5, cables.mesh(5) - {Cable(2, 4)})
+    [fault] = faults(lacks)
+    assert fault.where == "studio2 - studio4" and "through studio3" in fault.what
+    assert "no cable joins them" in fault.what and "put one in" in fault.fix
+    # What does not forward for them is the reason then, and one of ours mends it.
+    wrong = faults(route(1, 3, None)(host(2, forwards=False)(lacks)))
+    assert {fault.where for fault in wrong} == {"studio3", "studio2"}
+    topology = cables.named(cables.mesh(5) - {Cable(2, 4)}, 5)
+    assert f"--topology {topology} --ports 1=en2,3=en3,5=en4" in wrong[1].fix
+
+
+def test_routes_past_a_cable() -> None:
+    """As they are laid where it did not answer, in a mesh and in a ring."""
+    mesh = macs(5, cables.mesh(5))
+    there, back = Route("en3", "10.88.2.2"), Route("en2", "10.88.3.1")
+    [fault] = faults(route(3, 1, back)(route(1, 3, there)(mesh)))
+    assert fault.where == "studio2 - studio4" and "through studio3" in fault.what
+    assert "past the cable" in fault.what and "put it in again" in fault.fix
+    left = macs(4, cables.ring(4) - {Cable(1, 2)})
+    [fault] = faults(replace(macs(4), routes=left.routes))
+    assert fault.where == "studio1 - studio2"
+    assert "through studio4, studio3" in fault.what
 
 
 def test_paths_are_followed() -> None:

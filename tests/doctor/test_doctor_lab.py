@@ -168,7 +168,7 @@ def test_forwarding_off(misled: Faults) -> None:
 def test_a_missing_route(misled: Faults) -> None:
     what, fix = misled["studio2"]
     assert what == "no route to 10.89.0.4 (studio4)"
-    assert fix == "./launch/cables 2 5 --left tb0 --right tb1 --apply"
+    assert fix == "./launch/cables 2 5 --ports 1=tb0,3=tb1 --apply"
 
 
 @pytest.fixture(scope="module")
@@ -189,7 +189,7 @@ def slowed(misled: Faults) -> Faults:
 def test_a_way_past_the_cables(slowed: Faults) -> None:
     what, fix = slowed["studio2"]
     assert what == "data to studio4 go by eth0 (Ethernet), not by a cable"
-    assert fix == "./launch/cables 2 5 --left tb0 --right tb1 --apply"
+    assert fix == "./launch/cables 2 5 --ports 1=tb0,3=tb1 --apply"
 
 
 @pytest.mark.slow

@@ -350,7 +350,10 @@ def test_too_small_a_disk_is_said_before(
 def test_a_revision(
     comm: Communicator, model: Path, served: Served, client: Client, tmp_path: Path
 ) -> None:
-    """A branch or a commit; one that the hub does not have is said."""
+    """A branch or a commit; one that the hub does not have is said.
+
+    A commit that a machine keeps slices of is not asked for.
+    """
     server, url = served
     client.use(url, tmp_path)
     if server:
@@ -363,6 +366,8 @@ def test_a_revision(
     for unknown in ("v3", "0" * 40):
         with pytest.raises(UsageError, match="or this revision of it, does not exist"):
             load_model(NAME, comm, revision=unknown)
+    client.patch.setattr(hub, "small_files", None)  # nobody asks for what is kept
+    load_model(NAME, comm, revision=commit)
 
 
 def test_mistakes_name_what_was_given(

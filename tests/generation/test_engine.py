@@ -10,6 +10,7 @@ import pytest
 from driven import GREEDY, Driven
 from equal import Tokens
 from every_type import LONG, PROMPT, REPRESENTATIVES, RUNNABLE, for_types, split
+from foretold import Foretold
 from kept import kept
 from metal_kernels import use_plain_operations
 from mlx_lm.generate import generate_step
@@ -21,7 +22,9 @@ from tiny import Tiny
 
 import mlxtp
 from mlxtp import Communicator
+from mlxtp.generation.batching import can_draft_in_batches
 from mlxtp.generation.engine import Engine, Score
+from mlxtp.generation.row_drafts import RowDrafts
 from mlxtp.generation.step import Admission, GenerationRequest, Step
 from mlxtp.stories import PATH as STORIES
 
@@ -69,6 +72,33 @@ def test_equals_one_process(model_type: str, comm: Communicator) -> None:
     if comm.rank == 0 and got["a"] == list(expected["a"]):
         # Behind the last token of the first turn, or where it can be taken back to.
         assert driven.scheduler.found_tokens >= len(turn)
+    drafted = driven_with_drafts(model_type, expected, comm)
+    assert {name: expected[name] for name in PROMPTS} == dict(drafted.run())
+    # Its caches are those of all tokens but what was rejected.
+    drafted.submit("again", [*turn, *MORE], max_tokens=4)
+    drafted.run()
+    assert expected["again"] == drafted.tokens["again"]
+
+
+def driven_with_drafts(
+    model_type: str, expected: dict[str, Tokens], comm: Communicator
+) -> Driven:
+    """Hand in the same requests, of which every fourth token is drafted wrongly."""
+    model = split(model_type, comm)
+    texts = [[*prompt, *expected[name]] for name, prompt in PROMPTS.items()]
+    texts.append([*texts[0], *MORE, *expected["again"]])
+    result = Driven(
+        model,
+        comm,
+        drafts=Foretold(texts),
+        row_drafts=RowDrafts(3, in_batches=can_draft_in_batches(model)),
+    )
+    for name, prompt in PROMPTS.items():
+        steps, boundaries = STEPS[name], [len(prompt)]
+        result.submit(name, prompt, max_tokens=steps, boundaries=boundaries)
+        result.pass_()
+        result.pass_()
+    return result
 
 
 @pytest.fixture(scope="module")
@@ -315,7 +345,7 @@ def test_set_back_while_nothing_else_decodes(
         engine.run(Step(read=(("x", len(request.tokens) - 1),)))
         for step in (Step(join=("x",)), *[Step()] * count):
             drawn = engine.run(step).drawn
-            tokens.extend(drawn["x"].token for _ in drawn)
+            tokens.extend(x.token for x in drawn.get("x", ()))
         engine.run(Step(drop=("x",)))
 
     driven = Driven(model, comm)

@@ -27,6 +27,7 @@ class Machine:
     free: float = 0.0  # when all that was begun is computed
     drawn: float = 0.0  # when the tokens of the last pass are
     read: float = 0.0  # when what was read last is; 0 if it was not read in that pass
+    drafts: bool = False  # a pass waits for its own tokens
 
     def pass_(self, read: int, rows: int, prompts: int = 1, token: float = TOKEN):
         """Make a pass; return how long it was from the last one."""
@@ -36,13 +37,13 @@ class Machine:
         self.drawn = 0.0
         if rows:
             self.free = self.drawn = max(self.free, self.now) + DECODE
-            self.now = max(self.now, drawn)
+            self.now = max(self.now, self.drawn if self.drafts else drawn)
         before, self.read = self.read, 0.0
         if read:
             self.now = max(self.now, before)
             self.free = max(self.free, self.now) + self.besides + read * token
             self.read = self.free
-        self.pace.passed(self.now - begun)
+        self.pace.passed(self.now - begun, is_waited_for=self.drafts and rows > 0)
         return self.now - begun
 
 
@@ -90,6 +91,20 @@ def test_what_reading_may_take_at_once_comes_back_while_rows_decode() -> None:
     assert machine.pace.part(4096) == pytest.approx(11 * one_pass, abs=10)
     decoding(machine, 1000)
     assert machine.pace.part(4096) == pytest.approx(PAUSE_SECONDS / TOKEN, rel=0.01)
+
+
+def test_passes_with_drafts_are_measured_as_others() -> None:
+    """They wait for what the pass before has read, in place of the one before that."""
+    machine = Machine(drafts=True)
+    decoding(machine)
+    for _ in range(20):  # one part alone, behind passes that only decode
+        machine.pass_(40, 4)
+        decoding(machine, 3)
+    assert machine.pace._all.token_seconds == pytest.approx(TOKEN, rel=0.01)
+    assert machine.pace.decode_seconds == pytest.approx(DECODE)
+    machine.drafts = False
+    decoding(machine, 40)
+    assert machine.pace.decode_seconds == pytest.approx(DECODE)
 
 
 def test_where_nothing_decodes_reading_holds_up_nobody() -> None:

@@ -7,6 +7,7 @@ from driven import GREEDY
 
 from mlxtp.generation.capacity import CacheBytes, Capacity, Growth, RankCapacity
 from mlxtp.generation.prefix_cache import PrefixIndex
+from mlxtp.generation.row_drafts import RowDrafts
 from mlxtp.generation.scheduler import Scheduler
 from mlxtp.generation.step import GenerationRequest, Step
 
@@ -202,3 +203,45 @@ def test_caches_that_cannot_be_taken_back_are_kept_at_turns() -> None:
     one.decide()
     submit(one, "b", 95)
     assert one.decide().admit[0].cached == 90
+
+
+def test_rows_draft_in_the_memory_that_is_left() -> None:
+    """As many tokens as have room in all rows, which are filled up to the longest."""
+    one = scheduler(tokens=2 * (305 + 255), drafts=RowDrafts(16))
+    submit(one, "short", 200)
+    submit(one, "long", 300, first=1000)
+    run_until(one, "long")
+    one.add("long", 7)
+    # 301 tokens, one that the pass gives, and drafts.
+    assert dict(one.decide().draft) == {"long": 3}  # the other one has all it wants
+    for _ in range(3):
+        one.add("long", 7)
+    assert one.decide().draft == ()
+    assert one.preemptions == 0
+
+
+def test_what_is_kept_is_what_caches_hold() -> None:
+    """Behind a pass with drafts all but the last token; else all."""
+    for width, held in ((0, 52), (4, 51)):
+        one = scheduler(prefix_tokens=10_000)
+        submit(one, "a", 50)
+        run_until(one, "a")
+        for _ in range(2):
+            one.add("a", 7)
+        one.passed(None, width)
+        one.end("a")
+        assert one.decide().keep
+        submit(one, "b", 50)
+        assert one._prefixes.find([*range(50), 7, 7, 7]).tokens == held
+
+
+def test_no_draft_reaches_beyond_what_is_asked_for() -> None:
+    one = scheduler(drafts=RowDrafts(16), context=60)
+    for name, most in (("a", 6), ("b", None)):
+        settings = replace(GREEDY, max_tokens=most)
+        prompt = tuple(range(50))
+        one.submit(GenerationRequest(name, prompt, 50, settings))
+    run_until(one, "b")
+    # A token may be on its way, and a pass gives one besides its drafts.
+    got = len(one._active["a"].tokens) - 50
+    assert dict(one.decide().draft) == {"a": 6 - got - 2, "b": 8}

@@ -134,21 +134,23 @@ def routes(host):
 def test_a_ring_is_undone_and_made_over_a_hostfile(ssh, environment):
     before = {host: routes(host) for host in HOSTS}
     assert all(len(known) == 4 for known in before.values())
-    ports = ["--left", "tb0", "--right", "tb1"]
-    shown = launch(ssh, "cables", HOSTFILE, "--undo", *ports)
+    shown = launch(ssh, "cables", HOSTFILE, "--undo")
     assert shown.returncode == 0 and "# on studio5\n" in shown.stdout
+    assert shown.stdout.count("ip route del 10.89.0.") == 20
     assert {host: routes(host) for host in HOSTS} == before
-    done = launch(ssh, "cables", HOSTFILE, "--undo", "--apply", *ports)
+    done = launch(ssh, "cables", HOSTFILE, "--undo", "--apply")
     assert done.returncode == 0, done.stdout + done.stderr
     assert set(lines(done).values()) == {"undone"}
     assert [routes(host) for host in HOSTS] == [[]] * 5
-    done = launch(ssh, "cables", HOSTFILE, "--apply", *ports)
+    for host in HOSTS:  # as on a Mac, where ports are on while a cable is in
+        for port in "tb0", "tb1":
+            good("run", "--on", host, "ip", "link", "set", port, "up")
+    done = launch(ssh, "cables", HOSTFILE, "--apply")
     assert done.returncode == 0, done.stdout + done.stderr
+    assert "\nCables: a ring.\n" in done.stdout
     assert lines(done) == {host: f"has 10.89.0.{host[-1]}" for host in HOSTS}
     assert "launch/cables" in done.stdout and "--undo --apply" in done.stdout
     assert {host: routes(host) for host in HOSTS} == before
-    done = launch(ssh, "cables", HOSTFILE, "--apply", "--left", "tb9", "--right", "tb1")
-    assert done.returncode == 1 and "no interface tb9 here" in lines(done)["studio4"]
 
 
 # Programs that end at once are lost sight of by mpirun 5.0.11, now and then.

@@ -17,6 +17,7 @@ from tiny import Tiny, made_by_rank_0
 
 import mlxtp
 from mlxtp import Communicator
+from mlxtp.generation.halves import read_in_halves
 
 # The prompt in two pieces, then tokens one by one, none of them twice.
 INPUTS = [[3, 14, 15, 92, 65], [35, 89, 79], [32], [38], [46], [26], [43]]
@@ -74,6 +75,20 @@ def check(name: str, comm: Communicator, folder: Path) -> None:
         assert len(hashes) == len(set(hashes)) == len(INPUTS) * (LAYERS + 2)
         differing = [i for i, mine in enumerate(everyones[0]) if hashes[i] != mine]
         assert not differing, f"rank {rank} differs from rank 0 at {differing}"
+    check_halves(model)
+
+
+def check_halves(model: nn.Module) -> None:
+    """Compare a prompt in two halves with one that is read in two parts."""
+    tokens = mx.array([[token for part in INPUTS for token in part]])
+    half = (tokens.size + 1) // 2
+    caches = make_prompt_cache(model), make_prompt_cache(model)
+    read_in_halves(model, model, tokens, cache=caches[0])
+    for part in (tokens[:, :half], tokens[:, half:]):
+        mx.eval(model(part, cache=caches[1]))
+    for one, other in zip(*caches, strict=True):
+        for a, b in zip(one.state, other.state, strict=True):
+            assert mx.array_equal(a, b)
 
 
 @pytest.mark.usefixtures("each_mpi")

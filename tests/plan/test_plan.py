@@ -149,6 +149,11 @@ def test_what_spare_slices_cost_on_disk(
         (["--ranks", "2", "--hop-us", "9"], "go together"),
         (["--ranks", "2", "--measured", "nowhere"], "not what mlxtp.doctor"),
         (["--ranks", "2", "--context", "0"], "--context is below 1"),
+        (["--ranks", "2", "--acceptance", "2"], "--acceptance is 2: wanted 0 to 1"),
+        (
+            ["--ranks", "9", "--link", "rdma", "--topology", "mesh"],
+            "no mesh of 9 ranks",
+        ),
         (["--hostfile", "nowhere"], "nowhere"),
         (["--ranks", "2", "--memory", "0.01", "--context", "max"], "with any context"),
         (["--ranks", "2", "--plot", "no.such"], "--plot no.such"),

@@ -97,6 +97,9 @@ def test_metrics():
         assert after["prefix_cache_queries_total",] == 100
         assert after["prefix_cache_hits_total",] == 50
         assert after["num_preemptions_total",] == 0
+        assert after["spec_decode_num_drafts_total",] == 10
+        assert after["spec_decode_num_draft_tokens_total",] == 40
+        assert after["spec_decode_num_accepted_tokens_total",] == 30
         assert after["job_losses_total",] == after["hosts_missing",] == 0
         assert "kv_cache_usage_perc" in {name for name, *_ in after}
         of_rank = ("3", "studio3")

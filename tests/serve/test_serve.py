@@ -192,6 +192,23 @@ def test_many_at_once_get_what_each_gets_alone(
         time.sleep(0.2)
 
 
+def test_drafts_change_no_answer(folder: Path, client: openai.OpenAI) -> None:
+    """Of several requests at once; how many were accepted is told."""
+    expected = [ask(client, client.models.list().data[0].id, body) for body in MIXED]
+    options = ["--draft-model", "ngram", "--num-draft-tokens", 4]
+    with running("--model", folder, "--ranks", 2, *options) as server:
+        with openai.OpenAI(base_url=f"{server.url}/v1", api_key="none") as other:
+            model = other.models.list().data[0].id
+            with ThreadPoolExecutor(16) as pool:
+                answers = pool.map(lambda body: ask(other, model, body), MIXED)
+                assert list(answers) == expected
+        time.sleep(1.1)  # so often the front is told
+        ask_once = {"model": model, "prompt": STORY, "max_tokens": 2}
+        httpx2.post(f"{server.url}/v1/completions", json=ask_once)
+        drafted = metric(server, "mlxtp:spec_decode_num_draft_tokens")
+        assert drafted > metric(server, "mlxtp:spec_decode_num_accepted_tokens") > 0
+
+
 def ask(client: openai.OpenAI, model: str, body: dict[str, Any]) -> list[Any]:
     """The texts of an answer, and why each ended."""
     answer = client.completions.create(model=model, **body)

@@ -9,8 +9,7 @@ from toy_tokenizers import byte_level
 
 from mlxtp import Communicator
 from mlxtp.fetch.spare import Spare
-from mlxtp.generation.engine import Result, Score
-from mlxtp.generation.scheduler import Pace
+from mlxtp.generation.engine import Drawn, Result, Score
 from mlxtp.generation.settings import Settings
 from mlxtp.generation.step import Step
 from mlxtp.serve import messages
@@ -28,7 +27,9 @@ def test_prompt_logprobs_come_in_parts_and_once() -> None:
     settings = Settings(max_tokens=4, seed=0, prompt_logprobs=1)
     sent: list[Events] = []
     link: Any = SimpleNamespace(send=sent.append)
-    scheduler: Any = SimpleNamespace(submit=lambda request: None, pace=Pace())
+    scheduler: Any = SimpleNamespace(
+        submit=lambda request: None, passed=lambda *_: None
+    )
     nothing: Any = None
     service = Service(
         link,
@@ -84,3 +85,43 @@ def test_spare_slices_come_while_there_is_nothing_to_do(comm: Communicator) -> N
         spare.step()
     assert service.decide().is_idle
     assert service.decide().is_end
+
+
+def test_tokens_that_come_together_are_told_one_by_one() -> None:
+    """An answer ends where it would have; caches hold what came behind it."""
+    tokenizer = byte_level()
+    a, b, c = tokenizer.encode("abc")
+    sent: list[Events] = []
+    added: list[tuple[str, int]] = []
+    ended: list[str] = []
+    link: Any = SimpleNamespace(send=sent.append)
+    scheduler: Any = SimpleNamespace(
+        submit=lambda request: None,
+        passed=lambda *_: None,
+        add=lambda *pair: added.append(pair),
+        end=ended.append,
+    )
+    nothing: Any = None
+    service = Service(
+        *(link, Text(tokenizer, len(tokenizer)), scheduler, nothing, nothing),
+        Spare(nothing, None),
+        context=100,
+        ends=(),
+        rows=len(tokenizer),
+    )
+    settings = Settings(max_tokens=3, seed=0)
+    service._take(Start("short", [a], settings))
+    service._take(Start("stopped", [a], Settings(max_tokens=9, seed=0), stop=["b"]))
+    drawn = [Drawn(token) for token in (a, b, c, a)]
+    service.report(Result(drawn={"short": drawn, "stopped": drawn}, width=4))
+    (events,) = [line.events for line in sent]
+    told = [(e.id, e.tokens, e.finish, e.stop) for e in events]
+    assert told == [
+        ("short", [a], None, None),
+        ("short", [b], None, None),
+        ("short", [c], "length", None),
+        ("stopped", [a], None, None),
+        ("stopped", [b], "stop", "b"),
+    ]
+    assert added == [(name, x.token) for name in ("short", "stopped") for x in drawn]
+    assert ended == ["short", "stopped"]

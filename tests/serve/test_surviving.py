@@ -10,13 +10,15 @@ import fake_ranks
 import pytest
 from life import FAKE, Server
 
-from mlxtp.cluster import ring
+from mlxtp.cluster import cables
+from mlxtp.cluster.cables import Cable
 from mlxtp.cluster.job import JobError
 from mlxtp.cluster.remote import HostError
 from mlxtp.cluster.verdict import RankOnHost, Verdict, Why
-from mlxtp.cluster.visit import Visit
+from mlxtp.cluster.visit import Visit, versions
 from mlxtp.comm.errors import UsageError
 from mlxtp.generation.settings import Settings
+from mlxtp.generation.standard_input import text_of
 from mlxtp.partition.shares import Shares
 from mlxtp.serve import hosts as hosts_module
 from mlxtp.serve import messages, options, supervisor, survive
@@ -144,14 +146,21 @@ def test_what_follows_from_a_verdict() -> None:
 
 
 def test_what_a_host_lacks_that_is_back() -> None:
-    before = Visit("c", 0, "10.89.0.3", 57344)
-    assert lacks(before, Visit("c", 2, "10.89.0.3", 57344), "hosts") is None
-    words = lacks(before, Visit("c", 0, None, 57344), "hosts")
-    assert words is not None and "launch/cables hosts --apply" in words
-    words = lacks(before, Visit("c", 0, "10.89.0.3", 0), "hosts")
-    assert words is not None and "launch/memory hosts --apply" in words
-    on_linux = Visit("c", 0, None, None)
-    assert lacks(on_linux, on_linux, "hosts") is None
+    here = {"mlx": "0.32.4"}
+    before = Visit("10.89.0.3", 57344, here)
+
+    def lacking(address: str | None, limit: int | None, mlx: str) -> str:
+        now = Visit(address, limit, {"mlx": mlx})
+        return lacks(before, now, "hosts", here) or ""
+
+    assert lacking("10.89.0.3", 57344, "0.32.4") == ""
+    assert "launch/cables hosts --apply" in lacking(None, 57344, "0.32.4")
+    assert "launch/memory hosts --apply" in lacking("10.89.0.3", 0, "0.32.4")
+    words = lacking("10.89.0.3", 57344, "0.33.0")
+    assert "it has mlx 0.33.0, and here it is 0.32.4: launch/install hosts" in words
+    on_linux = Visit(None, None, here)
+    assert lacks(on_linux, on_linux, "hosts", here) is None
+    assert lacks(None, on_linux, "hosts", here) is None
 
 
 def test_who_takes_part(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -161,7 +170,7 @@ def test_who_takes_part(monkeypatch: pytest.MonkeyPatch) -> None:
     def visit(host: str, jobs: object, place: object) -> Visit:
         if host in away:
             raise HostError("no route")
-        return Visit(host, 0, None, None)
+        return Visit(None, None, versions())
 
     monkeypatch.setattr(hosts_module, "visit", visit)
 
@@ -215,10 +224,6 @@ def test_what_a_job_is_told_that_follows_another() -> None:
         again = generation.again()
         assert again.settings.prompt_logprobs is None
         assert (again.prompt, again.generated) == ([1, 2, 3, 4], [5, 6])
-        for brings, fruitless in ((False, 0), (True, 1), (True, 2), (False, 0)):
-            ranks._take(Event("a", admitted=brings))
-            generation.again()
-            assert generation.fruitless == fruitless
         ranks.recover("a host is lost", "waiting")
         with pytest.raises(Unavailable, match="a host is lost"):
             ranks.start(Start("b", [1], settings))
@@ -238,23 +243,75 @@ def test_a_text_survives(start, monkeypatch: pytest.MonkeyPatch, capsys, tmp_pat
     pids = tmp_path / "pids"
     monkeypatch.setattr(supervisor, "PROGRAM", (sys.executable, "-c", FAKE, str(pids)))
     args = options.parse_survive(["--quiet", "--prompt", r"a\nwait: 0.2\ndie:\nb"])
-    assert asyncio.run(survive.run(args, survive.prompt(args))) == 0
+    assert asyncio.run(survive.run(args, text_of(args.prompt, None))) == 0
     assert capsys.readouterr().out == "a\nb\n"
     assert pids.read_text().count("\n") == 2
 
     args = options.parse_survive(["--quiet", "--prompt", "die:"])
-    assert asyncio.run(survive.run(args, survive.prompt(args))) == 128 + signal.SIGKILL
+    assert (
+        asyncio.run(survive.run(args, text_of(args.prompt, None)))
+        == 128 + signal.SIGKILL
+    )
     assert capsys.readouterr().out == ""
 
 
-def test_mistakes_of_a_text_that_is_to_survive(monkeypatch, tmp_path) -> None:
-    with pytest.raises(UsageError, match="No such file"):
-        survive.prompt(options.parse_survive(["--prompt-file", str(tmp_path / "no")]))
-    (tmp_path / "bytes").write_bytes(b"\xff")
-    with pytest.raises(UsageError, match="the prompt: 'utf-8'"):
-        survive.prompt(
-            options.parse_survive(["--prompt-file", str(tmp_path / "bytes")])
-        )
+def test_who_may_have_ended_the_ranks() -> None:
+    """Who was worked on in each job that was lost, without a token; the last alone."""
+
+    async def life() -> None:
+        async with Ranks() as ranks:
+            settings = Settings(max_tokens=8, seed=1)
+            sent: list[str] = []
+
+            def handed_in() -> list[str]:
+                """What a new job is given at first."""
+                sent.clear()
+                ranks._hand_in(fake_ranks.READY)
+                return list(sent)
+
+            def lost(*at_work: str) -> None:
+                for name in at_work:
+                    ranks._take(Event(name, admitted=True))
+                ranks.suspect()
+
+            ranks.ready = fake_ranks.READY
+            bad, good, late = (
+                ranks.start(Start(name, [1, 2], settings))
+                for name in ("bad", "good", "late")
+            )
+
+            def send(message: messages.Message) -> None:
+                if isinstance(message, Start):
+                    sent.append(message.id)
+
+            ranks._send = send  # type: ignore[method-assign]
+            lost("bad", "good")
+            assert handed_in() == ["bad", "good", "late"]
+            handed_in()  # as where hosts are taken in again: nobody is to blame
+            ranks._take(Event("good", tokens=[1]))
+            lost("bad", "good")
+            assert [g.fruitless for g in (bad, good, late)] == [2, 0, 0]
+            assert handed_in() == ["good", "late"]
+            lost("good")  # once more, and nobody had worked on the one held back
+            assert handed_in() == ["good", "late"] and bad.fruitless == 2
+            ranks._take(Event("good", tokens=[1]))
+            late.cancel()
+            assert sent[-1] == "bad"
+            lost("bad")
+            assert handed_in() == ["good"]
+            with pytest.raises(Unavailable, match="3 times in turn"):
+                async for _ in bad:
+                    pass
+
+    asyncio.run(life())
+
+
+def test_mistakes_of_a_text_that_is_to_survive(monkeypatch, tmp_path, capsys) -> None:
+    argv = ["generate", "--prompt-file", str(tmp_path / "no")]
+    monkeypatch.setattr(sys, "argv", argv)
+    with pytest.raises(SystemExit, match="2"):
+        survive.main()
+    assert "error: --prompt-file: there is no file" in capsys.readouterr().err
     with pytest.raises(UsageError, match="unrecognized arguments: --draft-model x"):
         options.parse_survive(["--draft-model", "x"])
     monkeypatch.setenv("OMPI_COMM_WORLD_SIZE", "2")
@@ -262,15 +319,19 @@ def test_mistakes_of_a_text_that_is_to_survive(monkeypatch, tmp_path) -> None:
         options.parse_survive([])
 
 
-def test_a_ring_with_cables_that_do_not_answer(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_cables_that_do_not_answer(monkeypatch: pytest.MonkeyPatch) -> None:
     """Who no way reaches is missing until a cable answers; or all take the Ethernet."""
-    broken: set[int] = set()
+    there = cables.ring(5)
+    broken: set[Cable] = set()
+    deaf: set[tuple[int, int]] = set()  # a host, and the neighbour it does not hear
     says = {"routes": "as wanted", "words": ""}
     asked: list[list[str]] = []
 
     def visit(host: str, jobs: object, place: tuple[int, int]) -> Visit:
-        own = {end.cable for end in ring.ends(*place).values()}
-        return Visit(host, 0, None, None, tuple(own - broken))
+        own = cables.neighbours(place[0], there)
+        answering = cables.neighbours(place[0], there - broken)
+        heard = [k for k in answering if (place[0], k) not in deaf]
+        return Visit(None, None, versions(), tuple(own), tuple(heard))
 
     def ask(host: str, words: list[str]) -> dict[str, str]:
         asked.append([host, *words])
@@ -280,29 +341,43 @@ def test_a_ring_with_cables_that_do_not_answer(monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.setattr(hosts_module, "ask", ask)
 
     async def life() -> None:
+        nonlocal there
         hosts = Hosts(dict.fromkeys("abcde", 1), "hostfile")
-        hosts._in_ring = True
+        hosts._on_cables = True
         await hosts.look()
-        broken.update({2, 3})
+        broken.update({Cable(2, 3), Cable(3, 4)})
         await hosts.choose([Loss("x", ("c",))])
         assert hosts.missing == {"c": "its cables do not answer"}
         assert [words[0] for words in asked] == ["a", "b", "d", "e"]
-        assert asked[0][1:] == ["mlxtp.cluster.reroute", "1", "5", "--broken=2,3"]
-        assert hosts.notes == ["the routes are laid past cable 2, 3"]
+        left = "--topology=1-2,1-5,4-5"
+        assert asked[0][1:] == ["mlxtp.cluster.reroute", "1", "5", left]
+        assert hosts.notes == ["the routes are laid past cable 2-3, 3-4"]
         assert await hosts.returned() == []
-        broken.remove(2)
+        broken.remove(Cable(2, 3))
         assert await hosts.returned() == ["c"]
         await hosts.choose(())
         assert hosts.part == hosts.slots
         # Two hosts that hear each other alone.
-        broken.add(1)
-        broken.add(3)
+        broken.update({Cable(1, 2), Cable(3, 4)})
         await hosts.choose(())
         assert list(hosts.missing) == ["b", "c"] and await hosts.returned() == []
         says["routes"], says["words"] = "refused", "no root"
         await hosts.choose(())
         assert hosts.part == hosts.slots and not hosts.takes_cables
         assert hosts.notes[-1] == "all hosts take the Ethernet"
+        # In a mesh the same two are reached through others.
+        there = cables.mesh(5)
+        says["routes"] = "changed"
+        asked.clear()
+        await hosts.choose(())
+        assert hosts.missing == {} and hosts.takes_cables
+        left = cables.listed(there - broken)
+        assert [words[-1] for words in asked] == [f"--topology={left}"] * 5
+        assert hosts.notes == ["the routes are laid past cable 1-2, 3-4"]
+        # A cable that carries one way only is none.
+        deaf.add((5, 2))
+        await hosts.choose(())
+        assert hosts.notes == ["the routes are laid past cable 1-2, 2-5, 3-4"]
 
     asyncio.run(life())
 
@@ -312,7 +387,7 @@ def test_a_host_that_was_left_out_is_taken_in_once(monkeypatch) -> None:
     now = 1e9
     monkeypatch.setattr(hosts_module.time, "monotonic", lambda: now)
     monkeypatch.setattr(
-        hosts_module, "visit", lambda host, *_: Visit(host, 0, None, None)
+        hosts_module, "visit", lambda host, *_: Visit(None, None, versions())
     )
 
     async def life() -> None:

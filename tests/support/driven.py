@@ -10,8 +10,9 @@ from mlx_lm.models.cache import make_prompt_cache
 from mlxtp import Communicator
 from mlxtp.generation.batching import reason_against_batches
 from mlxtp.generation.capacity import CacheBytes, Capacity, RankCapacity
-from mlxtp.generation.engine import Drawn, Engine, Score
+from mlxtp.generation.engine import Drawn, Engine, Result, Score
 from mlxtp.generation.prefix_cache import PrefixIndex, PrefixStore, trimmable_below
+from mlxtp.generation.row_drafts import RowDrafts
 from mlxtp.generation.scheduler import Scheduler
 from mlxtp.generation.settings import Settings
 from mlxtp.generation.step import GenerationRequest, Step
@@ -22,7 +23,8 @@ GREEDY = Settings(max_tokens=8, seed=0, temperature=0.0)
 class Driven:
     """An engine on all ranks; rank 0's scheduler decides its steps.
 
-    `steps` are those that were made, `drawn` what each request has got.
+    `steps` are those that were made, `results` what they gave, `drawn` what each
+    request has got.
     """
 
     def __init__(
@@ -35,6 +37,7 @@ class Driven:
         prefix_bytes: int = 1 << 30,
         concurrency: int = 8,
         grammars: Any = None,
+        row_drafts: RowDrafts | None = None,
         **options: Any,
     ) -> None:
         of_ranks = comm.allgather_object(CacheBytes.of(model))
@@ -55,8 +58,10 @@ class Driven:
             concurrency=concurrency if self.is_batched else 1,
             part=part,
             trimmable_below=trimmable_below(make_prompt_cache(model)),
+            drafts=row_drafts,
         )
         self.steps: list[Step] = []
+        self.results: list[Result] = []
         self.drawn: dict[str, list[Drawn]] = {}
         self.scores: dict[str, list[Score] | None] = {}
         self.errors: dict[str, str] = {}
@@ -97,12 +102,18 @@ class Driven:
             return False
         self.steps.append(step)
         result = self.engine.run(step)
-        for name, drawn in result.drawn.items():
-            self.drawn[name].append(drawn)
-            self.scheduler.add(name, drawn.token)
+        self.results.append(result)
+        self.scheduler.passed(None, result.width, result.drafted, result.draft_seconds)
+        for name, several in result.drawn.items():
+            for drawn in several:
+                self.scheduler.add(name, drawn.token)
             request = self._requests[name]
             given = len(request.tokens) - request.prompt_length
-            if given + len(self.drawn[name]) == request.settings.max_tokens:
+            tokens, most = self.drawn[name], request.settings.max_tokens
+            for drawn in several:
+                if most is None or given + len(tokens) < most:
+                    tokens.append(drawn)
+            if given + len(tokens) == most:
                 self.scheduler.end(name)
         for name, scores in result.read.items():
             self.scores[name] = scores
@@ -121,6 +132,12 @@ class Driven:
         while self.pass_():
             assert len(self.steps) < 10_000, "it does not come to an end"
         return self.tokens
+
+    @property
+    def texts(self) -> list[list[int]]:
+        """Each request's prompt with its tokens, those that it came with as well."""
+        requests = self._requests.items()
+        return [[*x.tokens, *self.tokens[name]] for name, x in requests]
 
     @property
     def tokens(self) -> dict[str, list[int]]:

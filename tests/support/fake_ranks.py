@@ -395,6 +395,9 @@ class FakeRanks:
                         )
                         for rank in self.ready.ranks
                     ],
+                    drafts=10,
+                    drafted=40,
+                    accepted=30,
                 )
             )
 

@@ -25,10 +25,11 @@ while ready := select.select([], list(waiting), [], 0.5)[1]:
 
 
 def cables(host: str) -> None:
-    """Give a host its addresses and routes on the cables."""
-    words = [sys.executable, "launch/cables", str(HOSTS.index(host) + 1), "5"]
-    words += ["--left", "tb0", "--right", "tb1", "--os", "linux", "--apply"]
-    good("run", "--on", host, *words)
+    """Give a host its addresses and routes in a ring of cables."""
+    number = HOSTS.index(host) + 1
+    ports = f"{number - 1 or 5}=tb0,{number % 5 + 1}=tb1"
+    words = [sys.executable, "launch/cables", str(number), "5", "--ports", ports]
+    good("run", "--on", host, *words, "--os", "linux", "--apply")
 
 
 def reached(source: str, *addresses: str) -> set[str]:

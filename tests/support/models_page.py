@@ -37,8 +37,8 @@ with 2 to 8 bits, mxfp4, nvfp4, mxfp8, other bits for each layer.
 Each type is tested with a tiny model of random weights, in float32 and in 4 bits: in
 worlds of {worlds} ranks its logits, its greedy tokens, and that no rank holds more than
 1.3 times an even share of what is cut; on 7 ranks logits and tokens, unquantized; on
-three ranks uneven shares, adapters (LoRA, DoRA), draft models, prompts that mlx-lm
-saved, and that layers which no cache depends on may stay silent during prefill
+three ranks uneven shares, adapters (LoRA, DoRA), drafts, prompts that mlx-lm saved, and
+that layers which no cache depends on may stay silent during prefill
 (`tests/families/test_every_type.py`, `tests/test_with_every_type.py`). No published
 checkpoint was at hand. Query heads that are shared out one by one are tested for each
 kind of attention.
@@ -46,6 +46,12 @@ kind of attention.
 Prompts of unequal length are read in batches (`tests/generation/test_batch.py`), except
 by these types, which mlx-lm cannot batch either and which raise on every rank:
 {unbatched}.
+
+Long prompts are read in two halves where that is faster, one of which computes while
+the sums of the other travel (`mlxtp/generation/halves.py`). The caches are, to the
+bit, those of a prompt that is read in two parts, and the second half sends nothing that
+waits for a later collective of the first: both are tried with every type
+(`tests/generation/test_halves.py`), and there is none for which it does not hold.
 
 mlx-lm loads as others: {aliases}.
 

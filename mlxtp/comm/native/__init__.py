@@ -1,1 +1,1 @@
-"""The collectives in MLX's graph: sources in C++, and what compiles them."""
+"""The collectives in MLX's graph: sources in C++, and what starts them."""

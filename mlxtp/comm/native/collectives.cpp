@@ -17,7 +17,7 @@ constexpr size_t kPieceBytes = 512UL * 1024;
 // As in comm/codec.py: blocks are cut between groups of so many elements.
 constexpr size_t kGroupSize = 64;
 // Polls before a rank that waits makes room for others: by a yield, and by a nap where
-// ranks outnumber the cores.
+// ranks outnumber the cores or something is computed meanwhile.
 constexpr int kBusyPolls = 200;
 constexpr int kYieldingPolls = 100;
 constexpr timespec kNap = {0, 50'000};
@@ -87,10 +87,10 @@ class Ranks::Patience {
   void wait() {
     ranks_.throw_if_stopped();
     ++polls_;
-    if (!ranks_.crowded_ && polls_ <= kBusyPolls) {
+    if (!ranks_.makes_room_ && polls_ <= kBusyPolls) {
       return;
     }
-    if (!ranks_.crowded_ || polls_ <= kYieldingPolls) {
+    if (!ranks_.makes_room_ || polls_ <= kYieldingPolls) {
       sched_yield();
     } else {
       nanosleep(&kNap, nullptr);
@@ -102,7 +102,7 @@ class Ranks::Patience {
   int polls_ = 0;
 };
 
-Ranks::Ranks(MPI_Comm comm, bool crowded) : crowded_(crowded) {
+Ranks::Ranks(MPI_Comm comm, bool crowded) : crowded_(crowded), makes_room_(crowded) {
   check(MPI_Comm_dup(comm, &comm_));
   check(MPI_Comm_set_errhandler(comm_, MPI_ERRORS_RETURN));
   check(MPI_Comm_rank(comm_, &rank_));
@@ -536,6 +536,7 @@ template <typename Work>
 void Collectives::make(const std::shared_ptr<const Call>& call, Work work) {
   const std::scoped_lock lock(making_);
   const Noted noted(*this, call);
+  ranks_.make_room(call->apart);
   try {
     work();
   } catch (const std::exception& error) {

@@ -25,10 +25,13 @@ using Requests = std::vector<MPI_Request>;
 using Clock = std::chrono::steady_clock;
 
 // A collective as messages name it. `number` counts the calls of this rank, from 1.
+// With `apart` this rank computes something else meanwhile, so a wait leaves the core
+// to it.
 struct Call {
   std::string name;
   std::string layer;
   uint64_t number;
+  bool apart = false;
 };
 
 // The last collective that was begun, and for how many seconds it has been under way:
@@ -74,6 +77,9 @@ class Ranks {
   void throw_if_stopped() const;
   bool stopped() const { return stopped_; }
 
+  // Says whether waits from now on make room for what computes, as if crowded.
+  void make_room(bool wanted) { makes_room_ = crowded_ || wanted; }
+
   void close();
 
  private:
@@ -84,6 +90,7 @@ class Ranks {
   int rank_ = 0;
   int size_ = 1;
   const bool crowded_;
+  bool makes_room_;
   std::atomic<bool> stopped_{false};
   std::string words_;  // written once, before stopped_
   std::mutex stopping_;

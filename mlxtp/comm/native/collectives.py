@@ -1,9 +1,9 @@
 """Collectives on MLX arrays that stand in MLX's graph, made by the C++ beside this."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import cache
-from typing import Any
+from typing import Any, TypeVar
 
 import mlx.core as mx
 import numpy as np
@@ -14,6 +14,9 @@ from mlxtp.comm.request import Request
 from mlxtp.comm.traffic import Traffic
 from mlxtp.comm.transports import Transport
 from mlxtp.comm.tuning import choose
+from mlxtp.comm.turns import note, place, take_turns
+
+T = TypeVar("T")
 
 
 class NativeCollectives:
@@ -27,10 +30,11 @@ class NativeCollectives:
 
     over = "MPI, in MLX's graph"
     is_timed = True
+    takes_turns = True
 
     def __init__(
         self,
-        core: Any,
+        cores: Sequence[Any],
         control: Transport,
         progress: Progress,
         traffic: Traffic,
@@ -38,18 +42,21 @@ class NativeCollectives:
         allreduce: str = "auto",
         measure: bool = True,
     ) -> None:
-        """Take `core`, this rank's part of a communicator of C++ (`Core`)."""
-        self._core = core
+        """Take `cores`, this rank's parts of two communicators of C++ (`Core`).
+
+        The second is for the second of two computations that take turns.
+        """
+        self._cores = cores
         self._progress = progress
         self._traffic = traffic
-        progress.graph = lambda: GraphState(*core.state())
-        progress.stop_graph = core.stop
+        progress.graph = self._state
+        progress.stop_graph = self._stop
         names = algorithms(control.size, allreduce)
         self.tuning = choose(
             self._time_allreduce, control, names, progress, measure=measure
         )
-        core.forget()
-        traffic.add_graph(core.seconds)
+        cores[0].forget()
+        traffic.add_graph(lambda: sum(core.seconds() for core in cores))
         self._algorithm = cache(self.tuning.algorithm)
         self._gather = cache(self.tuning.gather)
 
@@ -75,7 +82,8 @@ class NativeCollectives:
 
     def _allreduce(self, x: mx.array, name: str, at: str) -> mx.array:
         number = self._counted(x, name, at)
-        return self._core.allreduce(x, self._algorithm(x.nbytes), number, name, at)
+        algorithm = self._algorithm(x.nbytes)
+        return self._called(self._core.allreduce(x, algorithm, number, name, at))
 
     def allgather(self, x: mx.array, sizes: Sequence[int], at: str) -> mx.array:
         """Join the ranks' arrays along the last axis, in rank order.
@@ -86,7 +94,7 @@ class NativeCollectives:
         number = self._counted(x, "allgather", at)
         column_bytes = math.prod(x.shape[:-1]) * x.itemsize
         algorithm = self._gather(column_bytes * max(sizes))
-        return self._core.allgather(x, sizes, algorithm, number, at)
+        return self._called(self._core.allgather(x, sizes, algorithm, number, at))
 
     def bcast(self, x: mx.array, root: int, at: str) -> mx.array:
         """Give every rank the x of `root`.
@@ -94,11 +102,51 @@ class NativeCollectives:
         Shapes: x (...) -> (...) replicated, unevaluated.
         """
         number = self._counted(x, "bcast", at)
-        return self._core.bcast(x, root, self._gather(x.nbytes), number, at)
+        algorithm = self._gather(x.nbytes)
+        return self._called(self._core.bcast(x, root, algorithm, number, at))
+
+    def take_turns(
+        self, first: Callable[[], T], second: Callable[[], T]
+    ) -> tuple[T, T]:
+        """Put two computations into the graph, and begin their collectives by turns.
+
+        Each has a communicator and a stream of its own: so two collectives may be under
+        way, and the processor goes on with what it has to compute.
+        """
+        before = self._cores[0].token()
+
+        def prepare(place: int) -> None:
+            call(place)
+            self._cores[place].follow(before, True)
+
+        def finish(last: list[mx.array | None]) -> None:
+            self._cores[1].follow(None, False)
+            self._cores[0].follow(before if last[0] is None else last[0], False)
+
+        with self._progress.turns() as call:
+            return take_turns(first, second, prepare, finish)
+
+    @property
+    def _core(self) -> Any:
+        """The one of the computation that calls."""
+        return self._cores[place()]
+
+    def _state(self) -> GraphState:
+        """Tell what the cores do, of two waits that which has lasted longer."""
+        states = [GraphState(*core.state()) for core in self._cores]
+        begun = max(state.begun for state in states)
+        failure = "; ".join(filter(None, (state.failure for state in states)))
+        longest = max(states, key=lambda state: (state.seconds, state.begun))
+        return longest._replace(begun=begun, failure=failure, number=longest.begun)
+
+    def _stop(self, words: str, error: Callable[[], None]) -> None:
+        """Let every collective fail, those that are under way too."""
+        for core in self._cores:
+            core.stop(words, error)
 
     def _time_allreduce(self, x: np.ndarray, algorithm: str) -> None:
         """Sum x (n,) over ranks, outside of the graph."""
-        self._core.time_allreduce(x, algorithm, self._progress.number)
+        self._cores[0].time_allreduce(x, algorithm, self._progress.number)
 
     def flush(self) -> None:
         """Begin to make what was called: another rank may wait for it."""
@@ -106,7 +154,13 @@ class NativeCollectives:
 
     def close(self) -> None:
         """Make what was called, and part from the other ranks."""
-        self._core.close()
+        for core in self._cores:
+            core.close()
+
+    def _called(self, result: mx.array) -> mx.array:
+        """Note that a collective was put into the graph; return its result."""
+        note(self._core.token())
+        return result
 
     def _counted(self, x: mx.array, name: str, at: str) -> int:
         """Count a collective as called; return its number."""

@@ -2,7 +2,9 @@
 //
 // Every node has a second output, a token without bytes, which is an input of the next
 // node. So the collectives of a process are made in the order in which they were
-// called, whatever order MLX would choose, and all that were called are made.
+// called, whatever order MLX would choose, and all that were called are made. Where
+// computations take turns, each has a chain of its own (`Core::follow`), and the order
+// is that in which they are begun.
 
 #include <mlx/allocator.h>
 #include <mlx/array.h>
@@ -13,6 +15,7 @@
 #include <mlx/transforms.h>
 #include <nanobind/nanobind.h>
 #include <nanobind/ndarray.h>
+#include <nanobind/stl/optional.h>
 #include <nanobind/stl/string.h>
 #include <nanobind/stl/tuple.h>
 #include <nanobind/stl/vector.h>
@@ -97,9 +100,12 @@ auto& abandoned() {
 
 class Node : public mx::Primitive {
  public:
-  Node(mx::Stream stream, std::shared_ptr<Collectives> collectives,
-       std::shared_ptr<const Call> call, Work work)
+  // `source` is the stream of the CPU that computes the input, if one does.
+  Node(mx::Stream stream, std::optional<mx::Stream> source,
+       std::shared_ptr<Collectives> collectives, std::shared_ptr<const Call> call,
+       Work work)
       : Primitive(stream),
+        source_(source),
         collectives_(std::move(collectives)),
         call_(std::move(call)),
         work_(std::move(work)) {}
@@ -112,12 +118,12 @@ class Node : public mx::Primitive {
     }
     // Where memory lies is asked in the task: before, a GPU may still move it.
     auto task = [collectives = collectives_, call = call_, work = work_,
-                 stream = stream(), data = x.data_shared_ptr(), offset = x.offset(),
-                 gaps = !x.flags().row_contiguous, shape = x.shape(),
-                 strides = x.strides(), itemsize = x.itemsize(), nbytes = x.nbytes(),
-                 buffer = outputs[0].buffer()]() mutable {
+                 source = source_.value_or(stream()), data = x.data_shared_ptr(),
+                 offset = x.offset(), gaps = !x.flags().row_contiguous,
+                 shape = x.shape(), strides = x.strides(), itemsize = x.itemsize(),
+                 nbytes = x.nbytes(), buffer = outputs[0].buffer()]() mutable {
       try {  // what could not be computed is not sent
-        mx::scheduler::check_error(stream);
+        mx::scheduler::check_error(source);
       } catch (const std::exception& error) {
         collectives->fail(*call, error.what());
       }
@@ -145,6 +151,7 @@ class Node : public mx::Primitive {
   const char* name() const override { return call_->name.c_str(); }
 
  private:
+  std::optional<mx::Stream> source_;
   std::shared_ptr<Collectives> collectives_;
   std::shared_ptr<const Call> call_;
   Work work_;
@@ -206,7 +213,7 @@ class Core {
 
   mx::array allreduce(const mx::array& x, const std::string& algorithm, uint64_t number,
                       const std::string& name, const std::string& layer) {
-    const auto call = std::make_shared<const Call>(name, layer, number);
+    const auto call = std::make_shared<const Call>(name, layer, number, apart_);
     return put(x, x.shape(), call,
                [call, count = x.size(), element = element_of(x.dtype()),
                 algorithm = algorithm_of(algorithm)](Collectives& collectives,
@@ -226,7 +233,8 @@ class Core {
     for (size_t& width : widths) {
       width *= x.itemsize();
     }
-    return gather(x, shape, rows, widths, algorithm, {"allgather", layer, number});
+    return gather(x, shape, rows, widths, algorithm,
+                  {"allgather", layer, number, apart_});
   }
 
   mx::array bcast(const mx::array& x, int root, const std::string& algorithm,
@@ -234,7 +242,7 @@ class Core {
     // A gather in which all parts but one are empty.
     std::vector<size_t> widths(collectives_->size(), 0);
     widths[root] = x.nbytes();
-    return gather(x, x.shape(), 1, widths, algorithm, {"bcast", layer, number});
+    return gather(x, x.shape(), 1, widths, algorithm, {"bcast", layer, number, apart_});
   }
 
   // Outside of the graph, of the memory of `x`; the sum is lost. To be timed.
@@ -273,6 +281,19 @@ class Core {
     }
   }
 
+  // The token of the collective that was called last, if any was.
+  static std::optional<mx::array> token() {
+    check_thread("collectives by turns");
+    return last().token;
+  }
+
+  // What is called from now on waits for `token`, instead of the last call. With
+  // `apart` it is made on the stream of its own, beside what the CPU computes.
+  void follow(const std::optional<mx::array>& token, bool apart) {
+    last() = {token, std::this_thread::get_id()};
+    apart_ = apart;
+  }
+
   // Makes what was called, and parts from the other ranks, as all of them do.
   void close() {
     std::optional<mx::array> token;
@@ -282,6 +303,9 @@ class Core {
     const nb::gil_scoped_release release;
     if (token) {
       mx::eval({*token});
+    }
+    if (!collectives_->stopped()) {
+      mx::synchronize(stream_);
     }
     collectives_->close();
   }
@@ -309,33 +333,41 @@ class Core {
     }
     std::vector<mx::array> inputs = {x};
     if (const auto token = last().token; token) {
-      if (is_waiting(*token) && !last().is_of_this_thread()) {
-        throw std::runtime_error(
-            call->name +
-            ": another thread has called collectives that are not evaluated; it has to "
-            "evaluate them (mx.eval) before this one calls any");
-      }
+      check_thread(call->name);
       inputs.push_back(*token);
     }
+    const auto source = cpu_stream_of(x);
+    // On the stream of the CPU that computes the input no thread has to wake another.
+    const mx::Stream stream = apart_ ? stream_ : source.value_or(stream_);
     auto outputs = mx::array::make_arrays(
         {shape, {0}}, {x.dtype(), mx::uint8},
-        std::make_shared<Node>(stream_of(x), collectives_, call, std::move(work)),
+        std::make_shared<Node>(stream, source, collectives_, call, std::move(work)),
         inputs);
     last() = {outputs[1], std::this_thread::get_id()};
     return outputs[0];
   }
 
-  // That of the CPU which computes the input, if one does: so no thread has to wake
-  // another. Else the one of its own.
-  mx::Stream stream_of(const mx::array& x) const {
+  // Throws where the collective that was called last has to be evaluated elsewhere.
+  static void check_thread(const std::string& name) {
+    const std::optional<mx::array>& token = last().token;
+    if (token && is_waiting(*token) && !last().is_of_this_thread()) {
+      throw std::runtime_error(
+          name +
+          ": another thread has called collectives that are not evaluated; it has to "
+          "evaluate them (mx.eval) before this one calls any");
+    }
+  }
+
+  static std::optional<mx::Stream> cpu_stream_of(const mx::array& x) {
     const bool is_on_cpu = x.status() == mx::array::Status::unscheduled &&
                            x.has_primitive() &&
                            x.primitive().stream().device == mx::Device::cpu;
-    return is_on_cpu ? x.primitive().stream() : stream_;
+    return is_on_cpu ? std::optional(x.primitive().stream()) : std::nullopt;
   }
 
   std::shared_ptr<Collectives> collectives_;
   mx::Stream stream_;
+  bool apart_ = false;
 };
 
 std::string library_version() {
@@ -366,5 +398,7 @@ NB_MODULE(mlxtp_native, m) {
       .def("stop", &Core::stop)
       .def("forget", &Core::forget)
       .def_static("flush", &Core::flush)
+      .def_static("token", &Core::token)
+      .def("follow", &Core::follow, nb::arg("token").none(), nb::arg("apart"))
       .def("close", &Core::close);
 }

@@ -9,6 +9,7 @@ from mlxtp.cluster.addresses import (
     ring_address,
     uses_cables,
 )
+from mlxtp.cluster.cables import interfaces
 
 # A message up to here goes out at once; a larger one asks the receiver first, which
 # costs a round trip. `gathers.PIECE_BYTES` stays below.
@@ -39,10 +40,14 @@ def set_defaults() -> None:
     if local_ranks > (os.cpu_count() or 1):
         # Ranks that outnumber the cores and poll starve the one they wait for.
         os.environ.setdefault(YIELDS, "1")
-    if ring_address() is not None:
+    if (address := ring_address()) is not None:
         # The two ends of a cable know each other alone: of all its addresses a host
-        # may name only the one that everybody has a route to.
-        os.environ.setdefault("OMPI_MCA_btl_tcp_if_include", RING_NETWORK)
+        # may name only the one that everybody has a route to. All its ports have that;
+        # one is named, and routes decide where data go. Over the four of a mesh Open
+        # MPI 5.0.11 hangs with the first message that does not go out at once.
+        include = "OMPI_MCA_btl_tcp_if_include"
+        if os.environ.get(include, RING_NETWORK) == RING_NETWORK:
+            os.environ[include] = interfaces().get(address, RING_NETWORK)
     elif not uses_cables() and "OMPI_MCA_btl_tcp_if_include" not in os.environ:
         os.environ.setdefault("OMPI_MCA_btl_tcp_if_exclude", WITHOUT_CABLES)
     for name, value in defaults.items():

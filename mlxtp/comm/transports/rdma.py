@@ -6,13 +6,13 @@ code is not used: it asks all hosts over ssh, ends the process where a cable is
 missing, and takes the order of the hosts in a ring from the cables, not from the ranks.
 """
 
-import json
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import combinations
 
 from mlxtp.cluster.commands import output
+from mlxtp.cluster.ports import thunderbolt
 from mlxtp.comm.transports import Transport
 
 # For each rank the devices that lead to each other rank; none where no cable is.
@@ -38,32 +38,14 @@ def device_names(ibv_devices: str) -> set[str]:
     return {word[0] for word in words if word and word[0].startswith("rdma_")}
 
 
-def interfaces(hardware_ports: str) -> dict[str, str]:
-    """Return the network interface of each port, from what `networksetup` prints."""
-    interface_of = {}
-    name = ""
-    for line in hardware_ports.splitlines():
-        key, _, value = line.partition(": ")
-        if key == "Hardware Port":
-            name = value.strip()
-        elif key == "Device":
-            interface_of[name] = value.strip()
-    return interface_of
-
-
 def ports(profile: str, hardware_ports: str, ibv_devices: str) -> list[Port]:
     """Return the ports with an RDMA device, from what the three commands print."""
-    devices, named = device_names(ibv_devices), interfaces(hardware_ports)
-    with_rdma = []
-    for bus in json.loads(profile or "{}").get("SPThunderboltDataType", []):
-        number = bus.get("receptacle_1_tag", {}).get("receptacle_id_key")
-        device = f"rdma_{named.get(f'Thunderbolt {number}')}"
-        if device not in devices or "domain_uuid_key" not in bus:
-            continue
-        # Displays and disks have no domain of their own.
-        peers = [item.get("domain_uuid_key") for item in bus.get("_items", [])]
-        peer = next(filter(None, peers), None)
-        with_rdma.append(Port(device, bus["domain_uuid_key"], peer))
+    devices = device_names(ibv_devices)
+    with_rdma = [
+        Port(f"rdma_{port.interface}", port.domain, port.peer)
+        for port in thunderbolt(profile, hardware_ports)
+        if f"rdma_{port.interface}" in devices
+    ]
     return sorted(with_rdma, key=lambda port: port.device)
 
 

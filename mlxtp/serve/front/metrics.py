@@ -191,6 +191,17 @@ class _OfRanks(Collector):
             "Requests that were set back because memory got short.",
             stats.preemptions,
         )
+        yield self._counter(
+            "spec_decode_num_drafts", "Drafts of requests.", stats.drafts
+        )
+        yield self._counter(
+            "spec_decode_num_draft_tokens", "Tokens that were drafted.", stats.drafted
+        )
+        yield self._counter(
+            "spec_decode_num_accepted_tokens",
+            "Drafted tokens that the model has accepted.",
+            stats.accepted,
+        )
         hosts = {rank.rank: rank.host for rank in ready.ranks}
         labels = ["model_name", "rank", "host"]
         seconds = CounterMetricFamily(

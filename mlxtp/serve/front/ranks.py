@@ -17,7 +17,7 @@ from collections.abc import AsyncIterator, Callable
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, Self
 
 from mlxtp.serve import messages
 from mlxtp.serve.messages import Event, Ready, Start, Stats
@@ -51,7 +51,7 @@ class Generation:
         self.start = start
         self.told_logprobs = 0  # of the prompt's tokens
         self._heard_logprobs = 0  # of them, from the job that works on it now
-        self.fruitless = 0  # jobs in turn that were lost while they worked on it
+        self.fruitless = 0  # jobs that were lost while they worked on it, in turn
         self.tokens: list[int] = [] if start.tells_generated else [*start.generated]
         self._had = len(self.tokens)  # when this job began
         self._is_at_work = False
@@ -64,10 +64,19 @@ class Generation:
         self._ranks = ranks
         self._events: asyncio.Queue[Event] = asyncio.Queue()
 
+    @property
+    def has_gone_on(self) -> bool:
+        """Whether the job that works on it has brought a token, or it is over."""
+        return self.is_over or len(self.tokens) > self._had
+
+    def suspect(self) -> None:
+        """Note that the ranks were lost, maybe by what it makes them do."""
+        if self._is_at_work and not self.has_gone_on:
+            self.fruitless += 1
+        self._is_at_work = False
+
     def again(self) -> Start:
         """Return what a job is told that goes on where another one ended."""
-        is_fruitless = self._is_at_work and len(self.tokens) == self._had
-        self.fruitless = self.fruitless + 1 if is_fruitless else 0
         self._had, self._is_at_work = len(self.tokens), False
         settings = self.start.settings
         if self.told_logprobs == len(self.start.prompt):
@@ -100,6 +109,8 @@ class Generation:
             self.admitted, self.cached = time.monotonic(), event.cached
         self.told_logprobs += len(event.prompt_logprobs or ())
         self.tokens += event.tokens
+        if event.tokens:
+            self.fruitless = 0
         kinds = [kind for kind, _ in event.pieces]
         # A token that brings no text is of the kind of the text before it.
         if "reasoning" in kinds or (self._is_reasoning and not kinds):
@@ -164,8 +175,20 @@ class Ranks:
         self._key = secrets.token_hex(32)
         self._numbers = itertools.count()
         self._calls: dict[int, tuple[messages.Call, asyncio.Future[Any]]] = {}
+        # Of those that were handed in again: who has not gone on, and who waits for it.
+        self._awaited: list[Generation] = []
+        self._held: deque[Generation] = deque()
         self._writer: asyncio.StreamWriter | None = None
         self._server: asyncio.Server | None = None
+
+    async def __aenter__(self) -> Self:
+        """Listen in this block; at its end nothing is left."""
+        await self.listen()
+        return self
+
+    async def __aexit__(self, *error: object) -> None:
+        """Close."""
+        await self.close()
 
     async def listen(self) -> None:
         """Wait for rank 0 in the background; `folder` is what it has to be told."""
@@ -223,12 +246,18 @@ class Ranks:
         if generation is not None:
             self._observe(generation, Event(request_id, finish="cancelled"))
         self._send(messages.Cancel(request_id))
+        self._go_on_with_held()
 
     def end_job(self) -> None:
         """Let the job end in order; all goes on in the next one."""
         self._send(messages.End())
         self.is_ready.clear()
         self.state = "recovering"
+
+    def suspect(self) -> None:
+        """Note that the ranks were lost, maybe by what a request makes them do."""
+        for generation in self.generations.values():
+            generation.suspect()
 
     def recover(self, words: str, state: State = "recovering") -> None:
         """Note that the job has ended and another one is to come: all goes on then."""
@@ -269,20 +298,44 @@ class Ranks:
         """Let a new job go on with all that is under way."""
         for call, _ in self._calls.values():
             self._send(call)
+        held = deque[Generation]()
+        self._held.clear()
+        self._awaited.clear()
         for generation in list(self.generations.values()):
-            start = generation.again()
-            length = len(start.prompt) + len(start.generated)
-            if generation.fruitless == MOST_FRUITLESS:
-                words = (
-                    f"the ranks were lost {MOST_FRUITLESS} times in turn while they "
-                    "worked on this request, without a token of it"
-                )
-                self._take(Event(start.id, finish="error", error=words))
-            elif generation.tokens and length >= ready.context:
-                # There is less room than there was.
-                self._take(Event(start.id, finish="length"))
+            if generation.fruitless == MOST_FRUITLESS - 1:
+                held.append(generation)
             else:
-                self._send(start)
+                self._go_on_with(generation, ready)
+        self._held = held
+        self._go_on_with_held()
+
+    def _go_on_with(self, generation: Generation, ready: Ready) -> None:
+        """Hand one request to a job that has not heard of it."""
+        start = generation.again()
+        length = len(start.prompt) + len(start.generated)
+        if generation.fruitless == MOST_FRUITLESS:
+            words = (
+                f"the ranks were lost {MOST_FRUITLESS} times in turn while they worked "
+                "on this request, without a token of it"
+            )
+            self._take(Event(start.id, finish="error", error=words))
+        elif generation.tokens and length >= ready.context:
+            # There is less room than there was.
+            self._take(Event(start.id, finish="length"))
+        else:
+            self._awaited.append(generation)
+            self._send(start)
+
+    def _go_on_with_held(self) -> None:
+        """Hand in the next request that is held back, if all others have gone on.
+
+        So one that ends the ranks ends them when nobody else waits for a first token.
+        """
+        self._awaited = [g for g in self._awaited if not g.has_gone_on]
+        while self._held and not self._awaited and self.ready is not None:
+            generation = self._held.popleft()
+            if not generation.is_over:
+                self._go_on_with(generation, self.ready)
 
     def _observe(self, generation: Generation, event: Event | None) -> None:
         for observer in self.observers:
@@ -354,3 +407,5 @@ class Ranks:
         self._observe(generation, event)
         if event.finish is not None:
             del self.generations[event.id]
+        if self._held:
+            self._go_on_with_held()

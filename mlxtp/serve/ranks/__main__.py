@@ -30,14 +30,18 @@ from mlxtp.comm.errors import UsageError
 from mlxtp.comm.same_start import check_same_start
 from mlxtp.dryrun.loops import try_options
 from mlxtp.fetch.spare import Spare
-from mlxtp.generation.batching import reason_against_batches
+from mlxtp.generation import draft_model
+from mlxtp.generation.batching import can_draft_in_batches, reason_against_batches
 from mlxtp.generation.capacity import Capacity, measure
+from mlxtp.generation.draft_model import PreparedDraft
+from mlxtp.generation.drafts import Drafts, ModelDrafts
 from mlxtp.generation.engine import Engine
 from mlxtp.generation.grammar import Grammars
 from mlxtp.generation.prefix_cache import PrefixIndex, PrefixStore, trimmable_below
 from mlxtp.generation.prefix_files import PrefixFiles, identity
+from mlxtp.generation.row_drafts import PLACES, RowDrafts
 from mlxtp.generation.scheduler import Scheduler
-from mlxtp.job_options import Args, connection, connection_alone
+from mlxtp.job_options import AUTO, Args, connection, connection_alone
 from mlxtp.loading import Prepared
 from mlxtp.model.context import LONGEST_CONTEXT, longest_context
 from mlxtp.serve import messages
@@ -135,12 +139,14 @@ def load(args: Args, comm: Communicator, link: Link | None) -> Job:
     if args.kv_bits is not None:
         check_quantized_caches(args, prepared, tokenizer)
     defaults = sampling_defaults(prepared.location.folder)
-    model = prepared.load(
-        fetch=args.fetch,
-        agree_experts=args.agree_experts,
-        progress=sys.stderr.isatty(),
-        advance=progress(link, prepared.nbytes),
-    )
+    draft = prepare_draft(args, prepared, tokenizer)
+    how = {
+        "fetch": args.fetch,
+        "agree_experts": args.agree_experts,
+        "progress": sys.stderr.isatty(),
+    }
+    model = prepared.load(**how, advance=progress(link, prepared.nbytes))
+    drafts = None if draft is None else draft.load(**how)
     tell(link, messages.State("the ranks see what memory is left for caches"))
     with comm.unlimited():
         capacity = measure(
@@ -149,12 +155,14 @@ def load(args: Args, comm: Communicator, link: Link | None) -> Job:
             prepared.rebuild,
             kv_gb=args.kv_gb,
             part=args.prefill_step_size,
-            rows=max(args.max_concurrency, LOGITS_PART),
+            rows=max(args.max_concurrency, LOGITS_PART, PLACES if drafts else 0),
             kv_bits=args.kv_bits,
             kv_group_size=args.kv_group_size,
             quantized_kv_start=args.quantized_kv_start,
+            draft=getattr(drafts, "model", None),
         )
         against = reason_against_batches(model)
+        in_batches = against is None and can_draft_in_batches(model)
     free = available_bytes(gpu_limit_bytes())
     mx.set_cache_limit(round(BUFFERS_PART * free / comm.size))
     if args.kv_bits is not None:
@@ -173,6 +181,8 @@ def load(args: Args, comm: Communicator, link: Link | None) -> Job:
         store,
         grammars,
         rows,
+        drafts=drafts,
+        ends=ends,
         never_excluded=[x for x in (*tokenizer.encode("\n"), *ends) if x < rows],
         kv_bits=args.kv_bits,
         kv_group_size=args.kv_group_size,
@@ -195,6 +205,8 @@ def load(args: Args, comm: Communicator, link: Link | None) -> Job:
         part=args.prefill_step_size,
         logits_part=LOGITS_PART,
         trimmable_below=trimmable_below(make_prompt_cache(model)),
+        drafts=row_drafts(args, in_batches) if drafts else None,
+        context=context,
     )
     link.send(
         messages.Ready(
@@ -207,7 +219,11 @@ def load(args: Args, comm: Communicator, link: Link | None) -> Job:
             has_tools=text.has_tools,
             has_reasoning=text.has_reasoning,
             is_batched=against is None,
-            notes=[*text.notes, *notes(against, context, prepared.config)],
+            notes=[
+                *text.notes,
+                *notes(against, context, prepared.config),
+                *notes_of_drafts(args, comm, drafts, in_batches or against is not None),
+            ],
             links=comm.describe(),
             reasoning_arguments=[x for x in REASONING if text.reads(x)],
             commit=prepared.location.commit,
@@ -250,6 +266,54 @@ def serve(job: Job, comm: Communicator) -> None:
             counts = comm.allgather_object(rank_counts(comm))
             if job.service:
                 job.service.tell_counts(counts)
+
+
+def prepare_draft(
+    args: Args, prepared: Prepared, tokenizer: TokenizerWrapper
+) -> PreparedDraft | None:
+    """Find what --draft-model says, before a weight is read; None for no drafts.
+
+    Raises: UsageError if it does not fit the model or the memory.
+    """
+    if args.draft_model is None:
+        return None
+    # A job that follows the loss of a host has fewer ranks.
+    rank = args.draft_rank if has_draft_rank(args, prepared.comm) else None
+    return draft_model.prepare(
+        *(args.draft_model, args.draft, rank, prepared, tokenizer), shares=args.shares
+    )
+
+
+def has_draft_rank(args: Args, comm: Communicator) -> bool:
+    """Whether the rank that is to draft is there."""
+    return args.draft_rank is not None and args.draft_rank < comm.size
+
+
+def row_drafts(args: Args, in_batches: bool) -> RowDrafts:
+    """Make what decides how many tokens are drafted."""
+    count = args.num_draft_tokens
+    return RowDrafts(None if count == AUTO else count, in_batches=in_batches)
+
+
+def notes_of_drafts(
+    args: Args, comm: Communicator, drafts: Drafts | None, in_batches: bool
+) -> list[str]:
+    """Return what people are to know of the drafts, a line each."""
+    if drafts is None:
+        return []
+    where = "without a model"
+    if isinstance(drafts, ModelDrafts):
+        where = "on all ranks" if drafts.root is None else f"on rank {drafts.root}"
+        where = "split over the ranks" if args.draft == "split" else where
+    lines = [f"drafts of {args.draft_model}, {where}"]
+    if args.draft_rank is not None and not has_draft_rank(args, comm):
+        lines.append(f"--draft-rank {args.draft_rank}: there are {comm.size} ranks")
+    if not in_batches:
+        lines.append(
+            "a request drafts while no other one decodes: caches of several cannot be "
+            "taken back one by one"
+        )
+    return lines
 
 
 def check_quantized_caches(

@@ -107,8 +107,12 @@ class Service:
     def report(self, result: Result) -> None:
         """Tell the front what a pass has given."""
         now = time.monotonic()
-        if self._last_pass is not None:
-            self._scheduler.pace.passed(now - self._last_pass)
+        self._scheduler.passed(
+            None if self._last_pass is None else now - self._last_pass,
+            result.width,
+            result.drafted,
+            result.draft_seconds,
+        )
         self._last_pass = now
         self._steps += 1
         events = [*self._admitted()]
@@ -137,8 +141,20 @@ class Service:
                 steps=self._steps,
                 step_seconds=scheduler.pace.decode_seconds,
                 ranks=ranks,
+                **self._drafts(),
             )
         )
+
+    def _drafts(self) -> dict[str, int]:
+        """What `Stats` say of drafts."""
+        drafts = self._scheduler.drafts
+        if drafts is None:
+            return {}
+        return {
+            "drafts": drafts.rounds,
+            "drafted": drafts.drafted,
+            "accepted": drafts.accepted,
+        }
 
     def _take(self, start: Start) -> None:
         """Take a request, or say what is wrong with it."""
@@ -246,11 +262,14 @@ class Service:
             yield Event(name, prompt_logprobs=[*part])
 
     def _drawn(self, result: Result) -> Iterator[Event]:
-        for name, drawn in result.drawn.items():
-            self._scheduler.add(name, drawn.token)
-            under_way = self._open.get(name)
-            if under_way is not None:
-                yield self._token(name, under_way, drawn)
+        for name, several in result.drawn.items():
+            # All of them are in the row's caches, though the text may end before.
+            for drawn in several:
+                self._scheduler.add(name, drawn.token)
+            for drawn in several:
+                under_way = self._open.get(name)
+                if under_way is not None:
+                    yield self._token(name, under_way, drawn)
 
     def _token(self, name: str, under_way: _Open, drawn: Drawn) -> Event:
         """Take the text of a token, and see whether it is the last one."""

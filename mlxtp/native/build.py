@@ -1,4 +1,4 @@
-"""Compile the collectives, once for each MLX, Python and MPI that they meet.
+"""Compile the package's C++, once for each MLX, Python and MPI that it meets.
 
 A folder in the user's cache keeps what was compiled, by a key of all that it depends
 on. Where it is there, nothing is run: a start costs milliseconds, in which the module
@@ -25,7 +25,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import NamedTuple
@@ -33,10 +33,7 @@ from typing import NamedTuple
 import filelock
 import mlx.core as mx
 
-from mlxtp.comm.errors import MLXTPError
-
-NAME = "mlxtp_native"
-SOURCES = Path(__file__).parent
+PACKAGE = Path(__file__).parents[1]
 
 # As in pyproject.toml.
 NANOBIND = "nanobind>=3.1,<4"
@@ -67,21 +64,22 @@ _ERROR = re.compile(r"error: |undefined reference|(^|/)ld: ")
 Say = Callable[[str], None]
 
 
-class BuildError(MLXTPError):
-    """The collectives cannot be compiled or loaded: one line, why and what to do."""
+class BuildError(Exception):
+    """An extension cannot be compiled or loaded: one line, why and what to do."""
 
 
 @dataclass(frozen=True)
 class Extension:
     """What is compiled, how, and what else tells it from another in the cache."""
 
-    title: str  # for people: what it is compiled for
+    title: str  # for people: what is compiled, and what for
     sources: Path  # the folder of *.cpp and *.h
     flags: tuple[str, ...]  # for compiling
     links: tuple[str, ...]  # for linking
     versions: tuple[str, ...]
     nanobind: Path | None = None  # its sources in one file
     mpicxx: Path | None = None  # asked for MPI's flags when it is compiled
+    name: str = "mlxtp_native"  # of the module
 
     def key(self) -> str:
         """Return the name of its folder in the cache."""
@@ -111,11 +109,26 @@ class Extension:
 
 
 def collectives() -> Extension:
-    """Return what the package's own sources are compiled to here.
+    """Return the collectives in MLX's graph, as they are compiled here.
 
     Raises: BuildError where Python's or nanobind's headers are missing, or MPI's
     compiler.
     """
+    extension = _of_package("the collectives", "comm/native")
+    return replace(extension, mpicxx=find_mpicxx())
+
+
+def reading() -> Extension:
+    """Return what reads checkpoints, as it is compiled here: without MPI.
+
+    Raises: BuildError where Python's or nanobind's headers are missing.
+    """
+    extension = _of_package("the reading of checkpoints", "checkpoint/native")
+    return replace(extension, name="mlxtp_reading")
+
+
+def _of_package(what: str, folder: str) -> Extension:
+    """Return what sources of the package are compiled to, against MLX and nanobind."""
     try:
         import nanobind
     except ImportError:
@@ -139,8 +152,9 @@ def collectives() -> Extension:
         # for is this one, which is the compiler's default.
         links += ["-undefined", "dynamic_lookup"]
     return Extension(
-        title=f"MLX {version('mlx')} and Python {sysconfig.get_python_version()}",
-        sources=SOURCES,
+        title=f"{what} for MLX {version('mlx')} and Python "
+        f"{sysconfig.get_python_version()}",
+        sources=PACKAGE / folder,
         flags=("-DNB_DOMAIN=mlx", *(f"-isystem{path}" for path in headers)),
         links=tuple(links),
         versions=(
@@ -151,7 +165,6 @@ def collectives() -> Extension:
             *(*platform.libc_ver(), platform.mac_ver()[0]),
         ),
         nanobind=Path(nanobind.source_dir()) / "nb_combined.cpp",
-        mpicxx=find_mpicxx(),
     )
 
 
@@ -172,6 +185,12 @@ def cache_folder() -> Path:
     return caches / "mlxtp" / "native"
 
 
+def built(extension: Extension, cache: Path) -> Path | None:
+    """Return the module's file, if it has been compiled and is whole."""
+    module = cache / extension.key() / f"{extension.name}.so"
+    return module if _is_whole(module) else None
+
+
 def build(extension: Extension, cache: Path, say: Say) -> Path:
     """Return the module's file, after compiling it where the cache lacks it.
 
@@ -182,7 +201,7 @@ def build(extension: Extension, cache: Path, say: Say) -> Path:
     Raises: BuildError where it cannot be compiled or kept.
     """
     folder = cache / extension.key()
-    module = folder / f"{NAME}.so"
+    module = folder / f"{extension.name}.so"
     if _is_whole(module):
         return module
     compiler = find_compiler()
@@ -195,7 +214,7 @@ def build(extension: Extension, cache: Path, say: Say) -> Path:
             # A rank of this start has failed, and so would this one.
             if failure.exists() and failure.stat().st_mtime > _STARTED:
                 raise BuildError(failure.read_text("utf-8"))
-            say(f"compiling the collectives for {extension.title}, once")
+            say(f"compiling {extension.title}, once")
             try:
                 _compile(extension, compiler, module, folder / "build.log")
             except BuildError as error:

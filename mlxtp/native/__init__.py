@@ -1,0 +1,1 @@
+"""What of the package is C++: compiled where it runs, and loaded."""

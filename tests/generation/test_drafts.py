@@ -1,0 +1,89 @@
+"""What drafts: n-grams, and models that are whole on a rank, on all, or split."""
+
+import mlx.core as mx
+import mlx.nn as nn
+import pytest
+from every_type import LONG
+from hypothesis import given
+from hypothesis import strategies as st
+from saved_types import saved
+
+import mlxtp
+from mlxtp import Communicator
+from mlxtp.generation.drafts import ModelDrafts, NgramDrafter, drafts_of
+
+SIZES = (5, 4, 3, 2)
+
+
+def followed(tokens: list[int], count: int) -> list[int]:
+    """What came behind the latest of the longest matches, looked up one by one."""
+    for size in SIZES:
+        for place in range(len(tokens) - 1, size - 1, -1):
+            if tokens[place - size : place] == tokens[-size:]:
+                copied = list(tokens)
+                for _ in range(count):
+                    copied.append(copied[place - len(tokens) + len(copied)])
+                return copied[len(tokens) :]
+    return []
+
+
+@pytest.mark.once
+@given(st.lists(st.integers(0, 2), min_size=1, max_size=40), st.data())
+def test_ngrams_are_the_latest_of_the_longest(
+    tokens: list[int], data: st.DataObject
+) -> None:
+    drafter, known = NgramDrafter(), 0
+    while known < len(tokens):
+        known = data.draw(st.integers(known + 1, len(tokens)))
+        count = data.draw(st.integers(1, 6))
+        assert drafter.propose(tokens[:known], count) == followed(tokens[:known], count)
+
+
+@pytest.mark.once
+def test_ngrams_of_a_long_text_cost_no_more() -> None:
+    """Each token is noted once, however often is asked."""
+    drafter = NgramDrafter()
+    noted = []
+    drafter._note = lambda tokens, place: noted.append(place)  # type: ignore[method-assign]
+    tokens = list(range(300))
+    for known in range(100, 300):
+        drafter.propose(tokens[:known], 4)
+    assert noted == list(range(1, 299))
+
+
+@pytest.mark.once
+def test_what_is_no_draft() -> None:
+    with pytest.raises(ValueError, match="draft_model 'n-gram': wanted a model, or"):
+        drafts_of("n-gram", Communicator())
+
+
+def continued(model: nn.Module, tokens: list[int], count: int) -> list[int]:
+    """The likeliest tokens, each from all that come before it."""
+    tokens = list(tokens)
+    for _ in range(count):
+        tokens.append(int(model(mx.array([tokens]))[0, -1].argmax().item()))
+    return tokens[-count:]
+
+
+@pytest.mark.parametrize("model_type", ["llama", "gemma3_text", "mamba2"])
+@pytest.mark.parametrize("where", ["one", "all", "split"])
+def test_a_model_brings_itself_into_line(
+    where: str, model_type: str, comm: Communicator
+) -> None:
+    """Whatever is accepted of what it drafted, and behind a long prompt.
+
+    Its windows are full and its states have moved on when it has to go back.
+    """
+    root = comm.size - 1
+    folder = saved(model_type, comm)
+    whole, _ = mlxtp.load_model(folder, Communicator())
+    drafts = {
+        "one": lambda: ModelDrafts(whole if comm.rank == root else None, comm, root),
+        "all": lambda: ModelDrafts(whole, comm),
+        "split": lambda: ModelDrafts(mlxtp.load_model(folder, comm)[0], comm),
+    }[where]()
+    drafter, tokens = drafts.begin(chunk=37), LONG[:60]
+    for accepted, more in [(0, [1]), (3, [2]), (1, [3, 4]), (2, []), (3, []), (2, [5])]:
+        drafted = drafter.propose(tokens, 3)
+        assert drafted == continued(whole, tokens, 3)
+        tokens = [*tokens, *drafted[:accepted], *more]

@@ -1,0 +1,109 @@
+"""How many drafted tokens pay, by a model of what rounds cost and what is accepted."""
+
+import random
+from collections.abc import Callable
+
+import pytest
+
+from mlxtp.generation.pays import MOST, Acceptance, Costs, Pays, best_count
+
+pytestmark = pytest.mark.once
+
+Seconds = Callable[[int], float]
+
+
+def run(
+    rate: float, seconds: Seconds, tokens: int, pays: Pays | None = None
+) -> tuple[float, list[int]]:
+    """Make tokens: how long that takes, beside none, and what was drafted each time.
+
+    A drafted token is accepted with the probability `rate`; `seconds` are those of a
+    round with so many drafted tokens.
+    """
+    rng = random.Random(0)
+    pays = Pays(Costs()) if pays is None else pays
+    spent, made, counts = 0.0, 0, []
+    while made < tokens:
+        count = pays.count
+        counts.append(count)
+        spent += seconds(count)
+        accepted = 0
+        while accepted < count and rng.random() < rate:
+            accepted += 1
+        made += accepted + 1
+        if count:
+            pays.costs.add(count, seconds(count))
+            pays.judged(count, accepted)
+        else:
+            pays.costs.add_plain(seconds(0))
+            pays.passed(1)
+    return spent / (made * seconds(0)), counts
+
+
+def on_cables(count: int) -> float:
+    return 0.1 + 0.002 * count
+
+
+def on_a_slow_machine(count: int) -> float:
+    return 0.002 * (count + 1)
+
+
+def test_good_drafts_on_cables_are_long() -> None:
+    time, counts = run(0.95, on_cables, 400)
+    assert time < 1 / 4
+    assert sum(counts[-20:]) / 20 > 8
+
+
+def test_bad_drafts_are_left_out() -> None:
+    for rate in (0.0, 0.1):
+        time, counts = run(rate, on_a_slow_machine, 2000)
+        assert time < 1.05
+        assert counts[-500:].count(0) > 480
+
+
+def test_they_are_tried_again() -> None:
+    """A text that begins to repeat itself is noticed."""
+    pays = Pays(Costs())
+    run(0.0, on_cables, 300, pays)
+    time, counts = run(1.0, on_cables, 600, pays)
+    assert counts[0] == 0 and counts[-1] == MOST
+    assert time < 1 / 2
+
+
+def test_as_many_as_pay() -> None:
+    """The best number by what is known in full."""
+
+    def rate(count: int) -> float:
+        tokens = sum(0.6**k for k in range(count + 1))
+        return tokens / seconds(count)
+
+    def seconds(count: int) -> float:
+        return 0.02 + 0.004 * count
+
+    costs, acceptance = Costs(), Acceptance()
+    costs.add_plain(seconds(0))
+    for count in (1, 4, 9):
+        costs.add(count, seconds(count))
+    for tenth in range(400):
+        accepted = 0
+        while accepted < 9 and (tenth * 37 + accepted * 11) % 10 < 6:
+            accepted += 1
+        acceptance.add(9, accepted)
+    best = max(range(MOST + 1), key=rate)
+    assert abs(best_count(acceptance, costs) - best) <= 1
+
+
+def test_what_is_not_known_lies_on_a_line() -> None:
+    costs = Costs()
+    assert costs.seconds(3) is None
+    costs.add_plain(1.0)
+    assert costs.seconds(3) == 1.0
+    costs.add(4, 3.0)
+    assert costs.seconds(2) == 2.0 and costs.seconds(8) == 5.0
+    told = Costs.from_floats(costs.to_floats())
+    assert [told.seconds(n) for n in range(9)] == [costs.seconds(n) for n in range(9)]
+
+
+def test_a_fixed_number_stays() -> None:
+    _, counts = run(0.0, on_a_slow_machine, 50, Pays(Costs(), fixed=3))
+    assert set(counts) == {3}
