@@ -312,8 +312,8 @@ def test_mistakes_of_a_text_that_is_to_survive(monkeypatch, tmp_path, capsys) ->
     with pytest.raises(SystemExit, match="2"):
         survive.main()
     assert "error: --prompt-file: there is no file" in capsys.readouterr().err
-    with pytest.raises(UsageError, match="unrecognized arguments: --draft-model x"):
-        options.parse_survive(["--draft-model", "x"])
+    with pytest.raises(UsageError, match="unrecognized arguments: --prompt-cache-file"):
+        options.parse_survive(["--prompt-cache-file", "x"])
     monkeypatch.setenv("OMPI_COMM_WORLD_SIZE", "2")
     with pytest.raises(JobError, match="starts mpirun itself"):
         options.parse_survive([])
