@@ -82,7 +82,7 @@ def test_a_model_brings_itself_into_line(
         "all": lambda: ModelDrafts(whole, comm),
         "split": lambda: ModelDrafts(mlxtp.load_model(folder, comm)[0], comm),
     }[where]()
-    drafter, tokens = drafts.begin(chunk=37), LONG[:60]
+    drafter, tokens = drafts.begin(chunk=7), LONG[:20]
     for accepted, more in [(0, [1]), (3, [2]), (1, [3, 4]), (2, []), (3, []), (2, [5])]:
         drafted = drafter.propose(tokens, 3)
         assert drafted == continued(whole, tokens, 3)

@@ -1,0 +1,102 @@
+"""The draft that ships: where it is held, what it needs, and that it drafts well."""
+
+from typing import Any
+
+import mlx.core as mx
+import pytest
+from equal import Tokens
+
+import mlxtp
+from mlxtp import Communicator, UsageError, loading
+from mlxtp.generation import draft_model
+from mlxtp.generation.drafts import ModelDrafts
+from mlxtp.stories import DRAFT_NAME, DRAFT_PATH, PATH
+
+STEPS = 40
+
+
+@pytest.fixture(scope="module")
+def target(comm: Communicator) -> loading.Prepared:
+    return loading.prepare(PATH, comm)
+
+
+@pytest.fixture(scope="module")
+def loaded(target: loading.Prepared) -> Any:
+    tokenizer = target.load_tokenizer()
+    model = target.load()
+    model.set_dtype(mx.float32)
+    return model, tokenizer
+
+
+def prepared(
+    target: loading.Prepared, loaded: Any, where: Any, rank: int | None = None
+) -> draft_model.PreparedDraft:
+    return draft_model.prepare(DRAFT_NAME, where, rank, target, loaded[1])
+
+
+@pytest.mark.once
+def test_it_is_small_and_has_the_models_tokens() -> None:
+    assert sum(file.stat().st_size for file in DRAFT_PATH.iterdir()) <= 1_000_000
+    files = [folder / "tokenizer.json" for folder in (PATH, DRAFT_PATH)]
+    assert files[0].read_bytes() == files[1].read_bytes()
+
+
+@pytest.mark.parametrize("where", ["auto", "one", "all", "split"])
+def test_it_drafts_well_wherever_it_is(
+    where: str, comm: Communicator, target: loading.Prepared, loaded: Any
+) -> None:
+    def told(**options: Any) -> tuple[Tokens, int]:
+        responses = list(
+            mlxtp.stream_generate(
+                *(*loaded, "Once upon a time"), max_tokens=STEPS, **options
+            )
+        )
+        tokens = Tokens.of((said.token, said.logprobs) for said in responses)
+        return tokens, sum(said.from_draft for said in responses)
+
+    drafts = prepared(target, loaded, where).load()
+    assert isinstance(drafts, ModelDrafts)
+    places = comm.allgather_object(drafts.model is not None)
+    if where == "one" and comm.size > 1:
+        assert drafts.root == 0 and places == [True, *[False] * (comm.size - 1)]
+    elif where in ("all", "split"):
+        assert drafts.root is None and all(places)
+    assert len(set(comm.allgather_object(drafts.root))) == 1
+    tokens, drafted = told(draft_model=drafts, num_draft_tokens=4)
+    assert tokens == told()[0]
+    assert drafted > STEPS // 2
+
+
+def test_a_rank_that_is_asked_for(
+    comm: Communicator, target: loading.Prepared, loaded: Any
+) -> None:
+    draft = prepared(target, loaded, "auto", comm.size - 1)
+    if comm.size > 1:
+        assert draft.places == ("one",) and draft.root == comm.size - 1
+        assert (draft.prepared is not None) == (comm.rank == draft.root)
+    with pytest.raises(UsageError, match=f"wanted 0 to {comm.size - 1}"):
+        prepared(target, loaded, "one", comm.size)
+
+
+def test_where_memory_is_short(
+    comm: Communicator,
+    target: loading.Prepared,
+    loaded: Any,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """On all ranks it does not fit, on one it does, and then on none."""
+    if comm.size == 1:
+        return
+    room = target.nbytes
+
+    def check(comm: Communicator, held: int, name: str, turn_bytes: int = 0) -> None:
+        free = room + (1_000_000 if comm.rank == 0 and comm.size > 1 else 0)
+        with comm.agreement():
+            if held > free and comm.size > 1:
+                raise ValueError("it does not fit")
+
+    monkeypatch.setattr(loading, "check_memory", check)
+    assert prepared(target, loaded, "auto").places == ("one",)
+    for where, rank in (("all", None), ("one", 1)):
+        with pytest.raises(UsageError, match="it does not fit"):
+            prepared(target, loaded, where, rank)
