@@ -28,6 +28,7 @@ from mlxtp.comm import launcher
 from mlxtp.comm.communicator import Communicator
 from mlxtp.comm.errors import UsageError
 from mlxtp.comm.same_start import check_same_start
+from mlxtp.dryrun.chosen import CONTEXT
 from mlxtp.dryrun.loops import try_options
 from mlxtp.generation import draft_model, standard_input
 from mlxtp.generation.draft_model import PreparedDraft
@@ -117,6 +118,7 @@ def prepare(args: argparse.Namespace, comm: Communicator) -> Task:
         args.model or default,
         comm,
         shares=args.shares,
+        context=max(args.max_tokens, CONTEXT),
         adapter_path=args.adapter_path,
         trust_remote_code=args.trust_remote_code,
     )

@@ -7,7 +7,7 @@ here imports MLX or mlx-lm, so the front of a server checks its command line wit
 import argparse
 import json
 from collections.abc import Callable, Iterable, Mapping
-from typing import Any, NoReturn
+from typing import Any, Literal, NoReturn
 
 from mlxtp.comm.choices import (
     ALLREDUCES,
@@ -17,6 +17,7 @@ from mlxtp.comm.choices import (
     WIRES,
 )
 from mlxtp.comm.errors import UsageError
+from mlxtp.partition.shares import Shares
 
 Args = argparse.Namespace
 
@@ -114,7 +115,11 @@ def add_options(
     work.add_argument(
         "--shares",
         type=shares,
-        help="Shares of the ranks in the work, whole numbers such as 2,1,1,1,1. "
+        metavar="SHARES",
+        help="Shares of the ranks in the work: whole numbers such as 2,1,1,1,1, or for "
+        "each kind of layer, such as attention=2,1,1/mlp=1,1,2/vocabulary=1,1,1, with "
+        "queries= in place of attention= to share out query heads one by one. auto: "
+        "what fits and is fastest; it is chosen once and kept with the slices. "
         "Default: equal.",
     )
     work.add_argument(
@@ -222,13 +227,18 @@ def connection_alone(arguments: list[str]) -> dict[str, Any]:
     return connection(args)
 
 
-def shares(text: str) -> list[int]:
-    """Shares of the ranks, as the command line gives them: 2,1,1,1,1."""
-    numbers = [int(part) if part.strip().isdigit() else 0 for part in text.split(",")]
-    if min(numbers) < 1:
-        wanted = "whole numbers above 0, one for each rank, such as 2,1,1,1,1"
-        raise argparse.ArgumentTypeError(f"{text!r}: wanted {wanted}")
-    return numbers
+def shares(text: str) -> Shares | Literal["auto"]:
+    """Shares of the ranks, as the command line gives them: 2,1,1,1,1, or auto."""
+    if text == "auto":
+        return "auto"
+    try:
+        return Shares.parse(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(
+            f"{text!r}: wanted whole numbers above 0, one for each rank, such as "
+            "2,1,1,1,1, or attention=2,1,1/mlp=1,1,2, or auto"
+            + (f" ({error})" if "=" in text else "")
+        ) from None
 
 
 def json_object(text: str) -> dict[str, Any]:

@@ -33,7 +33,7 @@ from mlxtp.model.turns import (
     computed,
     tensors_behind,
 )
-from mlxtp.partition.shares import Share, Shares, as_shares
+from mlxtp.partition.shares import Share, Shares
 from mlxtp.partition.spans import Slice
 from mlxtp.sharding.decide import slice_table
 from mlxtp.sharding.table import SliceTable
@@ -51,7 +51,8 @@ Fetch = Literal["all", "root"]
 class _Options(TypedDict, total=False):
     """What both forms of `load` take besides."""
 
-    shares: Sequence[int | Share] | None
+    shares: Sequence[int | Share] | Literal["auto"] | None
+    context: int | None
     adapter_path: str | Path | None
     tokenizer_config: dict[str, Any] | None
     model_config: dict[str, Any] | None
@@ -83,7 +84,8 @@ def load(
     path_or_hf_repo: str | Path,
     comm: Communicator,
     *,
-    shares: Sequence[int | Share] | None = None,
+    shares: Sequence[int | Share] | Literal["auto"] | None = None,
+    context: int | None = None,
     adapter_path: str | Path | None = None,
     tokenizer_config: dict[str, Any] | None = None,
     model_config: dict[str, Any] | None = None,
@@ -106,7 +108,10 @@ def load(
             hub, of which each rank fetches its slices and keeps them.
         comm: the ranks to split it over.
         shares: one positive number a rank, in whose proportion the ranks get
-            work and memory, or a `Share` for each. Default: equal.
+            work and memory, or a `Share` for each; "auto" is what fits and is fastest,
+            chosen once and kept with the slices. Default: equal.
+        context: tokens that caches are to have room for where shares are "auto".
+            Default: 8192.
         adapter_path: a folder with LoRA adapters or full weights of mlx-lm's
             tuner.
         tokenizer_config: more arguments for the tokenizer.
@@ -132,6 +137,7 @@ def load(
         path_or_hf_repo,
         comm,
         shares=shares,
+        context=context,
         adapter_path=adapter_path,
         model_config=model_config,
         revision=revision,
@@ -148,7 +154,8 @@ def load_model(
     path_or_hf_repo: str | Path,
     comm: Communicator,
     *,
-    shares: Sequence[int | Share] | None = None,
+    shares: Sequence[int | Share] | Literal["auto"] | None = None,
+    context: int | None = None,
     adapter_path: str | Path | None = None,
     model_config: dict[str, Any] | None = None,
     revision: str | None = None,
@@ -168,6 +175,7 @@ def load_model(
         path_or_hf_repo,
         comm,
         shares=shares,
+        context=context,
         adapter_path=adapter_path,
         model_config=model_config,
         revision=revision,
@@ -343,7 +351,8 @@ def prepare(
     path_or_hf_repo: str | Path,
     comm: Communicator,
     *,
-    shares: Sequence[int | Share] | None = None,
+    shares: Sequence[int | Share] | Literal["auto"] | None = None,
+    context: int | Literal["max"] | None = None,
     adapter_path: str | Path | None = None,
     model_config: dict[str, Any] | None = None,
     revision: str | None = None,
@@ -352,24 +361,29 @@ def prepare(
 ) -> Prepared:
     """Build the model, decide what is whose, and see whether it is there and fits.
 
-    Arguments are those of `load`. `beside` is another model that has to fit in memory
-    at the same time.
+    Arguments are those of `load`; a context of "max" is the model's own. `beside` is
+    another model that has to fit in memory at the same time.
 
     Raises: UsageError as `load` does; no weight has been fetched or read.
     """
     with comm.unlimited():
         location = locate(path_or_hf_repo, comm, revision)
+        rebuild = partial(
+            build,
+            location.folder,
+            Path(adapter_path) if adapter_path is not None else None,
+            checkpoint=location.checkpoint,
+            name=location.name,
+            model_config=model_config,
+            trust_remote_code=trust_remote_code,
+        )
+        if shares == "auto":
+            from mlxtp.dryrun.chosen import chosen_shares
+
+            with named(location.name, location.folder):
+                shares = chosen_shares(comm, location, rebuild, context)
         with comm.agreement(), named(location.name, location.folder):
             rank_shares = _checked_shares(shares, comm)
-            rebuild = partial(
-                build,
-                location.folder,
-                Path(adapter_path) if adapter_path is not None else None,
-                checkpoint=location.checkpoint,
-                name=location.name,
-                model_config=model_config,
-                trust_remote_code=trust_remote_code,
-            )
             empty = rebuild()
             _check_quantized_activations(empty.model)
             table = slice_table(empty.model, rank_shares)
@@ -426,13 +440,13 @@ def _check_quantized_activations(model: nn.Module) -> None:
 
 
 def _checked_shares(shares: Sequence[int | Share] | None, comm: Communicator) -> Shares:
-    shares = [1] * comm.size if shares is None else shares
-    if len(shares) != comm.size:
+    checked = Shares([1] * comm.size if shares is None else shares)
+    if len(checked) != comm.size:
         raise ValueError(
-            f"shares {','.join(map(str, shares))}: wanted one positive whole number "
-            f"for each of {comm.size} ranks"
+            f"shares {checked}: wanted one positive whole number for each of "
+            f"{comm.size} ranks"
         )
-    return as_shares(shares)
+    return checked
 
 
 def check_memory(

@@ -7,8 +7,10 @@ python -m mlxtp.shard --join DIR --output FOLDER
 
 import argparse
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
+from functools import partial
 from pathlib import Path
+from typing import Literal
 
 from mlxtp import job_options
 from mlxtp.checkpoint import cut, verify, writing
@@ -21,14 +23,17 @@ from mlxtp.checkpoint.headers import (
 )
 from mlxtp.checkpoint.progress import progress_bar
 from mlxtp.checkpoint.tensors import bytes_of
+from mlxtp.cluster.measured import Host, Measured
 from mlxtp.comm import launcher
 from mlxtp.comm.communicator import Communicator
+from mlxtp.dryrun.chosen import CONTEXT
+from mlxtp.dryrun.fitting import Fitting
 from mlxtp.fetch import hub
 from mlxtp.fetch.location import locate, named
 from mlxtp.fetch.spare import kept_besides
 from mlxtp.model.skeleton import build
 from mlxtp.model.sources import needed
-from mlxtp.partition.shares import Share, as_shares
+from mlxtp.partition.shares import Share, Shares
 from mlxtp.partition.spans import Slice
 from mlxtp.sharding.decide import slice_table
 
@@ -45,27 +50,44 @@ def main() -> None:
             with progress_bar("Joining", size, show=not args.quiet) as bar:
                 writing.join(args.join, args.output, bar.update)
         else:
-            shard(args.model, args.shares, args.output, show=not args.quiet)
+            hosts = Measured.read(args.measured).hosts if args.measured else ()
+            shares = shard(
+                args.model,
+                args.shares,
+                args.output,
+                hosts=hosts,
+                context=args.context,
+                show=not args.quiet,
+            )
+            if args.shares == "auto":
+                print(f"--shares {shares}")
             if args.spare:
-                print("\n".join(copies(args.shares)))
+                print("\n".join(copies(shares)))
     except (ValueError, OSError) as error:
         launcher.refuse("mlxtp.shard", error)
 
 
 def shard(
     path_or_hf_repo: str | Path,
-    shares: Iterable[int | Share],
+    shares: Iterable[int | Share] | Literal["auto"],
     output: Path,
     *,
+    hosts: Sequence[Host] = (),
+    context: int = CONTEXT,
     show: bool = False,
-) -> None:
+) -> Shares:
     """Cut a checkpoint into the slices of each rank, with little memory.
 
     Args:
         path_or_hf_repo: a folder, or a name on the hub, as for `mlxtp.load`.
-        shares: one positive number or `Share` a rank, in whose proportion they share.
+        shares: one positive number or `Share` a rank, in whose proportion they share;
+            "auto" are those that suit `hosts`.
         output: a new folder, or one with slices of the same checkpoint.
+        hosts: for "auto", the host of each rank, as doctor has measured it.
+        context: for "auto", tokens that caches are to have room for.
         show: show progress bars.
+
+    Returns: the shares.
 
     Raises: ValueError if it is no model, or cannot be cut, before weights are fetched;
         OSError if a file cannot be read or written.
@@ -74,9 +96,14 @@ def shard(
     name, folder, checkpoint = location.name, location.folder, location.checkpoint
     if location.repo is None and location.is_cut:
         raise ValueError(f"{name} is cut already: join it first")
-    shares = as_shares(shares)
     with named(name, folder):
-        empty = build(folder, checkpoint=checkpoint, name=name)
+        rebuild = partial(build, folder, checkpoint=checkpoint, name=name)
+        empty = rebuild()
+        if shares == "auto":
+            has_gpu = all(host.has_gpu for host in hosts)
+            fitting = Fitting(rebuild, hosts, context, is_fused=has_gpu)
+            shares = fitting.suited(context)
+        shares = Shares(shares)
         table = slice_table(empty.model, shares)
         empty.settle(table.slices(0))
     if location.repo is not None:  # only now: it is a model that can be cut
@@ -105,11 +132,12 @@ def shard(
     with progress_bar("Cutting", total, show=show) as bar:
         for owner, by_file in parts:
             writing.write(output, owner, origin, checkpoint, by_file, bar.update)
+    return shares
 
 
 def copies(shares: Iterable[int | Share]) -> list[str]:
     """Say which folders go to which host, one rank on each, if all are kept twice."""
-    shares = as_shares(shares)
+    shares = Shares(shares)
     besides = kept_besides([str(rank) for rank in range(len(shares))])
     return [
         f"host {host}: "
@@ -170,7 +198,25 @@ def _parser() -> argparse.ArgumentParser:
     world.add_argument(
         "--shares",
         type=job_options.shares,
-        help="shares of the ranks, whole numbers such as 2,1,1,1,1",
+        metavar="SHARES",
+        help="shares of the ranks, whole numbers such as 2,1,1,1,1, or for each kind "
+        "of layer, such as attention=2,1,1/mlp=1,1,2; auto: what suits the hosts of "
+        "--measured",
+    )
+    result.add_argument(
+        "--measured",
+        type=Path,
+        metavar="FILE",
+        help="with --shares auto, the hosts of the ranks, as python -m mlxtp.doctor "
+        "--json FILE measured them",
+    )
+    result.add_argument(
+        "--context",
+        type=int,
+        default=CONTEXT,
+        metavar="TOKENS",
+        help="with --shares auto, tokens that caches are to have room for. "
+        f"Default: {CONTEXT}",
     )
     result.add_argument(
         "--spare",
@@ -192,6 +238,10 @@ def _parse() -> argparse.Namespace:
         args.shares = [1] * args.ranks
     if not args.model and (args.shares or args.ranks is not None or args.spare):
         parser.error("--ranks, --shares and --spare go with --model")
+    if (args.shares == "auto") != (args.measured is not None):
+        parser.error(
+            "--shares auto goes with --measured, and neither without the other"
+        )
     if (args.output is None) != bool(args.verify):
         parser.error("--output goes with --model and --join, and neither without it")
     return args

@@ -24,9 +24,11 @@ from mlxtp import Communicator
 from mlxtp.checkpoint import writing
 from mlxtp.checkpoint.cut import manifest_of, rank_folders, stamp
 from mlxtp.checkpoint.verify import drop_damaged
+from mlxtp.cluster.measured import Host
 from mlxtp.comm.errors import UsageError
 from mlxtp.model.skeleton import build
 from mlxtp.model.sources import uncuttable
+from mlxtp.partition.shares import Shares
 from mlxtp.shard import main, report, shard
 from mlxtp.sharding.decide import slice_table
 
@@ -80,6 +82,31 @@ def test_a_rank_needs_its_own_folder_alone(
     said = rf"GB of .* are on the disk of no host, none has {lost}: start the host"
     with pytest.raises(UsageError, match=said):
         mlxtp.load(last, comm)
+
+
+def test_auto_takes_the_shares_that_were_cut(
+    comm: Communicator, shared_path: Path, tmp_path: Path
+) -> None:
+    """Cut for hosts that doctor measured, the first of which reads twice as fast."""
+    folder = made_by_rank_0(Tiny(), shared_path / "for-auto", comm)
+    expected = on_rank_0(comm, lambda: greedy(mlx_lm.load(str(folder))[0]))
+    hosts = [
+        Host(rank, f"host {rank}", "chip", False, 8 << 30, 8 << 30, rate, 1e9, 0.1)
+        for rank, rate in enumerate([2e9, *[1e9] * (comm.size - 1)])
+    ]
+    output = folder.with_name("for-auto-cut")
+    if comm.rank == 0:
+        shares = shard(folder, "auto", output, hosts=hosts, context=64)
+        assert comm.size == 1 or shares[0].mlp > 1.5 * shares[1].mlp
+        assert shard(folder, [1] * comm.size, output) == Shares([1] * comm.size)
+    comm.barrier()
+    mine = tmp_path / "mine"
+    others = [f"rank-{r}-of-*" for r in range(comm.size) if r != comm.rank]
+    shutil.copytree(output, mine, ignore=shutil.ignore_patterns(*others))
+    model, _ = mlxtp.load(mine, comm, shares="auto")
+    assert greedy(model) == expected
+    columns = model.slice_table.matrices["model.layers.0.mlp.down_proj"].spans
+    assert comm.size == 1 or columns[0].length > 1.5 * columns[1].length
 
 
 def test_some_hosts_have_all_and_others_a_cut(

@@ -30,6 +30,7 @@ from mlxtp import Communicator, stream_generate
 from mlxtp.generation.prompt_cache import SavedPrompt
 from mlxtp.generation.sampling import seeded
 from mlxtp.loading import load_model as load_split
+from mlxtp.partition.shares import Share
 
 use_plain_operations()
 pytestmark = pytest.mark.ranks(3)
@@ -40,6 +41,14 @@ QUICK = ["llama", "deepseek_v3", "gpt_oss", "mamba2", "qwen3_next"]
 
 
 EVERY_TYPE = for_types(RUNNABLE, QUICK)
+
+# Of each kind of attention whose query heads may be shared out one by one, with gates,
+# sinks, windows, shared keys, joint sums and layers that differ.
+ONE_BY_ONE = [
+    *("llama", "gpt_oss", "qwen3_next", "gemma3n", "mimo_v2_flash", "cohere2"),
+    *("baichuan_m1", "bailing_moe", "cohere", "exaone", "gear", "gemma2", "internlm2"),
+    *("iquestloopcoder", "phi3", "minimax_m3_vl", "muse_spark", "nanochat", "plamo2"),
+]
 
 
 @lru_cache(maxsize=1)
@@ -166,6 +175,26 @@ def test_uneven_shares(model_type: str, comm: Communicator) -> None:
     expected = on_rank_0(comm, lambda: as_numpy(whole(folder)(mx.array([PROMPT]))))
     model, _ = load_split(folder, comm, shares=[3, 1, 2])
     check_logits(model_type, [model(mx.array([PROMPT]))], [expected])
+
+
+@for_types(ONE_BY_ONE, ["llama", "gpt_oss", "qwen3_next"])
+def test_query_heads_one_by_one(model_type: str, comm: Communicator) -> None:
+    """Ranks share KV heads, and zeros make up what attention takes for a rectangle."""
+    packed = RUNNABLE.index(model_type) % 2 and model_type not in zoo.QUANTIZED_FAILS
+    folder = saved(model_type, comm, 4 if packed else None)
+    shares = [Share(3, 1, 1, True), Share(1, 2, 1, True), Share(2, 1, 2, True)]
+
+    def read(model: nn.Module) -> list[mx.array]:
+        """The logits of a prompt, and of a token behind it."""
+        cache = make_prompt_cache(model)
+        pieces = mx.array([PROMPT[:-1]]), mx.array([PROMPT[-1:]])
+        return [model(piece, cache=cache) for piece in pieces]
+
+    expected = on_rank_0(comm, lambda: [as_numpy(x) for x in read(whole(folder))])
+    model, _ = load_split(folder, comm, shares=shares)
+    blocks = model.slice_table.blocks
+    assert any(any(part.zeros) for block in blocks for part in block.parts)
+    check_logits(model_type, read(model), expected)
 
 
 @EVERY_TYPE

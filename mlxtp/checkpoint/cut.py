@@ -2,6 +2,7 @@
 
     config.json, tokenizer.json, …      as they were
     checkpoint.json                     the headers of the whole, and its source
+    shares.json                         what --shares auto has chosen
     rank-0-of-5/model.safetensors       slices by the names of the tensors, a file
                                         for each of the checkpoint's
     rank-0-of-5/manifest.json           which slices, and their hashes; written last
@@ -10,8 +11,10 @@ A machine needs the files at the top and its own rank's folder. In `rest` lies w
 rank reads (a vision tower, say): it makes the checkpoint whole again.
 """
 
+import hashlib
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import astuple, dataclass
 from pathlib import Path
 from typing import Any
@@ -29,7 +32,11 @@ from mlxtp.partition.spans import Slice, Spans
 
 CHECKPOINT = "checkpoint.json"
 MANIFEST = "manifest.json"
+# The shares that were chosen for this checkpoint, by the machines of the ranks.
+CHOSEN = "shares.json"
 REST = "rest"
+# Of a folder's name: what the shares take of it at most.
+LONGEST_NAME = 100
 
 # What of a repository makes a model, besides its weights.
 SMALL_FILES = ["*.json", "*.model", "*.tiktoken", "*.txt", "*.jinja", "*.py"]
@@ -131,14 +138,18 @@ class Shard:
 
     @property
     def folder(self) -> str:
-        """`rank-0-of-5`; `rank-0-of-2-1-1` where the shares differ."""
+        """`rank-0-of-5`; `rank-0-of-2-1-1` where the shares differ.
+
+        Shares that would make a long name have a hash of them there.
+        """
         if self.rank is None:
             return REST
-        world = (
-            str(len(self.shares))
-            if len(set(self.shares)) == 1
-            else "-".join(str(share).replace("/", "+") for share in self.shares)
-        )
+        world = "-".join(str(share).replace("/", "+") for share in self.shares)
+        if len(set(self.shares)) == 1 and not self.shares[0].by_query:
+            world = str(len(self.shares))
+        elif len(world) > LONGEST_NAME:
+            hashed = hashlib.sha256(world.encode()).hexdigest()[:12]
+            world = f"{len(self.shares)}-{hashed}"
         return f"rank-{self.rank}-of-{world}"
 
 
@@ -222,7 +233,7 @@ def small_files(folder: Path) -> dict[str, bytes]:
     return {
         file.name: file.read_bytes()
         for file in files
-        if file.name != CHECKPOINT and file.is_file()
+        if file.name not in (CHECKPOINT, CHOSEN) and file.is_file()
     }
 
 
@@ -270,9 +281,41 @@ def shards(folder: Path) -> list[Shard]:
     """Whose slices are in `folder`."""
     manifests = [manifest_of(part) for part in rank_folders(folder)]
     return [
-        Shard(tuple(Share(*numbers) for numbers in m["shares"]), m["rank"])
+        Shard(Shares(Share(*numbers) for numbers in m["shares"]), m["rank"])
         for m in manifests
     ]
+
+
+# Machines of ranks, as JSON has them: what tells them from others.
+Machines = Sequence[Sequence[Any]]
+
+
+def kept_shares(folder: Path, machines: Machines) -> Shares | None:
+    """The shares that were chosen for ranks on these machines, if they were."""
+    chosen = (shares for those, shares in _chosen(folder) if those == machines)
+    return next(chosen, None)
+
+
+def keep_shares(folder: Path, machines: Machines, shares: Shares) -> None:
+    """Keep what was chosen with the slices, where the folder may be written to."""
+    others = [chosen for chosen in _chosen(folder) if chosen[0] != machines]
+    content = [
+        {"machines": those, "shares": [astuple(share) for share in of_ranks]}
+        for those, of_ranks in [*others, (machines, shares)]
+    ]
+    with suppress(OSError):
+        write_json(folder / CHOSEN, {"chosen": content})
+
+
+def _chosen(folder: Path) -> list[tuple[Machines, Shares]]:
+    """Read what was chosen; a file that cannot be read says nothing."""
+    try:
+        return [
+            (entry["machines"], Shares(Share(*numbers) for numbers in entry["shares"]))
+            for entry in json.loads((folder / CHOSEN).read_text())["chosen"]
+        ]
+    except (OSError, ValueError, KeyError, TypeError):
+        return []
 
 
 def size_bytes(folder: Path) -> int:

@@ -184,43 +184,57 @@ def become_rank(empty: EmptyModel, table: SliceTable, rank: int) -> DryRunCommun
     """
     ranks = len(next(iter(table.matrices.values())).spans)
     comm = DryRunCommunicator(rank, ranks)
-    for name, part in table.slices(rank).items():
-        array = mx.zeros(part.shape, empty.sources[name].dtype)
-        empty.model.update(tree_unflatten([(name, array)]))
+    arrays = [
+        (name, mx.zeros(part.shape, empty.sources[name].dtype))
+        for name, part in table.slices(rank).items()
+    ]
+    empty.model.update(tree_unflatten(arrays))
     empty.sources.clear()
     parallelize(empty.model, table, comm)
     return comm
 
 
-def dry_run(
-    empty: EmptyModel, table: SliceTable, rank: int, *, batch: int, context: int
-) -> DryRun:
-    """Let `empty` become the model of one rank, and read a prompt and a token.
+class RankRuns:
+    """The dry runs of one rank, for whatever contexts.
 
-    The prompt has `context` - 1 tokens and is read as mlx-lm reads it, then a token
-    follows. Nothing is evaluated.
+    `empty` becomes the model of that rank.
     """
-    comm = become_rank(empty, table, rank)
-    model = empty.model
-    held = sum(array.nbytes for _, array in tree_flatten(model.parameters()))
-    record_calls(model, comm.script.calls)
-    caches = make_prompt_cache(model)
-    *before, last = _chunks(context - 1)
-    chunk: tuple[Step, ...] = ()
-    for tokens in [sum(before), last]:
-        if tokens:
-            comm.script.take()
-            with outputs_unread():
-                model(mx.zeros((batch, tokens), mx.int32), cache=caches)
-            chunk = comm.script.take()
-    token = _token(model, comm, batch, caches)
-    comm.counts_operations = True
-    counted = _token(model, comm, batch, make_prompt_cache(model))
-    token = tuple(
-        replace(step, operations=other.operations)
-        for step, other in zip(token, counted, strict=True)
-    )
-    return DryRun(held, tuple(map(_size, caches)), chunk, token)
+
+    def __init__(
+        self, empty: EmptyModel, table: SliceTable, rank: int, *, batch: int
+    ) -> None:
+        self._comm = become_rank(empty, table, rank)
+        self._model, self._batch = empty.model, batch
+        self._held = sum(a.nbytes for _, a in tree_flatten(self._model.parameters()))
+        record_calls(self._model, self._comm.script.calls)
+        self._operations: list[int] = []
+
+    def at(self, context: int) -> DryRun:
+        """Read a prompt of `context` - 1 tokens as mlx-lm reads it, and a token.
+
+        Nothing is evaluated.
+        """
+        model, comm, batch = self._model, self._comm, self._batch
+        caches = make_prompt_cache(model)
+        *before, last = chunks(context - 1)
+        chunk: tuple[Step, ...] = ()
+        for tokens in [sum(before), last]:
+            if tokens:
+                comm.script.take()
+                with outputs_unread():
+                    model(mx.zeros((batch, tokens), mx.int32), cache=caches)
+                chunk = comm.script.take()
+        token = _token(model, comm, batch, caches)
+        if not self._operations:
+            comm.counts_operations = True
+            counted = _token(model, comm, batch, make_prompt_cache(model))
+            self._operations = [step.operations for step in counted]
+            comm.counts_operations = False
+        token = tuple(
+            replace(step, operations=operations)
+            for step, operations in zip(token, self._operations, strict=True)
+        )
+        return DryRun(self._held, tuple(map(_size, caches)), chunk, token)
 
 
 def _token(
@@ -232,7 +246,8 @@ def _token(
     return comm.script.take()
 
 
-def _chunks(tokens: int) -> list[int]:
+def chunks(tokens: int) -> list[int]:
+    """The lengths of the chunks in which mlx-lm reads a prompt of `tokens` tokens."""
     whole, rest = divmod(tokens, CHUNK_TOKENS)
     return [CHUNK_TOKENS] * whole + ([rest] if rest or not whole else [])
 

@@ -1,9 +1,9 @@
 """What each rank needs of memory, and what it owns: from the slice table."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 
-from mlxtp.dryrun.passes import CHUNK_TOKENS, DryRun, Step, dry_run
+from mlxtp.dryrun.passes import CHUNK_TOKENS, DryRun, RankRuns, Step, chunks
 from mlxtp.families.blocks import Heads, Width
 from mlxtp.model.skeleton import EmptyModel
 from mlxtp.partition.shares import Share
@@ -43,7 +43,9 @@ class Need:
     """What a rank owns, computes, and needs of memory.
 
     `query_heads` are those of all layers together; `score_bytes` is what the products
-    of queries and keys take, where attention is not one kernel.
+    of queries and keys take, where attention is not one kernel. The longest chunk of
+    the prompt has `longest_chunk` times as many tokens as the last, which the dry run
+    has.
     """
 
     rank: int
@@ -51,6 +53,7 @@ class Need:
     dry_run: DryRun
     query_heads: int
     score_bytes: int
+    longest_chunk: float = 1.0
 
     @property
     def weights_bytes(self) -> int:
@@ -65,8 +68,10 @@ class Need:
     @property
     def working_bytes(self) -> int:
         """Bytes of everything else at the worst moment: estimated."""
-        steps = (*self.dry_run.chunk, *self.dry_run.token)
-        return BASE_BYTES + max(map(_working_bytes, steps)) + self.score_bytes
+        steps = map(_working_bytes, self.dry_run.chunk)
+        chunk = self.longest_chunk * max(steps, default=0)
+        token = max(map(_working_bytes, self.dry_run.token))
+        return BASE_BYTES + max(round(chunk), token) + self.score_bytes
 
     @property
     def bytes(self) -> int:
@@ -78,37 +83,96 @@ def _working_bytes(step: Step) -> int:
     return round(OUTPUTS_AT_ONCE * step.output_bytes) + PARTS_AT_ONCE * step.part_bytes
 
 
-def needs(
-    build: Callable[[], EmptyModel],
-    shares: Sequence[int | Share],
-    context: int,
-    batch: int = 1,
-    *,
-    is_fused: bool = True,
-) -> list[Need]:
-    """Say what each of the ranks needs that share a model in proportion to `shares`.
+class WorldNeeds:
+    """What each of the ranks needs that share a model, for whatever contexts.
 
     Args:
         build: makes the model without weights, a new one in each call.
         shares: one positive number or `Share` a rank.
-        context: tokens in the caches.
         batch: sequences at once.
         is_fused: attention is one kernel, as on a GPU; else its scores take memory.
 
     Raises: ValueError if it is no model, or cannot be split so.
     """
-    table = slice_table(build().model, shares)
-    by_shapes: dict[tuple[tuple[int, ...], ...], Need] = {}
-    result = []
-    for rank in range(len(shares)):
+
+    def __init__(
+        self,
+        build: Callable[[], EmptyModel],
+        shares: Iterable[int | Share],
+        batch: int = 1,
+        *,
+        is_fused: bool = True,
+    ) -> None:
+        self._table = table = slice_table(build().model, shares)
         # Ranks with slices of the same shapes compute alike.
-        shapes = tuple(part.shape for part in table.slices(rank).values())
-        if shapes not in by_shapes:
-            by_shapes[shapes] = need(
-                build(), table, rank, context, batch, is_fused=is_fused
+        self._shapes = [
+            tuple(part.shape for part in table.slices(rank).values())
+            for rank in range(table.ranks)
+        ]
+        self._by_shapes = {
+            shapes: RankNeeds(
+                build(), table, self._shapes.index(shapes), batch, is_fused=is_fused
             )
-        result.append(replace(by_shapes[shapes], rank=rank, owned=owned(table, rank)))
-    return result
+            for shapes in dict.fromkeys(self._shapes)
+        }
+
+    def at(self, context: int) -> list[Need]:
+        """Return the need of each rank with so many tokens in the caches."""
+        needs = {shapes: rank.at(context) for shapes, rank in self._by_shapes.items()}
+        return [
+            replace(needs[shapes], rank=rank, owned=owned(self._table, rank))
+            for rank, shapes in enumerate(self._shapes)
+        ]
+
+
+class RankNeeds:
+    """What one rank of a table needs, for whatever contexts.
+
+    `empty` becomes that rank's model. Arguments are those of `WorldNeeds`.
+    """
+
+    def __init__(
+        self,
+        empty: EmptyModel,
+        table: SliceTable,
+        rank: int,
+        batch: int = 1,
+        *,
+        is_fused: bool = True,
+    ) -> None:
+        self._runs = RankRuns(empty, table, rank, batch=batch)
+        self._rank, self._batch, self._is_fused = rank, batch, is_fused
+        self._owned = owned(table, rank)
+        self._heads = sum(
+            shards.parts[rank].slots("q")
+            for shards in table.blocks
+            if isinstance(shards.block.rule, Heads)
+        )
+
+    def at(self, context: int) -> Need:
+        """Return what it needs with so many tokens in the caches."""
+        run, heads = self._runs.at(context), self._heads
+        scores = 0.0
+        caches = [cache for cache in run.caches if cache.width]
+        if caches and not self._is_fused:
+            tokens = min(max(cache.tokens for cache in caches), context)
+            scores = SCORES_AT_ONCE * self._batch * heads / len(caches)
+            scores *= min(CHUNK_TOKENS, context) * tokens * run.item_bytes
+        *_, last = chunks(context - 1)
+        longest = min(CHUNK_TOKENS, context - 1) / max(last, 1)
+        return Need(self._rank, self._owned, run, heads, round(scores), longest)
+
+
+def needs(
+    build: Callable[[], EmptyModel],
+    shares: Iterable[int | Share],
+    context: int,
+    batch: int = 1,
+    *,
+    is_fused: bool = True,
+) -> list[Need]:
+    """Say what each of the ranks needs with `context` tokens, as `WorldNeeds` does."""
+    return WorldNeeds(build, shares, batch, is_fused=is_fused).at(context)
 
 
 def need(
@@ -120,20 +184,8 @@ def need(
     *,
     is_fused: bool = True,
 ) -> Need:
-    """Say what one rank of a table needs. `empty` becomes that rank's model."""
-    run = dry_run(empty, table, rank, batch=batch, context=context)
-    heads = sum(
-        shards.parts[rank].size("q")
-        for shards in table.blocks
-        if isinstance(shards.block.rule, Heads)
-    )
-    scores = 0.0
-    caches = [cache for cache in run.caches if cache.width]
-    if caches and not is_fused:
-        tokens = min(max(cache.tokens for cache in caches), context)
-        scores = SCORES_AT_ONCE * batch * heads / len(caches)
-        scores *= min(CHUNK_TOKENS, context) * tokens * run.item_bytes
-    return Need(rank, owned(table, rank), run, heads, round(scores))
+    """Say what one rank needs with `context` tokens, as `RankNeeds` does."""
+    return RankNeeds(empty, table, rank, batch, is_fused=is_fused).at(context)
 
 
 def owned(table: SliceTable, rank: int) -> Owned:

@@ -11,7 +11,7 @@ _RATIO = ("repeats", "n_kv_groups", "num_key_value_groups", "n_q_per_kv", "n_gro
 ATTENTION = Block(
     "attention",
     needs=("q_proj",),
-    rule=Heads(),
+    rule=Heads(by_query=True),
     cuts={
         "q_proj": column("q"),
         "k_proj": column("kv"),
@@ -42,6 +42,7 @@ def fused(qkv: str, out: str, layout: str = "q kv kv", **sizes: str) -> Block:
 WIDE_NORMS = ATTENTION.but(
     "attention, norms over all heads",
     needs=("q_proj", "q_norm"),
+    rule=Heads(),
     cuts={"q_norm": norm("q"), "k_norm": norm("kv")},
     joint=("q_norm", "k_norm"),
     adapt="norm_together",
@@ -53,6 +54,7 @@ NORM_PER_HEAD = ATTENTION.but(
 )
 NORM_LISTS = ATTENTION.but(
     "attention, a norm for each head",
+    rule=Heads(),
     cuts={
         "q_layernorm.norms": Cut("items", "q"),
         "k_layernorm.norms": Cut("items", "kv"),
@@ -63,12 +65,15 @@ ONE_KV_HEAD = ATTENTION.but("attention, one KV head", rule=Heads(kv=1))
 TERNARY = ATTENTION.but(
     "attention, ternary",
     needs=("q_proj", "attn_sub_norm"),
+    rule=Heads(),
     cuts={
         **dict.fromkeys(("q_proj",), Cut("repack", "q")),
         **dict.fromkeys(("k_proj", "v_proj"), Cut("repack", "kv")),
         "attn_sub_norm": norm("q"),
     },
 )
+# Gives queries, keys and values apart.
+FUSED_IN_PARTS = fused("qkv_proj", "out_proj").but(rule=Heads())
 # Takes the keys and values of another layer.
 OTHERS_KV = ATTENTION.but(
     "attention over another layer's keys and values",
@@ -114,7 +119,7 @@ BAICHUAN = fused("W_pack", "o_proj").but(
     adapt="any_packed_width",
 )
 PHI3_SMALL = fused("query_key_value", "dense", "(q kv kv)").but(
-    adapt="mask_of_own_heads"
+    rule=Heads(), adapt="mask_of_own_heads"
 )
 # Convolutions over keys and values in place of a softmax.
 CONVOLVED = ATTENTION.but(
@@ -128,7 +133,7 @@ LOOP_GATE = Block(
     "gate for each head",
     needs=("weight", "bias"),
     when="num_heads",
-    rule=Heads(kv_from="args.num_key_value_heads"),
+    rule=Heads(kv_from="args.num_key_value_heads", by_query=True),
     cuts={"weight": along("q"), "bias": along("q")},
 )
 

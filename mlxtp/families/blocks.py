@@ -83,6 +83,8 @@ class Heads:
         shared_groups: ranks may share a KV head where that is more even, because what
             belongs to it is small beside the query heads under it.
         tiled: query head h is under KV head h mod KV, not under the one of its group.
+        by_query: query heads may be shared out one by one, where shares say so: zeros
+            make up the rectangle that the forward pass wants.
     """
 
     queries: tuple[str, ...] = QUERY_HEADS
@@ -90,6 +92,7 @@ class Heads:
     kv_from: str = ""
     shared_groups: bool = False
     tiled: bool = False
+    by_query: bool = False
 
 
 @dataclass(frozen=True)

@@ -55,7 +55,7 @@ GEMMA4 = Family(
 TABLE: dict[str, Family] = {
     "Klear": family(ATTENTION, EXPERTS, GATED),
     "afm7": other(
-        fused("qkv_proj", "out_proj"),
+        attention.FUSED_IN_PARTS,
         attention.OTHERS_KV,
         GATED,
         embedding("embedding"),

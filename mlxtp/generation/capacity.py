@@ -372,7 +372,7 @@ def _working_bytes(
 def _score_bytes(model: nn.Module, rank: int, part: int) -> float:
     """What the products of `part` queries with one key of all heads take."""
     heads = [
-        shards.parts[rank].size("q")
+        shards.parts[rank].slots("q")
         for shards in model.slice_table.blocks
         if isinstance(shards.block.rule, Heads)
     ]

@@ -85,7 +85,7 @@ def prepare(
     target: Prepared,
     tokenizer: TokenizerWrapper,
     *,
-    shares: Sequence[int | Share] | None = None,
+    shares: Sequence[int | Share] | Literal["auto"] | None = None,
 ) -> PreparedDraft:
     """Find a draft for a model, and see whether it fits.
 

@@ -13,7 +13,7 @@ from mlxtp.layers.experts import agree_on_experts
 from mlxtp.layers.forward import RaisingTogether, change_forward
 from mlxtp.layers.replace import BUILDERS, Site
 from mlxtp.layers.sums import JointSum, SummedOutput, SumOverRanks
-from mlxtp.partition.layouts import Part, place
+from mlxtp.partition.layouts import Part, fill, place
 from mlxtp.sharding.table import SliceTable
 
 
@@ -71,6 +71,10 @@ def parallelize(
 
 def _resize(module: nn.Module, shards: BlockShards, part: Part) -> None:
     """Set the counts and lengths that the module's forward pass reads."""
+
+    def width_of(attribute: str) -> int:
+        return int(child(module, attribute))
+
     block, sizes = shards.block, dict(shards.block.sizes)
     for name in getattr(block.rule, "queries", ()):
         sizes.setdefault(name, "q")
@@ -83,16 +87,11 @@ def _resize(module: nn.Module, shards: BlockShards, part: Part) -> None:
         if whole is None or isinstance(whole, (nn.Module, mx.array)):
             continue
         if layout == "q/kv":
-            local[name] = part.size("q") // part.size("kv")
+            local[name] = part.slots("q") // part.size("kv")
         else:
-            spans = place(
-                layout,
-                whole,
-                shards.counts,
-                part,
-                lambda attribute: int(child(module, attribute)),
-            )
-            local[name] = spans.length
+            axis = layout, whole, shards.counts, part, width_of
+            zeros = sum(zeros for zeros, _ in fill(*axis))
+            local[name] = place(*axis).length + zeros
     for name, value in local.items():
         owner, _, attribute = name.rpartition(".")
         holder = child(module, owner)

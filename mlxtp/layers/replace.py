@@ -17,6 +17,7 @@ from mlx_lm.tuner.dora import DoRALinear
 from mlxtp.comm.communicator import Communicator
 from mlxtp.families.blocks import Style, base
 from mlxtp.layers import ternary
+from mlxtp.layers.forward import change_forward
 from mlxtp.layers.norms import NormShard, RMSNormOverRanks
 from mlxtp.layers.parallel import (
     InputGather,
@@ -28,6 +29,8 @@ from mlxtp.layers.parallel import (
     VocabParallelLinear,
 )
 from mlxtp.layers.sums import Sum
+from mlxtp.layers.zeros import InputsWithoutZeros, OutputsWithZeros, with_zeros
+from mlxtp.partition.layouts import Fill
 from mlxtp.partition.spans import Span, Spans
 from mlxtp.sharding.table import MatrixShards
 
@@ -58,6 +61,11 @@ class Site:
         return self.matrix.covered[self.comm.rank]
 
     @property
+    def fill(self) -> Fill:
+        """Where zeros stand among the features in the rank's attention."""
+        return self.matrix.fills[self.comm.rank] if self.matrix.fills else ()
+
+    @property
     def rows(self) -> list[Span]:
         """Every rank's rows of the vocabulary."""
         return [rows for (rows,) in self.matrix.spans]
@@ -65,6 +73,13 @@ class Site:
 
 def row(site: Site) -> nn.Module:
     """Multiply some of the inputs and sum."""
+    layer = _row(site)
+    if site.fill:
+        change_forward(layer, InputsWithoutZeros(site.fill))
+    return layer
+
+
+def _row(site: Site) -> nn.Module:
     if isinstance(site.target, nn.QQLinear):
         return _quantizing(site)
     if site.matrix.together > 1:
@@ -112,6 +127,8 @@ def column(site: Site) -> nn.Module:
         layer.indices = [
             site.own.intersection([(0, end)]).length for end in layer.indices
         ]
+    if site.fill:
+        change_forward(site.target, OutputsWithZeros(site.fill))
     return site.target
 
 
@@ -130,9 +147,14 @@ def head(site: Site) -> nn.Module:
 def along(site: Site) -> Any:
     """The layer or the array itself, of which every array is shorter."""
     target, axis = site.target, site.matrix.cut.axis
-    if isinstance(target, mx.array) and target.shape[axis] == site.matrix.features:
-        # Still whole: the model has computed it, no checkpoint holds it.
-        return mx.take(target, mx.array(site.own.indices), axis)
+    if isinstance(target, mx.array):
+        if target.shape[axis] == site.matrix.features:
+            # Still whole: the model has computed it, no checkpoint holds it.
+            target = mx.take(target, mx.array(site.own.indices), axis)
+        return with_zeros(target, site.fill, axis) if site.fill else target
+    if site.fill:
+        filled = {n: with_zeros(a, site.fill, axis) for n, a in target.items()}
+        target.update(filled)
     if isinstance(target, nn.Conv1d):
         target.groups = site.own.length
     return target

@@ -7,17 +7,18 @@ from functools import lru_cache
 from math import ceil
 
 from mlxtp.partition.shares import apportion, cut_axis
-from mlxtp.partition.spans import Spans
+from mlxtp.partition.spans import Span, Spans
 
 
 @dataclass(frozen=True)
 class HeadShard:
-    """The heads of one rank, with equally many query heads under each KV head.
+    """The heads of one rank.
 
     Args:
         kv_heads: the indices of its KV heads.
         query_spans: for each of its KV heads, the query heads that it computes under
-            it; all spans have the same length.
+            it. All spans have the same length, but the first and the last of a rank
+            that got its query heads one by one.
     """
 
     kv_heads: tuple[int, ...]
@@ -45,6 +46,7 @@ def head_shards(
     num_kv_heads: int,
     shares: tuple[int, ...],
     shared_groups: bool = False,
+    by_query: bool = False,
 ) -> tuple[HeadShard, ...]:
     """Give every rank its attention heads.
 
@@ -56,6 +58,9 @@ def head_shards(
 
     With `shared_groups` fewer ranks split groups as well, where whole groups would be
     too uneven: in a state space what belongs to a group is small beside its heads.
+
+    With `by_query` each rank gets query heads that lie together, as many as its share
+    says, and every KV head above them.
 
     Raises: ValueError if there are more ranks than query heads.
     """
@@ -69,6 +74,10 @@ def head_shards(
             f"ranks: a rank would be left without one; start at most {num_heads} ranks"
         )
     group = num_heads // num_kv_heads
+    if by_query:
+        return tuple(
+            _neighbours(heads, group) for heads in cut_axis(num_heads, shares, 1, 1)
+        )
     if len(shares) <= num_kv_heads and not (
         shared_groups and _is_uneven(num_kv_heads, shares)
     ):
@@ -87,6 +96,17 @@ def head_shards(
         for kv in kv_heads:
             used[kv] += width
     return tuple(shards)
+
+
+def _neighbours(heads: Span, group: int) -> HeadShard:
+    """The shard of query heads that lie together."""
+    kv_heads = range(heads.start // group, -(-heads.stop // group))
+    return HeadShard(
+        tuple(kv_heads),
+        Spans(
+            heads.intersection(Span(kv * group, (kv + 1) * group)) for kv in kv_heads
+        ),
+    )
 
 
 def _is_uneven(num_kv_heads: int, shares: tuple[int, ...]) -> bool:

@@ -25,6 +25,9 @@ class Part:
     """What one rank computes of a block: spans of units, by unit.
 
     `groups` are its KV heads, each with the query heads that it computes under it.
+    Grouped-query attention takes a rectangle, equally many query heads under each KV
+    head. Where the first or the last KV head has fewer, zeros stand for what is missing
+    there: before the first query head, or behind the last.
     """
 
     spans: Mapping[str, Spans]
@@ -33,6 +36,18 @@ class Part:
     def size(self, unit: str) -> int:
         """The number of units of a kind that the rank has."""
         return self.spans[unit].length
+
+    def slots(self, unit: str) -> int:
+        """The number of units that the rank computes with, zeros among them."""
+        return self.size(unit) + (sum(self.zeros) if unit == "q" else 0)
+
+    @property
+    def zeros(self) -> tuple[int, int]:
+        """How many query heads of zeros stand before the rank's, and behind them."""
+        if not self.groups:
+            return 0, 0
+        lengths = [heads.length for _, heads in self.groups]
+        return max(lengths) - lengths[0], max(lengths) - lengths[-1]
 
 
 @dataclass(frozen=True)
@@ -47,6 +62,9 @@ class Term:
     width: str
 
 
+# Zeros among a rank's features, as its attention takes them: so many zeros and so many
+# features behind them, again and again. Empty where there are no zeros.
+Fill = tuple[tuple[int, int], ...]
 # A term alone, or the terms in parentheses, which come once for every KV head.
 Group = tuple[Term, ...]
 
@@ -79,6 +97,72 @@ def place(
 
     Raises: ValueError if the axis cannot be of this layout.
     """
+    groups, width = _widths(layout, features, counts, width_of)
+    spans: list[Span] = []
+    start = 0
+    for group in groups:
+        if len(group) == 1:
+            (term,) = group
+            spans += part.spans[term.unit].scaled(width(term)).shifted(start)
+        else:
+            spans += _by_kv_head(group, start, counts, part, width)
+        start += sum(counts[term.unit] * width(term) for term in group)
+    return Spans(spans).joined()
+
+
+def fill(
+    layout: str,
+    features: int,
+    counts: Mapping[str, int],
+    part: Part,
+    width_of: Callable[[str], int],
+) -> Fill:
+    """Say where zeros stand among the features that `place` finds for a `part`.
+
+    Arguments and errors are those of `place`; empty where there are none.
+    """
+    if not any(part.zeros):
+        return ()
+    groups, width = _widths(layout, features, counts, width_of)
+    before, behind = part.zeros
+    runs: list[tuple[int, int]] = []
+    for group in groups:
+        alone = len(group) == 1
+        turns = [(part.size("q"), before, behind)]
+        if not alone:
+            first, last = part.groups[0][0], part.groups[-1][0]
+            turns = [
+                (heads.length, before * (kv == first), behind * (kv == last))
+                for kv, heads in part.groups
+            ]
+        for queries, zeros, more in turns:
+            for term in group:
+                if term.unit == "q":
+                    runs.append((zeros * width(term), queries * width(term)))
+                    runs.append((more * width(term), 0))
+                else:
+                    size = part.size(term.unit) if alone else 1
+                    runs.append((0, size * width(term)))
+    joined = [(0, 0)]
+    for zeros, length in runs:
+        if not zeros or not joined[-1][1]:
+            last_zeros, last_length = joined.pop()
+            joined.append((last_zeros + zeros, last_length + length))
+        else:
+            joined.append((zeros, length))
+    return tuple(joined) if any(zeros for zeros, _ in joined) else ()
+
+
+def _widths(
+    layout: str,
+    features: int,
+    counts: Mapping[str, int],
+    width_of: Callable[[str], int],
+) -> tuple[tuple[Group, ...], Callable[[Term], int]]:
+    """The groups of terms of an axis, and how many features a unit of a term has.
+
+    Raises: ValueError if the axis cannot be of this layout.
+    """
     groups = parse(layout)
     terms = [term for group in groups for term in group]
     given = {
@@ -95,16 +179,7 @@ def place(
     def width(term: Term) -> int:
         return given.get(term, common)
 
-    spans: list[Span] = []
-    start = 0
-    for group in groups:
-        if len(group) == 1:
-            (term,) = group
-            spans += part.spans[term.unit].scaled(width(term)).shifted(start)
-        else:
-            spans += _by_kv_head(group, start, counts, part, width)
-        start += sum(counts[term.unit] * width(term) for term in group)
-    return Spans(spans).joined()
+    return groups, width
 
 
 def _by_kv_head(

@@ -12,6 +12,7 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Literal
 
 from rich.console import Console
 
@@ -19,8 +20,9 @@ from mlxtp import job_options
 from mlxtp.cluster import hostfile
 from mlxtp.cluster.measured import Measured
 from mlxtp.comm import launcher
+from mlxtp.partition.shares import Shares
 from mlxtp.plan import hardware
-from mlxtp.plan.auto import auto
+from mlxtp.plan.auto import auto, longest
 from mlxtp.plan.calibration import measured_machines
 from mlxtp.plan.disk import Disk, disks
 from mlxtp.plan.drafts import ACCEPTANCE, Draft, drafts
@@ -34,6 +36,7 @@ from mlxtp.plan.report import as_json, show
 DEFAULT_CHIP = "M2 Ultra"
 DEFAULT_MEMORY_GB = 64.0
 DEFAULT_LINK = "thunderbolt4"
+CONTEXT = 8192
 
 
 def main() -> None:
@@ -58,10 +61,13 @@ def run(args: argparse.Namespace) -> None:
         open_model(args.model, args.bits, args.group_size) as model,
         _draft_model(args) as draft_model,
     ):
-        if args.shares == "auto":
+        even = Shares([1] * len(setting.machines))
+        if args.context == "max":
+            chosen = None if args.shares == "auto" else args.shares or even
+            result = longest(model, setting, chosen)
+        elif args.shares == "auto":
             result = auto(model, setting)
         else:
-            even = [1] * len(setting.machines)
             result = plan(model, setting, args.shares or even)
         offered = list(remedies(result))
         kept: list[Disk] = []
@@ -96,7 +102,8 @@ def setting_of(args: argparse.Namespace) -> Setting:
     Raises: ValueError for options that contradict each other.
     """
     for name in ("context", "batch", "group_size"):
-        if getattr(args, name) < 1:
+        value = getattr(args, name)
+        if value != "max" and value < 1:
             raise ValueError(f"--{name.replace('_', '-')} is below 1")
     measured = Measured.read(args.measured) if args.measured else None
     hosts = _hosts(args, measured)
@@ -105,9 +112,9 @@ def setting_of(args: argparse.Namespace) -> Setting:
         raise ValueError(
             f"--shares gives {len(args.shares)} shares to {len(hosts)} ranks"
         )
-    return Setting(
-        tuple(machines), _network(args, len(hosts), measured), args.context, args.batch
-    )
+    context = CONTEXT if args.context == "max" else args.context
+    network = _network(args, len(hosts), measured)
+    return Setting(tuple(machines), network, context, args.batch)
 
 
 def _hosts(args: argparse.Namespace, measured: Measured | None) -> list[str]:
@@ -182,8 +189,8 @@ def _network(
     return Network(ranks, link, args.topology or link.topology)
 
 
-def _shares(text: str) -> str | list[int]:
-    return text if text == "auto" else job_options.shares(text)
+def _context(text: str) -> int | Literal["max"]:
+    return "max" if text == "max" else int(text)
 
 
 def _sizes(text: str) -> list[float]:
@@ -257,8 +264,10 @@ def _parser() -> argparse.ArgumentParser:
     links.add_argument("--topology", choices=TOPOLOGIES,
         help="of the links. Default: switch for 10gbe, ring for others")  # fmt: skip
     use = result.add_argument_group("use")
-    use.add_argument("--context", type=int, default=8192,
-        help="tokens in the caches. Default: 8192")  # fmt: skip
+    use.add_argument("--context", type=_context, default=CONTEXT, metavar="TOKENS",
+        help="tokens in the caches, or max: the most that fit, up to the model's own; "
+        "with --shares auto of the shares with which most fit, if a token takes at "
+        f"most 5 %% longer than with the fastest. Default: {CONTEXT}")  # fmt: skip
     use.add_argument("--batch", type=int, default=1,
         help="sequences at once; what 1, 2, 4, … of them get is shown. "
         "Default: 1")  # fmt: skip
@@ -270,9 +279,11 @@ def _parser() -> argparse.ArgumentParser:
     use.add_argument("--acceptance", type=float, default=ACCEPTANCE, metavar="A",
         help="how probably a drafted token is accepted, if those before it are. "
         f"Default: {ACCEPTANCE}")  # fmt: skip
-    use.add_argument("--shares", type=_shares,
-        help="shares of the ranks, such as 2,1,1,1,1, or auto: of those that fit, the "
-        "fastest. Default: equal")  # fmt: skip
+    use.add_argument("--shares", type=job_options.shares, metavar="SHARES",
+        help="shares of the ranks, such as 2,1,1,1,1, or for each kind of layer, such "
+        "as attention=2,1,1/mlp=1,1,2, with queries= in place of attention= to share "
+        "out query heads one by one; or auto: of those that fit, the fastest. "
+        "Default: equal")  # fmt: skip
     use.add_argument("--spare", action="store_true",
         help="say what the hosts keep on disk, with the slices of the host before "
         "each, as programs with --spare do")  # fmt: skip

@@ -1,177 +1,120 @@
-"""`--shares auto`: of the shares that fit, the fastest."""
+"""`--shares auto`, the shares that suit, and `--context max`, the longest that fits."""
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from functools import reduce
-from itertools import product
-from math import gcd, prod
+from dataclasses import replace
 
-import mlx.nn as nn
-
-from mlxtp.dryrun.requirements import Need
-from mlxtp.families.blocks import Heads
-from mlxtp.partition.spans import Slice
-from mlxtp.plan.hardware import Machine, alike
+from mlxtp.dryrun.fitting import CONTEXT_STEP, Fitting
+from mlxtp.dryrun.requirements import WorldNeeds
+from mlxtp.model.context import longest_context
+from mlxtp.partition.shares import Shares
 from mlxtp.plan.model import PlannedModel
 from mlxtp.plan.planning import Plan, Setting, plan
-from mlxtp.sharding.decide import slice_table
 
-# An even share is so many units.
-UNITS = 24
-# So many units go from one rank to another in a step of the search.
-MOVES = (1, 4)
-# The search takes at most so many steps.
-STEPS = 24
+# How often an estimate is corrected by what is exact.
+CORRECTIONS = 3
+# About this context caches are estimated when the longest is looked for.
+USUAL_CONTEXT = 32768
 
 
 def auto(model: PlannedModel, setting: Setting) -> Plan:
     """Return the plan whose shares fit and take the least time for a token.
 
-    The three parts of a rank's share are equal. Each half of a layer ends in a
-    collective in which all ranks wait, so less attention and more of the MLP for a slow
-    machine would make one half slower by what the other gains. Of two plans that do
-    not fit, the one that lacks less memory is better; of two that fit, the faster one;
-    of two that are equally fast, the one that leaves more memory.
+    Of two plans that do not fit, the one that lacks less memory is better; of two that
+    fit, the faster one; of two that are equally fast, the one that leaves more memory.
 
     Raises: ValueError if the model cannot be split over so many ranks.
     """
-    machines = setting.machines
-    even = [1] * len(machines)
-    first = plan(model, setting, even)
-    if len(machines) == 1 or (alike(machines) and first.fits is not False):
+    first = plan(model, setting, [1] * len(setting.machines))
+    if len(setting.machines) == 1:
         return first
-    search = _Search(model, setting, first.one)
-    by_speed = _in_units([machine.bytes_per_second for machine in machines])
-    by_memory = _in_units([m.limit_bytes or m.memory_bytes for m in machines])
-    starts = {_in_units(even), by_speed, by_memory}
-    shares = min(starts, key=search.score)
-    for _ in range(STEPS):
-        better = min(search.near(shares), key=search.score, default=shares)
-        if search.score(better) >= search.score(shares):
-            break
-        shares = better
-    best = plan(model, setting, _reduced(shares))
-    return min(best, first, key=lambda plan: (plan.lacking_bytes, plan.decode.seconds))
+    return min(first, _fitted(_fitting(first, setting), first, setting), key=_order)
 
 
-def _in_units(amounts: Sequence[float]) -> tuple[int, ...]:
-    """Shares in units, in proportion to `amounts`."""
-    units = UNITS * len(amounts)
-    return tuple(max(1, round(units * amount / sum(amounts))) for amount in amounts)
+def longest(model: PlannedModel, setting: Setting, shares: Shares | None) -> Plan:
+    """Return the plan with the longest context that fits, up to the model's own.
 
+    With `shares` of None they are chosen, so that a token takes at most
+    `fitting.MOST_SLOWER` of what the fastest shares would take.
 
-def _reduced(shares: Sequence[int]) -> list[int]:
-    """The smallest whole numbers in the same proportion."""
-    divisor = reduce(gcd, shares)
-    return [share // divisor for share in shares]
-
-
-@dataclass(frozen=True)
-class _Score:
-    """What the search knows of some shares.
-
-    `least_left` are the bytes that the fullest rank has left. `slowest` and `fullest`
-    are ranks.
+    Raises: ValueError if no context fits, or a limit is not known.
     """
+    if None in [machine.limit_bytes for machine in setting.machines]:
+        raise ValueError("--context max: some hosts' limits of memory are not known")
+    most = longest_context(model.config)
+    if shares is None and len(setting.machines) > 1:
+        usual = replace(setting, context=min(most, USUAL_CONTEXT))
+        first = plan(model, usual, [1] * len(setting.machines))
+        fitting = _fitting(first, usual)
+        found = fitting.longest(most)
+        shares = fitting.best(found or CONTEXT_STEP).shares
+    shares = shares or Shares([1])
+    context = _longest(model, setting, shares, most)
+    return plan(model, replace(setting, context=context), shares)
 
-    lacking_bytes: float
-    seconds: float
-    least_left: float
-    slowest: int
-    fullest: int
 
+def _longest(model: PlannedModel, setting: Setting, shares: Shares, most: int) -> int:
+    """The longest context that fits these shares, from dry runs.
 
-class _Search:
-    """Estimates plans from the whole model's steps and the slices of each rank."""
+    What is left is about linear in the context: a dry run is made where a line through
+    two others has nothing left.
 
-    def __init__(self, model: PlannedModel, setting: Setting, one: Need) -> None:
-        empty = model.build()
-        self._model: nn.Module = empty.model
-        self._sizes = {
-            name: source.dtype.size for name, source in empty.sources.items()
-        }
-        self._setting = setting
-        self._one = one
-        self._scores: dict[tuple[int, ...], _Score | None] = {}
+    Raises: ValueError if there is none.
+    """
+    is_fused = all(machine.has_gpu for machine in setting.machines)
+    needs = WorldNeeds(model.build, shares, setting.batch, is_fused=is_fused)
 
-    def score(self, shares: tuple[int, ...]) -> tuple[float, float, float]:
-        """Return what to compare, in the order of what matters: less is better."""
-        score = self._score(shares)
-        if score is None:
-            return float("inf"), 0.0, 0.0
-        return score.lacking_bytes, score.seconds, -score.least_left
+    def left(steps: int) -> int:
+        of_ranks = setting.left_bytes(needs.at(min(most, steps * CONTEXT_STEP)))
+        return min(left for left in of_ranks if left is not None)
 
-    def near(self, shares: tuple[int, ...]) -> list[tuple[int, ...]]:
-        """Return shares that move units from the slowest or fullest rank to another."""
-        score = self._score(shares)
-        if score is None:
-            return []
-        source = score.fullest if score.lacking_bytes else score.slowest
-        neighbours = []
-        for target, units in product(range(len(shares)), MOVES):
-            moved = list(shares)
-            moved[source] -= units
-            moved[target] += units
-            if target != source and moved[source] > 0:
-                neighbours.append(tuple(moved))
-        return neighbours
-
-    def _score(self, shares: tuple[int, ...]) -> _Score | None:
-        if shares not in self._scores:
-            try:
-                self._scores[shares] = self._estimate(shares)
-            except ValueError:  # a rank would be left without heads
-                self._scores[shares] = None
-        return self._scores[shares]
-
-    def _estimate(self, shares: tuple[int, ...]) -> _Score:
-        table = slice_table(self._model, shares)
-        one, machines = self._one, self._setting.machines
-        heads = [s for s in table.blocks if isinstance(s.block.rule, Heads)]
-        times, left = [], []
-        for rank, machine in enumerate(machines):
-            parts, held = self._parts(table.slices(rank))
-            times.append(
-                [
-                    sum(
-                        call.read_bytes * _part_of(parts, call.path)
-                        for call in step.calls
-                    )
-                    / machine.bytes_per_second
-                    for step in one.dry_run.token
-                ]
-            )
-            kv = sum(s.parts[rank].size("kv") / s.counts["kv"] for s in heads)
-            part = held / one.weights_bytes
-            cached = kv / len(heads) if heads else part
-            needed = held + cached * one.cache_bytes + part * one.working_bytes
-            left.append(_limit(machine) - needed)
-        seconds = sum(max(step) for step in zip(*times, strict=True))
-        totals = [sum(steps) for steps in times]
-        return _Score(
-            max(0.0, -min(left)),
-            seconds,
-            min(left),
-            totals.index(max(totals)),
-            left.index(min(left)),
+    low, high = 1, -(-most // CONTEXT_STEP)
+    left_low, left_high = left(low), left(high)
+    if left_low < 0:
+        raise ValueError(
+            f"--context max: {model.name} does not fit with any context (--shares "
+            f"{shares}): the fullest host lacks {-left_low / 1e9:.2f} GB"
         )
-
-    def _parts(self, slices: Mapping[str, Slice]) -> tuple[dict[str, float], int]:
-        """The rank's part of each module's parameters, and its bytes of all."""
-        own: dict[str, int] = {}
-        whole: dict[str, int] = {}
-        for name, part in slices.items():
-            path, size = name.rpartition(".")[0], self._sizes[name]
-            own[path] = own.get(path, 0) + size * part.size
-            whole[path] = whole.get(path, 0) + size * prod(part.full_shape)
-        return {path: own[path] / whole[path] for path in own}, sum(own.values())
-
-
-def _part_of(parts: Mapping[str, float], path: str) -> float:
-    """The rank's part of a layer, which may lie inside one that communicates."""
-    around = path.rpartition(".")[0]
-    return parts.get(path, parts.get(around, 1.0))
+    if left_high >= 0:
+        return most
+    while high - low > 1:
+        part = left_low / (left_low - left_high)
+        steps = min(max(low + int((high - low) * part), low + 1), high - 1)
+        left_steps = left(steps)
+        if left_steps >= 0:
+            low, left_low = steps, left_steps
+        else:
+            high, left_high = steps, left_steps
+    return low * CONTEXT_STEP
 
 
-def _limit(machine: Machine) -> float:
-    return float("inf") if machine.limit_bytes is None else machine.limit_bytes
+def _fitting(first: Plan, setting: Setting) -> Fitting:
+    """What estimates the shares of a model of which a plan is known."""
+    token = first.decode
+    others = token.seconds - token.weights - token.caches
+    collectives = sum(bool(step.kind) for step in first.needs[0].dry_run.token)
+    return Fitting(
+        first.model.build,
+        setting.machines,
+        setting.context,
+        setting.batch,
+        is_fused=all(machine.has_gpu for machine in setting.machines),
+        collective_seconds=others / collectives,
+    )
+
+
+def _fitted(fitting: Fitting, first: Plan, setting: Setting) -> Plan:
+    """The plan of the shares that are estimated to be best, corrected where it lacks.
+
+    An estimate does not know where matrices can be cut.
+    """
+    best = first
+    for _ in range(CORRECTIONS):
+        fit = fitting.best(setting.context)
+        best = min(best, plan(first.model, setting, fit.shares), key=_order)
+        if not best.lacking_bytes or fit.lacking_bytes:
+            break
+        fitting.reserve(best.lacking_bytes)
+    return best
+
+
+def _order(plan: Plan) -> tuple[float, float]:
+    return plan.lacking_bytes, plan.decode.seconds

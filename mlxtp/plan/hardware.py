@@ -1,6 +1,5 @@
 """Machines and links: what is published of them, or what doctor has measured."""
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 from mlxtp.cluster.curve import interpolate
@@ -51,9 +50,6 @@ OPERATION_SECONDS = 3e-6
 # To add an element of a part: five parts of 4 Mi bfloat16 elements take 9 ms
 # (docs/log.md, on Linux).
 ADD_SECONDS = 0.45e-9
-
-# Measured rates of machines that are alike differ by up to this factor.
-VARIES = 1.1
 
 
 @dataclass(frozen=True)
@@ -266,10 +262,3 @@ def network_of(measured: Measured, ranks: int, topology: str) -> Network:
         )
         curves[kind] = (tuple(p for p, _ in points), tuple(s for _, s in points))
     return MeasuredNetwork(ranks, link, topology, curves)
-
-
-def alike(machines: Sequence[Machine]) -> bool:
-    """Whether they have equal limits of memory, and read about equally fast."""
-    rates = [machine.bytes_per_second for machine in machines]
-    limits = {machine.limit_bytes for machine in machines}
-    return len(limits) == 1 and max(rates) <= VARIES * min(rates)

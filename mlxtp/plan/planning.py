@@ -5,7 +5,7 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 
 from mlxtp.dryrun.requirements import Need, needs
-from mlxtp.partition.shares import Share, Shares, as_shares
+from mlxtp.partition.shares import Share, Shares
 from mlxtp.plan import timing
 from mlxtp.plan.hardware import Machine, Network
 from mlxtp.plan.model import PlannedModel
@@ -166,4 +166,4 @@ def plan(model: PlannedModel, setting: Setting, shares: Sequence[int | Share]) -
     one = of_ranks[0]
     if len(of_ranks) > 1:
         [one] = setting.needs(model, [1])
-    return Plan(model, setting, as_shares(shares), of_ranks, one)
+    return Plan(model, setting, Shares(shares), of_ranks, one)

@@ -137,7 +137,7 @@ def _disks(disks: Sequence[Disk]) -> Table:
 
 
 def _verdict(plan: Plan) -> str:
-    shares = f"--shares {','.join(map(str, plan.shares))}"
+    shares = f"--shares {plan.shares}"
     if plan.fits is None:
         return f"Some hosts' limits are not known, nor whether it fits ({shares})."
     if plan.fits:

@@ -13,7 +13,7 @@ import subprocess
 import sys
 import time
 from collections import Counter
-from collections.abc import AsyncIterator, Iterator, Sequence
+from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager, contextmanager
 from dataclasses import replace
 from typing import Any
@@ -22,6 +22,7 @@ from mlxtp.cluster import hostfile
 from mlxtp.cluster.addresses import CABLES_VARIABLE
 from mlxtp.cluster.allocation import Allocation
 from mlxtp.cluster.job import END_SECONDS, Job, Outcome, RunningJob, start_alone
+from mlxtp.partition.shares import Share, Shares
 from mlxtp.serve import options
 from mlxtp.serve.front.ranks import Generation, Ranks, State
 from mlxtp.serve.hosts import OF_HOSTS, Hosts, Loss, lost_hosts
@@ -51,9 +52,6 @@ VISIT_EVERY_SECONDS = 5.0
 # How often a job is tried again on hosts that it did not fit on.
 TRY_AGAIN_SECONDS = 60.0
 
-# Hosts are unlike if the memory of one is so many times another's.
-UNLIKE = 1.1
-
 
 class Supervisor:
     """Runs one job of the ranks after the other.
@@ -76,8 +74,7 @@ class Supervisor:
         slots = hostfile.read(args.hostfile) if args.hostfile is not None else {}
         self._hosts = Hosts(slots, str(args.hostfile))
         self._was_ready = False
-        self._memory: dict[str, int] = {}  # bytes for the model, on each host
-        self._goes_by_memory = False  # shares of the ranks
+        self._is_fitted = False  # the ranks choose shares that fit
         self._grown_from: dict[str, int] | None = None  # hosts, until the next is ready
         self._give_up_at: float | None = None  # while the model does not fit
         self._losses: list[Loss] = []  # without a token between them
@@ -202,8 +199,6 @@ class Supervisor:
         if not hosts.slots and self._given is not None:
             hosts.slots = dict(Counter(rank.host for rank in ready.ranks))
             hosts.part = dict(hosts.slots)
-        for host, rank in zip(hosts.ranks, ready.ranks, strict=False):
-            self._memory[host] = rank.weights_bytes + rank.cache_limit_bytes
         count = len(ready.ranks)
         on_ranks = "one rank" if count == 1 else f"{count} ranks"
         if hosts.missing:
@@ -279,17 +274,14 @@ class Supervisor:
             self._grown_from = None
             await self._choose()
             return
-        sizes = [self._memory.get(host, 0) for host in hosts.part]
-        is_unlike = min(sizes, default=0) * UNLIKE < max(sizes, default=0)
         if (
-            not self._goes_by_memory
+            not self._is_fitted
             and self._args.shares is None
             and hosts.part != hosts.slots
-            and min(sizes, default=0) > 0
-            and is_unlike
+            and self._count() > 1
         ):
             say(f"{words}: shares go by memory")
-            self._goes_by_memory = True
+            self._is_fitted = True
             ranks.recover(words)
             return
         ranks.missing = dict(hosts.missing)
@@ -316,19 +308,18 @@ class Supervisor:
         if hosts.part == hosts.slots:
             return self._args
         shares = self._args.shares
-        if shares is not None:
+        if isinstance(shares, Shares):
             shares = self._shares_left(shares)
-        elif self._goes_by_memory:
-            sizes = [self._memory.get(host, 0) >> 20 for host in self._of_ranks()]
-            shares = sizes if min(sizes) > 0 else None
+        elif self._is_fitted:
+            shares = "auto"
         return argparse.Namespace(**{**vars(self._args), "shares": shares})
 
-    def _shares_left(self, given: Sequence[int]) -> list[int] | None:
+    def _shares_left(self, given: Shares) -> Shares | None:
         """Return the shares of the ranks that are left; None where they do not do.
 
         A host that takes the place of a lost one takes its share.
         """
-        own: dict[str, list[int]] = {}
+        own: dict[str, list[Share]] = {}
         for host, share in zip(
             hostfile.by_rank(self._hosts.slots), given, strict=False
         ):
@@ -342,7 +333,7 @@ class Supervisor:
             if not left:
                 return None
             shares.append(left.pop(0))
-        return shares
+        return Shares(shares)
 
     def _of_ranks(self) -> list[str]:
         """The hosts of the ranks of this job."""

@@ -23,8 +23,8 @@ from mlxtp.families.blocks import (
     targets,
 )
 from mlxtp.partition.heads import HeadShard, head_shards, tiled
-from mlxtp.partition.layouts import Part, place
-from mlxtp.partition.shares import Share, Shares, as_shares, cut_axis
+from mlxtp.partition.layouts import Fill, Part, fill, place
+from mlxtp.partition.shares import Share, Shares, cut_axis
 from mlxtp.partition.spans import Span, Spans
 from mlxtp.sharding.table import MatrixShards, SliceTable
 
@@ -43,7 +43,7 @@ def slice_table(model: nn.Module, shares: Iterable[int | Share]) -> SliceTable:
 
     Raises: ValueError if the model cannot be split so.
     """
-    shares = as_shares(shares)
+    shares = Shares(shares)
     family, remark = families.of(model)
     places = list(_blocks(model, family))
     summed_whole = [path for path, _, block in places if block.sums != "rows"]
@@ -123,6 +123,7 @@ def _shard_heads(
         counts["kv"],
         tuple(share.attention for share in shares),
         rule.shared_groups,
+        rule.by_query and shares[0].by_query,
     )
 
     def queries(shard: HeadShard) -> Spans:
@@ -187,7 +188,12 @@ def _shard_matrix(
     shares: Shares,
 ) -> MatrixShards:
     """Every rank's part of one matrix."""
+
+    def width_of(name: str) -> int:
+        return int(child(module, name))
+
     features = _length(target, cut)
+    fills: tuple[Fill, ...] = ((),) * len(shares)
     if cut.layout == "v":
         spans: tuple[Spans, ...] = tuple(
             Spans([span])
@@ -197,16 +203,9 @@ def _shard_matrix(
         )
     else:
         try:
-            spans = tuple(
-                place(
-                    cut.layout,
-                    features,
-                    shards.counts,
-                    part,
-                    lambda name: int(child(module, name)),
-                )
-                for part in shards.parts
-            )
+            axis = cut.layout, features, shards.counts
+            spans = tuple(place(*axis, part, width_of) for part in shards.parts)
+            fills = tuple(fill(*axis, part, width_of) for part in shards.parts)
         except ValueError as error:
             raise ValueError(f"{path}: {error}") from error
     together = _together(target) if cut.style == "row" else 1
@@ -225,6 +224,7 @@ def _shard_matrix(
         _width(target, cut),
         groups=int(child(module, cut.groups)) if cut.groups else 1,
         together=together,
+        fills=fills,
     )
 
 

@@ -4,6 +4,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 from mlxtp.families.blocks import BlockShards, Cut, Family, along
+from mlxtp.partition.layouts import Fill
 from mlxtp.partition.spans import Slice, Spans, keeps_groups_whole
 from mlxtp.sharding.report import Row, report
 
@@ -40,6 +41,7 @@ class MatrixShards:
         groups: in how many groups the axis of a norm is normed.
         together: how many inputs are rotated or quantized with each other before they
             are multiplied.
+        fills: where zeros stand among a rank's features in its attention.
     """
 
     path: str
@@ -52,6 +54,7 @@ class MatrixShards:
     width: int
     groups: int = 1
     together: int = 1
+    fills: tuple[Fill, ...] = ()
 
     @property
     def gathers_inputs(self) -> bool:

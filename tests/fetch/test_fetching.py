@@ -20,6 +20,7 @@ import mlxtp
 from mlxtp import Communicator, loading
 from mlxtp.checkpoint import verify
 from mlxtp.comm.errors import UsageError
+from mlxtp.dryrun import chosen
 from mlxtp.fetch import hub
 from mlxtp.fetch.location import locate
 from mlxtp.loading import load_model
@@ -259,6 +260,37 @@ def test_other_shares_come_from_the_other_ranks(
     split, _ = mlxtp.load(NAME, comm, shares=[2] + [1] * (comm.size - 1))
     assert greedy(split) == expected
     assert asked[0] == 0
+
+
+def test_shares_that_are_chosen_once_are_kept_with_the_slices(
+    comm: Communicator,
+    model: Path,
+    served: Served,
+    client: Client,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """A rank that reads a third as fast gets less, and still when it no longer does."""
+    client.use(served[1], tmp_path)
+    rate = 1e9 if comm.rank else 3e9
+    monkeypatch.setattr(chosen, "_bytes_per_second", lambda: rate)
+    monkeypatch.setattr(comm, "host", f"host-{comm.rank}", raising=False)
+    split, _ = mlxtp.load(NAME, comm, shares="auto", context=64)
+    assert greedy(split) == alone(comm, model)
+    columns = split.slice_table.matrices["model.layers.0.mlp.down_proj"].spans
+    assert comm.size == 1 or columns[0].length > 2 * columns[1].length
+    asked = client.count()
+    monkeypatch.setattr(chosen, "_bytes_per_second", lambda: 1e9)
+    again = load_model(NAME, comm, shares="auto")[0]
+    assert again.slice_table.matrices == split.slice_table.matrices
+    assert asked[0] == 0
+    # One host that has lost its folder is told by the others.
+    if comm.rank == comm.size - 1 and comm.size > 1:
+        [kept] = tmp_path.glob("assets/**/shares.json")
+        kept.unlink()
+    again = load_model(NAME, comm, shares="auto")[0]
+    assert again.slice_table.matrices == split.slice_table.matrices
+    assert comm.size == 1 or list(tmp_path.glob("assets/**/shares.json"))
 
 
 def test_a_new_commit_is_fetched_anew(

@@ -9,7 +9,7 @@ from tiny import Tiny
 from mlxtp.checkpoint.cut import Shard
 from mlxtp.fetch.journal import Journal
 from mlxtp.fetch.location import Location
-from mlxtp.partition.shares import as_shares
+from mlxtp.partition.shares import Shares
 from mlxtp.partition.spans import Slice, Span, Spans
 
 pytestmark = pytest.mark.once
@@ -25,7 +25,7 @@ def test_what_came_from_the_hub_is_remembered(tmp_path: Path) -> None:
         name: Slice(origin.tensors[name].tensor.shape)
         for name in ("model.norm.weight", "model.layers.0.self_attn.o_proj.weight")
     }
-    shard = Shard(as_shares([1, 1]), 0)
+    shard = Shard(Shares([1, 1]), 0)
     journal = Journal(tmp_path, shard, origin, slices)
     journal.begin()
     for (name, part), from_hub in zip(slices.items(), (False, True), strict=True):

@@ -20,7 +20,7 @@ from mlxtp.families.mlp import ROUTER_NAMES
 from mlxtp.layers.parallelize import parallelize
 from mlxtp.layers.sums import outputs_unread
 from mlxtp.loading import load_model as load_split
-from mlxtp.partition.shares import as_shares
+from mlxtp.partition.shares import Shares
 from mlxtp.sharding.decide import slice_table
 
 use_plain_operations()
@@ -98,7 +98,7 @@ class OfRank0(Communicator):
 def test_every_type_takes_the_choice_of_rank_0(model_type: str, chosen: Chosen) -> None:
     comm = OfRank0()
     model, _ = zoo.build(model_type)
-    table = slice_table(model, as_shares([1]))
+    table = slice_table(model, Shares([1]))
     parallelize(model, table, comm, agree_experts=True)
     of_rank_0, sent = choices(model, chosen), comm.sent
     assert len(sent) == (2 if model_type == "dbrx" else len(of_rank_0)) > 0
@@ -132,7 +132,7 @@ def add_noise_to_norms(model: nn.Module) -> None:
 def test_nothing_is_agreed_on_for_what_nobody_reads() -> None:
     comm = OfRank0()
     model, _ = zoo.build("gpt_oss")
-    table = slice_table(model, as_shares([1]))
+    table = slice_table(model, Shares([1]))
     parallelize(model, table, comm, agree_experts=True)
     with outputs_unread():
         model(PROMPT, cache=make_prompt_cache(model))

@@ -8,6 +8,8 @@ from hypothesis import strategies as st
 from pyramid import sweep
 
 from mlxtp.partition.heads import HeadShard, head_shards
+from mlxtp.partition.layouts import Fill, Part, fill
+from mlxtp.partition.shares import apportion
 
 pytestmark = pytest.mark.once
 
@@ -56,6 +58,55 @@ def test_queries_are_even_when_ranks_share_kv_heads(num_kv_heads: int) -> None:
             assert_exact(num_heads, num_kv_heads, shards)
             largest = max(shard.local_heads for shard in shards)
             assert largest <= ceil(1.25 * num_heads / ranks)
+
+
+@given(st.integers(1, 12), st.integers(1, 12), WEIGHTS)
+def test_query_heads_one_by_one_make_rectangles_with_zeros(
+    num_kv_heads: int, group: int, shares: list[int]
+) -> None:
+    """As many as the shares say, side by side; zeros stand at the ends alone."""
+    num_heads = num_kv_heads * group
+    if len(shares) > num_heads:
+        return
+    counts = apportion(num_heads, shares, 1)
+    start = 0
+    for count, shard in zip(
+        counts,
+        head_shards(num_heads, num_kv_heads, tuple(shares), by_query=True),
+        strict=True,
+    ):
+        assert shard.query_spans.indices == list(range(start, start + count))
+        start += count
+        for kv, (first, stop) in zip(shard.kv_heads, shard.query_spans, strict=True):
+            assert kv * group <= first < stop <= (kv + 1) * group
+        pairs = tuple(zip(shard.kv_heads, shard.query_spans, strict=True))
+        part = Part({"q": shard.query_spans, "kv": shard.kv_spans}, pairs)
+        before, behind = part.zeros
+        width, rest = divmod(part.slots("q"), part.size("kv"))
+        assert rest == 0 and part.slots("q") == before + count + behind
+        slots = [-1] * before + list(range(start - count, start)) + [-1] * behind
+        for kv, turn in zip(shard.kv_heads, range(0, len(slots), width), strict=True):
+            under = {head // group for head in slots[turn : turn + width] if head >= 0}
+            assert under == {kv}
+
+
+def test_zeros_stand_where_a_layout_has_queries() -> None:
+    """Query heads 3 to 7 of 12 under KV heads 0, 1 and 2 of 3, at most 4 under each."""
+    [_, shard, _] = head_shards(12, 3, (3, 6, 3), by_query=True)
+    pairs = tuple(zip(shard.kv_heads, shard.query_spans, strict=True))
+    part = Part({"q": shard.query_spans, "kv": shard.kv_spans}, pairs)
+    assert [tuple(span) for span in shard.query_spans] == [(3, 4), (4, 8), (8, 9)]
+    counts = {"q": 12, "kv": 3}
+
+    def runs(layout: str, features: int) -> Fill:
+        return fill(layout, features, counts, part, {"wide": 5}.__getitem__)
+
+    assert runs("q", 24) == ((6, 12), (6, 0))  # heads of 2
+    assert runs("kv", 6) == ()
+    assert runs("q kv kv", 18) == ((3, 6), (3, 6))  # heads of 1
+    assert runs("q kv kv q", 30) == ((3, 6), (3, 6), (3, 6), (3, 0))
+    assert runs("(q kv kv)", 18) == ((3, 1 + 2 + 4 + 2 + 1), (3, 2))
+    assert runs("q:wide q:1", 72) == ((15, 30), (18, 6), (3, 0))
 
 
 def test_known_models_on_five() -> None:

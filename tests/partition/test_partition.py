@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mlxtp.partition.shares import Share, apportion, as_shares, cut_axis
+from mlxtp.partition.shares import Share, Shares, apportion, cut_axis
 from mlxtp.partition.spans import Slice, Span, Spans
 
 pytestmark = pytest.mark.once
@@ -120,8 +120,42 @@ def test_a_slice_is_cut_on_one_axis() -> None:
 
 
 def test_a_share_has_three_parts() -> None:
-    assert as_shares([2, 1]) == (Share.even(2), Share.even(1))
+    assert Shares([2, 1]) == (Share.even(2), Share.even(1))
     assert str(Share.even(2)) == "2" and str(Share(2, 1, 1)) == "2/1/1"
     for wrong in [], [1, 0], [Share(1, 1, 0)]:
         with pytest.raises(ValueError, match="one positive whole number"):
-            as_shares(wrong)
+            Shares(wrong)
+
+
+@pytest.mark.parametrize(
+    "text, shares",
+    [
+        ("2, 1", [2, 1]),
+        ("attention=2,1/mlp=1,3", [Share(2, 1, 1), Share(1, 3, 1)]),
+        ("vocabulary=2,1", [Share(1, 1, 2), Share(1, 1, 1)]),
+        ("queries=7,9/mlp=1,3", [Share(7, 1, 1, True), Share(9, 3, 1, True)]),
+    ],
+)
+def test_shares_are_written_as_they_are_read(
+    text: str, shares: list[int | Share]
+) -> None:
+    read = Shares.parse(text)
+    assert read == Shares(shares)
+    assert Shares.parse(str(read)) == read
+
+
+@pytest.mark.parametrize(
+    "text, said",
+    [
+        ("1,x", "one positive whole number"),
+        ("attention=1,1/mlp=1", "as many numbers"),
+        ("heads=1,1", "'heads' is none of attention, mlp, vocabulary, queries"),
+        ("attention=1,1/queries=1,1", "give one"),
+        ("mlp=1,1/mlp=1,2", "given twice"),
+        ("1,1/mlp=1,1", "a name before"),
+        ("mlp=1,0", "one positive whole number"),
+    ],
+)
+def test_shares_that_are_none(text: str, said: str) -> None:
+    with pytest.raises(ValueError, match=said):
+        Shares.parse(text)

@@ -107,7 +107,8 @@ def test_the_parts_of_a_share_are_planned_and_shown() -> None:
     assert first.vocabulary_rows == rows // 4
     printed = StringIO()
     show(result, [], Console(file=printed, width=120))
-    assert "It fits (--shares 1,1/2/3)" in printed.getvalue()
+    shown = "It fits (--shares attention=1,1/mlp=1,2/vocabulary=1,3)"
+    assert shown in printed.getvalue()
     assert as_json(result, [])["shares"][1]["vocabulary"] == 3
 
 
@@ -154,6 +155,7 @@ def test_what_spare_slices_cost_on_disk(
             "no mesh of 9 ranks",
         ),
         (["--hostfile", "nowhere"], "nowhere"),
+        (["--ranks", "2", "--memory", "0.01", "--context", "max"], "with any context"),
         (["--ranks", "2", "--plot", "no.such"], "--plot no.such"),
     ],
 )
@@ -208,7 +210,8 @@ def test_the_command_line(tmp_path: Path) -> None:
     assert picture.read_bytes()[1:4] == b"PNG"
     found = json.loads(command(*given, "--context", "256", "--json").stdout)
     assert found["fits"]
-    assert found["shares"] == [{"attention": 1, "mlp": 1, "vocabulary": 1}] * 5
+    even = {"attention": 1, "mlp": 1, "vocabulary": 1, "by_query": False}
+    assert found["shares"] == [even] * 5
     rows = [rank["vocabulary_rows"] for rank in found["ranks"]]
     assert rows == [205, 205, 205, 205, 204]
     assert found["modelled"]["this plan"]["decode_tokens_per_second"] > 0

@@ -19,6 +19,7 @@ from mlxtp.cluster.visit import Visit, versions
 from mlxtp.comm.errors import UsageError
 from mlxtp.generation.settings import Settings
 from mlxtp.generation.standard_input import text_of
+from mlxtp.partition.shares import Shares
 from mlxtp.serve import hosts as hosts_module
 from mlxtp.serve import messages, options, supervisor, survive
 from mlxtp.serve.front.ranks import Ranks, Unavailable
@@ -408,6 +409,7 @@ def test_a_host_that_was_left_out_is_taken_in_once(monkeypatch) -> None:
         (["--shares", "4,3,2,1"], {"a": 1, "c": 1, "d": 1}, [4, 2, 1], 3),
         (["--ranks", "3", "--shares", "4,3,2"], {"a": 1, "c": 1, "d": 1}, [4, 2, 3], 3),
         (["--ranks", "3", "--shares", "4,3,2"], {"a": 1, "c": 1}, [4, 2], 2),
+        (["--shares", "auto"], {"a": 1, "b": 1}, "auto", 2),
         ([], {"a": 1, "b": 1}, None, 2),
     ],
 )
@@ -423,7 +425,8 @@ def test_ranks_and_shares_that_are_left(
         ranks = Ranks()
         supervised = supervisor.Supervisor(args, None, ranks, "stories")
         supervised._hosts.part = part
-        assert (supervised._arguments().shares, supervised._count()) == (shares, count)
+        left = Shares(shares) if isinstance(shares, list) else shares
+        assert (supervised._arguments().shares, supervised._count()) == (left, count)
         await ranks.close()
 
     asyncio.run(life())

@@ -15,6 +15,7 @@ from every_type import EVEN_WORLDS
 from mlx_lm.utils import MODEL_REMAPPING
 
 from mlxtp.families import TABLE, Block
+from mlxtp.families.blocks import Heads
 from mlxtp.layers.adapt.table import ADAPTERS
 from mlxtp.sharding.decide import slice_table
 from mlxtp.sharding.table import SliceTable
@@ -39,7 +40,8 @@ worlds of {worlds} ranks its logits, its greedy tokens, and that no rank holds m
 three ranks uneven shares, adapters (LoRA, DoRA), drafts, prompts that mlx-lm saved, and
 that layers which no cache depends on may stay silent during prefill
 (`tests/families/test_every_type.py`, `tests/test_with_every_type.py`). No published
-checkpoint was at hand.
+checkpoint was at hand. Query heads that are shared out one by one are tested for each
+kind of attention.
 
 Prompts of unequal length are read in batches (`tests/generation/test_batch.py`), except
 by these types, which mlx-lm cannot batch either and which raise on every rank:
@@ -160,6 +162,8 @@ def _block(block: Block) -> Iterable[str]:
         yield f"- {cut_name}: {', '.join(f'`{n}`' for n in names)}"
     for module, why in block.shared.items():
         yield f"- whole on every rank: `{module}`, {why}"
+    if isinstance(block.rule, Heads) and block.rule.by_query:
+        yield "- query heads one by one, where `--shares queries=` asks for it"
     if block.sums != "rows":
         yield "- one sum for the whole block"
     if block.joint:

@@ -43,20 +43,13 @@ from mlxtp.generation.row_drafts import PLACES, RowDrafts
 from mlxtp.generation.scheduler import Scheduler
 from mlxtp.job_options import AUTO, Args, connection, connection_alone
 from mlxtp.loading import Prepared
+from mlxtp.model.context import LONGEST_CONTEXT, longest_context
 from mlxtp.serve import messages
 from mlxtp.serve.options import parse_ranks
 from mlxtp.serve.ranks.link import Link
 from mlxtp.serve.ranks.service import Service
 from mlxtp.serve.ranks.text import Text
 from mlxtp.stories import PATH as STORIES
-
-# Under which names configs of models keep the length that they were made for, and what
-# is taken where they say nothing.
-CONTEXTS = (
-    *("max_position_embeddings", "n_positions", "max_seq_len", "max_sequence_length"),
-    *("seq_length", "n_ctx", "model_max_length"),
-)
-LONGEST_CONTEXT = 1 << 20
 
 # What generation_config.json may say of sampling, from and to.
 SAMPLING = {
@@ -137,6 +130,7 @@ def load(args: Args, comm: Communicator, link: Link | None) -> Job:
         args.model or STORIES,
         comm,
         shares=args.shares,
+        context=args.context or "max",
         adapter_path=args.adapter_path,
         revision=args.revision,
         trust_remote_code=args.trust_remote_code,
@@ -367,18 +361,6 @@ def progress(link: Link | None, nbytes: int) -> Advance:
             tell(link, messages.State("the ranks read their slices", part))
 
     return advance
-
-
-def longest_context(config: Mapping[str, Any]) -> int:
-    """Return the most tokens that a model was made for, as its config says."""
-    text_config = config.get("text_config")
-    inner = text_config if isinstance(text_config, Mapping) else {}
-    for name in CONTEXTS:
-        for values in (config, inner):
-            value = values.get(name)
-            if isinstance(value, int) and value > 0:
-                return value
-    return LONGEST_CONTEXT
 
 
 def sampling_defaults(folder: Path) -> dict[str, Any]:
