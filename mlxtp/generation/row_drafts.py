@@ -149,9 +149,9 @@ class RowDrafts:
             took = draft_seconds / count
             before = self._token_seconds or took
             self._token_seconds = FADING * before + (1 - FADING) * took
-        if seconds is not None:
+        if seconds is not None and is_alone:
             self._account(seconds, rows, width, drafted)
-            if is_alone and rows == self._before:
+            if rows == self._before:
                 asked = bool(drafted)
                 self._measure(rows, width, seconds - draft_seconds, is_asked=asked)
         for name, (count, accepted) in drafted.items():

@@ -44,9 +44,9 @@ SETTINGS = {
         temperature=0.7,
         seed=6,
         repetition_penalty=1.3,
-        presence_penalty=0.4,
+        presence_penalty=35.0,  # what is biased comes once, soon
         frequency_penalty=0.4,
-        logit_bias={7: 2.5, 11: -100.0},
+        logit_bias={7: 30.0, 9: 31.0, 11: -100.0},
     ),
     "grammar": replace(GREEDY, temperature=0.9, seed=5, grammar=PEOPLE),
 }
@@ -227,13 +227,13 @@ def test_when_memory_gets_short(
     model: nn.Module, prompt: list[int], comm: Communicator
 ) -> None:
     """Drafts take only what is left; the youngest is set back as without them."""
-    wide, settings = Driven(model, comm), {"max_tokens": 60}
-    for name in "abcd":
+    wide, settings = Driven(model, comm), {"max_tokens": 40}
+    for name in "abc":
         wide.submit(name, prompt[ord(name) - 97 :][:60], **settings)
     expected = dict(wide.run())
-    limit = max(rank.used_bytes([80] * 4, [], 0, 37) for rank in wide.capacity.ranks)
+    limit = max(rank.used_bytes([75] * 3, [], 0, 37) for rank in wide.capacity.ranks)
     narrow = with_drafts(model, comm, wide, limit_bytes=limit)
-    for name in "abcd":
+    for name in "abc":
         narrow.submit(name, prompt[ord(name) - 97 :][:60], **settings)
         narrow.pass_()
     uses = []
@@ -246,7 +246,7 @@ def test_when_memory_gets_short(
     assert any(result.width for result in narrow.results)
 
 
-@pytest.mark.parametrize("passes", [1, 3, 6])
+@pytest.mark.parametrize("passes", [1, 4])
 def test_cancelled_beside_others(
     passes: int, model: nn.Module, prompt: list[int], comm: Communicator
 ) -> None:

@@ -12,7 +12,7 @@ from mlxtp.generation.rows import Rows
 pytestmark = pytest.mark.once
 
 WINDOW = 8
-LENGTHS = {"a": 3, "b": 23, "c": 11, "d": 7}
+LENGTHS = {"a": 3, "b": 23, "c": 1, "d": 2, "e": 1}
 
 
 def keys_of(tokens: list[list[int]]) -> mx.array:
@@ -42,13 +42,13 @@ def test_each_sees_its_own_tokens(window: int | None, seed: int) -> None:
     join("a")
     join("b")
     for turn in range(40):
-        if turn in (10, 20):
-            join("cd"[turn == 20])
+        if turn in (10, 20, 25):
+            join("cde"[(10, 20, 25).index(turn)])
         if turn == 30:
             rows.drop(["b"])
         assert rows.can_take_back
         (cache,) = rows.caches
-        width = draw.choice([1, 2, 5, 11])
+        width = draw.choice([1, 2, 2, 5, 11])
         tokens = [some(width) for _ in rows.ids]
         if width > 1:
             rows.prepare()
