@@ -181,14 +181,14 @@ def wait_for_products(
     for layer in model.layers:
         replace(layer, {nn.Linear: Product, nn.RMSNorm: lambda _: passed})
         layer.self_attn.rope = passed
-    # Waits of no length: what is left is what is not modelled.
-    least = [
-        min(seconds(ways[way])[0] for _ in range(3)) for way in ("whole", "computing")
-    ]
     asked.clear()
     seconds(ways["computing"])
-    most = max(model.comm.allgather_object(sum(asked)))
-    speed[0] = most / max(least[0] - 2 * least[1], 1e-3)
+    flops = max(model.comm.allgather_object(sum(asked)))
+    waits = 0.0  # seconds of a pass
+    for _ in range(3):
+        whole, computing = (seconds(ways[way])[0] for way in ("whole", "computing"))
+        waits = max(waits + whole - 2 * computing, 1e-3)
+        speed[0] = flops / waits
     return speed[0] / 1e9
 
 
