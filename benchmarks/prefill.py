@@ -4,12 +4,13 @@ Llama with random weights, in float32. All ways read the same prompt by turns, i
 job. The caches of the halves have to be those of two calls, one after the other, to the
 bit.
 
-  python benchmarks/prefill.py                 # ranks of this machine
-  launch/lab up --hosts 2 --delay-ms 5         # as it is: a core for each host
-  launch/lab run python benchmarks/prefill.py --hostfile HOSTFILE --ranks 2
-  launch/lab up --delay-ms 5                   # modelled: see below
+  python benchmarks/prefill.py --turns 20             # ranks of this machine
+  launch/lab up --hosts 2 --delay-ms 5                # as it is: a core for each host
+  launch/lab run python benchmarks/prefill.py --hostfile HOSTFILE --ranks 2 \\
+      --model shipped --prompt-tokens 65
+  launch/lab up --delay-ms 5 --rate-gbps 0.5          # modelled: see below
   launch/lab run python benchmarks/prefill.py --hostfile hostfiles/studio5 \\
-      --ranks 5 --modelled --layers 4 --prompt-tokens 2049
+      --ranks 5 --modelled --layers 16 --prompt-tokens 2049 --turns 3
 
 Five hosts that share two cores cannot show what five machines would: what each hides
 is computed by the others. With `--modelled` every product of the layers, those of
@@ -17,7 +18,8 @@ attention too, is replaced by a node of the graph that waits for its modelled le
 Norms, rotations and activations are passed over; embeddings, residuals and caches are
 computed, and all messages are sent as they are. The length is that with which computing
 takes as long as the collectives, which are timed first. The part of them that is hidden
-is (whole - halves) / (whole - computing alone).
+is (whole - halves) / (whole - computing alone). Links of 0.5 Gb/s need little of the
+two cores; of 10 Gb/s the cores deliver a half, and nothing is left for anything else.
 """
 
 import argparse
@@ -37,6 +39,8 @@ from decode import SMALL
 from models import make
 from ranks import HOSTFILE, measured, print_on_rank_0
 
+from mlxtp.stories import PATH as STORIES
+
 WAITING = Path(__file__).parent / "waiting"
 
 # Ways to read a prompt: in one call, in halves, as it is decided, and without
@@ -52,6 +56,12 @@ def main() -> None:
     parser.add_argument("--hostfile", type=Path, default=HOSTFILE)
     parser.add_argument("--layers", type=int, default=8)
     parser.add_argument(
+        "--model",
+        choices=["small", "shipped"],
+        default="small",
+        help="whose shapes: the small one of decode.py, or the model that ships",
+    )
+    parser.add_argument(
         "--prompt-tokens",
         type=int,
         default=513,
@@ -66,7 +76,10 @@ def main() -> None:
         return
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary) / "model"
-        make(folder, {**SMALL, "num_hidden_layers": args.layers}, mx.float32)
+        config = SMALL
+        if args.model == "shipped":
+            config = json.loads((STORIES / "config.json").read_text())
+        make(folder, {**config, "num_hidden_layers": args.layers}, mx.float32)
         options = ["--folder", folder, "--prompt-tokens", args.prompt_tokens]
         options += ["--turns", args.turns, *["--modelled"] * args.modelled]
         result = measured(args.ranks, __file__, *options, hostfile=args.hostfile)
@@ -85,7 +98,7 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
     comm = mlxtp.Communicator.world()
     model, _ = load_model(args.folder, comm)
     length = args.prompt_tokens - 1
-    tokens = mx.array([[7 + 3 * i % 5000 for i in range(length)]])
+    tokens = mx.array([[7 + 3 * i % 1000 for i in range(length)]])
 
     def seconds(read: Callable[..., Any]) -> tuple[float, list[mx.array]]:
         caches = make_prompt_cache(model)
@@ -181,14 +194,14 @@ def wait_for_products(
     for layer in model.layers:
         replace(layer, {nn.Linear: Product, nn.RMSNorm: lambda _: passed})
         layer.self_attn.rope = passed
-    # Waits of no length: what is left is what is not modelled.
-    least = [
-        min(seconds(ways[way])[0] for _ in range(3)) for way in ("whole", "computing")
-    ]
     asked.clear()
     seconds(ways["computing"])
-    most = max(model.comm.allgather_object(sum(asked)))
-    speed[0] = most / max(least[0] - 2 * least[1], 1e-3)
+    flops = max(model.comm.allgather_object(sum(asked)))
+    waits = 0.0  # seconds of a pass
+    for _ in range(3):
+        whole, computing = (seconds(ways[way])[0] for way in ("whole", "computing"))
+        waits = max(waits + whole - 2 * computing, 1e-3)
+        speed[0] = flops / waits
     return speed[0] / 1e9
 
 
