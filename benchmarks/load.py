@@ -10,9 +10,9 @@ Then, in turns, the time in which all ranks together load it from the page cache
 that of mlx-lm's loading in one process; imports and tokenizers count for neither.
 
 With --alone one rank loads its slices while no other computes, of a world of one and
-of one of five, in turns with mlx-lm: bytes a second, of reading alone and of all from
-the config to the arrays. `read` counts the bytes of the slices, not what lies between
-them in the files.
+of one of five, in turns with mlx-lm: bytes a second that are read, bytes of slices that
+come of it (between columns lies what is read for nothing), and bytes of slices by the
+time of all from the config to the arrays.
 """
 
 import argparse
@@ -31,7 +31,7 @@ import numpy as np
 from mlx.utils import tree_flatten
 from mlx_lm import utils as mlx_lm_utils
 from models import LLAMA_3_2_1B, QWEN3_30B_A3B, make, take_experts_apart
-from proc import PeakMemory
+from proc import PeakMemory, read_bytes
 from ranks import measured
 
 import mlxtp
@@ -168,20 +168,25 @@ def report_alone(args: argparse.Namespace) -> None:
             if turn:  # the first one fills the page cache
                 turns[name].append(json.loads(done.stdout.splitlines()[-1]))
 
-    def speeds(name: str, what: str) -> list[float]:
-        return [turn["bytes"] / turn[what] / 1e9 for turn in turns[name]]
+    def speeds(name: str, what: str, within: str) -> list[float]:
+        return [turn[what] / turn[within] / 1e9 for turn in turns[name]]
 
     def shown(figures: list[float]) -> str:
         middle = statistics.median(figures)
         return f"{middle:.2f} ({min(figures):.2f} to {max(figures):.2f})"
 
     for name in sides:
-        print(f"{name}: {turns[name][0]['bytes'] / 1e6:.0f} MB")
-        for what in ("read", "seconds"):
-            ours, theirs = speeds(name, what), speeds("mlx-lm", what)
+        first = turns[name][0]
+        sizes = f"{first['slices'] / 1e6:.0f} MB of slices, {first['read'] / 1e6:.0f}"
+        print(f"{name}: {sizes} MB read")
+        for label, what, within in (
+            ("bytes read", "read", "reading"),
+            ("slices", "slices", "reading"),
+            ("slices, by all of the time", "slices", "all"),
+        ):
+            ours, theirs = speeds(name, what, within), speeds("mlx-lm", what, within)
             ratios = [one / other for one, other in zip(ours, theirs, strict=True)]
-            label = "reading" if what == "read" else "all of it"
-            print(f"  {label:10} {shown(ours):24} by mlx-lm's {shown(ratios)}")
+            print(f"  {label:27} {shown(ours):22} mlx-lm's x {shown(ratios)}")
     print(json.dumps({"mb": size / 1e6, "turns": turns}))
 
 
@@ -202,12 +207,12 @@ def time_alone(folder: Path, world: int, rank: int) -> None:
     empty = build(folder)
     slices = slice_table(empty.model, as_shares([1] * world)).slices(rank)
     empty.settle(slices)
-    built = time.perf_counter()
+    built, before = time.perf_counter(), read_bytes()
     read_slices(empty, empty.checkpoint, slices)
-    end = time.perf_counter()
-    nbytes = empty.bytes_of(slices)
-    times = {"read": end - built, "seconds": end - begin, "bytes": nbytes}
-    print(json.dumps(times), flush=True)
+    end, read = time.perf_counter(), read_bytes() - before
+    figures = {"reading": end - built, "all": end - begin}
+    figures |= {"slices": empty.bytes_of(slices), "read": read}
+    print(json.dumps(figures), flush=True)
 
 
 def measure(folder: Path) -> None:
@@ -259,12 +264,13 @@ def time_mlx_lm(folder: Path) -> None:
     """How long mlx-lm takes."""
     begin = time.perf_counter()
     model, _ = mlx_lm_utils.load_model(folder, lazy=True)
-    built = time.perf_counter()
+    built, before = time.perf_counter(), read_bytes()
     mx.eval(model.parameters())
-    end = time.perf_counter()
+    end, read = time.perf_counter(), read_bytes() - before
     nbytes = sum(array.nbytes for _, array in tree_flatten(model.parameters()))
-    times = {"read": end - built, "seconds": end - begin, "bytes": nbytes}
-    print(json.dumps(times), flush=True)
+    figures = {"reading": end - built, "all": end - begin, "seconds": end - begin}
+    figures |= {"slices": nbytes, "read": read}
+    print(json.dumps(figures), flush=True)
 
 
 def floor_bytes(empty: EmptyModel, slices: dict[str, Slice]) -> int:

@@ -18,7 +18,7 @@ class PeakMemory:
     def __enter__(self) -> Self:
         self._done = threading.Event()
         self._watched = 0
-        self._before, self._read_before = self._anonymous(), _read_bytes()
+        self._before, self._read_before = self._anonymous(), read_bytes()
         self._watched = 0
         self._thread = threading.Thread(target=self._watch)
         self._thread.start()
@@ -27,7 +27,7 @@ class PeakMemory:
     def __exit__(self, *_: object) -> None:
         self._done.set()
         self._thread.join()
-        self.read_bytes = _read_bytes() - self._read_before - self._watched
+        self.read_bytes = read_bytes() - self._read_before - self._watched
 
     def _watch(self) -> None:
         while not self._done.wait(0.002):
@@ -40,6 +40,7 @@ class PeakMemory:
         return int(text.partition("RssAnon:")[2].split()[0]) * 1024
 
 
-def _read_bytes() -> int:
+def read_bytes() -> int:
+    """Return what this process has read (rchar)."""
     text = Path("/proc/self/io").read_text()
     return int(text.partition("rchar:")[2].split()[0])

@@ -1,5 +1,6 @@
 """What `load` holds, and what it says of what it cannot load."""
 
+import gc
 import json
 import re
 import shutil
@@ -22,6 +23,7 @@ import mlxtp
 from mlxtp import Communicator
 from mlxtp.checkpoint.memory import gpu_limit_bytes
 from mlxtp.cluster import memory
+from mlxtp.loading import read_slices
 from mlxtp.model.skeleton import build
 from mlxtp.sharding.decide import slice_table
 
@@ -40,6 +42,24 @@ def test_several_files_with_and_without_an_index(
         (folder / "model.safetensors.index.json").unlink()
     comm.barrier()
     assert greedy(mlxtp.load(folder, comm)[0]) == expected
+
+
+@pytest.mark.once
+def test_reading_collects_no_garbage(comm: Communicator, tmp_path: Path) -> None:
+    """It would go through the objects of all imports. Afterwards all is as it was."""
+    folder = made_by_rank_0(Tiny(), tmp_path / "tiny", comm)
+    empty = build(folder)
+    slices = slice_table(empty.model, [1]).slices(0)
+    meanwhile = []
+    read_slices(
+        *(empty, empty.checkpoint, slices), lambda _: meanwhile.append(gc.isenabled())
+    )
+    assert len(meanwhile) == len(slices) and not any(meanwhile)
+    assert gc.isenabled()
+    (folder / "model.safetensors").unlink()
+    with pytest.raises(OSError):
+        read_slices(empty, empty.checkpoint, slices)
+    assert gc.isenabled()
 
 
 def _split_file(folder: Path) -> None:

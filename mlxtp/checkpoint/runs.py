@@ -155,6 +155,9 @@ class ReadPlan:
 
         Yields: the bytes of the memory that a plan fills, and the plan.
         """
+        if 0 < self.rows * self.row_bytes <= most_bytes:
+            yield Span(0, self.rows * self.row_bytes), self
+            return
         columns = max(1, min(self.row_bytes, most_bytes))
         rows = most_bytes // columns if columns == self.row_bytes else 1
         for row in range(0, self.rows, rows):
