@@ -20,8 +20,10 @@ READERS = 4
 # A slice is read in parts of this size, so that all threads read a large one.
 PART_BYTES = 8 * 1024 * 1024
 # The next slice is begun while fewer bytes than this are being read or wait to be
-# converted, besides the one that is waited for.
-AHEAD_BYTES = 64 * 1024 * 1024
+# converted, besides the one that is waited for. Slices that stay in memory taken before
+# are no more memory: of them so many are begun.
+AHEAD_BYTES = 32 * 1024 * 1024
+AHEAD_SLICES = 64
 
 
 @dataclass(frozen=True)
@@ -32,6 +34,7 @@ class _UnderWay:
     part: Slice
     array: mx.array
     parts: list[Future[None]]
+    nbytes: int  # that it adds to what is held; 0 where its memory was taken before
 
 
 class ReadAhead:
@@ -79,15 +82,15 @@ class ReadAhead:
         if following is None or (following.tensor, following.part) != (tensor, part):
             return self._checkpoint.read(tensor, part)
         self._under_way.popleft()
-        self._bytes -= following.array.nbytes
+        self._bytes -= following.nbytes
         self._begin()
         for read in following.parts:
             read.result()
         return following.array
 
     def _begin(self) -> None:
-        """Begin to read the next slices, as far as AHEAD_BYTES go."""
-        while self._bytes < AHEAD_BYTES:
+        """Begin to read the next slices, as far as the limits go."""
+        while self._bytes < AHEAD_BYTES and len(self._under_way) < AHEAD_SLICES:
             if (following := next(self._wanted, None)) is None:
                 return
             tensor, part, taken = following
@@ -97,8 +100,9 @@ class ReadAhead:
                 self._pool.submit(piece.fill, memory[slice(*place)])
                 for place, piece in plan.parts(PART_BYTES)
             ]
-            self._under_way.append(_UnderWay(tensor, part, array, parts))
-            self._bytes += array.nbytes
+            nbytes = 0 if taken else array.nbytes
+            self._under_way.append(_UnderWay(tensor, part, array, parts, nbytes))
+            self._bytes += nbytes
 
 
 def _array(tensor: Tensor, part: Slice) -> tuple[mx.array, np.ndarray]:
