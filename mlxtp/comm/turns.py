@@ -65,12 +65,15 @@ def take_turns(
             of_second = second()
     finally:
         last: list[mx.array | None] = [None, None]
-        while any(turn.called for turn in turns):
-            for place, called in turns:
-                if called:
-                    last[place] = x = called.popleft()  # the graph alone holds the rest
-                    mx.async_eval(x)  # type: ignore[no-untyped-call]
-        finish(last)
+        try:
+            while any(turn.called for turn in turns):
+                for place, called in turns:
+                    if called:
+                        # The graph alone holds the rest.
+                        last[place] = x = called.popleft()
+                        mx.async_eval(x)  # type: ignore[no-untyped-call]
+        finally:
+            finish(last)
     return of_first, of_second
 
 

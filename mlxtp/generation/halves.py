@@ -23,6 +23,9 @@ from mlxtp.layers.sums import outputs_unread
 # Less is read whole: two calls of a few tokens cost about as much as two of many.
 LEAST_TOKENS = 64
 
+# The least that is worth measuring for, which takes as long as some hundred tokens.
+MEASURED_FROM = 512
+
 # What is measured: computing with so few and so many tokens, and allreduces of as many
 # bytes as so many tokens send. Longer ones take little longer.
 COMPUTED_TOKENS = 16, 64
@@ -117,9 +120,9 @@ class Halves:
     """Calls of one model that read prompts: in halves where that pays.
 
     Whether it does is measured once for a model, with the first part of a prompt that
-    has `LEAST_TOKENS`: what a pass takes without its collectives, and what they take.
-    Ranks of one host send through its memory: there it is the processor that is busy,
-    nothing travels, and nothing is measured.
+    has `MEASURED_FROM` tokens, or by `costs` before: what a pass takes without its
+    collectives, and what they take. Ranks of one host send through its memory: there it
+    is the processor that is busy, nothing travels, and nothing is measured.
     """
 
     def __init__(self, model: nn.Module) -> None:
@@ -135,8 +138,11 @@ class Halves:
         `measure` does.
         """
         length = tokens.shape[1]
+        is_known = hasattr(self._model, "pass_costs")
         # Whatever else a call is given goes with its tokens: nobody knows how.
-        if length < LEAST_TOKENS or options.keys() != {"cache"}:
+        if length < (LEAST_TOKENS if is_known else MEASURED_FROM) or (
+            options.keys() != {"cache"}
+        ):
             return call(tokens, **options)
         costs = self.costs()
         if costs is None or not costs.pay(tokens.size):
@@ -156,8 +162,8 @@ class Halves:
 def measure(model: nn.Module) -> Costs | None:
     """Measure what passes of a model take; None where nothing can be hidden.
 
-    Communicates: those of a pass of few tokens, a few allreduces, and two allgathers of
-    objects.
+    Communicates: those of a pass of few tokens, a few allreduces, and three allgathers
+    of objects.
     """
     comm = model.comm
     if not comm.takes_turns or len(set(comm.allgather_object(comm.host))) == 1:
@@ -175,7 +181,8 @@ def measure(model: nn.Module) -> Costs | None:
     calls, nbytes = comm.traffic.calls - calls, comm.traffic.bytes - nbytes
     if not calls:
         return None
-    token_bytes = nbytes // (calls * tokens)  # of one collective
+    # Of one collective; what ranks gather differs in size.
+    token_bytes = max(comm.allgather_object(nbytes)) // (calls * tokens)
 
     def part(tokens: int) -> mx.array:
         return mx.zeros(token_bytes * tokens // mx.float32.size)

@@ -64,7 +64,7 @@ class Pages {
   explicit Pages(const uint8_t* end) : end_(end) {}
 
   void give([[maybe_unused]] const uint8_t* begin, [[maybe_unused]] int64_t size) {
-#ifdef __linux__
+#ifdef MADV_POPULATE_WRITE
     if (begin + size <= given_) {
       return;
     }

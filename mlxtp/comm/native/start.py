@@ -29,7 +29,8 @@ def start(control: MessageTransport) -> list[Any] | None:
 
     try:
         native = load(collectives(), say)
-        with suppress(BuildError):  # then checkpoints are read as without it
+        # Without it checkpoints are read more slowly.
+        with suppress(BuildError, OSError, ImportError):
             load(reading(), say)
         lacking = control.lacks_for_native(native.library_version())
     except (BuildError, OSError, ImportError) as error:
