@@ -3,6 +3,7 @@
 import argparse
 import asyncio
 import os
+from tempfile import TemporaryFile
 from types import SimpleNamespace
 
 import pytest
@@ -52,7 +53,7 @@ def test_a_short_soak(fake, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(soak, "KINDS", 6)
     here = SimpleNamespace(pid=os.getpid())
     with serving(fake(), model_names=(MODEL,), max_concurrency=64) as front:
-        seen = soak.soak(Server(here, front.url), 16, 1.0, 0)
+        seen = soak.soak(Server(here, front.url, TemporaryFile()), 16, 1.0, 0)
     assert seen["bad ones among them"] == 2 and seen["tokens"] > 100
     assert (seen["answers that part"] > 0) == (fake is Wrong)
     assert seen["of these without a tie"] <= seen["answers that part"]
