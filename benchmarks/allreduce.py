@@ -129,10 +129,10 @@ def measure(args: argparse.Namespace) -> Times:
     control: Any = connect()
     progress = Progress()
     heartbeat = Heartbeat(control, progress, Limits(600, 600))
-    core = None
+    cores = None
     if args.job == "mlxtp":
-        core = start(control)
-        sums = our_sums(control, core, progress)
+        cores = start(control)
+        sums = our_sums(control, cores, progress)
     elif args.job == RING:
         sums = sums_in_graph(start_backend("ring", control), progress)
     elif args.job == SOCKETS:
@@ -151,7 +151,7 @@ def measure(args: argparse.Namespace) -> Times:
         for algorithm, seconds in zip(sums, slowest.tolist(), strict=True):
             result[algorithm][str(size)] = seconds
     heartbeat.leave()
-    if core is not None:
+    for core in cores or ():
         core.close()
     return result
 
@@ -169,11 +169,11 @@ def timed(allreduce: Callable[[mx.array], mx.array], x: mx.array, calls: int) ->
     return (time.perf_counter() - begin) / calls
 
 
-def our_sums(control: Any, core: Any, progress: Progress) -> dict[str, Any]:
+def our_sums(control: Any, cores: Any, progress: Progress) -> dict[str, Any]:
     """Ours by name; eager ones alone where this host cannot compile the others."""
 
     def native(name: str) -> Callable[[mx.array], mx.array]:
-        arrays = NativeCollectives([core], control, progress, Traffic(), allreduce=name)
+        arrays = NativeCollectives(cores, control, progress, Traffic(), allreduce=name)
         return lambda x: evaluated(arrays.allreduce(x, ""))
 
     def eager(name: str) -> Callable[[mx.array], mx.array]:
@@ -185,7 +185,7 @@ def our_sums(control: Any, core: Any, progress: Progress) -> dict[str, Any]:
         "mpi-one-shot": (OneShot, MPIGather),
         "mpi-two-shot": (TwoShot, MPIGather),
     }
-    sums = {f"native {name}": native(name) for name in names if core is not None}
+    sums = {f"native {name}": native(name) for name in names if cores is not None}
     sums |= {f"eager {name}": eager(name) for name in names}
     ALGORITHMS.update(of_mpi)
     return sums | {f"eager {name}": eager(name) for name in of_mpi}

@@ -43,7 +43,7 @@ from mlxtp.model import sources
 from mlxtp.model.skeleton import EmptyModel, build
 from mlxtp.model.sources import Computed
 from mlxtp.native import loader
-from mlxtp.partition.shares import as_shares
+from mlxtp.partition.shares import Shares
 from mlxtp.partition.spans import Slice
 from mlxtp.sharding.decide import slice_table
 
@@ -205,7 +205,7 @@ def time_alone(folder: Path, world: int, rank: int) -> None:
     loader.reading()  # an import
     begin = time.perf_counter()
     empty = build(folder)
-    slices = slice_table(empty.model, as_shares([1] * world)).slices(rank)
+    slices = slice_table(empty.model, Shares([1] * world)).slices(rank)
     empty.settle(slices)
     built, before = time.perf_counter(), read_bytes()
     read_slices(empty, empty.checkpoint, slices)

@@ -52,8 +52,9 @@ def test_a_short_soak(fake, monkeypatch: pytest.MonkeyPatch) -> None:
     """Clients that hang up, stall and send rubbish change no other's answer."""
     monkeypatch.setattr(soak, "KINDS", 6)
     here = SimpleNamespace(pid=os.getpid())
-    with serving(fake(), model_names=(MODEL,), max_concurrency=64) as front:
-        seen = soak.soak(Server(here, front.url, TemporaryFile()), 16, 1.0, 0)
+    ranks = serving(fake(), model_names=(MODEL,), max_concurrency=64)
+    with ranks as front, TemporaryFile() as log:
+        seen = soak.soak(Server(here, front.url, log), 16, 1.0, 0)
     assert seen["bad ones among them"] == 2 and seen["tokens"] > 100
     assert (seen["answers that part"] > 0) == (fake is Wrong)
     assert seen["of these without a tie"] <= seen["answers that part"]
