@@ -2,14 +2,15 @@
 
 import shlex
 from collections.abc import Iterable, Mapping, Set
+from ipaddress import ip_address, ip_network
 from typing import NamedTuple
 
 import over_ssh  # noqa: F401 (puts the checkout on Python's path)
 
 from mlxtp.cluster import cables
-from mlxtp.cluster.addresses import RING_ADDRESSES
+from mlxtp.cluster.addresses import CABLE_NETWORK, RING_ADDRESSES
 from mlxtp.cluster.cables import Cable
-from mlxtp.cluster.ports import Port, Ports
+from mlxtp.cluster.ports import Port, Ports, is_switched
 from mlxtp.cluster.reroute import LINUX, MACOS, Route
 
 # What the ports of a host are called where nobody renamed them: the first of them.
@@ -32,6 +33,7 @@ class Host(NamedTuple):
         cables: all that are to be used, between any hosts.
         ports: the interface of each neighbour's cable.
         there: the addresses that interfaces have as it is.
+        laid: the addresses of other hosts that routes lead to as it is.
     """
 
     number: int
@@ -39,6 +41,7 @@ class Host(NamedTuple):
     cables: Set[Cable]
     ports: Mapping[int, str]
     there: Mapping[str, list[str]] = {}
+    laid: Iterable[str] = ()
 
     @property
     def address(self) -> str:
@@ -49,7 +52,7 @@ class Host(NamedTuple):
     def ends(self) -> dict[str, str]:
         """Interface -> this host's address on the cable there."""
         return {
-            interface: cables.end(self.number, other, self.hosts).address
+            interface: cables.end(self.number, other).address
             for other, interface in self.ports.items()
         }
 
@@ -58,7 +61,7 @@ class Host(NamedTuple):
         """Another host's address -> how packets to it leave this one."""
         return {
             cables.host_address(other): Route(
-                cables.end(self.number, neighbour, self.hosts).neighbour,
+                cables.end(self.number, neighbour).neighbour,
                 self.ports[neighbour],
             )
             for other, neighbour in cables.routes(self.number, self.cables).items()
@@ -74,14 +77,25 @@ class Host(NamedTuple):
             or interface not in self.ends
         ]
 
+    @property
+    def lost(self) -> list[str]:
+        """Addresses of hosts that routes lead to and no cable does."""
+        return sorted({*self.laid} - {self.address, *self.routes})
+
 
 def on_cables(there: Mapping[str, list[str]]) -> list[tuple[str, str]]:
-    """Return the interfaces with an address of ours, and that."""
+    """Return the interfaces with an address of ours, and that.
+
+    An interface that has none of a host is no port of ours: other networks, such as
+    Podman's, have the addresses of our cables as well.
+    """
+    cable_network = ip_network(CABLE_NETWORK)
     return [
         (interface, address)
         for interface, addresses in there.items()
+        if not set(RING_ADDRESSES).isdisjoint(addresses)
         for address in addresses
-        if address in RING_ADDRESSES or address.startswith("10.88.")
+        if address in RING_ADDRESSES or ip_address(address) in cable_network
     ]
 
 
@@ -95,6 +109,7 @@ def linux(host: Host) -> list[Step]:
     """Return the commands of iproute2 for a host."""
     steps = [Step(["sysctl", "-w", f"{FORWARDING['linux']}=1"])]
     steps += [Step(removed_linux(*place), True) for place in host.stale]
+    steps += [Step(LINUX.remove(other), True) for other in host.lost]
     for interface, address in host.ends.items():
         steps.append(Step(["ip", "link", "set", interface, "up"]))
         for network in f"{host.address}/32", f"{address}/30":
@@ -113,12 +128,15 @@ def removed_linux(interface: str, address: str) -> list[str]:
 def undone_linux(there: Mapping[str, list[str]], laid: Iterable[str]) -> list[Step]:
     """Return the commands of iproute2 that take away what a host has of ours.
 
-    `there` are the addresses of its interfaces, `laid` those that routes lead to.
+    `there` are the addresses of its interfaces, `laid` those that routes lead to. An
+    interface that others may have switched on stays up.
     """
     words = [LINUX.remove(other) for other in laid]
     words += [removed_linux(*place) for place in on_cables(there)]
     ports = dict(on_cables(there))
-    words += [["ip", "link", "set", port, "down"] for port in ports]
+    words += [
+        ["ip", "link", "set", port, "down"] for port in ports if is_switched(port)
+    ]
     words.append(["sysctl", "-w", f"{FORWARDING['linux']}=0"])
     return [Step(each, True) for each in words]
 
@@ -127,6 +145,7 @@ def macos(host: Host) -> list[Step]:
     """Return the commands of ifconfig and route for a host."""
     steps = [Step(["sysctl", "-w", f"{FORWARDING['macos']}=1"])]
     steps += [Step(removed_macos(*place), True) for place in host.stale]
+    steps += [Step(MACOS.remove(other), True) for other in host.lost]
     for interface, address in host.ends.items():
         # Bridges in a circle are a loop. That a port is no member does not matter.
         steps.append(Step(["ifconfig", "bridge0", "deletem", interface], True))
@@ -189,7 +208,7 @@ def usual_ports(
     return {other: f"{name}{first + place}" for place, other in enumerate(ordered)}
 
 
-class End(NamedTuple):
+class HostPort(NamedTuple):
     """A port of a host."""
 
     number: int
@@ -197,43 +216,55 @@ class End(NamedTuple):
 
 
 # A cable -> the ports that it joins, that of the lower number first.
-Found = dict[Cable, tuple[End, End]]
+JoinedPorts = dict[Cable, tuple[HostPort, HostPort]]
 
 
-def found(hosts: Mapping[int, Ports]) -> Found:
+def joined_ports(hosts: Mapping[int, Ports]) -> JoinedPorts:
     """Return the cables between hosts, from what their ports hear.
 
     Between two hosts the first cable counts. A port that hears several others is one of
-    a network, and has no cable.
+    a network, and has no cable. Where neither end hears the other, a cable is there as
+    long as both have its addresses: a busy host may miss an echo.
     """
-    ends = [End(n, port) for n, seen in hosts.items() for port in seen.ports]
-    owner = {name: end for end in ends for name in end.port.own}
-    joined: dict[End, set[End]] = {end: set() for end in ends}
-    for end in ends:
-        for name in end.port.heard:
-            other = owner.get(name, end)
-            if other.number != end.number:
-                joined[end].add(other)
-                joined[other].add(end)
-    result: Found = {}
-    for end, others in joined.items():
+    ports = [HostPort(n, port) for n, seen in hosts.items() for port in seen.ports]
+    owner = {name: port for port in ports for name in port.port.own}
+    heard: dict[HostPort, set[HostPort]] = {port: set() for port in ports}
+    for port in ports:
+        for name in port.port.heard:
+            other = owner.get(name, port)
+            if other.number != port.number:
+                heard[port].add(other)
+                heard[other].add(port)
+    result: JoinedPorts = {}
+    for port, others in heard.items():
         for other in others:
-            if len(others) == len(joined[other]) == 1 and end.number < other.number:
-                result.setdefault(Cable(end.number, other.number), (end, other))
+            if len(others) == len(heard[other]) == 1 and port.number < other.number:
+                result.setdefault(Cable(port.number, other.number), (port, other))
+    silent = {
+        (port.number, address): port
+        for port, others in heard.items()
+        if not others and not port.port.heard
+        for address in hosts[port.number].addresses.get(port.port.interface, ())
+    }
+    for low, high in cables.mesh(max(hosts)):
+        at = cables.end(low, high)
+        one, two = silent.get((low, at.address)), silent.get((high, at.neighbour))
+        if one is not None and two is not None:
+            result.setdefault(Cable(low, high), (one, two))
     return dict(sorted(result.items()))
 
 
 def lacking(
-    hosts: Mapping[int, Ports], there: Found, wanted: Set[Cable]
+    hosts: Mapping[int, Ports], total: int, there: JoinedPorts, wanted: Set[Cable]
 ) -> dict[Cable, tuple[Port | None, Port | None]]:
     """Return the cables that are wanted and not there, with free ports for each.
 
-    A port is None where a host has none that is free.
+    `hosts` are those of `total` that have answered. A port is None where a host has
+    none that is free.
     """
-    total = max(hosts)
-    taken = {end for ends in there.values() for end in ends}
+    taken = {port for ports in there.values() for port in ports}
     free = {
-        n: [port for port in seen.ports if End(n, port) not in taken]
+        n: [port for port in seen.ports if HostPort(n, port) not in taken]
         for n, seen in hosts.items()
     }
 

@@ -21,8 +21,8 @@ from typing import NamedTuple
 from mlxtp.cluster.addresses import CABLE_NETWORK, RING_ADDRESSES
 from mlxtp.cluster.commands import output
 
-# A cable's last byte of address has room for 64 steps from a host to another.
-MOST_HOSTS = 128
+# The last byte of a cable's address has room for numbers that are 64 apart.
+MOST_HOSTS = 65
 
 # Nobody listens there: a host that is there refuses at once.
 CLOSED_PORT = 9
@@ -101,27 +101,17 @@ def host_address(host: int) -> str:
     return RING_ADDRESSES[host - 1]
 
 
-def goes_right(host: int, other: int, hosts: int) -> bool:
-    """Return whether `other` is fewer steps behind `host` than before it, in a circle.
-
-    Between opposite hosts the lower number comes first.
-    """
-    right, left = (other - host) % hosts, (host - other) % hosts
-    return right < left or (right == left and host < other)
-
-
-def end(number: int, other: int, hosts: int) -> End:
+def end(number: int, other: int) -> End:
     """Return the end at host `number` of its cable to host `other`.
 
-    Each cable is a network of its own, 10.88.FIRST.0/30 where it joins a host with the
-    next. One to the host after that is 10.88.FIRST.4/30, and so on.
+    Each cable is a network of its own, 10.88.LOW.0/30 where it joins a host with the
+    next number. One to the host after that is 10.88.LOW.4/30, and so on. So addresses
+    stay the same where more hosts have cables than take part in a job.
     """
-    is_first = goes_right(number, other, hosts)
-    first, second = (number, other) if is_first else (other, number)
-    steps = (second - first) % hosts
-    base = IPv4Address(CABLE_NETWORK.split("/")[0]) + 256 * first + 4 * (steps - 1)
-    ours, theirs = str(base + 1), str(base + 2)
-    return End(ours, theirs) if is_first else End(theirs, ours)
+    low, high = between(number, other)
+    base = IPv4Address(CABLE_NETWORK.split("/")[0]) + 256 * low + 4 * (high - low - 1)
+    ends = str(base + 1), str(base + 2)
+    return End(*ends) if number == low else End(*ends[::-1])
 
 
 def neighbours(number: int, cables: Iterable[Cable]) -> list[int]:
@@ -159,26 +149,30 @@ def routes(number: int, cables: Set[Cable]) -> dict[int, int]:
     return dict(sorted(through.items()))
 
 
-def addresses() -> dict[str, list[str]]:
-    """Return the IPv4 addresses of each interface of this host; empty if unknown."""
+def addresses(up: bool = False) -> dict[str, list[str]]:
+    """Return the IPv4 addresses of each interface of this host; empty if unknown.
+
+    With `up` interfaces that are switched off are left out.
+    """
     if sys.platform == "darwin":
-        return read_ifconfig(output("ifconfig"))
-    return read_ip_address(output("ip", "-json", "address"))
+        return read_ifconfig(output("ifconfig"), up)
+    return read_ip_address(output("ip", "-json", "address"), up)
 
 
-def interfaces() -> dict[str, str]:
+def interfaces(up: bool = False) -> dict[str, str]:
     """Return the interface of every IPv4 address of this host.
 
-    An address that several interfaces have is given for the first.
+    An address that several interfaces have is given for the first. With `up` interfaces
+    that are switched off are left out.
     """
     result: dict[str, str] = {}
-    for interface, own in addresses().items():
+    for interface, own in addresses(up).items():
         for address in own:
             result.setdefault(address, interface)
     return result
 
 
-def read_ip_address(text: str) -> dict[str, list[str]]:
+def read_ip_address(text: str, up: bool) -> dict[str, list[str]]:
     """Read what `ip -json address` of Linux prints, as `addresses` returns it."""
     return {
         entry["ifname"]: [
@@ -187,17 +181,17 @@ def read_ip_address(text: str) -> dict[str, list[str]]:
             if address["family"] == "inet"
         ]
         for entry in json.loads(text or "[]")
-        if entry
+        if entry and ("UP" in entry["flags"] or not up)
     }
 
 
-def read_ifconfig(text: str) -> dict[str, list[str]]:
+def read_ifconfig(text: str, up: bool) -> dict[str, list[str]]:
     """Read what `ifconfig` of macOS prints, as `addresses` returns it."""
     blocks = re.split(r"^(?=\S)", text, flags=re.M)
     return {
         block.partition(":")[0]: re.findall(r"^\s+inet (\S+)", block, re.M)
         for block in blocks
-        if block
+        if block and (re.search(r"[<,]UP[,>]", block) or not up)
     }
 
 
@@ -207,7 +201,7 @@ def laid(number: int, hosts: int, known: Container[str]) -> dict[int, End]:
     `known` are all addresses of the host.
     """
     others = (other for other in range(1, hosts + 1) if other != number)
-    possible = {other: end(number, other, hosts) for other in others}
+    possible = {other: end(number, other) for other in others}
     return {other: at for other, at in possible.items() if at.address in known}
 
 

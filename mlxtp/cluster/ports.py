@@ -24,18 +24,21 @@ import time
 from collections.abc import Iterable, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass
-from ipaddress import ip_address, ip_network
+from ipaddress import IPv4Address, IPv6Address, ip_address, ip_network
 from pathlib import Path
 from typing import Any
 
 from mlxtp.cluster.addresses import CABLE_NETWORK, RING_NETWORK
 from mlxtp.cluster.cables import addresses
 from mlxtp.cluster.commands import output
+from mlxtp.cluster.reroute import this_system
 
 NETWORK = Path("/sys/class/net")
 
-# A port that has an address outside of these is in use for something else.
-OURS = [ip_network(n) for n in (CABLE_NETWORK, RING_NETWORK, "169.254.0.0/16")]
+# A port that has an address outside of these is in use for something else. So is one
+# with an address of the cables alone: ours have the host's as well.
+CABLES, RING = ip_network(CABLE_NETWORK), ip_network(RING_NETWORK)
+OURS = [CABLES, RING, ip_network("169.254.0.0/16"), ip_network("fe80::/10")]
 
 # All hosts on a link, and the two messages of ICMPv6.
 ALL_HOSTS = "ff02::1"
@@ -62,12 +65,14 @@ class Port:
 class Ports:
     """The ports of a host in their order.
 
-    `system` is "macos" or "linux", `addresses` are those of each interface, of IPv4.
+    `system` is "macos" or "linux", `addresses` are those of each interface, of IPv4,
+    `laid` the addresses of hosts on the cables that routes lead to.
     """
 
     system: str
     ports: tuple[Port, ...]
     addresses: dict[str, list[str]]
+    laid: tuple[str, ...] = ()
 
     @classmethod
     def read(cls, text: str) -> "Ports":
@@ -81,7 +86,8 @@ class Ports:
                 Port(one["name"], one["interface"], (*one["own"],), (*one["heard"],))
                 for one in content["ports"]
             )
-            return cls(content["system"], ports, content["addresses"])
+            laid = tuple(content["laid"])
+            return cls(content["system"], ports, content["addresses"], laid)
         except (IndexError, KeyError, TypeError) as error:
             raise ValueError(f"{text[-200:]!r}") from error
 
@@ -175,11 +181,17 @@ def linux_ports(text: str, folders: Path) -> list[Port]:
         if not ((folder / "device").exists() or (folder / "tun_flags").exists()):
             continue
         own = [each["local"] for each in entry["addr_info"]]
-        inet = [ip_address(address) for address in own if ":" not in address]
-        if all(any(address in network for network in OURS) for address in inet):
+        if is_free([ip_address(address) for address in own]):
             local = [address for address in own if address.startswith("fe80:")]
             ports.append(Port(entry["ifname"], entry["ifname"], tuple(local), ()))
     return sorted(ports, key=lambda port: (len(port.name), port.name))
+
+
+def is_free(own: Sequence[IPv4Address | IPv6Address]) -> bool:
+    """Return whether an interface with these addresses is in no other network."""
+    on_cable, on_ring = (any(a in network for a in own) for network in (CABLES, RING))
+    known = all(any(address in network for network in OURS) for address in own)
+    return known and (on_ring or not on_cable)
 
 
 def echoes(interfaces: Sequence[str]) -> dict[str, set[str]]:
@@ -217,12 +229,25 @@ def echo_socket() -> socket.socket:
     return socket.socket(socket.AF_INET6, kind, socket.IPPROTO_ICMPV6)
 
 
+def is_thunderbolt(name: str) -> bool:
+    """Return whether an interface of Linux is a Thunderbolt port."""
+    return "thunderbolt" in (NETWORK / name / "device" / "driver").resolve().name
+
+
+def is_switched(name: str) -> bool:
+    """Return whether an interface of Linux is up for cables alone.
+
+    That holds for Thunderbolt ports, and for the tunnels of `launch/lab`.
+    """
+    return is_thunderbolt(name) or (NETWORK / name / "tun_flags").exists()
+
+
 def switch_on(ports: Iterable[str]) -> None:
     """Switch on those Thunderbolt ports of a Linux machine that are off."""
     off = [
         name
         for name in ports
-        if "thunderbolt" in (NETWORK / name / "device" / "driver").resolve().name
+        if is_thunderbolt(name)
         and (NETWORK / name / "operstate").read_text().strip() == "down"
     ]
     for name in off:
@@ -253,7 +278,8 @@ def own_ports(up: bool = False) -> Ports:
         for port in ports
         for answers in [heard.get(port.interface, set()) - {*port.own}]
     )
-    return Ports(system, tuple(listening), addresses())
+    laid = tuple(this_system().laid())
+    return Ports(system, tuple(listening), addresses(), laid)
 
 
 def ip_addresses() -> str:

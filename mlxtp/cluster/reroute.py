@@ -1,9 +1,9 @@
 """Lay the routes of this host over the cables that carry something.
 
-`python -m mlxtp.cluster.reroute K N --topology ring --broken 2-3,3-4`, on host K of N;
-without `--broken` they are laid as `launch/cables` lays them. Routes to hosts that no
-way reaches are removed; addresses stay as they are. It takes root, or a sudo that asks
-for no password.
+`python -m mlxtp.cluster.reroute K N --topology 1-2,4-5,1-5`, on host K of N: of a ring
+of five without host 3. With all cables, such as `ring`, routes are laid as
+`launch/cables` lays them. Routes to hosts that no way reaches are removed; addresses
+stay as they are. It takes root, or a sudo that asks for no password.
 One line of JSON says how it went: `routes` is "as wanted", "changed" or "refused",
 `words` says more. Only the standard library is used.
 """
@@ -128,7 +128,7 @@ def reroute(number: int, hosts: int, carrying: Set[Cable]) -> Outcome:
     wanted = {}
     through = cables.routes(number, carrying)
     for other, neighbour in through.items():
-        address, gateway = cables.end(number, neighbour, hosts)
+        address, gateway = cables.end(number, neighbour)
         if address not in interface_of:
             return Outcome("refused", f"no interface of this host has {address}")
         wanted[cables.host_address(other)] = Route(gateway, interface_of[address])
@@ -180,31 +180,25 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
         "--topology",
         required=True,
         metavar="CABLES",
-        help="ring, mesh, or cables such as 1-2,2-3: those between hosts 1 and 2, ...",
-    )
-    parser.add_argument(
-        "--broken",
-        default="",
-        metavar="CABLES",
-        help="those of them that carry nothing, such as 2-3,3-4; default: none",
+        help="those that carry something: ring, mesh, or some such as 1-2,2-3, between "
+        "hosts 1 and 2, ...",
     )
     args = parser.parse_args(arguments)
     if not 2 <= args.hosts <= cables.MOST_HOSTS:
         parser.error(f"cables join 2 to {cables.MOST_HOSTS} hosts, not {args.hosts}")
     if not 1 <= args.number <= args.hosts:
         parser.error(f"K is one of 1 to {args.hosts}, not {args.number}")
-    for name in "topology", "broken":
-        try:
-            setattr(args, name, cables.parse(getattr(args, name), args.hosts))
-        except ValueError as error:
-            parser.error(f"--{name}: {error}")
+    try:
+        args.topology = cables.parse(args.topology, args.hosts)
+    except ValueError as error:
+        parser.error(f"--topology: {error}")
     return args
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Lay the routes and print how it went."""
     args = parse(arguments)
-    outcome = reroute(args.number, args.hosts, args.topology - args.broken)
+    outcome = reroute(args.number, args.hosts, args.topology)
     print(json.dumps(outcome._asdict()))
 
 

@@ -3,7 +3,7 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from itertools import combinations
+from itertools import combinations, count
 
 from mlxtp.cluster import cables
 from mlxtp.cluster.addresses import RING_ADDRESSES
@@ -100,17 +100,28 @@ class Findings:
             (a, b)
             for a, b in combinations(number, 2)
             if any(
-                cables.end(number[x], number[y], len(number)).address
-                in self.machines[x].addresses
+                cables.end(number[x], number[y]).address in self.machines[x].addresses
                 for x, y in ((a, b), (b, a))
             )
         }
 
+    @cached_property
+    def numbers(self) -> dict[str, int]:
+        """The number of each host on the cables.
+
+        A host without an address there takes the lowest number that is free.
+        """
+        known = {
+            host.host: RING_ADDRESSES.index(host.address) + 1
+            for host in self.hosts
+            if host.address in RING_ADDRESSES
+        }
+        free = (number for number in count(1) if number not in known.values())
+        return {h.host: known.get(h.host) or next(free) for h in self.hosts}
+
     def number(self, machine: Machine) -> int:
-        """Return the number of a host on the cables, or else its place from 1."""
-        if machine.address in RING_ADDRESSES:
-            return RING_ADDRESSES.index(machine.address) + 1
-        return [host.host for host in self.hosts].index(machine.host) + 1
+        """Return the number of a host on the cables."""
+        return self.numbers[machine.host]
 
     def port(self, a: int, b: int) -> Interface | None:
         """Return the interface by which rank `a` reaches rank `b`; None without one."""

@@ -6,10 +6,18 @@ from mlxtp.doctor.machine import Machine
 
 
 def cables_command(findings: Findings, machine: Machine) -> str:
-    """Return the command that gives a host its addresses and routes on the cables."""
-    hosts, number = len(findings.hosts), findings.number(machine)
-    numbers = {host.rank: findings.number(host) for host in findings.hosts}
-    used = {cables.between(numbers[a], numbers[b]) for a, b in findings.cables}
+    """Return the command that gives a host its addresses and routes on the cables.
+
+    Hosts on the cables that take no part in the job count as well.
+    """
+    number = findings.number(machine)
+    used = {
+        cables.between(here, other)
+        for host in findings.hosts
+        for here in [findings.number(host)]
+        for other in cables.laid(here, cables.MOST_HOSTS, host.addresses)
+    }
+    hosts = max([*findings.numbers.values(), *(cable.high for cable in used)])
     port_of = {
         a: port.name for port in machine.facts.interfaces for a in port.addresses
     }

@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 
 from mlxtp.cluster import cables
 from mlxtp.cluster.cables import Cable
+from mlxtp.comm.transports import openmpi
 
 pytestmark = pytest.mark.once
 
@@ -87,7 +88,8 @@ def test_a_ring_takes_the_shorter_way(hosts: int) -> None:
     """Between opposite hosts, to the right of the lower number."""
     for number in range(1, hosts + 1):
         for other, neighbour in cables.routes(number, cables.ring(hosts)).items():
-            step = 1 if cables.goes_right(number, other, hosts) else -1
+            right, left = (other - number) % hosts, (number - other) % hosts
+            step = 1 if (right, number) < (left, other) else -1
             assert neighbour == (number - 1 + step) % hosts + 1
 
 
@@ -101,10 +103,10 @@ def test_a_host_that_is_lost() -> None:
 
 @pytest.mark.parametrize("hosts", [2, 3, 4, 5, 8, 9, cables.MOST_HOSTS])
 def test_each_cable_is_a_network_of_its_own(hosts: int) -> None:
-    """A cable's ends agree on it; those of a ring are 10.88.K.1 and 10.88.K.2."""
+    """A cable's ends agree on it; to the next host they are 10.88.K.1 and 10.88.K.2."""
     networks = set()
     for a, b in cables.mesh(hosts):
-        near, far = cables.end(a, b, hosts), cables.end(b, a, hosts)
+        near, far = cables.end(a, b), cables.end(b, a)
         assert (near.address, near.neighbour) == (far.neighbour, far.address)
         network = {address.rpartition(".")[0] for address in near}
         last = sorted(int(address.rpartition(".")[2]) for address in near)
@@ -113,9 +115,17 @@ def test_each_cable_is_a_network_of_its_own(hosts: int) -> None:
     assert len(networks) == len(cables.mesh(hosts))
     for number in range(1, hosts):
         ends = (f"10.88.{number}.1", f"10.88.{number}.2")
-        assert cables.end(number, number + 1, hosts) == ends
-    if hosts > 2:
-        assert cables.end(hosts, 1, hosts).address == f"10.88.{hosts}.1"
+        assert cables.end(number, number + 1) == ends
+
+
+def test_some_hosts_of_a_mesh_find_their_cables() -> None:
+    """A job of the first four of five finds what was laid for five."""
+    for number in range(1, 5):
+        ends = {k: cables.end(number, k) for k in range(1, 6) if k != number}
+        known = [end.address for end in ends.values()]
+        assert cables.laid(number, 5, known) == ends
+        del ends[5]
+        assert cables.laid(number, 4, known) == ends
 
 
 def test_topologies_as_they_are_written() -> None:
@@ -143,6 +153,8 @@ en2: flags=8863<UP,BROADCAST,SMART,RUNNING,SIMPLEX,MULTICAST> mtu 1500
 en3: flags=8863<UP,BROADCAST,SMART,RUNNING,SIMPLEX,MULTICAST> mtu 1500
 \tinet 10.89.0.3 netmask 0xffffffff broadcast 10.89.0.3
 \tinet 10.88.3.1 netmask 0xfffffffc broadcast 10.88.3.3
+en4: flags=8822<BROADCAST,SMART,SIMPLEX,MULTICAST> mtu 1500
+\tinet 10.88.3.5 netmask 0xfffffffc broadcast 10.88.3.7
 """
 
 
@@ -150,7 +162,8 @@ def entry(name: str, *addresses: str) -> dict[str, object]:
     """An interface as `ip -json address` prints it, in part."""
     inet6 = {"family": "inet6", "local": "fe80::1", "prefixlen": 64}
     info = [{"family": "inet", "local": address} for address in addresses]
-    return {"ifname": name, "addr_info": [*info, inet6]}
+    flags = ["BROADCAST", "LOWER_UP"] if name == "en4" else ["BROADCAST", "UP"]
+    return {"ifname": name, "flags": flags, "addr_info": [*info, inet6]}
 
 
 @pytest.mark.parametrize("system", ["linux", "darwin"])
@@ -160,6 +173,7 @@ def test_interfaces_by_address(system: str, monkeypatch: pytest.MonkeyPatch) -> 
         entry("en0", "192.168.1.20"),
         entry("en2", "10.89.0.3", "10.88.2.2"),
         entry("en3", "10.89.0.3", "10.88.3.1"),
+        entry("en4", "10.88.3.5"),
     ]
     printed = {
         ("ip", "-json", "address"): json.dumps(entries),
@@ -174,14 +188,32 @@ def test_interfaces_by_address(system: str, monkeypatch: pytest.MonkeyPatch) -> 
         "10.89.0.3": "en2",
         "10.88.2.2": "en2",
         "10.88.3.1": "en3",
+        "10.88.3.5": "en4",
     }
+    assert "10.88.3.5" not in cables.interfaces(up=True)
+    assert cables.interfaces(up=True)["10.89.0.3"] == "en2"
     assert cables.addresses()["en3"] == ["10.89.0.3", "10.88.3.1"]
     ends = cables.laid(3, 5, found)
     assert {other: found[end.address] for other, end in ends.items()} == {
         2: "en2",
         4: "en3",
+        5: "en4",
     }
     assert ends[2].neighbour == "10.88.2.1" and ends[4].neighbour == "10.88.3.2"
+
+
+def test_open_mpi_takes_a_port_that_is_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of those with the host's address; the person's own choice stays."""
+    entries = [entry("en4", "10.89.0.3"), entry("en2", "10.89.0.3", "10.88.2.2")]
+    monkeypatch.setattr(cables.sys, "platform", "linux")
+    monkeypatch.setattr(cables, "output", lambda *words: json.dumps(entries))
+    monkeypatch.setattr(openmpi, "ring_address", lambda: "10.89.0.3")
+    monkeypatch.setattr(openmpi.os, "environ", {})
+    openmpi.set_defaults()
+    assert openmpi.os.environ["OMPI_MCA_btl_tcp_if_include"] == "en2"
+    openmpi.os.environ["OMPI_MCA_btl_tcp_if_include"] = "en0"
+    openmpi.set_defaults()
+    assert openmpi.os.environ["OMPI_MCA_btl_tcp_if_include"] == "en0"
 
 
 def test_no_command_tells_the_interfaces(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+from dataclasses import asdict
 from pathlib import Path
 
 import pytest
@@ -10,6 +11,7 @@ from recorded import HARDWARE_PORTS, PROFILE
 
 from mlxtp.cluster import ports
 from mlxtp.cluster.ports import ECHO_REPLY, Port, Ports, Thunderbolt
+from mlxtp.cluster.reroute import MACOS, Route
 
 pytestmark = pytest.mark.once
 
@@ -49,7 +51,11 @@ def test_a_mac(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(ports, "output", lambda *words: printed[words[0]])
     monkeypatch.setattr(ports, "addresses", lambda: {"en2": ["10.89.0.1"]})
     monkeypatch.setattr(ports, "echoes", lambda interfaces: answers)
+    laid = MACOS._replace(laid=lambda: {"10.89.0.2": Route("10.88.1.2", "en2")})
+    monkeypatch.setattr(ports, "this_system", lambda: laid)
     seen = ports.own_ports()
+    assert seen.laid == ("10.89.0.2",)
+    assert Ports.read(json.dumps(asdict(seen))) == seen
     assert seen.system == "macos" and seen.addresses == {"en2": ["10.89.0.1"]}
     assert seen.ports[0] == Port("Thunderbolt 1", "en2", ("A-1", own), ("B-1", other))
     assert seen.ports[3] == Port("Thunderbolt 4", "en5", ("A-4",), ("C-1",))
@@ -66,13 +72,17 @@ def entry(name: str, *addresses: str, flags: tuple[str, ...] = ("UP",)) -> objec
 
 def test_a_linux_machine(tmp_path: Path) -> None:
     """What is hardware, or a tunnel, and has no address of another network."""
-    for folder in "eth0/device", "tb10/tun_flags", "tb9/tun_flags", "tb1/device":
+    others = "eth0/device", "eth1/device", "eth2/device", "eth3/device"
+    for folder in *others, "tb10/tun_flags", "tb9/tun_flags", "tb1/device":
         (tmp_path / folder).mkdir(parents=True)
     text = json.dumps(
         [
             entry("lo", "127.0.0.1", flags=("LOOPBACK", "UP")),
             entry("eth0", "192.168.1.5", "fe80::5"),
-            entry("tb10", "10.89.0.1", "10.88.1.1", "fe80::a", "2001:db8::1"),
+            entry("tb10", "10.89.0.1", "10.88.1.1", "fe80::a"),
+            entry("eth1", "fe80::6", "2001:db8::1"),
+            entry("eth2", "10.89.0.1", "10.88.1.5", "2001:db8::2"),
+            entry("eth3", "10.88.40.7", "fe80::7"),
             entry("tb9", "169.254.3.4", "fe80::b"),
             entry("tb1"),
             entry("docker0", "fe80::c"),

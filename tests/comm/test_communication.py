@@ -3,6 +3,7 @@
 from collections import Counter
 from collections.abc import Callable, Iterator
 from fractions import Fraction
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ from tiny import VOCABULARY, Tiny, made_by_rank_0
 
 import mlxtp
 from mlxtp import Communicator
-from mlxtp.cluster.cables import goes_right
+from mlxtp.cluster.cables import ring, routes
 from mlxtp.comm.allreduce import ALGORITHMS, Collectives, algorithms
 from mlxtp.comm.codec import GROUP_SIZE
 from mlxtp.comm.eager import EagerCollectives
@@ -86,13 +87,19 @@ def a_part(ranks: int) -> int:
     return 4 * GROUP_SIZE * ranks
 
 
+@cache
+def routes_on_a_ring(rank: int, ranks: int) -> dict[int, int]:
+    """The neighbour through which a rank's host reaches each other host."""
+    return routes(rank + 1, ring(ranks))
+
+
 def cables(message: Message, ranks: int) -> Iterator[tuple[int, int]]:
     """The ends of the cables that a message crosses on a ring with our routes."""
     rank, to, _ = message
-    step = 1 if goes_right(rank + 1, to + 1, ranks) else -1
     while rank != to:
-        yield rank, (rank + step) % ranks
-        rank = (rank + step) % ranks
+        after = routes_on_a_ring(rank, ranks)[to + 1] - 1
+        yield rank, after
+        rank = after
 
 
 def busiest(sent: list[Message], cables_of: Callable[[Message], Any]) -> int:

@@ -28,6 +28,7 @@ from mlxtp.doctor.computing import token_seconds
 from mlxtp.doctor.facts import Facts, Interface, Route
 from mlxtp.doctor.faults import faults
 from mlxtp.doctor.findings import Findings
+from mlxtp.doctor.fixes import cables_command
 from mlxtp.doctor.links import Link, Ring, Sockets
 from mlxtp.doctor.machine import Machine
 from mlxtp.doctor.paths import follow
@@ -537,6 +538,25 @@ def test_a_mesh(size: int) -> None:
     ports = ",".join(f"{k}=en{max(k, 2)}" for k in range(1, size + 1) if k != 2)
     words = f"sudo ./launch/cables 2 {size} --topology mesh --ports {ports} --apply"
     assert fault.fix == words
+
+
+def test_some_hosts_of_a_mesh() -> None:
+    """A job of hosts 2 to 4 of five: their cables, and those to others, are there."""
+    mesh = macs(5, cables.mesh(5))
+    some = replace(
+        mesh,
+        machines=[replace(mesh.machines[k], rank=k - 1) for k in (1, 2, 3)],
+        routes=mesh.routes[1:4],
+        links={},
+    )
+    assert some.cables == {(0, 1), (0, 2), (1, 2)}
+    command = cables_command(some, some.machines[0])
+    topology = cables.listed(cables.mesh(5) - {Cable(1, 5)})
+    words = f"2 5 --topology {topology} --ports 1=en2,3=en3,4=en4,5=en5 --apply"
+    assert command == f"sudo ./launch/cables {words}"
+    without_address = machine(1, lambda it: replace(it, address="192.168.1.3"))(some)
+    numbers = without_address.numbers
+    assert numbers == {"studio2": 2, "studio3": 1, "studio4": 4}
 
 
 def test_a_mesh_that_lacks_a_cable() -> None:

@@ -5,7 +5,7 @@ import os
 import subprocess
 import sys
 from collections import deque
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import cabling
@@ -146,7 +146,7 @@ def test_the_ends_of_a_cable_share_a_network_of_their_own(hosts, there, system):
     assert sorted(ends.values()) == [[cable, cable] for cable in sorted(there)]
     if there == cables.ring(hosts):
         assert {network for network, _ in ends} == {
-            f"10.88.{k}" for k in range(1, len(there) + 1)
+            f"10.88.{k}" for k in range(1, hosts)
         }
 
 
@@ -178,13 +178,49 @@ def test_a_cable_that_was_put_elsewhere_leaves_no_address(system):
     }
 
 
-def test_what_is_not_ours_stays():
-    before = {"p2": ["169.254.1.1", "10.88.9.1"], "en0": ["192.168.1.2"]}
-    ring = cables.ring(3)
-    lines = [c for c in commands(1, 3, "linux", ring, before) if "del" in c]
-    assert lines == ["ip address del 10.88.9.1/30 dev p2 2>/dev/null || true"]
-    undone = cabling.script(cabling.undone_linux({"en0": ["192.168.1.2"]}, []), [])
-    assert undone == ["sysctl -w net.ipv4.ip_forward=0 2>/dev/null || true"]
+@each_system
+def test_what_is_not_ours_stays(system):
+    """So does a network that has our cables' addresses, such as Podman's or a LAN."""
+    others = {"en0": ["192.168.1.2"], "podman0": ["10.88.0.1"], "eth0": ["10.88.1.1"]}
+    before = others | {"p2": ["169.254.1.1", "10.89.0.1", "10.88.9.1"]}
+    lines = commands(1, 3, system, cables.ring(3), before)
+    gone = {
+        "linux": "ip address del 10.88.9.1/30 dev p2 2>/dev/null || true",
+        "macos": "ifconfig p2 inet 10.88.9.1 -alias 2>/dev/null || true",
+    }
+    assert [c for c in lines if " del " in c or c.count("-alias")] == [gone[system]]
+    undone = cabling.script(cabling.UNDONE[system](others, []), [])
+    assert len(undone) == 1 and "forward" in undone[0]
+
+
+def test_only_a_port_that_is_up_for_cables_is_switched_off(tmp_path, monkeypatch):
+    """A Thunderbolt port, and a tunnel of the lab."""
+    monkeypatch.setattr("mlxtp.cluster.ports.NETWORK", tmp_path)
+    for name, driver in ("tb0", "thunderbolt-net"), ("eth0", "ixgbe"):
+        (tmp_path / "drivers" / driver).mkdir(parents=True)
+        (tmp_path / name / "device").mkdir(parents=True)
+        link = tmp_path / name / "device" / "driver"
+        link.symlink_to(tmp_path / "drivers" / driver)
+    (tmp_path / "tun0").mkdir()
+    (tmp_path / "tun0" / "tun_flags").touch()
+    there = {name: ["10.89.0.1"] for name in ("tb0", "eth0", "tun0")}
+    lines = cabling.script(cabling.undone_linux(there, []), [])
+    assert [line.split()[3:5] for line in lines if " link " in line] == [
+        ["tb0", "down"],
+        ["tun0", "down"],
+    ]
+
+
+@each_system
+def test_routes_that_lead_nowhere_are_removed(system):
+    """As to a host whose cables are gone; the host's own is none of them."""
+    ring = host(1, 5, cables.ring(5))
+    machine = Machine(commands(1, 5, system, cables.ring(5)))
+    left = host(1, 5, cables.ring(5) - {Cable(2, 3), Cable(3, 4)}, machine.addresses)
+    left = left._replace(laid=[ring.address, *machine.routes])
+    assert left.lost == ["10.89.0.3"]
+    machine.run(cabling.script(cabling.SYSTEMS[system](left), []))
+    assert machine.routes.keys() == {"10.89.0.2", "10.89.0.4", "10.89.0.5"}
 
 
 def test_macos_takes_ports_out_of_the_bridge_and_gives_them_back():
@@ -208,9 +244,9 @@ def test_the_commands_of_one_host_on_linux():
         "ip address replace 10.88.1.1/30 dev p2",
         "ip link set p3 up",
         "ip address replace 10.89.0.1/32 dev p3",
-        "ip address replace 10.88.3.2/30 dev p3",
+        "ip address replace 10.88.1.5/30 dev p3",
         "ip route replace 10.89.0.2/32 via 10.88.1.2 dev p2 src 10.89.0.1",
-        "ip route replace 10.89.0.3/32 via 10.88.3.1 dev p3 src 10.89.0.1",
+        "ip route replace 10.89.0.3/32 via 10.88.1.6 dev p3 src 10.89.0.1",
     ]
 
 
@@ -234,13 +270,15 @@ def test_ports_in_order_meet(hosts):
     [
         (["6", "5"], "of 5 hosts K is one of 1 to 5, not 6"),
         (["0", "5"], "of 5 hosts K is one of 1 to 5, not 0"),
-        (["1", "1"], "cables join 2 to 128 hosts, not 1"),
+        (["1", "1"], "cables join 2 to 65 hosts, not 1"),
         (["one", "5"], "invalid int value: 'one'"),
         (["1", "2", "3"], "where is a hostfile, or K N, two numbers"),
         (["nowhere"], "no hostfile nowhere: No such file or directory"),
         (["1", "5", "--topology", "star"], "wanted ring, mesh, or cables between"),
         (["1", "5", "--ports", "3=en2"], "wanted one for each of 5=thunderbolt0,2="),
         (["1", "5", "--ports", "2=en2"], "--ports: none leads to host 5"),
+        (["1", "5", "--ports", "2=en2,5=en2"], "--ports: 5=en2 names a host or an int"),
+        (["1", "5", "--ports", "2=en2,2=en3,5=en4"], "--ports: 2=en3 names a host or"),
         (["1", "5", "--apply", "--ports", "2=lo,5=no9"], "no interface no9 here"),
     ],
 )
@@ -263,7 +301,7 @@ def test_applying_needs_root():
     assert done.returncode != 0 and "needs root" in done.stderr
 
 
-def macs(names, *joined, count=4, configured=()):
+def macs(names, *joined, count=4):
     """Macs by number, with cables between ports such as "a1-b3"."""
     peers = {}
     for cable in joined:
@@ -288,13 +326,13 @@ RING = ("a2-b1", "b2-c1", "c2-a1")
 
 
 def test_cables_are_found_as_they_are():
-    there = cabling.found(macs("abc", "a4-b2", "b1-c3"))
+    there = cabling.joined_ports(macs("abc", "a4-b2", "b1-c3"))
     ends = {cable: [end.port.name[-1] for end in ends] for cable, ends in there.items()}
     assert ends == {Cable(1, 2): ["4", "2"], Cable(2, 3): ["1", "3"]}
     # A second cable between two hosts is spare.
-    there = cabling.found(macs("ab", "a1-b1", "a2-b2"))
+    there = cabling.joined_ports(macs("ab", "a1-b1", "a2-b2"))
     assert [ends[0].port.name for ends in there.values()] == ["Thunderbolt 1"]
-    assert cabling.found(macs("ab")) == {}
+    assert cabling.joined_ports(macs("ab")) == {}
 
 
 def test_one_end_that_hears_is_enough_and_a_switch_is_no_cable():
@@ -302,16 +340,36 @@ def test_one_end_that_hears_is_enough_and_a_switch_is_no_cable():
     first = seen[1].ports[0]
     heard = Port(first.name, first.interface, first.own, ("b1",))
     seen[1] = Ports("macos", (heard, *seen[1].ports[1:]), {})
-    assert list(cabling.found(seen)) == [Cable(1, 2)]
+    assert list(cabling.joined_ports(seen)) == [Cable(1, 2)]
     heard = Port(first.name, first.interface, first.own, ("b1", "c1"))
     seen[1] = Ports("macos", (heard, *seen[1].ports[1:]), {})
-    assert cabling.found(seen) == {}
+    assert cabling.joined_ports(seen) == {}
+
+
+def with_addresses(hosts, number, interface, other):
+    """Hosts of which one has the addresses of a cable at an interface."""
+    own = cables.host_address(number), cables.end(number, other).address
+    seen = hosts[number]
+    known = seen.addresses | {interface: [*own]}
+    return hosts | {number: replace(seen, addresses=known)}
+
+
+def test_a_cable_that_is_silent_is_there_while_both_ends_have_its_addresses():
+    """Not where one has them alone, or a port hears of another cable."""
+    hosts = with_addresses(macs("abc", "a2-b1"), 2, "en3", 3)
+    assert list(cabling.joined_ports(hosts)) == [Cable(1, 2)]
+    both = with_addresses(hosts, 3, "en2", 2)
+    silent = cabling.joined_ports(both)[Cable(2, 3)]
+    assert [place.port.interface for place in silent] == ["en3", "en2"]
+    moved = with_addresses(macs("abc", "a2-b2"), 2, "en3", 3)
+    moved = with_addresses(moved, 3, "en2", 2)
+    assert list(cabling.joined_ports(moved)) == [Cable(1, 2)]
 
 
 def test_where_cables_go_that_are_missing():
     """Into the ports in their order, where these are free; no two into one."""
     hosts = macs("abcde")
-    missing = cabling.lacking(hosts, {}, cables.mesh(5))
+    missing = cabling.lacking(hosts, 5, {}, cables.mesh(5))
     ends = [
         (number, port.name)
         for cable, ports in missing.items()
@@ -322,13 +380,17 @@ def test_where_cables_go_that_are_missing():
     assert [p.name[-1] for p in missing[Cable(1, 3)]] == ["3", "4"]
     assert [p.name[-1] for p in missing[Cable(1, 5)]] == ["1", "2"]
     hosts = macs("abc", "a2-b3")  # to be the other way round
-    there = cabling.found(hosts)
-    missing = cabling.lacking(hosts, there, cables.ring(3))
+    there = cabling.joined_ports(hosts)
+    missing = cabling.lacking(hosts, 3, there, cables.ring(3))
     assert {c: [p.name[-1] for p in ports] for c, ports in missing.items()} == {
         Cable(1, 3): ["1", "2"],
         Cable(2, 3): ["2", "1"],
     }
-    missing = cabling.lacking(macs("abc", count=1), {}, cables.ring(3))
+    # The last host has not answered: ports are still those for five.
+    missing = cabling.lacking(macs("abcd"), 5, {}, {Cable(1, 2), Cable(1, 4)})
+    assert [p.name[-1] for p in missing[Cable(1, 2)]] == ["2", "1"]
+    assert [p.name[-1] for p in missing[Cable(1, 4)]] == ["4", "3"]
+    missing = cabling.lacking(macs("abc", count=1), 3, {}, cables.ring(3))
     assert [port for ports in missing.values() for port in ports].count(None) == 3
 
 
@@ -346,7 +408,7 @@ SSH = """\
 while [ "$1" = -o ]; do shift 2; done
 echo "$1: $2" >>"{0}/given"
 case $2 in
-    *mlxtp.cluster.ports*) cat "{0}/$1" ;;
+    *mlxtp.cluster.ports*) [ "$1" != away ] && cat "{0}/$1" ;;
     *--apply*) [ "$1" != deaf ] || {{ echo "it does not" >&2; exit 1; }} ;;
 esac
 """
@@ -406,6 +468,17 @@ def test_a_hostfile_is_applied(cluster):
     assert "--undo --apply" in said
     own = "launch/cables 1 3 --topology=ring --ports=2=en3,3=en2 --apply"
     assert own in given and "launch/cables 2 3" in given
+
+
+def test_no_cable_is_taken_from_hosts_while_one_does_not_answer(cluster):
+    """Unless --topology names cables without it."""
+    names, seen = ["one", "two", "away"], macs("abc", *RING)
+    for options in (), ("--topology=ring",):
+        status, said, given = cluster(names, seen, "--apply", *options)
+        assert status == 1 and "launch/cables" not in given
+        assert "Nothing was changed: away did not answer" in said
+    status, said, given = cluster(names, seen, "--apply", "--topology=1-2")
+    assert "launch/cables 1 3 --topology=1-2 --ports=2=en3 --apply" in given
 
 
 def test_a_mesh_that_is_not_whole(cluster):

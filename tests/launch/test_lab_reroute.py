@@ -11,6 +11,9 @@ from five_hosts import HOSTFILE, HOSTS, good, lab
 from five_hosts import the_lab_can_be_built as the_lab_can_be_built
 from lab_hosts import cables, reached
 
+from mlxtp.cluster.cables import listed, parse
+from mlxtp.cluster.cables import ring as ring_of
+
 pytestmark = [pytest.mark.lab, pytest.mark.once]
 
 T = TypeVar("T")
@@ -40,11 +43,11 @@ if comm.rank == 0:
 
 
 def reroute(broken: str, hosts: list[str] = HOSTS) -> list[str]:
-    """Let hosts lay their routes past broken cables; return how it went on each."""
+    """Let hosts lay their routes past broken cables of a ring; say how it went."""
+    left = listed(ring_of(5) - parse(broken, 5))
 
     def act(host: str) -> str:
-        module = ["mlxtp.cluster.reroute", host[-1], "5", "--topology", "ring"]
-        module += ["--broken", broken]
+        module = ["mlxtp.cluster.reroute", host[-1], "5", "--topology", left]
         said = good("run", "--on", host, sys.executable, "-m", *module)
         return json.loads(said)["routes"]
 

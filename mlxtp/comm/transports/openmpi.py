@@ -43,11 +43,12 @@ def set_defaults() -> None:
     if (address := ring_address()) is not None:
         # The two ends of a cable know each other alone: of all its addresses a host
         # may name only the one that everybody has a route to. All its ports have that;
-        # one is named, and routes decide where data go. Over the four of a mesh Open
-        # MPI 5.0.11 hangs with the first message that does not go out at once.
+        # one that is up is named, and routes decide where data go. Over the four of a
+        # mesh Open MPI 5.0.11 hangs with the first message that does not go out at
+        # once.
         include = "OMPI_MCA_btl_tcp_if_include"
         if os.environ.get(include, RING_NETWORK) == RING_NETWORK:
-            os.environ[include] = interfaces().get(address, RING_NETWORK)
+            os.environ[include] = interfaces(up=True).get(address, RING_NETWORK)
     elif not uses_cables() and "OMPI_MCA_btl_tcp_if_include" not in os.environ:
         os.environ.setdefault("OMPI_MCA_btl_tcp_if_exclude", WITHOUT_CABLES)
     for name, value in defaults.items():
