@@ -194,7 +194,7 @@ def _seconds(drafts: ModelDrafts, comm: Communicator) -> float:
     for _ in range(MEASURED_ROUNDS):
         comm.barrier()
         begin = time.perf_counter()
-        tokens += drafter.propose(tokens, MEASURED_TOKENS)
+        tokens += drafter.propose(tokens, MEASURED_TOKENS) or []
         comm.barrier()
         times.append(time.perf_counter() - begin)
     return min(times[1:])  # the first fills caches of all kinds

@@ -38,7 +38,7 @@ from mlx_lm.sample_utils import (
 from mlx_lm.utils import maybe_set_recommended_wired_limit
 
 from mlxtp.generation.agreed import agreed
-from mlxtp.generation.drafts import Drafter, Drafts
+from mlxtp.generation.drafts import CHUNK_TOKENS, Drafter, Drafts
 from mlxtp.generation.grammar import Grammars, Matcher
 from mlxtp.generation.halves import Halves
 from mlxtp.generation.pays import MOST
@@ -88,8 +88,9 @@ class Result:
     grammar cannot be followed any further: they are to be dropped.
 
     `drafted` are the numbers of drafted and of accepted tokens of rows that were asked
-    to draft, by id, and `draft_seconds` what drafting took on this rank. Behind a pass
-    of `width` tokens a row the last token of each is known, and is not in its caches.
+    to draft, by id, but for those whose drafter reads a prompt first; `draft_seconds`
+    is what drafting took on this rank. Behind a pass of `width` tokens a row the last
+    token of each is known, and is not in its caches.
     A `width` of 0 is a pass whose token is on its way: caches hold all that are known.
     """
 
@@ -233,6 +234,7 @@ class Engine:
         grammars: of the model's tokenizer.
         rows: how many tokens the model knows (V).
         drafts: makes the drafters of rows; None where nothing is drafted.
+        chunk: the most tokens of prompts that drafters read in a pass.
         ends: tokens that end a text: what is drafted behind them is not accepted.
         never_excluded: tokens that XTC leaves in, as mlx-lm's programs have them.
         kv_bits, kv_group_size, quantized_kv_start: mlx-lm's; with `kv_bits` there is
@@ -247,6 +249,7 @@ class Engine:
         rows: int,
         *,
         drafts: Drafts | None = None,
+        chunk: int = CHUNK_TOKENS,
         ends: Collection[int] = (),
         never_excluded: Sequence[int] = (),
         kv_bits: int | None = None,
@@ -256,7 +259,7 @@ class Engine:
         self._model = model
         self._store = store
         self._grammars = grammars
-        self._drafts, self._ends = drafts, frozenset(ends)
+        self._drafts, self._chunk, self._ends = drafts, chunk, frozenset(ends)
         self._tokens = rows
         self._sampler = _samplers(rows, never_excluded)
         self._quantized: dict[str, Any] = dict(
@@ -468,16 +471,21 @@ class Engine:
             if count > 0:
                 if row.drafter is None:
                     is_greedy = row.sampler is greedy_sampler
-                    row.drafter = self._drafts.begin(None if is_greedy else row.sample)
+                    draw_alike = None if is_greedy else row.sample
+                    row.drafter = self._drafts.begin(draw_alike, self._chunk)
                 proposing.append((row, (row.drafter, row.tokens, count)))
         drafts: dict[str, list[int]] = {}
         if proposing:
             proposed = self._drafts.propose([one for _, one in proposing])
             for (row, _), draft in zip(proposing, proposed, strict=True):
+                name = row.request.id
+                if draft is None:  # its drafter reads the prompt: nothing to judge
+                    del result.drafted[name]
+                    continue
                 # A draft model may know more tokens.
                 draft = [*takewhile(lambda token: token < self._tokens, draft)]
-                drafts[row.request.id] = draft
-                result.drafted[row.request.id] = len(draft), 0
+                drafts[name] = draft
+                result.drafted[name] = len(draft), 0
         result.draft_seconds = time.perf_counter() - begun
         return [drafts.get(row.request.id, []) for row in rows]
 

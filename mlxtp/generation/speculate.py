@@ -198,7 +198,8 @@ class Speculation:
         begin = time.perf_counter()
         wanted = min(self._pays.count, self._room(left))
         with mx.stream(self._stream):
-            drafted = self._drafts_of(wanted) if wanted > 0 else []
+            proposed = self._drafts_of(wanted) if wanted > 0 else None
+            drafted = proposed or []
             # Not of a pass without drafts: a window would be copied to be kept.
             point = Point(self._caches if drafted else [])
             inputs = mx.array([*self._pending, *drafted], mx.uint32)
@@ -211,7 +212,7 @@ class Speculation:
                 self._pending += drawn
             self._tokens += drawn
             self._quantize()
-        if wanted > 0:
+        if proposed is not None:
             if self._is_warm:
                 self._costs.add(len(drafted), time.perf_counter() - begin)
             self._is_warm = True
@@ -222,9 +223,14 @@ class Speculation:
         for place, token in enumerate(drawn):
             yield Step(token, logprobs[place], place < accepted)
 
-    def _drafts_of(self, count: int) -> list[int]:
-        """Draft at most `count` tokens, up to one that the model has no row for."""
+    def _drafts_of(self, count: int) -> list[int] | None:
+        """Draft at most `count` tokens, up to one that the model has no row for.
+
+        None while the drafter reads a prompt.
+        """
         drafted = self._drafter.propose(self._tokens, count)
+        if drafted is None:
+            return None
         return list(takewhile(lambda token: token < self._rows, drafted))
 
     def _room(self, left: int) -> int:

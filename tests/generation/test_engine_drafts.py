@@ -5,6 +5,7 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -135,6 +136,27 @@ def test_what_is_drawn_is_drawn_without_drafts(
         assert accepted == 0
     else:
         assert len(drafted.steps) < len(plain.steps)
+
+
+class Late(Foretold):
+    """Drafts that read a prompt for two passes."""
+
+    def propose(self, asked: Any) -> Any:
+        """Say first that prompts are read."""
+        self.calls = getattr(self, "calls", 0) + 1
+        return [None] * len(asked) if self.calls <= 2 else super().propose(asked)
+
+
+def test_what_reads_a_prompt_does_not_draft_yet(
+    plain: Driven, model: nn.Module, prompt: list[int], comm: Communicator
+) -> None:
+    """The row goes on without, and its drafts are judged when there are some."""
+    told = Late(plain.texts, 0)
+    drafted = Driven(model, comm, drafts=told, row_drafts=RowDrafts(4))
+    drafted.submit("greedy", prompt[:40], SETTINGS["greedy"], max_tokens=12)
+    assert drafted.run()["greedy"] == plain.tokens["greedy"]
+    counts = [x["greedy"] for result in drafted.results if (x := result.drafted)]
+    assert counts[0] == (4, 4)
 
 
 def test_drafts_without_a_model(

@@ -182,6 +182,7 @@ def load(args: Args, comm: Communicator, link: Link | None) -> Job:
         grammars,
         rows,
         drafts=drafts,
+        chunk=args.prefill_step_size,
         ends=ends,
         never_excluded=[x for x in (*tokenizer.encode("\n"), *ends) if x < rows],
         kv_bits=args.kv_bits,
