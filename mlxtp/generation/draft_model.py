@@ -11,7 +11,8 @@ from mlx_lm.tokenizer_utils import TokenizerWrapper
 from mlxtp import loading
 from mlxtp.comm.communicator import Communicator
 from mlxtp.comm.errors import UsageError
-from mlxtp.generation.drafts import NGRAM, Drafts, ModelDrafts, NgramDrafts
+from mlxtp.generation.choices import NGRAM
+from mlxtp.generation.drafts import Drafts, ModelDrafts, NgramDrafts
 from mlxtp.loading import Prepared
 from mlxtp.partition.shares import Share
 from mlxtp.stories import DRAFT_NAME, DRAFT_PATH
@@ -102,12 +103,12 @@ def prepare(
     Communicates: objects that tell the ranks what each has found.
     """
     comm, root = target.comm, rank or 0
+    if name == NGRAM:
+        return PreparedDraft(comm, (), root, None)
     if root >= comm.size:
         raise UsageError(
             f"--draft-rank {root}: wanted 0 to {comm.size - 1}, there are {comm.size}"
         )
-    if name == NGRAM:
-        return PreparedDraft(comm, (), root, None)
     path = DRAFT_PATH if name == DRAFT_NAME else name
     if where == "split":
         draft = loading.prepare(path, comm, shares=shares, beside=target)

@@ -15,6 +15,7 @@ from mlx_lm.sample_utils import greedy_sampler
 
 from mlxtp.comm.communicator import Communicator
 from mlxtp.generation.agreed import agreed
+from mlxtp.generation.choices import NGRAM
 from mlxtp.generation.pays import MOST
 from mlxtp.generation.rollback import Point
 from mlxtp.layers.sums import outputs_unread
@@ -23,8 +24,6 @@ from mlxtp.layers.sums import outputs_unread
 # before it -> (1,).
 Draw = Callable[[mx.array, int], mx.array]
 
-# The name of drafts that need no model.
-NGRAM = "ngram"
 # So many of the last tokens are looked for, the longest first.
 NGRAM_SIZES = (5, 4, 3, 2)
 

@@ -43,7 +43,7 @@ from mlxtp.generation.grammar import Grammars, Matcher
 from mlxtp.generation.halves import Halves
 from mlxtp.generation.pays import MOST
 from mlxtp.generation.prefix_cache import PrefixStore
-from mlxtp.generation.rollback import Point
+from mlxtp.generation.rollback import MOST_PENDING, Point
 from mlxtp.generation.rows import Caches, Rows
 from mlxtp.generation.sampling import draw
 from mlxtp.generation.settings import Settings
@@ -54,9 +54,6 @@ from mlxtp.layers.sums import outputs_unread
 CLEAR_PASSES = 256
 # And behind parts of prompts of so many tokens, whose arrays are large.
 CLEAR_TOKENS = 256
-
-# A row whose caches lack more tokens than this does not draft: it reads them first.
-MOST_PENDING = 16
 
 # Below it logits that are divided by the temperature leave the range of float16.
 LEAST_TEMPERATURE = 1e-3

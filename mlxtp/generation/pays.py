@@ -167,7 +167,7 @@ def best_count(acceptance: Acceptance, costs: Costs, most: int = MOST) -> int:
     return best
 
 
-class Pays:
+class DraftLength:
     """How many tokens to draft for each pass of one sequence.
 
     It says the same wherever it is told the same, `costs` included.
