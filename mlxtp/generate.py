@@ -128,6 +128,7 @@ def prepare(args: argparse.Namespace, comm: Communicator) -> Task:
         draft = draft_model.prepare(
             *(args.draft_model, args.draft, args.draft_rank, target, tokenizer),
             shares=args.shares,
+            fetch=args.fetch,
         )
 
     with comm.unlimited(), comm.agreement():

@@ -281,7 +281,9 @@ def prepare_draft(
     # A job that follows the loss of a host has fewer ranks.
     rank = args.draft_rank if has_draft_rank(args, prepared.comm) else None
     return draft_model.prepare(
-        *(args.draft_model, args.draft, rank, prepared, tokenizer), shares=args.shares
+        *(args.draft_model, args.draft, rank, prepared, tokenizer),
+        shares=args.shares,
+        fetch=args.fetch,
     )
 
 
