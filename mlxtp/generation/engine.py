@@ -85,9 +85,10 @@ class Result:
     grammar cannot be followed any further: they are to be dropped.
 
     `drafted` are the numbers of drafted and of accepted tokens of rows that were asked
-    to draft, by id, but for those whose drafter reads a prompt first; `draft_seconds`
-    is what drafting took on this rank. Behind a pass of `width` tokens a row the last
-    token of each is known, and is not in its caches.
+    to draft, by id, but for those whose drafter reads a prompt first: `drafts_read`
+    says that there are some, and times are no usual ones. `draft_seconds` is what drafting
+    took on this rank. Behind a pass of `width` tokens a row the last token of each is
+    known, and is not in its caches.
     A `width` of 0 is a pass whose token is on its way: caches hold all that are known.
     """
 
@@ -97,6 +98,7 @@ class Result:
     stuck: dict[str, str] = field(default_factory=dict)
     drafted: dict[str, tuple[int, int]] = field(default_factory=dict)
     draft_seconds: float = 0.0
+    drafts_read: bool = False
     width: int = 0
 
 
@@ -478,6 +480,7 @@ class Engine:
                 name = row.request.id
                 if draft is None:  # its drafter reads the prompt: nothing to judge
                     del result.drafted[name]
+                    result.drafts_read = True
                     continue
                 # A draft model may know more tokens.
                 draft = [*takewhile(lambda token: token < self._tokens, draft)]

@@ -172,7 +172,7 @@ class RowDrafts:
             width: tokens a row; 0 where nothing was drafted.
             drafted: how many tokens each row that was asked has drafted, and how many
                 of these were accepted.
-            draft_seconds: what drafting took of the time.
+            draft_seconds: what drafting took of the time, if that is known.
             is_alone: no prompt was read beside it.
         """
         if rows == 0:
@@ -182,7 +182,7 @@ class RowDrafts:
         # The first draft of a row reads its prompt, and one behind a part of another
         # prompt waits for it.
         is_usual = self._before > 0 and not any(map(self._is_first, drafted))
-        if count and is_usual:
+        if count and is_usual and seconds is not None:
             self._token_seconds.append(draft_seconds / count)
         if seconds is not None and is_alone:
             self._account(seconds, rows, width, drafted)

@@ -148,7 +148,8 @@ class Scheduler:
         """Note what the step that was decided last has come to.
 
         Args:
-            seconds: from the pass before; None behind a time without passes.
+            seconds: from the pass before; None behind a time without passes, or where
+                drafters read prompts.
             width: `generation.engine.Result`'s, and so are the others.
             drafted: see `width`.
             draft_seconds: see `width`.

@@ -157,6 +157,7 @@ def test_what_reads_a_prompt_does_not_draft_yet(
     assert drafted.run()["greedy"] == plain.tokens["greedy"]
     counts = [x["greedy"] for result in drafted.results if (x := result.drafted)]
     assert counts[0] == (4, 4)
+    assert sum(result.drafts_read for result in drafted.results) == 2
 
 
 def test_drafts_without_a_model(

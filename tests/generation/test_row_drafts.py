@@ -219,6 +219,18 @@ def test_drafts_behind_the_reading_of_prompts_are_not_timed() -> None:
     assert rounds > 28
 
 
+def test_drafts_beside_drafters_that_read_are_not_timed() -> None:
+    drafts, rounds = RowDrafts(), 0
+    for number in range(40):
+        asked = drafts.choose({"a": 16, "b": 16})
+        rounds += bool(asked)
+        told = {name: (count, count) for name, count in asked.items()}
+        width = 1 + max(asked.values()) if asked else 0
+        seconds, drafting = (0.1, 0.002) if number < 9 else (None, 2.0)
+        drafts.passed(seconds, 2, width, told, drafting, is_alone=True)
+    assert rounds > 28
+
+
 def test_passes_of_no_rows_say_nothing() -> None:
     drafts = RowDrafts()
     for _ in range(8):
