@@ -86,9 +86,9 @@ class Result:
 
     `drafted` are the numbers of drafted and of accepted tokens of rows that were asked
     to draft, by id, but for those whose drafter reads a prompt first: `drafts_read`
-    says that there are some, and times are no usual ones. `draft_seconds` is what drafting
-    took on this rank. Behind a pass of `width` tokens a row the last token of each is
-    known, and is not in its caches.
+    says that there are some, and times are no usual ones. `draft_seconds` is what
+    drafting took on this rank. Behind a pass of `width` tokens a row the last token of
+    each is known, and is not in its caches.
     A `width` of 0 is a pass whose token is on its way: caches hold all that are known.
     """
 

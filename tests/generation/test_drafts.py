@@ -94,7 +94,9 @@ def test_a_model_brings_itself_into_line(
     drafter, tokens = drafts.begin(chunk=7), LONG[:60]
     for _ in range(2):  # the first chunks of the prompt
         assert drafter.propose(tokens, 3) is None
-    for accepted, more in [(0, [1]), (3, [2]), (1, [3, 4]), (2, []), (3, []), (2, [5])]:
+    accepted_and_more = [(0, [1]), (3, [2]), (1, [3, 4]), (2, []), (3, []), (2, [5])]
+    # It is not asked for a while: more than it reads when it drafts.
+    for accepted, more in [*accepted_and_more, (1, LONG[60:85]), (0, [])]:
         drafted = drafter.propose(tokens, 3)
         assert drafted is not None
         assert drafted == continued(whole, tokens, 3)
