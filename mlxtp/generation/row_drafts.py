@@ -39,7 +39,7 @@ TRIAL_AGAIN = 2
 
 # Trials may take this part of the time, and as long as so many passes at once. What one
 # has taken beyond is made up for within the longest pause.
-PART_OF_TRIALS, MOST_AT_ONCE = 0.03, 4
+PART_OF_TRIALS, MOST_AT_ONCE = 0.02, 4
 MOST_BEYOND = PART_OF_TRIALS * LONGEST_PAUSE
 
 # While drafts pay, so many passes in a row are made without them now and then, all but
