@@ -4,6 +4,7 @@ A maker (`Drafts`) holds what sequences share, such as a draft model. Each seque
 a `Drafter` of its own. On all ranks a drafter proposes the same tokens.
 """
 
+from array import array
 from collections.abc import Callable, Sequence
 from itertools import islice
 from typing import Any, Protocol
@@ -24,8 +25,10 @@ from mlxtp.layers.sums import outputs_unread
 # before it -> (1,).
 Draw = Callable[[mx.array, int], mx.array]
 
-# So many of the last tokens are looked for, the longest first.
-NGRAM_SIZES = (5, 4, 3, 2)
+# So many of the last tokens are looked for, and the last ones at least.
+NGRAM_MOST, NGRAM_LEAST = 5, 2
+# In the latest places of the last ones: so many are compared.
+PLACES_COMPARED = 64
 
 # A draft model reads a prompt in chunks of so many tokens, unless told.
 CHUNK_TOKENS = 512
@@ -120,13 +123,14 @@ class NgramDrafts:
 class NgramDrafter:
     """Looks for the last tokens in prompt and answer: the latest place where they were.
 
-    A token costs the same however long the sequence is: places are found by the tokens
-    before them.
+    A token costs the same however long the sequence is: the places of two tokens are a
+    chain, from the latest back. It takes some 150 bytes a token.
     """
 
     def __init__(self) -> None:
-        # Tokens -> how many tokens are before what followed them.
-        self._places: dict[tuple[int, ...], int] = {}
+        # A place is how many tokens are before what followed; 0 is none.
+        self._latest: dict[tuple[int, ...], int] = {}
+        self._earlier = array("i", [0])  # of the same tokens, by place
         self._noted = 0
 
     def propose(self, tokens: Sequence[int], count: int) -> list[int]:
@@ -134,25 +138,40 @@ class NgramDrafter:
         for place in range(max(1, self._noted), len(tokens)):
             self._note(tokens, place)
         self._noted = len(tokens)
-        for size in NGRAM_SIZES:
-            if size >= len(tokens):
-                continue
-            last = tuple(tokens[-size:])
-            if last in self._places:
-                return self._copied(tokens, self._places[last], count)
-        return []
+        place = self._latest.get(tuple(tokens[-NGRAM_LEAST:]), 0)
+        best = longest = 0
+        for _ in range(PLACES_COMPARED):
+            if place == 0 or longest == NGRAM_MOST:
+                break
+            alike = _alike(tokens, place)
+            if alike > longest:
+                best, longest = place, alike
+            place = self._earlier[place]
+        return self._copied(tokens, best, count) if best else []
 
     def _note(self, tokens: Sequence[int], place: int) -> None:
         """Note the token at `place` as what follows those before it."""
-        for size in NGRAM_SIZES:
-            if size <= place:
-                self._places[tuple(tokens[place - size : place])] = place
+        if place < NGRAM_LEAST:
+            self._earlier.append(0)
+            return
+        last = tuple(tokens[place - NGRAM_LEAST : place])
+        self._earlier.append(self._latest.get(last, 0))
+        self._latest[last] = place
 
     @staticmethod
     def _copied(tokens: Sequence[int], place: int, count: int) -> list[int]:
         """Copy from `place` on, and what was copied too where it reaches the end."""
         period = len(tokens) - place
         return [tokens[place + i % period] for i in range(count)]
+
+
+def _alike(tokens: Sequence[int], place: int) -> int:
+    """How many tokens before `place` are the last ones, up to `NGRAM_MOST`."""
+    most = min(NGRAM_MOST, place)
+    for back in range(NGRAM_LEAST + 1, most + 1):
+        if tokens[place - back] != tokens[-back]:
+            return back - 1
+    return most
 
 
 class ModelDrafts:

@@ -1,6 +1,8 @@
 """What drafts: n-grams, and models that are whole on a rank, on all, or split."""
 
 import copy
+import random
+import tracemalloc
 from typing import Any
 
 import mlx.core as mx
@@ -58,6 +60,26 @@ def test_ngrams_of_a_long_text_cost_no_more() -> None:
     for known in range(100, 300):
         drafter.propose(tokens[:known], 4)
     assert noted == list(range(1, 299))
+
+
+@pytest.mark.once
+def test_ngrams_take_little_memory() -> None:
+    """Of the prompt and the answer of each row."""
+    draw = random.Random(0)
+    tokens = [draw.randrange(50_000) for _ in range(20_000)]
+    drafter = NgramDrafter()
+    tracemalloc.start()
+    drafter.propose(tokens, 4)
+    taken, _ = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert taken < 250 * len(tokens)
+
+
+@pytest.mark.once
+def test_ngrams_that_are_everywhere() -> None:
+    """The latest places count, of which few are compared."""
+    tokens = [7, 8, 9, 1, 2, 3, 4, 5, *([6, 1, 2] * 1000), 8, 9, 1, 2]
+    assert NgramDrafter().propose(tokens, 2) == [8, 9]
 
 
 @pytest.mark.once

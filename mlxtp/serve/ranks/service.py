@@ -148,7 +148,7 @@ class Service:
 
     def _drafts(self) -> dict[str, int]:
         """What `Stats` say of drafts."""
-        drafts = self._scheduler.drafts
+        drafts = self._scheduler.draft_lengths
         if drafts is None:
             return {}
         return {

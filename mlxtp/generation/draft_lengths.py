@@ -39,7 +39,7 @@ TRIAL_AGAIN = 2
 
 # Trials may take this part of the time, and as long as so many passes at once. What one
 # has taken beyond is made up for within the longest pause.
-PART_OF_TRIALS, MOST_AT_ONCE = 0.03, 4
+PART_OF_TRIALS, MOST_AT_ONCE = 0.02, 4
 MOST_BEYOND = PART_OF_TRIALS * LONGEST_PAUSE
 
 # While drafts pay, so many passes in a row are made without them now and then, all but
@@ -54,7 +54,7 @@ FIRST_PATIENCE = 64
 
 
 @dataclass
-class _Row:
+class _RowDrafts:
     """What is known of the drafts of one row."""
 
     pause: int = FIRST_PAUSE  # passes for which it is left out next
@@ -78,7 +78,7 @@ class _Passes:
     patience: int = FIRST_PATIENCE
 
 
-class RowDrafts:
+class DraftLengths:
     """Decides how many tokens rows draft, by what passes took and what was accepted.
 
     A row whose drafts do not pay is left out for a while, which doubles each time. Of a
@@ -104,7 +104,7 @@ class RowDrafts:
     ) -> None:
         self.rounds = self.drafted = self.accepted = 0
         self._fixed, self._in_batches, self._places = fixed, in_batches, places
-        self._rows: dict[str, _Row] = {}
+        self._rows: dict[str, _RowDrafts] = {}
         self._of: dict[int, _Passes] = {}  # by the number of rows
         self._passes = 0
         self._token_seconds: deque[float] = deque(maxlen=REMEMBERED)  # of drafting one
@@ -137,7 +137,7 @@ class RowDrafts:
         asked = {
             name: count
             for name, count in most.items()
-            if self._may_draft(self._rows.setdefault(name, _Row()))
+            if self._may_draft(self._rows.setdefault(name, _RowDrafts()))
         }
         chosen = self._best(asked, len(room), costs)
         if asked and not chosen and self._forget(len(room)):
@@ -201,7 +201,7 @@ class RowDrafts:
         self._before = rows if is_alone else 0
         self._was_asked, self._was_drafted = bool(drafted), width > 0
 
-    def _may_draft(self, row: _Row) -> bool:
+    def _may_draft(self, row: _RowDrafts) -> bool:
         """Whether a row is not left out, and not on trial at a bad time."""
         is_back = row.left_out_until <= self._passes
         return is_back and (row.trial == 0 or self._left >= 0)
@@ -301,7 +301,7 @@ class RowDrafts:
         passes.costs.renew_plain()
         return True
 
-    def _judge(self, row: _Row, count: int, accepted: int) -> None:
+    def _judge(self, row: _RowDrafts, count: int, accepted: int) -> None:
         """Note what became of a row's draft."""
         row.acceptance.add(count, accepted)
         row.has_drafted = row.has_drafted or count > 0
@@ -312,7 +312,7 @@ class RowDrafts:
             if row.trial == 0 and self._fixed is None:
                 self._leave_out(row)
 
-    def _leave_out(self, row: _Row) -> None:
+    def _leave_out(self, row: _RowDrafts) -> None:
         """Leave a row out for a while.
 
         Rows come back together, so that few passes are wide for those that may not pay.
