@@ -31,8 +31,8 @@ from mlxtp.comm.same_start import check_same_start
 from mlxtp.dryrun.chosen import CONTEXT
 from mlxtp.dryrun.loops import try_options
 from mlxtp.generation import draft_model, standard_input
+from mlxtp.generation.choices import NGRAM
 from mlxtp.generation.draft_model import PreparedDraft
-from mlxtp.generation.drafts import NGRAM
 from mlxtp.generation.prompt import check_tokens, encode, messages_of
 from mlxtp.generation.prompt_cache import SavedPrompt
 from mlxtp.generation.text import figures
@@ -128,6 +128,7 @@ def prepare(args: argparse.Namespace, comm: Communicator) -> Task:
         draft = draft_model.prepare(
             *(args.draft_model, args.draft, args.draft_rank, target, tokenizer),
             shares=args.shares,
+            fetch=args.fetch,
         )
 
     with comm.unlimited(), comm.agreement():

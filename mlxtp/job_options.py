@@ -17,6 +17,7 @@ from mlxtp.comm.choices import (
     WIRES,
 )
 from mlxtp.comm.errors import UsageError
+from mlxtp.generation.choices import NGRAM
 from mlxtp.partition.shares import Shares
 
 Args = argparse.Namespace
@@ -71,6 +72,22 @@ CONFLICTS: Conflicts = [
         ),
         "--draft-rank {args.draft_rank} is for a draft on one rank, and --draft is "
         "{args.draft}: leave one of them out",
+    ),
+    (
+        lambda args: (
+            getattr(args, "draft_model", None) in (None, NGRAM)
+            and getattr(args, "draft_rank", None) is not None
+        ),
+        "--draft-rank {args.draft_rank} says where a draft model is: give "
+        "--draft-model a model, or leave --draft-rank out",
+    ),
+    (
+        lambda args: (
+            getattr(args, "draft_model", None) in (None, NGRAM)
+            and getattr(args, "draft", AUTO) != AUTO
+        ),
+        "--draft {args.draft} says where a draft model is: give --draft-model a model, "
+        "or leave --draft out",
     ),
 ]
 

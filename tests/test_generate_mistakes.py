@@ -79,6 +79,14 @@ MISTAKES: dict[str, tuple[list[str], str]] = {
         ["--draft-model", "ngram", "--draft", "all", "--draft-rank", "0"],
         "--draft-rank 0 is for a draft on one rank, and --draft is all: leave one",
     ),
+    "a rank for no draft model": (
+        ["--draft-model", "ngram", "--draft-rank", "9"],
+        "--draft-rank 9 says where a draft model is: give --draft-model a model",
+    ),
+    "a place for no draft model": (
+        ["--draft", "split"],
+        "--draft split says where a draft model is: give --draft-model a model",
+    ),
     "as many drafts as nobody makes": (
         ["--num-draft-tokens", "many"],
         "'many': wanted auto, or a number",

@@ -122,6 +122,13 @@ class CacheBytes:
         """
         return rows * self.bytes(longest, width)
 
+    def point_bytes(self, tokens: int) -> int:
+        """Bytes of what a `Point` keeps: states and windows as they were."""
+        windows = (g for g in self.growths if g.window is not None and not g.in_chunks)
+        return self.fixed + round(
+            sum(g.token_bytes * g.room(tokens, 1) for g in windows)
+        )
+
     @property
     def copied(self) -> float:
         """Which part of caches is there twice while they are copied."""
@@ -134,7 +141,8 @@ class RankCapacity:
 
     `score_bytes` is what the products of queries and keys take for each token of the
     longest sequence, where attention is not one kernel. `draft` is what the caches of a
-    draft model take on this rank, which has those of each row besides.
+    draft model take on this rank, which has those of each row besides, and a `Point` of
+    each.
     """
 
     host: str
@@ -159,7 +167,8 @@ class RankCapacity:
         # What grows, or comes or goes in a batch, is copied.
         copied = self.cache.copied * max(batch, *single, 0)
         scores = self.score_bytes * max(*rows, *others, 0)
-        drafts = sum(self.draft.bytes(tokens) for tokens in rows) if self.draft else 0
+        draft = self.draft
+        drafts = sum(draft.bytes(x) + draft.point_bytes(x) for x in rows if draft)
         return kept_bytes + batch + sum(single) + round(copied + scores) + drafts
 
 

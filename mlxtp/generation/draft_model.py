@@ -2,6 +2,7 @@
 
 import time
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -11,8 +12,9 @@ from mlx_lm.tokenizer_utils import TokenizerWrapper
 from mlxtp import loading
 from mlxtp.comm.communicator import Communicator
 from mlxtp.comm.errors import UsageError
-from mlxtp.generation.drafts import NGRAM, Drafts, ModelDrafts, NgramDrafts
-from mlxtp.loading import Prepared
+from mlxtp.generation.choices import NGRAM
+from mlxtp.generation.drafts import Drafts, ModelDrafts, NgramDrafts
+from mlxtp.loading import Fetch, Prepared
 from mlxtp.partition.shares import Share
 from mlxtp.stories import DRAFT_NAME, DRAFT_PATH
 
@@ -55,18 +57,19 @@ class PreparedDraft:
             model = self.prepared.load(progress=progress, **how)
             return ModelDrafts(model, self.comm)
         model = self._load_whole(progress)
-        drafts = {
-            "one": ModelDrafts(
-                model if self.comm.rank == self.root else None, self.comm, self.root
-            ),
-            "all": ModelDrafts(model, self.comm),
-        }
-        return _quickest([drafts[place] for place in self.places], self.comm)
+        drafts = []
+        if "one" in self.places:
+            of_root = model if self.comm.rank == self.root else None
+            drafts.append(ModelDrafts(of_root, self.comm, self.root))
+        if all(self.comm.allgather_object(model is not None)):
+            drafts.append(ModelDrafts(model, self.comm))
+        return _quickest(drafts, self.comm)
 
     def _load_whole(self, progress: bool) -> nn.Module | None:
         """Load the whole model on ranks that have prepared it.
 
-        Ranks of a host take turns: the first fetches what the others find there.
+        Ranks of a host take turns: the first fetches what the others find there. A rank
+        that cannot goes without where one is enough.
         """
         comm, model = self.comm, None
         hosts = comm.allgather_object(comm.host)
@@ -74,7 +77,8 @@ class PreparedDraft:
         for number in range(max(map(hosts.count, hosts))):
             with comm.unlimited(), comm.agreement():
                 if number == turn and self.prepared is not None:
-                    model = self.prepared.load(progress=progress and comm.rank == 0)
+                    with suppress(*_may_fail(comm.rank, self.root, self.places)):
+                        model = self.prepared.load(progress=progress and comm.rank == 0)
         return model
 
 
@@ -86,6 +90,7 @@ def prepare(
     tokenizer: TokenizerWrapper,
     *,
     shares: Sequence[int | Share] | Literal["auto"] | None = None,
+    fetch: Fetch = "all",
 ) -> PreparedDraft:
     """Find a draft for a model, and see whether it fits.
 
@@ -95,19 +100,21 @@ def prepare(
         rank: the one rank that holds it; None for any.
         target: the model that is drafted for.
         tokenizer: its tokenizer.
-        shares: of the ranks, for a model that is split.
+        shares: of the ranks, as they are given for the target.
+        fetch: who fetches from the hub. "root" does not fetch whole drafts for others,
+            so that rank 0 has it where nobody says which.
 
     Raises: UsageError on every rank: for a rank that does not exist, a draft that does
         not load, does not fit in memory, or does not know the model's tokens.
     Communicates: objects that tell the ranks what each has found.
     """
     comm, root = target.comm, rank or 0
+    if name == NGRAM:
+        return PreparedDraft(comm, (), root, None)
     if root >= comm.size:
         raise UsageError(
             f"--draft-rank {root}: wanted 0 to {comm.size - 1}, there are {comm.size}"
         )
-    if name == NGRAM:
-        return PreparedDraft(comm, (), root, None)
     path = DRAFT_PATH if name == DRAFT_NAME else name
     if where == "split":
         draft = loading.prepare(path, comm, shares=shares, beside=target)
@@ -115,17 +122,29 @@ def prepare(
         with comm.agreement():
             check_vocabularies(target, tokenizer, draft, draft_tokenizer)
         return PreparedDraft(comm, ("split",), root, draft)
-    places = _places(where, rank, comm)
+    places = _places(where, rank, comm, fetch)
     whole = None
     with comm.unlimited(), comm.agreement():
         if "all" in places or comm.rank == root:
-            whole = loading.prepare(path, Communicator())
-            check_vocabularies(target, tokenizer, whole, whole.load_tokenizer())
+            with suppress(*_may_fail(comm.rank, root, places)):
+                draft = loading.prepare(path, Communicator())
+                check_vocabularies(target, tokenizer, draft, draft.load_tokenizer())
+                whole = draft
+    if "one" in places and not all(comm.allgather_object(whole is not None)):
+        places = ("one",)
 
     def check_memory(is_here: bool) -> None:
         held = target.nbytes + (whole.nbytes if whole is not None and is_here else 0)
         names = f"{target.name} and the whole {name}"
-        loading.check_memory(comm, held, names, target.turn_bytes)
+        try:
+            loading.check_memory(comm, held, names, target.turn_bytes)
+        except UsageError as error:
+            if shares != "auto":
+                raise
+            raise UsageError(
+                f"{error}; --shares auto does not count the draft: give --shares in "
+                "numbers, or --draft-model ngram"
+            ) from error
 
     if "one" in places:
         check_memory(comm.rank == root)
@@ -140,14 +159,24 @@ def prepare(
     return PreparedDraft(comm, places, root, whole if is_here else None)
 
 
-def _places(where: Where, rank: int | None, comm: Communicator) -> tuple[Where, ...]:
+def _places(
+    where: Where, rank: int | None, comm: Communicator, fetch: Fetch
+) -> tuple[Where, ...]:
     """Where a whole draft may be held, of what a person asks for."""
     if comm.size == 1:
         return ("all",)
     if where != "auto":
         return (where,)
     # On machines that differ each rank would have to wait for rank 0's drafts.
-    return ("one",) if rank is not None or comm.machines_differ else ("one", "all")
+    is_one = rank is not None or comm.machines_differ or fetch == "root"
+    return ("one",) if is_one else ("one", "all")
+
+
+def _may_fail(
+    rank: int, root: int, places: Sequence[Where]
+) -> tuple[type[ValueError], ...]:
+    """The errors with which a rank may go without the whole draft: one has it."""
+    return (ValueError,) if "one" in places and rank != root else ()
 
 
 def check_vocabularies(
@@ -194,7 +223,7 @@ def _seconds(drafts: ModelDrafts, comm: Communicator) -> float:
     for _ in range(MEASURED_ROUNDS):
         comm.barrier()
         begin = time.perf_counter()
-        tokens += drafter.propose(tokens, MEASURED_TOKENS)
+        tokens += drafter.propose(tokens, MEASURED_TOKENS) or []
         comm.barrier()
         times.append(time.perf_counter() - begin)
     return min(times[1:])  # the first fills caches of all kinds

@@ -38,12 +38,12 @@ from mlx_lm.sample_utils import (
 from mlx_lm.utils import maybe_set_recommended_wired_limit
 
 from mlxtp.generation.agreed import agreed
-from mlxtp.generation.drafts import Drafter, Drafts
+from mlxtp.generation.drafts import CHUNK_TOKENS, Drafter, Drafts
 from mlxtp.generation.grammar import Grammars, Matcher
 from mlxtp.generation.halves import Halves
 from mlxtp.generation.pays import MOST
 from mlxtp.generation.prefix_cache import PrefixStore
-from mlxtp.generation.rollback import Point
+from mlxtp.generation.rollback import MOST_PENDING, Point
 from mlxtp.generation.rows import Caches, Rows
 from mlxtp.generation.sampling import draw
 from mlxtp.generation.settings import Settings
@@ -54,9 +54,6 @@ from mlxtp.layers.sums import outputs_unread
 CLEAR_PASSES = 256
 # And behind parts of prompts of so many tokens, whose arrays are large.
 CLEAR_TOKENS = 256
-
-# A row whose caches lack more tokens than this does not draft: it reads them first.
-MOST_PENDING = 16
 
 # Below it logits that are divided by the temperature leave the range of float16.
 LEAST_TEMPERATURE = 1e-3
@@ -88,8 +85,10 @@ class Result:
     grammar cannot be followed any further: they are to be dropped.
 
     `drafted` are the numbers of drafted and of accepted tokens of rows that were asked
-    to draft, by id, and `draft_seconds` what drafting took on this rank. Behind a pass
-    of `width` tokens a row the last token of each is known, and is not in its caches.
+    to draft, by id, but for those whose drafter reads a prompt first: `drafts_read`
+    says that there are some, and times are no usual ones. `draft_seconds` is what
+    drafting took on this rank. Behind a pass of `width` tokens a row the last token of
+    each is known, and is not in its caches.
     A `width` of 0 is a pass whose token is on its way: caches hold all that are known.
     """
 
@@ -99,6 +98,7 @@ class Result:
     stuck: dict[str, str] = field(default_factory=dict)
     drafted: dict[str, tuple[int, int]] = field(default_factory=dict)
     draft_seconds: float = 0.0
+    drafts_read: bool = False
     width: int = 0
 
 
@@ -233,6 +233,7 @@ class Engine:
         grammars: of the model's tokenizer.
         rows: how many tokens the model knows (V).
         drafts: makes the drafters of rows; None where nothing is drafted.
+        chunk: the most tokens of prompts that drafters read in a pass.
         ends: tokens that end a text: what is drafted behind them is not accepted.
         never_excluded: tokens that XTC leaves in, as mlx-lm's programs have them.
         kv_bits, kv_group_size, quantized_kv_start: mlx-lm's; with `kv_bits` there is
@@ -247,6 +248,7 @@ class Engine:
         rows: int,
         *,
         drafts: Drafts | None = None,
+        chunk: int = CHUNK_TOKENS,
         ends: Collection[int] = (),
         never_excluded: Sequence[int] = (),
         kv_bits: int | None = None,
@@ -256,7 +258,7 @@ class Engine:
         self._model = model
         self._store = store
         self._grammars = grammars
-        self._drafts, self._ends = drafts, frozenset(ends)
+        self._drafts, self._chunk, self._ends = drafts, chunk, frozenset(ends)
         self._tokens = rows
         self._sampler = _samplers(rows, never_excluded)
         self._quantized: dict[str, Any] = dict(
@@ -468,16 +470,22 @@ class Engine:
             if count > 0:
                 if row.drafter is None:
                     is_greedy = row.sampler is greedy_sampler
-                    row.drafter = self._drafts.begin(None if is_greedy else row.sample)
+                    draw_alike = None if is_greedy else row.sample
+                    row.drafter = self._drafts.begin(draw_alike, self._chunk)
                 proposing.append((row, (row.drafter, row.tokens, count)))
         drafts: dict[str, list[int]] = {}
         if proposing:
             proposed = self._drafts.propose([one for _, one in proposing])
             for (row, _), draft in zip(proposing, proposed, strict=True):
+                name = row.request.id
+                if draft is None:  # its drafter reads the prompt: nothing to judge
+                    del result.drafted[name]
+                    result.drafts_read = True
+                    continue
                 # A draft model may know more tokens.
                 draft = [*takewhile(lambda token: token < self._tokens, draft)]
-                drafts[row.request.id] = draft
-                result.drafted[row.request.id] = len(draft), 0
+                drafts[name] = draft
+                result.drafted[name] = len(draft), 0
         result.draft_seconds = time.perf_counter() - begun
         return [drafts.get(row.request.id, []) for row in rows]
 

@@ -12,7 +12,7 @@ FIRST = 4
 # of them does not count.
 PLAIN_FIRST = 4
 # Drafts have to be quicker than none by so much: measured times vary.
-MARGIN = 1.03
+MARGIN = 1.1
 # So many rounds with drafts are a trial. Where it does not pay they are left out for so
 # many passes, then for twice as many, and so on.
 TRIAL_ROUNDS = 3
@@ -42,20 +42,35 @@ class Costs:
     def __init__(self) -> None:
         self._plain: deque[float] = deque(maxlen=REMEMBERED)
         self._rounds: dict[int, deque[float]] = {}
+        # Their medians.
+        self._plain_seconds: float | None = None
+        self._seconds: dict[int, float] = {}
 
     def add_plain(self, seconds: float) -> None:
         """Note what a pass took while drafts are left out."""
         self._plain.append(seconds)
+        self._plain_seconds = median(self._plain)
 
     def add(self, drafted: int, seconds: float) -> None:
         """Note what a round took for which so many tokens were drafted; 0 are some."""
         times = self._rounds.setdefault(drafted, deque(maxlen=REMEMBERED))
         times.append(seconds)
+        self._seconds[drafted] = median(times)
+
+    def renew_plain(self) -> None:
+        """Let what is measured next without drafts count more than what was before."""
+        while len(self._plain) > 1:
+            self._plain.popleft()
+
+    def forget_drafts(self) -> None:
+        """Forget what rounds with drafts took."""
+        self._rounds.clear()
+        self._seconds.clear()
 
     @property
     def plain_seconds(self) -> float | None:
         """Seconds of a pass while drafts are left out; None before the first."""
-        return median(self._plain) if self._plain else None
+        return self._plain_seconds
 
     @property
     def knows_drafts(self) -> bool:
@@ -68,7 +83,7 @@ class Costs:
         What was not measured lies on the line between its neighbours, or through the
         first and the last that were.
         """
-        known = {n: median(times) for n, times in self._rounds.items()}
+        known = dict(self._seconds)
         plain = self.plain_seconds
         if plain is not None:
             known.setdefault(0, plain)
@@ -87,10 +102,7 @@ class Costs:
 
     def to_floats(self) -> list[float]:
         """What is known, as MOST + 2 numbers; 0 for what is not."""
-        rounds = [
-            median(self._rounds[n]) if n in self._rounds else 0.0
-            for n in range(MOST + 1)
-        ]
+        rounds = [self._seconds.get(n, 0.0) for n in range(MOST + 1)]
         return [self.plain_seconds or 0.0, *rounds]
 
     @classmethod
@@ -140,12 +152,16 @@ class Acceptance:
 
         A place is judged by what is known of it and of the place before.
         """
-        rate, reached, tokens = GUESS, 1.0, 1.0
-        for place in range(drafted):
+        return self.expected(drafted)[-1]
+
+    def expected(self, most: int) -> list[float]:
+        """What `tokens` says of each number of drafted tokens from 0 to `most`."""
+        rate, reached, tokens = GUESS, 1.0, [1.0]
+        for place in range(most):
             weight = self._judged[place] + GUESS_WEIGHT
             rate = (self._accepted[place] + GUESS_WEIGHT * rate) / weight
             reached *= rate
-            tokens += reached
+            tokens.append(tokens[-1] + reached)
         return tokens
 
 
@@ -167,7 +183,7 @@ def best_count(acceptance: Acceptance, costs: Costs, most: int = MOST) -> int:
     return best
 
 
-class Pays:
+class DraftLength:
     """How many tokens to draft for each pass of one sequence.
 
     It says the same wherever it is told the same, `costs` included.

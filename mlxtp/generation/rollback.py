@@ -16,6 +16,9 @@ from mlxtp.generation.rows import leaves
 
 # Passes that read more than this are not asked for.
 ANY = 1 << 30
+# Caches that cannot be cut leave tokens behind that are read again. More than so many
+# are read by themselves, without drafts behind them.
+MOST_PENDING = 16
 
 
 class Point:

@@ -21,10 +21,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 from mlxtp.generation.capacity import Capacity
+from mlxtp.generation.draft_lengths import DraftLengths
 from mlxtp.generation.pace import Pace
 from mlxtp.generation.pays import MOST
 from mlxtp.generation.prefix_cache import PrefixIndex
-from mlxtp.generation.row_drafts import RowDrafts
 from mlxtp.generation.step import Admission, GenerationRequest, Step
 
 # Prompts that are read at the same time: each has caches of its own.
@@ -61,7 +61,7 @@ class Scheduler:
         part: the most tokens of a prompt that are read in a pass.
         logits_part: the same where the logits of a prompt are wanted.
         trimmable_below: caches of fewer tokens can be taken back to any length.
-        drafts: how many tokens rows draft; None where nothing is drafted.
+        draft_lengths: how many tokens rows draft; None where nothing is drafted.
         context: the most tokens of a request.
     """
 
@@ -74,14 +74,14 @@ class Scheduler:
         part: int = 512,
         logits_part: int = 64,
         trimmable_below: float = float("inf"),
-        drafts: RowDrafts | None = None,
+        draft_lengths: DraftLengths | None = None,
         context: float = float("inf"),
     ) -> None:
         self.preemptions = 0
         self.looked_up_tokens = 0
         self.found_tokens = 0
         self.pace = Pace()
-        self.drafts = drafts
+        self.draft_lengths = draft_lengths
         self._capacity = capacity
         self._prefixes = prefixes
         self._concurrency = concurrency
@@ -148,7 +148,8 @@ class Scheduler:
         """Note what the step that was decided last has come to.
 
         Args:
-            seconds: from the pass before; None behind a time without passes.
+            seconds: from the pass before; None behind a time without passes, or where
+                drafters read prompts.
             width: `generation.engine.Result`'s, and so are the others.
             drafted: see `width`.
             draft_seconds: see `width`.
@@ -156,8 +157,8 @@ class Scheduler:
         self._width = width
         if seconds is not None:
             self.pace.passed(seconds, is_waited_for=width > 0)
-        if self.drafts is not None:
-            self.drafts.passed(
+        if self.draft_lengths is not None:
+            self.draft_lengths.passed(
                 seconds,
                 self.pace.rows,
                 width,
@@ -358,7 +359,7 @@ class Scheduler:
         A request has no more tokens than it asks for and the context has, and caches no
         more than there is room for: the pass makes all rows longer by its width.
         """
-        if self.drafts is None:
+        if self.draft_lengths is None:
             return {}
         rows = [active for active in self._active.values() if active.decodes]
         room = {}
@@ -370,7 +371,7 @@ class Scheduler:
             # Besides drafts a pass gives one token, and another one may be on its way.
             known = len(active.tokens) + 1 - self._lacking
             room[active.request.id] = int(min(max(last - known - 1, 0), MOST))
-        chosen = self.drafts.choose(room)
+        chosen = self.draft_lengths.choose(room)
         while chosen and not self._fits(ahead=1 + max(chosen.values())):
             longest = max(chosen.values()) - 1
             chosen = {name: min(n, longest) for name, n in chosen.items() if longest}

@@ -19,20 +19,17 @@ from mlx_lm.sample_utils import LogitsProcessor, Sampler, greedy_sampler
 from mlxtp.comm.communicator import Communicator
 from mlxtp.generation.agreed import agreed
 from mlxtp.generation.drafts import Drafts
-from mlxtp.generation.pays import Costs, Pays
-from mlxtp.generation.rollback import ANY, Point, tokens_at_once
+from mlxtp.generation.pays import Costs, DraftLength
+from mlxtp.generation.rollback import ANY, MOST_PENDING, Point, tokens_at_once
 from mlxtp.generation.sampling import draw, tokens_in
 
-# Caches that cannot be cut leave tokens behind that are read again. More than so many
-# are read by themselves, without drafts behind them.
-LONGEST_PENDING = 16
 # Rank 0 tells what rounds cost after 1, 2, 4 ... and then after every so many of them.
 TELL_ROUNDS = 32
 # Between so many tokens MLX keeps the memory that it does not need any more.
 CLEAR_TOKENS = 256
 
 
-class Step(NamedTuple):
+class DrawnToken(NamedTuple):
     """A token, its log-probabilities (V,), and whether it was drafted."""
 
     token: int
@@ -114,7 +111,7 @@ class Speculation:
         self._pending = self._tokens[-1:]  # those that the caches lack
         self._costs = Costs()  # by this rank's clock
         self._is_fixed = fixed is not None
-        self._pays = Pays(self._costs, fixed)
+        self._pays = DraftLength(self._costs, fixed)
         self._rounds = 0
         self._is_warm = False  # whether the drafter has read all but the last tokens
 
@@ -132,7 +129,7 @@ class Speculation:
             mx.clear_cache()
         progress(total, total)
 
-    def steps(self, most: int) -> Iterator[Step]:
+    def tokens(self, most: int) -> Iterator[DrawnToken]:
         """Yield `most` tokens, or without end for -1."""
         made = 0
         while made != most:
@@ -140,11 +137,11 @@ class Speculation:
             plain = min(self._pays.plain_passes, left)
             if tokens_at_once(self._caches) == 1:
                 plain = left
-            for step in self._plain(plain) if plain else self._round(left):
+            for drawn in self._plain(plain) if plain else self._round(left):
                 made += 1
                 if made % CLEAR_TOKENS == 0:
                     mx.clear_cache()
-                yield step
+                yield drawn
 
     def finish(self) -> None:
         """Read what the caches lack, so that they hold all tokens."""
@@ -156,7 +153,7 @@ class Speculation:
             mx.eval([cache.state for cache in self._caches])
         self._pending = []
 
-    def _plain(self, passes: int) -> Iterator[Step]:
+    def _plain(self, passes: int) -> Iterator[DrawnToken]:
         """Make passes without drafts, each begun before the last token is known."""
         begin = time.perf_counter()
         history = self._history()
@@ -175,7 +172,7 @@ class Speculation:
             self._pending = [token] if number + 1 == passes else []
             if number:  # the first fills the pipeline
                 self._costs.add_plain(time.perf_counter() - begin)
-            yield Step(token, logprobs[0], False)
+            yield DrawnToken(token, logprobs[0], False)
             begin = time.perf_counter()
         self._is_warm = False
         self._pays.passed(passes)
@@ -193,12 +190,13 @@ class Speculation:
             mx.async_eval(token, logprobs)  # type: ignore[no-untyped-call]
         return token, logprobs
 
-    def _round(self, left: int) -> Iterator[Step]:
+    def _round(self, left: int) -> Iterator[DrawnToken]:
         """Draft, make a pass, and draw up to `left` tokens."""
         begin = time.perf_counter()
         wanted = min(self._pays.count, self._room(left))
         with mx.stream(self._stream):
-            drafted = self._drafts_of(wanted) if wanted > 0 else []
+            proposed = self._drafts_of(wanted) if wanted > 0 else None
+            drafted = proposed or []
             # Not of a pass without drafts: a window would be copied to be kept.
             point = Point(self._caches if drafted else [])
             inputs = mx.array([*self._pending, *drafted], mx.uint32)
@@ -211,7 +209,7 @@ class Speculation:
                 self._pending += drawn
             self._tokens += drawn
             self._quantize()
-        if wanted > 0:
+        if proposed is not None:
             if self._is_warm:
                 self._costs.add(len(drafted), time.perf_counter() - begin)
             self._is_warm = True
@@ -220,16 +218,21 @@ class Speculation:
             if self._rounds.bit_count() == 1 or self._rounds % TELL_ROUNDS == 0:
                 self._tell_costs()
         for place, token in enumerate(drawn):
-            yield Step(token, logprobs[place], place < accepted)
+            yield DrawnToken(token, logprobs[place], place < accepted)
 
-    def _drafts_of(self, count: int) -> list[int]:
-        """Draft at most `count` tokens, up to one that the model has no row for."""
+    def _drafts_of(self, count: int) -> list[int] | None:
+        """Draft at most `count` tokens, up to one that the model has no row for.
+
+        None while the drafter reads a prompt.
+        """
         drafted = self._drafter.propose(self._tokens, count)
+        if drafted is None:
+            return None
         return list(takewhile(lambda token: token < self._rows, drafted))
 
     def _room(self, left: int) -> int:
         """How many tokens can be drafted at most."""
-        if len(self._pending) > LONGEST_PENDING:
+        if len(self._pending) > MOST_PENDING:
             return 0
         at_once = tokens_at_once(self._caches)
         start, offset = self._quantized["quantized_kv_start"], tokens_in(self._caches)

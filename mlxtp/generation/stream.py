@@ -23,7 +23,7 @@ from mlxtp.generation.drafts import Drafts, drafts_of
 from mlxtp.generation.halves import Halves
 from mlxtp.generation.prompt import check_tokens, tokens_of
 from mlxtp.generation.sampling import seeded, tokens_in
-from mlxtp.generation.speculate import Drawing, Speculation, Step
+from mlxtp.generation.speculate import Drawing, DrawnToken, Speculation
 from mlxtp.layers.forward import Forward, change_forward, twin
 from mlxtp.layers.sums import outputs_unread
 
@@ -152,14 +152,14 @@ def _with_drafts(
     with wired_limit(model, [stream]):
         begin = time.perf_counter()
         speculation.read(prompt_progress_callback)
-        steps = speculation.steps(max_tokens)
-        yield from _responses(steps, tokenizer, len(prompt), max_tokens, begin)
+        drawn = speculation.tokens(max_tokens)
+        yield from _responses(drawn, tokenizer, len(prompt), max_tokens, begin)
         if prompt_cache is not None:
             speculation.finish()
 
 
 def _responses(
-    steps: Iterator[Step],
+    drawn: Iterator[DrawnToken],
     tokenizer: TokenizerWrapper,
     prompt_tokens: int,
     max_tokens: int,
@@ -170,22 +170,22 @@ def _responses(
     `begin` is when the prompt began to be read.
     """
     detokenizer = tokenizer.detokenizer
-    for number, step in enumerate(steps, start=1):
+    for number, each in enumerate(drawn, start=1):
         now = time.perf_counter()
         if number == 1:
             prompt_tps = prompt_tokens / (now - begin)
             begin = now
-        is_end = step.token in tokenizer.eos_token_ids
+        is_end = each.token in tokenizer.eos_token_ids
         if not is_end:
-            detokenizer.add_token(step.token)
+            detokenizer.add_token(each.token)
         is_last = is_end or number == max_tokens
         if is_last:
             detokenizer.finalize()
         yield GenerationResponse(
             text=detokenizer.last_segment,
-            token=step.token,
-            logprobs=step.logprobs,
-            from_draft=step.from_draft,
+            token=each.token,
+            logprobs=each.logprobs,
+            from_draft=each.from_draft,
             prompt_tokens=prompt_tokens,
             prompt_tps=prompt_tps,
             generation_tokens=number,

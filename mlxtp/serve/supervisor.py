@@ -22,6 +22,8 @@ from mlxtp.cluster import hostfile
 from mlxtp.cluster.addresses import CABLES_VARIABLE
 from mlxtp.cluster.allocation import Allocation
 from mlxtp.cluster.job import END_SECONDS, Job, Outcome, RunningJob, start_alone
+from mlxtp.generation.choices import NGRAM
+from mlxtp.job_options import AUTO
 from mlxtp.partition.shares import Share, Shares
 from mlxtp.serve import options
 from mlxtp.serve.front.ranks import Generation, Ranks, State
@@ -75,6 +77,7 @@ class Supervisor:
         self._hosts = Hosts(slots, str(args.hostfile))
         self._was_ready = False
         self._is_fitted = False  # the ranks choose shares that fit
+        self._is_without_draft = False  # there was no room for the draft model
         self._grown_from: dict[str, int] | None = None  # hosts, until the next is ready
         self._give_up_at: float | None = None  # while the model does not fit
         self._losses: list[Loss] = []  # without a token between them
@@ -114,6 +117,7 @@ class Supervisor:
                 await asyncio.wait([looking])
                 if loss is None:
                     self._grown_from = dict(self._hosts.part)
+                    self._is_without_draft = False  # it may have room again
                     await self._choose()
                 elif self._is_the_last(loss):
                     self._ranks.lost(loss.words)
@@ -267,6 +271,12 @@ class Supervisor:
     async def _make_it_fit(self, words: str) -> None:
         """Take another way to a job that fits, or wait until there are more hosts."""
         ranks, hosts = self._ranks, self._hosts
+        has_draft = self._args.draft_model not in (None, NGRAM)
+        if has_draft and not self._is_without_draft:
+            say(f"{words}: going on without the draft model")
+            self._is_without_draft = True
+            ranks.recover(words)
+            return
         if self._grown_from is not None:  # it fitted before hosts were taken in again
             new = [host for host in hosts.part if host not in self._grown_from]
             say(f"{words}: going on without {', '.join(new)}")
@@ -304,15 +314,17 @@ class Supervisor:
 
     def _arguments(self) -> argparse.Namespace:
         """Return the options of the ranks of this job."""
-        hosts = self._hosts
+        hosts, given = self._hosts, vars(self._args)
+        if self._is_without_draft:
+            given = {**given, "draft_model": None, "draft": AUTO, "draft_rank": None}
         if hosts.part == hosts.slots:
-            return self._args
+            return argparse.Namespace(**given)
         shares = self._args.shares
         if isinstance(shares, Shares):
             shares = self._shares_left(shares)
         elif self._is_fitted:
             shares = "auto"
-        return argparse.Namespace(**{**vars(self._args), "shares": shares})
+        return argparse.Namespace(**{**given, "shares": shares})
 
     def _shares_left(self, given: Shares) -> Shares | None:
         """Return the shares of the ranks that are left; None where they do not do.

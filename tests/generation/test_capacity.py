@@ -161,6 +161,18 @@ def test_a_batch_takes_no_more_at_any_moment() -> None:
         mx.set_cache_limit(cache_limit)
 
 
+@pytest.mark.once
+def test_windows_and_states_of_a_draft_are_there_twice() -> None:
+    """A `Point` keeps them as they were; keys and values are cut."""
+    draft = CacheBytes(100, (Growth(3.0), Growth(2.0, 500), Growth(4.0, 8, True)), 6)
+    assert draft.point_bytes(2000) == 100 + 2 * 500
+    model = CacheBytes(0, (), 1)
+    with_draft = RankCapacity("here", model, 1, draft=draft)
+    rows = [2000, 3000]
+    wanted = sum(draft.bytes(tokens) + draft.point_bytes(tokens) for tokens in rows)
+    assert with_draft.used_bytes(rows, [], 0, part=64) == wanted
+
+
 def two_ranks(limits: tuple[int, int]) -> Capacity:
     wide = CacheBytes(100, (Growth(3.0), Growth(1.0, 500)), 80)
     slim = CacheBytes(50, (Growth(2.0),), 80)

@@ -29,9 +29,13 @@ def loaded(target: loading.Prepared) -> Any:
 
 
 def prepared(
-    target: loading.Prepared, loaded: Any, where: Any, rank: int | None = None
+    target: loading.Prepared,
+    loaded: Any,
+    where: Any,
+    rank: int | None = None,
+    **options: Any,
 ) -> draft_model.PreparedDraft:
-    return draft_model.prepare(DRAFT_NAME, where, rank, target, loaded[1])
+    return draft_model.prepare(DRAFT_NAME, where, rank, target, loaded[1], **options)
 
 
 @pytest.mark.once
@@ -98,5 +102,34 @@ def test_where_memory_is_short(
     monkeypatch.setattr(loading, "check_memory", check)
     assert prepared(target, loaded, "auto").places == ("one",)
     for where, rank in (("all", None), ("one", 1)):
-        with pytest.raises(UsageError, match="it does not fit"):
+        with pytest.raises(UsageError, match=r"it does not fit$"):
             prepared(target, loaded, where, rank)
+    with pytest.raises(UsageError, match="--shares auto does not count the draft"):
+        prepared(target, loaded, "one", 1, shares="auto")
+
+
+def test_where_one_rank_alone_can_have_it(
+    comm: Communicator,
+    target: loading.Prepared,
+    loaded: Any,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """The others cannot reach it, cannot read it, or are not to."""
+    if comm.size == 1:
+        return
+    assert prepared(target, loaded, "auto", fetch="root").places == ("one",)
+    both = prepared(target, loaded, "auto")
+    assert both.places == ("one", "all") or comm.machines_differ
+
+    def fail(*_: Any, **__: Any) -> Any:
+        raise UsageError("the hub does not answer")
+
+    if comm.rank != 0:
+        monkeypatch.setattr(loading.Prepared, "load", fail)
+        monkeypatch.setattr(loading, "prepare", fail)
+    drafts = both.load()
+    assert isinstance(drafts, ModelDrafts) and drafts.root == 0
+    alone = prepared(target, loaded, "auto")
+    assert alone.places == ("one",) and (alone.prepared is None) == (comm.rank != 0)
+    with pytest.raises(UsageError, match="the hub does not answer"):
+        prepared(target, loaded, "all")

@@ -23,8 +23,8 @@ from tiny import Tiny
 import mlxtp
 from mlxtp import Communicator
 from mlxtp.generation.batching import can_draft_in_batches
+from mlxtp.generation.draft_lengths import DraftLengths
 from mlxtp.generation.engine import Engine, Score
-from mlxtp.generation.row_drafts import RowDrafts
 from mlxtp.generation.step import Admission, GenerationRequest, Step
 from mlxtp.stories import PATH as STORIES
 
@@ -91,7 +91,7 @@ def driven_with_drafts(
         model,
         comm,
         drafts=Foretold(texts),
-        row_drafts=RowDrafts(3, in_batches=can_draft_in_batches(model)),
+        draft_lengths=DraftLengths(3, in_batches=can_draft_in_batches(model)),
     )
     for name, prompt in PROMPTS.items():
         steps, boundaries = STEPS[name], [len(prompt)]

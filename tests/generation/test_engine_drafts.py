@@ -5,6 +5,7 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -16,9 +17,9 @@ from mlx_lm.utils import load_tokenizer
 
 import mlxtp
 from mlxtp import Communicator
+from mlxtp.generation.draft_lengths import DraftLengths
 from mlxtp.generation.drafts import NgramDrafts
 from mlxtp.generation.grammar import Grammars
-from mlxtp.generation.row_drafts import RowDrafts
 from mlxtp.generation.step import GenerationRequest
 from mlxtp.stories import PATH as STORIES
 
@@ -104,7 +105,9 @@ def with_drafts(
 ) -> Driven:
     """An engine that drafts what another one gave, and errs now and then."""
     foretold = Foretold(told.texts, wrong)
-    return Driven(model, comm, drafts=foretold, row_drafts=RowDrafts(count), **options)
+    return Driven(
+        model, comm, drafts=foretold, draft_lengths=DraftLengths(count), **options
+    )
 
 
 @pytest.mark.parametrize(("wrong", "count"), [(0, 4), (3, 5), (1, 2)])
@@ -137,6 +140,28 @@ def test_what_is_drawn_is_drawn_without_drafts(
         assert len(drafted.steps) < len(plain.steps)
 
 
+class Late(Foretold):
+    """Drafts that read a prompt for two passes."""
+
+    def propose(self, asked: Any) -> Any:
+        """Say first that prompts are read."""
+        self.calls = getattr(self, "calls", 0) + 1
+        return [None] * len(asked) if self.calls <= 2 else super().propose(asked)
+
+
+def test_what_reads_a_prompt_does_not_draft_yet(
+    plain: Driven, model: nn.Module, prompt: list[int], comm: Communicator
+) -> None:
+    """The row goes on without, and its drafts are judged when there are some."""
+    told = Late(plain.texts, 0)
+    drafted = Driven(model, comm, drafts=told, draft_lengths=DraftLengths(4))
+    drafted.submit("greedy", prompt[:40], SETTINGS["greedy"], max_tokens=12)
+    assert drafted.run()["greedy"] == plain.tokens["greedy"]
+    counts = [x["greedy"] for result in drafted.results if (x := result.drafted)]
+    assert counts[0] == (4, 4)
+    assert sum(result.drafts_read for result in drafted.results) == 2
+
+
 def test_drafts_without_a_model(
     model: nn.Module, prompt: list[int], comm: Communicator
 ) -> None:
@@ -151,7 +176,7 @@ def test_drafts_without_a_model(
 
     plain = Driven(model, comm)
     submit(plain)
-    drafted = Driven(model, comm, drafts=NgramDrafts(), row_drafts=RowDrafts(6))
+    drafted = Driven(model, comm, drafts=NgramDrafts(), draft_lengths=DraftLengths(6))
     submit(drafted)
     assert drafted.run() == plain.run()
     assert len(drafted.steps) < len(plain.steps)
@@ -292,7 +317,7 @@ def test_drafts_are_left_out_and_taken_up_again(
 ) -> None:
     """From one pass to the next, while the token of a pass without is on its way."""
 
-    class EveryThird(RowDrafts):
+    class EveryThird(DraftLengths):
         calls = 0
 
         def choose(self, room: Mapping[str, int]) -> dict[str, int]:
@@ -304,7 +329,7 @@ def test_drafts_are_left_out_and_taken_up_again(
         plain.submit(name, prompt[:length], max_tokens=25)
     expected = dict(plain.run())
     drafted = Driven(
-        model, comm, drafts=Foretold(plain.texts), row_drafts=EveryThird(5)
+        model, comm, drafts=Foretold(plain.texts), draft_lengths=EveryThird(5)
     )
     for name, length in (("a", 40), ("b", 61)):
         drafted.submit(name, prompt[:length], max_tokens=25)

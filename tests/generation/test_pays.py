@@ -5,7 +5,7 @@ from collections.abc import Callable
 
 import pytest
 
-from mlxtp.generation.pays import MOST, Acceptance, Costs, Pays, best_count
+from mlxtp.generation.pays import MOST, Acceptance, Costs, DraftLength, best_count
 
 pytestmark = pytest.mark.once
 
@@ -13,7 +13,7 @@ Seconds = Callable[[int], float]
 
 
 def run(
-    rate: float, seconds: Seconds, tokens: int, pays: Pays | None = None
+    rate: float, seconds: Seconds, tokens: int, pays: DraftLength | None = None
 ) -> tuple[float, list[int]]:
     """Make tokens: how long that takes, beside none, and what was drafted each time.
 
@@ -21,7 +21,7 @@ def run(
     round with so many drafted tokens.
     """
     rng = random.Random(0)
-    pays = Pays(Costs()) if pays is None else pays
+    pays = DraftLength(Costs()) if pays is None else pays
     spent, made, counts = 0.0, 0, []
     while made < tokens:
         count = pays.count
@@ -63,7 +63,7 @@ def test_bad_drafts_are_left_out() -> None:
 
 def test_they_are_tried_again() -> None:
     """A text that begins to repeat itself is noticed."""
-    pays = Pays(Costs())
+    pays = DraftLength(Costs())
     run(0.0, on_cables, 300, pays)
     time, counts = run(1.0, on_cables, 600, pays)
     assert counts[0] == 0 and counts[-1] == MOST
@@ -105,5 +105,5 @@ def test_what_is_not_known_lies_on_a_line() -> None:
 
 
 def test_a_fixed_number_stays() -> None:
-    _, counts = run(0.0, on_a_slow_machine, 50, Pays(Costs(), fixed=3))
+    _, counts = run(0.0, on_a_slow_machine, 50, DraftLength(Costs(), fixed=3))
     assert set(counts) == {3}

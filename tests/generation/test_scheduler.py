@@ -6,8 +6,8 @@ import pytest
 from driven import GREEDY
 
 from mlxtp.generation.capacity import CacheBytes, Capacity, Growth, RankCapacity
+from mlxtp.generation.draft_lengths import DraftLengths
 from mlxtp.generation.prefix_cache import PrefixIndex
-from mlxtp.generation.row_drafts import RowDrafts
 from mlxtp.generation.scheduler import Scheduler
 from mlxtp.generation.step import GenerationRequest, Step
 
@@ -207,7 +207,7 @@ def test_caches_that_cannot_be_taken_back_are_kept_at_turns() -> None:
 
 def test_rows_draft_in_the_memory_that_is_left() -> None:
     """As many tokens as have room in all rows, which are filled up to the longest."""
-    one = scheduler(tokens=2 * (305 + 255), drafts=RowDrafts(16))
+    one = scheduler(tokens=2 * (305 + 255), draft_lengths=DraftLengths(16))
     submit(one, "short", 200)
     submit(one, "long", 300, first=1000)
     run_until(one, "long")
@@ -236,7 +236,7 @@ def test_what_is_kept_is_what_caches_hold() -> None:
 
 
 def test_no_draft_reaches_beyond_what_is_asked_for() -> None:
-    one = scheduler(drafts=RowDrafts(16), context=60)
+    one = scheduler(draft_lengths=DraftLengths(16), context=60)
     for name, most in (("a", 6), ("b", None)):
         settings = replace(GREEDY, max_tokens=most)
         prompt = tuple(range(50))

@@ -382,6 +382,23 @@ def test_cables_that_do_not_answer(monkeypatch: pytest.MonkeyPatch) -> None:
     asyncio.run(life())
 
 
+def test_a_draft_model_without_room_is_left_out() -> None:
+    """Before shares change or hosts are waited for, and ngram stays."""
+
+    async def arguments(*words: str) -> list[str]:
+        ranks, args = Ranks(), options.parse([*words])
+        supervised = supervisor.Supervisor(args, None, ranks, "stories")
+        await supervised._make_it_fit("it does not fit")
+        await ranks.close()
+        assert args.draft_model == words[1]
+        return options.ranks_arguments(supervised._arguments())
+
+    how = ["--draft", "one", "--draft-rank", "1"]
+    left = asyncio.run(arguments("--draft-model", "small", *how))
+    assert not [word for word in left if "draft" in word]
+    options.parse_ranks(left)
+
+
 def test_a_host_that_was_left_out_is_taken_in_once(monkeypatch) -> None:
     """The losses that it was left out for do not count again."""
     now = 1e9

@@ -10,9 +10,9 @@ from mlx_lm.models.cache import make_prompt_cache
 from mlxtp import Communicator
 from mlxtp.generation.batching import reason_against_batches
 from mlxtp.generation.capacity import CacheBytes, Capacity, RankCapacity
+from mlxtp.generation.draft_lengths import DraftLengths
 from mlxtp.generation.engine import Drawn, Engine, Result, Score
 from mlxtp.generation.prefix_cache import PrefixIndex, PrefixStore, trimmable_below
-from mlxtp.generation.row_drafts import RowDrafts
 from mlxtp.generation.scheduler import Scheduler
 from mlxtp.generation.settings import Settings
 from mlxtp.generation.step import GenerationRequest, Step
@@ -37,7 +37,7 @@ class Driven:
         prefix_bytes: int = 1 << 30,
         concurrency: int = 8,
         grammars: Any = None,
-        row_drafts: RowDrafts | None = None,
+        draft_lengths: DraftLengths | None = None,
         **options: Any,
     ) -> None:
         of_ranks = comm.allgather_object(CacheBytes.of(model))
@@ -58,7 +58,7 @@ class Driven:
             concurrency=concurrency if self.is_batched else 1,
             part=part,
             trimmable_below=trimmable_below(make_prompt_cache(model)),
-            drafts=row_drafts,
+            draft_lengths=draft_lengths,
         )
         self.steps: list[Step] = []
         self.results: list[Result] = []

@@ -15,7 +15,7 @@ class Foretold:
     def __init__(self, texts: Iterable[Sequence[int]], wrong: int = 4) -> None:
         self.texts, self._wrong = [list(text) for text in texts], wrong
 
-    def begin(self, draw: Any = None) -> "Foretold":
+    def begin(self, draw: Any = None, chunk: int = 0) -> "Foretold":
         """Draft for one more sequence."""
         return self
 

@@ -33,13 +33,13 @@ from mlxtp.fetch.spare import Spare
 from mlxtp.generation import draft_model
 from mlxtp.generation.batching import can_draft_in_batches, reason_against_batches
 from mlxtp.generation.capacity import Capacity, measure
+from mlxtp.generation.draft_lengths import PLACES, DraftLengths
 from mlxtp.generation.draft_model import PreparedDraft
 from mlxtp.generation.drafts import Drafts, ModelDrafts
 from mlxtp.generation.engine import Engine
 from mlxtp.generation.grammar import Grammars
 from mlxtp.generation.prefix_cache import PrefixIndex, PrefixStore, trimmable_below
 from mlxtp.generation.prefix_files import PrefixFiles, identity
-from mlxtp.generation.row_drafts import PLACES, RowDrafts
 from mlxtp.generation.scheduler import Scheduler
 from mlxtp.job_options import AUTO, Args, connection, connection_alone
 from mlxtp.loading import Prepared
@@ -182,6 +182,7 @@ def load(args: Args, comm: Communicator, link: Link | None) -> Job:
         grammars,
         rows,
         drafts=drafts,
+        chunk=args.prefill_step_size,
         ends=ends,
         never_excluded=[x for x in (*tokenizer.encode("\n"), *ends) if x < rows],
         kv_bits=args.kv_bits,
@@ -205,7 +206,7 @@ def load(args: Args, comm: Communicator, link: Link | None) -> Job:
         part=args.prefill_step_size,
         logits_part=LOGITS_PART,
         trimmable_below=trimmable_below(make_prompt_cache(model)),
-        drafts=row_drafts(args, in_batches) if drafts else None,
+        draft_lengths=draft_lengths(args, in_batches) if drafts else None,
         context=context,
     )
     link.send(
@@ -280,7 +281,9 @@ def prepare_draft(
     # A job that follows the loss of a host has fewer ranks.
     rank = args.draft_rank if has_draft_rank(args, prepared.comm) else None
     return draft_model.prepare(
-        *(args.draft_model, args.draft, rank, prepared, tokenizer), shares=args.shares
+        *(args.draft_model, args.draft, rank, prepared, tokenizer),
+        shares=args.shares,
+        fetch=args.fetch,
     )
 
 
@@ -289,10 +292,10 @@ def has_draft_rank(args: Args, comm: Communicator) -> bool:
     return args.draft_rank is not None and args.draft_rank < comm.size
 
 
-def row_drafts(args: Args, in_batches: bool) -> RowDrafts:
+def draft_lengths(args: Args, in_batches: bool) -> DraftLengths:
     """Make what decides how many tokens are drafted."""
     count = args.num_draft_tokens
-    return RowDrafts(None if count == AUTO else count, in_batches=in_batches)
+    return DraftLengths(None if count == AUTO else count, in_batches=in_batches)
 
 
 def notes_of_drafts(

@@ -107,8 +107,9 @@ class Service:
     def report(self, result: Result) -> None:
         """Tell the front what a pass has given."""
         now = time.monotonic()
+        last = None if result.drafts_read else self._last_pass
         self._scheduler.passed(
-            None if self._last_pass is None else now - self._last_pass,
+            None if last is None else now - last,
             result.width,
             result.drafted,
             result.draft_seconds,
@@ -147,7 +148,7 @@ class Service:
 
     def _drafts(self) -> dict[str, int]:
         """What `Stats` say of drafts."""
-        drafts = self._scheduler.drafts
+        drafts = self._scheduler.draft_lengths
         if drafts is None:
             return {}
         return {
