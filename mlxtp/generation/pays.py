@@ -2,6 +2,7 @@
 
 from collections import deque
 from collections.abc import Sequence
+from math import ceil
 from statistics import median
 
 # The most tokens that are drafted for one pass.
@@ -14,9 +15,11 @@ PLAIN_FIRST = 4
 # Drafts have to be quicker than none by so much: measured times vary.
 MARGIN = 1.1
 # So many rounds with drafts are a trial. Where it does not pay they are left out for so
-# many passes, then for twice as many, and so on.
+# many passes, then for twice as many, and so on; and for so long that what the trial
+# has cost is this part of them.
 TRIAL_ROUNDS = 3
 FIRST_PAUSE, LONGEST_PAUSE = 16, 1024
+LOSS = 0.03
 # Drafts that have paid in so many rounds in a row begin with the first pause again.
 PROVEN_ROUNDS = 16
 # Of so many times the median is taken.
@@ -200,6 +203,7 @@ class DraftLength:
         self._plain_left = 0 if costs.plain_seconds else PLAIN_FIRST
         self._pause = FIRST_PAUSE
         self._trial = TRIAL_ROUNDS  # rounds that are left of it
+        self._lost = 0.0  # plain passes that it has cost
         self._proven = 0
 
     @property
@@ -224,6 +228,10 @@ class DraftLength:
         """Note what became of the drafts of a round; none may have been drafted."""
         self.acceptance.add(drafted, accepted)
         self._trial = max(0, self._trial - 1)
+        plain = self.costs.plain_seconds
+        if plain:
+            seconds = self.costs.seconds(drafted) or plain
+            self._lost = max(0.0, self._lost + seconds / plain - (accepted + 1))
         if self._fixed is not None or self._trial:
             return
         if best_count(self.acceptance, self.costs):
@@ -232,6 +240,6 @@ class DraftLength:
                 self._pause = FIRST_PAUSE
             return
         self.acceptance.fade(FADING_OF_TRIALS)
-        self._plain_left = self._pause
+        self._plain_left = max(self._pause, ceil(self._lost / LOSS))
         self._pause = min(2 * self._pause, LONGEST_PAUSE)
-        self._trial, self._proven = TRIAL_ROUNDS, 0
+        self._trial, self._lost, self._proven = TRIAL_ROUNDS, 0.0, 0

@@ -61,6 +61,13 @@ def test_bad_drafts_are_left_out() -> None:
         assert counts[-500:].count(0) > 480
 
 
+def test_dear_trials_are_rare() -> None:
+    """As where more ranks than cores wait for each other in a round."""
+    time, counts = run(0.0, lambda count: 3.0 if count else 1.0, 400)
+    assert time < 1.05
+    assert sum(map(bool, counts)) >= 6  # tried again at least once
+
+
 def test_they_are_tried_again() -> None:
     """A text that begins to repeat itself is noticed."""
     pays = DraftLength(Costs())
