@@ -220,9 +220,10 @@ def model(comm: Communicator) -> Iterator[nn.Module]:
 def test_nothing_is_measured_on_one_host(model: nn.Module, comm: Communicator) -> None:
     comm.traffic.reset()
     assert measure(model) is None and comm.traffic.calls == 0
-    reader = Halves(model)
-    reader(model, mx.array([PROMPT]), cache=make_prompt_cache(model))
-    assert model.pass_costs is None  # and it is not asked again
+    halves = Halves(model)
+    halves(model, mx.array([PROMPT]), cache=make_prompt_cache(model))
+    assert not hasattr(model, "pass_costs")  # a prompt as short is not worth it
+    assert halves.costs() is None and model.pass_costs is None
 
 
 @pytest.mark.ranks(3)
