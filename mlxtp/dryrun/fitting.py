@@ -348,7 +348,7 @@ def _kv_parts(table: SliceTable) -> list[float]:
     A state space caches by its heads: what they share a group of is small.
     """
     units = [
-        (s, "q" if s.block.rule.shared_groups else "kv")
+        (s, "q" if s.block.rule.states else "kv")
         for s in table.blocks
         if isinstance(s.block.rule, Heads)
     ]
