@@ -8,6 +8,7 @@ layer; attention alone comes in lumps, so its shares are tried one after the oth
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from math import gcd, inf
+from operator import add, sub
 from typing import Protocol
 
 from mlxtp.dryrun.requirements import RankNeeds, need
@@ -119,7 +120,7 @@ class Fitting:
             else host.limit_bytes / self._hosts.count(host.host)
             for host in hosts
         ]
-        self._reserve = 0.0
+        self._reserve = [0.0] * self._ranks
         self._tables: dict[Shares, _Attention | None] = {}
         self._whole = slice_table(self._model, [1])
         even = slice_table(self._model, [1] * self._ranks)
@@ -147,9 +148,9 @@ class Fitting:
         self._units, self._rows = _mlp_units(even), UNITS * self._ranks
         self._heads = _largest_heads(even)
 
-    def reserve(self, nbytes: float) -> None:
-        """Leave so many bytes more on every rank: the estimate was off by them."""
-        self._reserve += nbytes
+    def reserve(self, of_ranks: Sequence[float]) -> None:
+        """Leave so many bytes more on each rank: the estimate was off by them."""
+        self._reserve = [*map(add, self._reserve, of_ranks)]
 
     def best(self, context: int) -> Fit:
         """Return the shares that suit a context.
@@ -157,9 +158,7 @@ class Fitting:
         Of shares that fit, the fastest; of those equally fast, what leaves more memory;
         of shares that do not fit, what lacks less.
         """
-        return self._best(
-            context, tuple(limit - self._reserve for limit in self._limits)
-        )
+        return self._best(context, tuple(map(sub, self._limits, self._reserve)))
 
     def suited(self, context: int) -> Shares:
         """Return the shares for a context, or for the longest below it that fits."""

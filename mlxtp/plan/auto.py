@@ -109,11 +109,21 @@ def _fitted(fitting: Fitting, first: Plan, setting: Setting) -> Plan:
     best = first
     for _ in range(CORRECTIONS):
         fit = fitting.best(setting.context)
-        best = min(best, plan(first.model, setting, fit.shares), key=_order)
+        exact = plan(first.model, setting, fit.shares)
+        best = min(best, exact, key=_order)
         if not best.lacking_bytes or fit.lacking_bytes:
             break
-        fitting.reserve(best.lacking_bytes)
+        fitting.reserve(_lacking_of_ranks(exact))
     return best
+
+
+def _lacking_of_ranks(plan: Plan) -> list[float]:
+    """What each rank's host lacks, divided by the ranks there."""
+    names = [machine.host for machine in plan.setting.machines]
+    return [
+        max(0, -(left or 0)) / names.count(name)
+        for name, left in zip(names, plan.left_bytes, strict=True)
+    ]
 
 
 def _order(plan: Plan) -> tuple[float, float]:
