@@ -99,10 +99,14 @@ def test_ranks_of_one_host_share_its_memory(
     plenty = 2 * sum(need.bytes for need in even)
     limit = sum(need.bytes for need in even[:4]) - 50_000_000
     ranks = [*[Rank("one", limit)] * 4, Rank("other", plenty)]
-    fit = Fitting(small.build, ranks, CONTEXT, BATCH).best(CONTEXT)
+    fitting = Fitting(small.build, ranks, CONTEXT, BATCH)
+    fit = fitting.best(CONTEXT)
     assert fit.lacking_bytes == 0 and fit.shares[4].mlp > fit.shares[0].mlp
-    found = needs(small.build, fit.shares, CONTEXT, BATCH)
-    assert sum(need.bytes for need in found[:4]) < 1.02 * limit
+    fitting.reserve([2e6] * 4 + [0.0])
+    less = fitting.best(CONTEXT).shares
+    assert less[0].mlp * fit.shares[4].mlp < fit.shares[0].mlp * less[4].mlp
+    of_ranks = needs(small.build, fit.shares, CONTEXT, BATCH)
+    assert sum(need.bytes for need in of_ranks[:4]) < 1.02 * limit
 
 
 def test_what_one_rank_leaves_another_of_its_host_may_take(
@@ -130,6 +134,17 @@ def test_query_heads_go_one_by_one_where_that_is_faster() -> None:
         of_ranks = needs(model.build, fit.shares, 256)
     queries = [need.owned.query_heads[0] for need in of_ranks]
     assert sum(queries) == 32 and max(queries) <= 7
+
+
+def test_ranks_with_other_zeros_need_something_else(small: PlannedModel) -> None:
+    """Six query heads each: four and two, or three and three, under two KV heads."""
+    of_ranks = needs(small.build, Shares.parse("queries=6,7,6,13"), 64)
+    assert [need.query_heads // 4 for need in of_ranks] == [8, 12, 6, 16]
+
+
+def test_shares_may_be_far_apart(small: PlannedModel) -> None:
+    most, least = needs(small.build, Shares([10**400, 1]), 64)
+    assert most.owned.kv_heads == (7, 7) and least.owned.kv_heads == (1, 1)
 
 
 @pytest.mark.parametrize(
