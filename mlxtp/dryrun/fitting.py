@@ -11,6 +11,7 @@ from math import gcd, inf
 from operator import add, sub
 from typing import Protocol
 
+from mlxtp.dryrun.caches import CONTEXT_STEP
 from mlxtp.dryrun.requirements import RankNeeds, need
 from mlxtp.families.blocks import Heads, Width
 from mlxtp.model.skeleton import EmptyModel
@@ -28,8 +29,6 @@ WORTH_QUERIES = 1.02
 MOST_SLOWER = 1.05
 # Rates of machines that are alike differ by up to this factor, measured twice.
 ALIKE = 1.1
-# Contexts are compared in steps of so many tokens, as caches grow.
-CONTEXT_STEP = 256
 # The part of a host's limit by which a search of what is lacking ends.
 CLOSE = 1e-4
 
@@ -361,15 +360,17 @@ def _kv_parts(table: SliceTable) -> list[float]:
 def _largest_heads(table: SliceTable) -> tuple[int, int, bool]:
     """The most query heads of a layer, its KV heads, and if queries go one by one.
 
-    Query heads that are no fewer than KV heads are whole groups anyway.
+    Layers whose queries do come first, before a state space with more heads. Where
+    there is a KV head for each query head, whole groups are single ones anyway.
     """
     heads = (
-        (s.counts["q"], s.counts["kv"], s.block.rule.by_query)
+        (s.block.rule.by_query and q > kv, q, kv)
         for s in table.blocks
         if isinstance(s.block.rule, Heads)
+        for q, kv in [(s.counts["q"], s.counts["kv"])]
     )
-    queries, kv, is_by_query = max(heads, default=(1, 1, False))
-    return queries, kv, is_by_query and queries > kv
+    is_by_query, queries, kv = max(heads, default=(False, 1, 1))
+    return queries, kv, is_by_query
 
 
 def _mlp_units(table: SliceTable) -> int:

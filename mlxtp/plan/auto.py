@@ -2,7 +2,8 @@
 
 from dataclasses import replace
 
-from mlxtp.dryrun.fitting import CONTEXT_STEP, Fitting
+from mlxtp.dryrun.caches import CONTEXT_STEP
+from mlxtp.dryrun.fitting import Fitting
 from mlxtp.dryrun.requirements import WorldNeeds
 from mlxtp.model.context import longest_context
 from mlxtp.partition.shares import Shares
@@ -44,8 +45,8 @@ def longest(model: PlannedModel, setting: Setting, shares: Shares | None) -> Pla
         usual = replace(setting, context=min(most, USUAL_CONTEXT))
         first = plan(model, usual, [1] * len(setting.machines))
         fitting = _fitting(first, usual)
-        found = fitting.longest(most)
-        shares = fitting.best(found or CONTEXT_STEP).shares
+        tokens = fitting.longest(most)
+        shares = fitting.best(tokens or CONTEXT_STEP).shares
     shares = shares or Shares([1])
     context = _longest(model, setting, shares, most)
     return plan(model, replace(setting, context=context), shares)

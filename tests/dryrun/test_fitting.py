@@ -7,10 +7,12 @@ import pytest
 import zoo
 from models import LLAMA_3_2_1B
 
-from mlxtp.dryrun.fitting import CONTEXT_STEP, Fitting
+from mlxtp.dryrun.caches import CONTEXT_STEP
+from mlxtp.dryrun.fitting import Fitting, _largest_heads
 from mlxtp.dryrun.requirements import Need, needs
 from mlxtp.partition.shares import Shares
 from mlxtp.plan.model import PlannedModel, model_of_config
+from mlxtp.sharding.decide import slice_table
 
 pytestmark = pytest.mark.once
 
@@ -134,6 +136,17 @@ def test_query_heads_go_one_by_one_where_that_is_faster() -> None:
         of_ranks = needs(model.build, fit.shares, 256)
     queries = [need.owned.query_heads[0] for need in of_ranks]
     assert sum(queries) == 32 and max(queries) <= 7
+
+
+def test_attention_is_found_beside_a_state_space_with_more_heads() -> None:
+    config = zoo.build("nemotron_h")[1] | {
+        **{"num_attention_heads": 32, "num_key_value_heads": 8, "head_dim": 8},
+        **{"mamba_num_heads": 64, "n_groups": 8, "mamba_head_dim": 8},
+    }
+    with model_of_config("hybrid", config, 16) as model:
+        table = slice_table(model.build().model, EVEN)
+    assert max(s.counts.get("q", 0) for s in table.blocks) == 64
+    assert _largest_heads(table) == (32, 8, True)
 
 
 def test_ranks_with_other_zeros_need_something_else(small: PlannedModel) -> None:
