@@ -21,8 +21,8 @@ from mlxtp.sharding.table import MatrixShards, SliceTable
 
 # An even share of what is cut finely is so many units.
 UNITS = 24
-# Query heads are shared out one by one where a token then reads so much faster: zeros
-# take kernels, and a KV head's cache is on several ranks.
+# Query heads are shared out one by one where a token is then so much faster: zeros take
+# kernels and, in a prompt, products, and a KV head's cache is on several ranks.
 WORTH_QUERIES = 1.02
 # The longest context makes a token at most so many times as long as the fastest shares
 # would, whatever these need.
@@ -52,19 +52,22 @@ class Fit:
     """Shares, and what is estimated of them.
 
     `lacking_bytes` is what the fullest rank lacks, `least_left` what it has left.
-    `reading_seconds` is the time in which a token's weights and caches are read.
+    `reading_seconds` is the time in which a token's weights and caches are read,
+    `other_seconds` what the rest of it takes.
     """
 
     shares: Shares
     lacking_bytes: float
     reading_seconds: float
+    other_seconds: float
     least_left: float
 
     @property
     def order(self) -> tuple[float, float, float]:
         """What to compare, in the order of what matters: less is better."""
         worth = WORTH_QUERIES if self.shares[0].by_query else 1.0
-        return self.lacking_bytes, worth * self.reading_seconds, -self.least_left
+        seconds = self.reading_seconds + self.other_seconds
+        return self.lacking_bytes, worth * seconds, -self.least_left
 
 
 @dataclass(frozen=True)
@@ -289,7 +292,7 @@ class Fitting:
             for step in steps
         )
         shares = Shares(Share(a.attention, m, v, a.by_query) for a, m, v in numbers)
-        return Fit(shares, lacking, seconds, left)
+        return Fit(shares, lacking, seconds, self._other_seconds, left)
 
     def _pooled(self, rooms: Sequence[float]) -> list[float]:
         """Give ranks on one host the same part of what is left there."""

@@ -134,6 +134,8 @@ def test_query_heads_go_one_by_one_where_that_is_faster() -> None:
         fit = Fitting(model.build, hosts(*[None] * 5), 256).best(256)
         assert fit.shares[0].by_query
         of_ranks = needs(model.build, fit.shares, 256)
+        waits = Fitting(model.build, hosts(*[None] * 5), 256, collective_seconds=1.0)
+        assert not waits.best(256).shares[0].by_query
     queries = [need.owned.query_heads[0] for need in of_ranks]
     assert sum(queries) == 32 and max(queries) <= 7
 
