@@ -14,7 +14,7 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_unflatten
 
-from mlxtp.checkpoint.cut import Shard
+from mlxtp.checkpoint.cut import CHOSEN, Shard
 from mlxtp.checkpoint.headers import Checkpoint
 from mlxtp.checkpoint.memory import gpu_limit_bytes
 from mlxtp.checkpoint.progress import Advance, ignore, progress_bar
@@ -22,7 +22,7 @@ from mlxtp.checkpoint.readahead import ReadAhead
 from mlxtp.checkpoint.tensors import Tensor
 from mlxtp.cluster import memory
 from mlxtp.comm.communicator import Communicator
-from mlxtp.comm.errors import UsageError
+from mlxtp.comm.errors import MemoryLackingError
 from mlxtp.fetch.fetch import check_there, fill, filling
 from mlxtp.fetch.location import Location, locate, named
 from mlxtp.fetch.spare import STEP_BYTES, bytes_besides, kept_besides
@@ -379,39 +379,84 @@ def prepare(
             model_config=model_config,
             trust_remote_code=trust_remote_code,
         )
-        if shares == "auto":
-            from mlxtp.dryrun.chosen import chosen_shares
-
-            with named(location.name, location.folder):
-                shares = chosen_shares(comm, location, rebuild, context)
-        with comm.agreement(), named(location.name, location.folder):
-            rank_shares = _checked_shares(shares, comm)
-            empty = rebuild()
-            _check_quantized_activations(empty.model)
-            table = slice_table(empty.model, rank_shares)
-            slices = table.slices(comm.rank)
-            empty.settle(slices)
-        of_ranks = comm.allgather_object(tensors_behind(empty.sources))
-        with comm.agreement():
-            compute_alike(empty.sources, of_ranks)
-            tensors = (
-                needed(empty.sources, slices, comm.rank, comm.size)
-                if location.is_cut
-                else {}
-            )
-        if table.remark and comm.rank == 0:
-            logger.warning(table.remark)
-        shard = Shard(rank_shares, comm.rank)
-        prepared = Prepared(
-            *(comm, location, empty, table, shard, slices, tensors),
-            *(trust_remote_code, rebuild),
+        prepared = partial(
+            _prepared,
+            comm,
+            location,
+            rebuild,
+            trust_remote_code=trust_remote_code,
+            beside=beside,
         )
-        if location.repo is None:
-            check_there(comm, location, prepared._wanted(comm.rank))
-        both = [prepared] if beside is None else [beside, prepared]
-        names = " and ".join(model.name for model in both)
-        held = sum(model.nbytes for model in both)
-        check_memory(comm, held, names, max(model.turn_bytes for model in both))
+        if shares != "auto":
+            return prepared(shares)
+        if comm.size == 1:
+            return prepared([1])
+        from mlxtp.dryrun import chosen
+
+        with named(location.name, location.folder):
+            kept = chosen.kept_shares(comm, location)
+        if kept is not None:
+            try:
+                result = prepared(kept)
+            except MemoryLackingError as error:
+                if location.repo is None:  # other shares are not there
+                    raise
+                if comm.rank == 0:
+                    logger.warning(
+                        f"--shares auto: {error}: not those kept in {CHOSEN}, this time"
+                    )
+            else:
+                chosen.keep(comm, location, kept)
+                return result
+        with named(location.name, location.folder):
+            suited = chosen.suited_shares(comm, location, rebuild, context)
+        result = prepared(suited)
+        if kept is None:
+            chosen.keep(comm, location, suited)
+        return result
+
+
+def _prepared(
+    comm: Communicator,
+    location: Location,
+    rebuild: Callable[[], EmptyModel],
+    shares: Sequence[int | Share] | None,
+    *,
+    trust_remote_code: bool,
+    beside: Prepared | None,
+) -> Prepared:
+    """Do what `prepare` does, for shares that are known.
+
+    Raises: UsageError as `load` does; MemoryLackingError if it does not fit.
+    """
+    with comm.agreement(), named(location.name, location.folder):
+        rank_shares = _checked_shares(shares, comm)
+        empty = rebuild()
+        _check_quantized_activations(empty.model)
+        table = slice_table(empty.model, rank_shares)
+        slices = table.slices(comm.rank)
+        empty.settle(slices)
+    of_ranks = comm.allgather_object(tensors_behind(empty.sources))
+    with comm.agreement():
+        compute_alike(empty.sources, of_ranks)
+        tensors = (
+            needed(empty.sources, slices, comm.rank, comm.size)
+            if location.is_cut
+            else {}
+        )
+    if table.remark and comm.rank == 0:
+        logger.warning(table.remark)
+    shard = Shard(rank_shares, comm.rank)
+    prepared = Prepared(
+        *(comm, location, empty, table, shard, slices, tensors),
+        *(trust_remote_code, rebuild),
+    )
+    if location.repo is None:
+        check_there(comm, location, prepared._wanted(comm.rank))
+    both = [prepared] if beside is None else [beside, prepared]
+    names = " and ".join(model.name for model in both)
+    held = sum(model.nbytes for model in both)
+    check_memory(comm, held, names, max(model.turn_bytes for model in both))
     return prepared
 
 
@@ -459,7 +504,7 @@ def check_memory(
     `bytes_of_rank` are this rank's, `name` is what an error calls the model. One rank
     at a time takes `turn_bytes` besides, the same on all.
 
-    Raises: UsageError, with the numbers of the host that lacks most.
+    Raises: MemoryLackingError, with the numbers of the host that lacks most.
     """
     hosts: dict[str, int] = {}
     available: dict[str, int] = {}
@@ -471,7 +516,7 @@ def check_memory(
     lacking = {host: hosts[host] - free for host, free in available.items()}
     host = max(lacking, key=lambda name: lacking[name])
     if lacking[host] > 0:
-        raise UsageError(
+        raise MemoryLackingError(
             f"the slices of {name} for {host} take {hosts[host] / 1e9:.1f} GB, and "
             f"it has {available[host] / 1e9:.1f} GB free: use more hosts, give it a "
             "smaller share with --shares, or take a model with fewer bits"

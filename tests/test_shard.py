@@ -22,10 +22,11 @@ from tiny import Tiny, made_by_rank_0
 import mlxtp
 from mlxtp import Communicator
 from mlxtp.checkpoint import writing
-from mlxtp.checkpoint.cut import manifest_of, rank_folders, stamp
+from mlxtp.checkpoint.cut import keep_shares, manifest_of, rank_folders, stamp
 from mlxtp.checkpoint.verify import drop_damaged
 from mlxtp.cluster.measured import Host
 from mlxtp.comm.errors import UsageError
+from mlxtp.dryrun import chosen
 from mlxtp.model.skeleton import build
 from mlxtp.model.sources import uncuttable
 from mlxtp.partition.shares import Shares
@@ -107,6 +108,11 @@ def test_auto_takes_the_shares_that_were_cut(
     assert greedy(model) == expected
     columns = model.slice_table.matrices["model.layers.0.mlp.down_proj"].spans
     assert comm.size == 1 or columns[0].length > 1.5 * columns[1].length
+    # Shares that were kept, and of which there are no slices, do not count.
+    machines = [list(one) for one in comm.allgather_object(chosen._machine())]
+    keep_shares(mine, machines, Shares(range(1, comm.size + 1)))
+    again, _ = mlxtp.load(mine, comm, shares="auto")
+    assert again.slice_table.matrices == model.slice_table.matrices
 
 
 def test_some_hosts_have_all_and_others_a_cut(

@@ -11,6 +11,10 @@ class UsageError(MLXTPError, ValueError):
     """A mistake in what people gave us, raised on every rank with the same message."""
 
 
+class MemoryLackingError(UsageError):
+    """A host has less memory than what its ranks would hold."""
+
+
 class RankLostError(MLXTPError, RuntimeError):
     """Another rank is lost, and no collective works any more: `verdict` says which.
 

@@ -4,7 +4,10 @@ from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
-from mlx_lm.models.cache import make_prompt_cache
+from mlx_lm.models.cache import KVCache, make_prompt_cache
+
+# Caches get room for so many tokens at once, so contexts are compared in such steps.
+CONTEXT_STEP = KVCache.step
 
 
 def cache_arrays(model: nn.Module, *, batch: int = 1, tokens: int = 8) -> list[Any]:

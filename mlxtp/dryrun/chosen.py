@@ -8,7 +8,6 @@ import logging
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Literal
 
 import mlx.core as mx
@@ -49,15 +48,31 @@ class RankHost:
     bytes_per_second: float
 
 
-def chosen_shares(
+def kept_shares(comm: Communicator, location: Location) -> Shares | None:
+    """Return the shares that were chosen before for these machines, if they were.
+
+    In a folder that was cut ahead of time all ranks have to have slices of them, or
+    others that all have slices of are taken.
+
+    Communicates: allgathers of objects.
+    """
+    folder = location.folder
+    kept = comm.allgather_object(cut.kept_shares(folder, _machines(comm)))
+    shares = next((one for one in kept if one is not None), None)
+    there = _cut_ahead(comm, location)
+    if not there or shares in there:
+        return shares
+    even = Shares([1] * comm.size)
+    return min(there, key=lambda each: (each == even, str(each)))
+
+
+def suited_shares(
     comm: Communicator,
     location: Location,
     build: Callable[[], EmptyModel],
     context: int | Literal["max"] | None = None,
 ) -> Shares:
-    """Return the shares that were chosen before, or choose and keep them.
-
-    In a folder that was cut ahead of time they are those that all ranks have slices of.
+    """Choose the shares that suit the ranks' hosts.
 
     Args:
         comm: the ranks.
@@ -69,36 +84,39 @@ def chosen_shares(
     Communicates: allgathers and broadcasts of objects, and some small allreduces.
     Raises: UsageError on every rank if the model cannot be split over them.
     """
-    if comm.size == 1:
-        return Shares([1])
-    machines = [list(one) for one in comm.allgather_object(_machine())]
-    folder = location.folder
-    kept = comm.allgather_object(cut.kept_shares(folder, machines))
-    shares = next((one for one in kept if one is not None), None)
-    if shares is None and location.repo is None and location.is_cut:
-        shares = _cut_ahead(comm, folder)
-    if shares is None:
-        hosts = _hosts(comm, machines)
-        collective_seconds = _collective_seconds(comm)
-        with comm.agreement():
-            has_gpu = gpu_limit_bytes() is not None
-            wanted = context or CONTEXT
-            if wanted == "max":
-                wanted = longest_context(build().config)
-            fitting = Fitting(
-                *(build, hosts, wanted),
-                is_fused=has_gpu,
-                collective_seconds=collective_seconds,
-            )
-            shares = fitting.suited(wanted)
-        shares = comm.bcast_object(shares)
-        if comm.rank == 0:
-            logger.warning(f"--shares auto: chosen for {location.name}: {shares}")
-    assert shares is not None
-    first_of_host = comm.allgather_object(comm.host).index(comm.host) == comm.rank
-    if location.is_cut and first_of_host and kept[comm.rank] != shares:
-        cut.keep_shares(folder, machines, shares)
+    hosts = _hosts(comm, _machines(comm))
+    collective_seconds = _collective_seconds(comm)
+    with comm.agreement():
+        has_gpu = gpu_limit_bytes() is not None
+        wanted = context or CONTEXT
+        if wanted == "max":
+            wanted = longest_context(build().config)
+        fitting = Fitting(
+            *(build, hosts, wanted),
+            is_fused=has_gpu,
+            collective_seconds=collective_seconds,
+        )
+        suited = fitting.suited(wanted)
+    shares: Shares = comm.bcast_object(suited)
+    if comm.rank == 0:
+        logger.warning(f"--shares auto: chosen for {location.name}: {shares}")
     return shares
+
+
+def keep(comm: Communicator, location: Location, shares: Shares) -> None:
+    """Keep shares with the slices, on each host where others or none are kept.
+
+    Communicates: allgathers of objects.
+    """
+    machines = _machines(comm)
+    is_first = comm.allgather_object(comm.host).index(comm.host) == comm.rank
+    folder = location.folder
+    if location.is_cut and is_first and cut.kept_shares(folder, machines) != shares:
+        cut.keep_shares(folder, machines, shares)
+
+
+def _machines(comm: Communicator) -> cut.Machines:
+    return [list(one) for one in comm.allgather_object(_machine())]
 
 
 def _machine() -> tuple[str, int]:
@@ -108,16 +126,17 @@ def _machine() -> tuple[str, int]:
     return chip, round(host_memory().total_bytes / GIB)
 
 
-def _cut_ahead(comm: Communicator, folder: Path) -> Shares | None:
-    """The shares that every rank's folder has its own slices of, uneven ones first."""
-    mine = {
-        shard.shares
-        for shard in cut.shards(folder)
-        if shard.rank == comm.rank and len(shard.shares) == comm.size
-    }
-    common = set.intersection(*comm.allgather_object(mine))
-    even = Shares([1] * comm.size)
-    return min(common, key=lambda each: (each == even, str(each)), default=None)
+def _cut_ahead(comm: Communicator, location: Location) -> set[Shares]:
+    """The shares that the local folders of all ranks with cut ones have slices of."""
+    mine = None
+    if location.repo is None and location.is_cut:
+        mine = {
+            shard.shares
+            for shard in cut.shards(location.folder)
+            if shard.rank == comm.rank and len(shard.shares) == comm.size
+        }
+    of_ranks = [each for each in comm.allgather_object(mine) if each is not None]
+    return set.intersection(*of_ranks) if of_ranks else set()
 
 
 def _hosts(comm: Communicator, machines: cut.Machines) -> list[RankHost]:

@@ -8,8 +8,10 @@ layer; attention alone comes in lumps, so its shares are tried one after the oth
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from math import gcd, inf
+from operator import add, sub
 from typing import Protocol
 
+from mlxtp.dryrun.caches import CONTEXT_STEP
 from mlxtp.dryrun.requirements import RankNeeds, need
 from mlxtp.families.blocks import Heads, Width
 from mlxtp.model.skeleton import EmptyModel
@@ -19,16 +21,14 @@ from mlxtp.sharding.table import MatrixShards, SliceTable
 
 # An even share of what is cut finely is so many units.
 UNITS = 24
-# Query heads are shared out one by one where a token then reads so much faster: zeros
-# take kernels, and a KV head's cache is on several ranks.
+# Query heads are shared out one by one where a token is then so much faster: zeros take
+# kernels and, in a prompt, products, and a KV head's cache is on several ranks.
 WORTH_QUERIES = 1.02
 # The longest context makes a token at most so many times as long as the fastest shares
 # would, whatever these need.
 MOST_SLOWER = 1.05
 # Rates of machines that are alike differ by up to this factor, measured twice.
 ALIKE = 1.1
-# Contexts are compared in steps of so many tokens, as caches grow.
-CONTEXT_STEP = 256
 # The part of a host's limit by which a search of what is lacking ends.
 CLOSE = 1e-4
 
@@ -52,19 +52,22 @@ class Fit:
     """Shares, and what is estimated of them.
 
     `lacking_bytes` is what the fullest rank lacks, `least_left` what it has left.
-    `reading_seconds` is the time in which a token's weights and caches are read.
+    `reading_seconds` is the time in which a token's weights and caches are read,
+    `other_seconds` what the rest of it takes.
     """
 
     shares: Shares
     lacking_bytes: float
     reading_seconds: float
+    other_seconds: float
     least_left: float
 
     @property
     def order(self) -> tuple[float, float, float]:
         """What to compare, in the order of what matters: less is better."""
         worth = WORTH_QUERIES if self.shares[0].by_query else 1.0
-        return self.lacking_bytes, worth * self.reading_seconds, -self.least_left
+        seconds = self.reading_seconds + self.other_seconds
+        return self.lacking_bytes, worth * seconds, -self.least_left
 
 
 @dataclass(frozen=True)
@@ -119,7 +122,7 @@ class Fitting:
             else host.limit_bytes / self._hosts.count(host.host)
             for host in hosts
         ]
-        self._reserve = 0.0
+        self._reserve = [0.0] * self._ranks
         self._tables: dict[Shares, _Attention | None] = {}
         self._whole = slice_table(self._model, [1])
         even = slice_table(self._model, [1] * self._ranks)
@@ -147,9 +150,9 @@ class Fitting:
         self._units, self._rows = _mlp_units(even), UNITS * self._ranks
         self._heads = _largest_heads(even)
 
-    def reserve(self, nbytes: float) -> None:
-        """Leave so many bytes more on every rank: the estimate was off by them."""
-        self._reserve += nbytes
+    def reserve(self, of_ranks: Sequence[float]) -> None:
+        """Leave so many bytes more on each rank: the estimate was off by them."""
+        self._reserve = [*map(add, self._reserve, of_ranks)]
 
     def best(self, context: int) -> Fit:
         """Return the shares that suit a context.
@@ -157,9 +160,7 @@ class Fitting:
         Of shares that fit, the fastest; of those equally fast, what leaves more memory;
         of shares that do not fit, what lacks less.
         """
-        return self._best(
-            context, tuple(limit - self._reserve for limit in self._limits)
-        )
+        return self._best(context, tuple(map(sub, self._limits, self._reserve)))
 
     def suited(self, context: int) -> Shares:
         """Return the shares for a context, or for the longest below it that fits."""
@@ -291,7 +292,7 @@ class Fitting:
             for step in steps
         )
         shares = Shares(Share(a.attention, m, v, a.by_query) for a, m, v in numbers)
-        return Fit(shares, lacking, seconds, left)
+        return Fit(shares, lacking, seconds, self._other_seconds, left)
 
     def _pooled(self, rooms: Sequence[float]) -> list[float]:
         """Give ranks on one host the same part of what is left there."""
@@ -348,7 +349,7 @@ def _kv_parts(table: SliceTable) -> list[float]:
     A state space caches by its heads: what they share a group of is small.
     """
     units = [
-        (s, "q" if s.block.rule.shared_groups else "kv")
+        (s, "q" if s.block.rule.states else "kv")
         for s in table.blocks
         if isinstance(s.block.rule, Heads)
     ]
@@ -362,15 +363,17 @@ def _kv_parts(table: SliceTable) -> list[float]:
 def _largest_heads(table: SliceTable) -> tuple[int, int, bool]:
     """The most query heads of a layer, its KV heads, and if queries go one by one.
 
-    Query heads that are no fewer than KV heads are whole groups anyway.
+    Layers whose queries do come first, before a state space with more heads. Where
+    there is a KV head for each query head, whole groups are single ones anyway.
     """
     heads = (
-        (s.counts["q"], s.counts["kv"], s.block.rule.by_query)
+        (s.block.rule.by_query and q > kv, q, kv)
         for s in table.blocks
         if isinstance(s.block.rule, Heads)
+        for q, kv in [(s.counts["q"], s.counts["kv"])]
     )
-    queries, kv, is_by_query = max(heads, default=(1, 1, False))
-    return queries, kv, is_by_query and queries > kv
+    is_by_query, queries, kv = max(heads, default=(False, 1, 1))
+    return queries, kv, is_by_query
 
 
 def _mlp_units(table: SliceTable) -> int:

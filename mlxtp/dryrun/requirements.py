@@ -104,9 +104,12 @@ class WorldNeeds:
         is_fused: bool = True,
     ) -> None:
         self._table = table = slice_table(build().model, shares)
-        # Ranks with slices of the same shapes compute alike.
+        # Ranks with slices of the same shapes and as many zeros compute alike.
         self._shapes = [
-            tuple(part.shape for part in table.slices(rank).values())
+            (
+                tuple(part.shape for part in table.slices(rank).values()),
+                tuple(sum(s.parts[rank].zeros) for s in table.blocks if s.parts),
+            )
             for rank in range(table.ranks)
         ]
         self._by_shapes = {

@@ -85,6 +85,7 @@ class Heads:
         tiled: query head h is under KV head h mod KV, not under the one of its group.
         by_query: query heads may be shared out one by one, where shares say so: zeros
             make up the rectangle that the forward pass wants.
+        states: what is cached are states of the query heads, no keys and values.
     """
 
     queries: tuple[str, ...] = QUERY_HEADS
@@ -93,6 +94,7 @@ class Heads:
     shared_groups: bool = False
     tiled: bool = False
     by_query: bool = False
+    states: bool = False
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,7 @@ _STATES = "q:head_dim kv:ssm_state_size kv:ssm_state_size"
 MAMBA2 = Block(
     "state space (Mamba 2)",
     needs=("in_proj", "conv1d", "dt_bias"),
-    rule=Heads(queries=("num_heads",), kv=("n_groups",), shared_groups=True),
+    rule=Heads(("num_heads",), ("n_groups",), shared_groups=True, states=True),
     cuts={
         "in_proj": column(f"q:head_dim {_STATES} q:1"),
         "conv1d": along(_STATES),
@@ -45,7 +45,7 @@ MAMBA_BY_STEPS = MAMBA.but(adapt="project_at_once")
 MAMBA_HEADS = Block(
     "selective state space with heads",
     needs=("in_proj", "bcdt_proj"),
-    rule=Heads(queries=("num_heads",), kv=()),
+    rule=Heads(queries=("num_heads",), kv=(), states=True),
     cuts={
         "in_proj": column("q"),
         "conv1d": along("q"),
@@ -59,7 +59,7 @@ MAMBA_HEADS = Block(
     sizes={"intermediate_size": "q"},
 )
 
-_DELTA_HEADS = Heads(queries=("num_v_heads",), kv=("num_k_heads",))
+_DELTA_HEADS = Heads(("num_v_heads",), ("num_k_heads",), states=True)
 _KKV = "kv:head_k_dim kv:head_k_dim q:head_v_dim"
 DELTA = Block(
     "gated delta net",
@@ -103,7 +103,7 @@ _LOW_RANK = "a low-rank step that all heads share"
 KIMI_DELTA = Block(
     "Kimi delta attention",
     needs=("f_b_proj",),
-    rule=Heads(queries=("num_heads",), kv=()),
+    rule=Heads(queries=("num_heads",), kv=(), states=True),
     cuts={
         **dict.fromkeys(("q_proj", "k_proj", "v_proj"), column("q")),
         **dict.fromkeys(("f_b_proj", "b_proj", "g_proj", "g_b_proj"), column("q")),
@@ -135,7 +135,7 @@ KIMI_DELTA_FULL = KIMI_DELTA.but(
 DECAYING = Block(
     "linear attention with decay",
     needs=("query_key_value", "g_norm"),
-    rule=Heads(),
+    rule=Heads(states=True),
     cuts={
         "query_key_value": column("q kv kv"),
         "g_proj": column("q"),
@@ -147,7 +147,7 @@ DECAYING = Block(
 GATED_RECURRENCE = Block(
     "gated linear recurrence",
     needs=("rg_lru",),
-    rule=Heads(queries=("num_heads",), kv=()),
+    rule=Heads(queries=("num_heads",), kv=(), states=True),
     cuts={
         "linear_x": column("q"),
         "linear_y": column("q"),
@@ -176,7 +176,7 @@ SHORT_CONVOLUTION = Block(
 TIME_MIXING = Block(
     "time mixing (RWKV)",
     needs=("r_proj", "r_k"),
-    rule=Heads(queries=("num_heads",), kv=()),
+    rule=Heads(queries=("num_heads",), kv=(), states=True),
     cuts={
         **dict.fromkeys(("r_proj", "k_proj", "v_proj"), column("q")),
         **dict.fromkeys(("k_k", "k_a", "r_k", "g_norm"), along("q")),

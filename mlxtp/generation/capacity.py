@@ -20,14 +20,12 @@ from mlxtp.cluster.memory import available_bytes
 from mlxtp.cluster.units import gigabytes
 from mlxtp.comm.communicator import Communicator
 from mlxtp.comm.errors import UsageError
-from mlxtp.dryrun.caches import cache_arrays
+from mlxtp.dryrun.caches import CONTEXT_STEP, cache_arrays
 from mlxtp.dryrun.requirements import SCORES_AT_ONCE, need
 from mlxtp.families.blocks import Heads
 from mlxtp.generation.rows import leaves
 from mlxtp.model.skeleton import EmptyModel
 
-# mlx-lm's caches get room for so many tokens at once.
-STEP = KVCache.step
 # Arrays that MLX computes side by side when batches are merged, extended or filtered:
 # of so many the old and the new are there at once (the width of its evaluation).
 COPIED_AT_ONCE = 20
@@ -56,9 +54,9 @@ class Growth:
     def room(self, tokens: int, part: int) -> int:
         """The most tokens that there is room for when `tokens` have been read."""
         if self.window is None:
-            return tokens + STEP - 1
-        beyond = part + STEP - 1 if self.in_chunks else part - 1
-        return min(tokens + STEP - 1, self.window + beyond)
+            return tokens + CONTEXT_STEP - 1
+        beyond = part + CONTEXT_STEP - 1 if self.in_chunks else part - 1
+        return min(tokens + CONTEXT_STEP - 1, self.window + beyond)
 
 
 @dataclass(frozen=True)
@@ -409,8 +407,8 @@ def _bytes_of(caches: list[Any], model: nn.Module) -> CacheBytes:
             elif isinstance(cache, ChunkedKVCache):
                 kind = (cache.chunk_size, True)
         else:  # a class of the model's own: as it grows now, without end
-            later = [*leaves(cache_arrays(model, tokens=8 + STEP))][place]
-            token_bytes = (later.nbytes - cache.nbytes) / STEP
+            later = [*leaves(cache_arrays(model, tokens=8 + CONTEXT_STEP))][place]
+            token_bytes = (later.nbytes - cache.nbytes) / CONTEXT_STEP
             fixed += cache.nbytes
         growths[kind] = growths.get(kind, 0.0) + token_bytes
     return CacheBytes(

@@ -18,6 +18,7 @@ from mlx_lm.models.cache import (
 
 from mlxtp.comm.communicator import Communicator
 from mlxtp.dryrun.caches import cache_arrays
+from mlxtp.families.blocks import Heads
 from mlxtp.generation.rows import leaves
 from mlxtp.partition.spans import Spans
 from mlxtp.sharding.table import SliceTable
@@ -120,7 +121,7 @@ class _ShardedAxes:
             kv_heads=tuple(
                 (shards.counts["kv"], shards.parts[rank].spans["kv"])
                 for shards in table.blocks
-                if "kv" in shards.counts
+                if isinstance(shards.block.rule, Heads) and not shards.block.rule.states
             ),
             states=tuple(
                 (matrix.features, matrix.spans[rank])
@@ -181,12 +182,19 @@ class _ShardedAxes:
 def _spans_of(axes: Iterable[_Axis], whole: int, local: int | None) -> Spans | None:
     """The spans of an axis of `whole`, of which the rank has `local`, if there is one.
 
-    Blocks of the same two lengths are cut alike.
+    Raises: ValueError if blocks of these two lengths are cut differently.
     """
-    return next(
-        (spans for size, spans in axes if size == whole and spans.length == local),
-        None,
-    )
+    fitting = {
+        tuple(spans.indices): spans
+        for size, spans in axes
+        if size == whole and spans.length == local
+    }
+    if len(fitting) > 1:
+        raise ValueError(
+            f"{local} of {whole} heads or channels of the prompt cache may be "
+            f"{' or '.join(map(str, fitting))}: take other shares, or no prompt cache"
+        )
+    return next(iter(fitting.values()), None)
 
 
 def _take(x: mx.array, spans: Spans, axis: int) -> mx.array:

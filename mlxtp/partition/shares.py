@@ -101,7 +101,9 @@ class Shares(tuple[Share, ...]):
         """
         kinds = {}
         for part in text.split("/"):
-            kind, _, numbers = part.rpartition("=")
+            kind, equals, numbers = part.rpartition("=")
+            if equals and not kind.strip():
+                raise ValueError(f"wanted a name before {part.strip()!r}")
             if kind.strip() in kinds:
                 raise ValueError(f"{kind.strip()!r} is given twice")
             words = [word.strip() for word in numbers.split(",")]

@@ -2,7 +2,8 @@
 
 from dataclasses import replace
 
-from mlxtp.dryrun.fitting import CONTEXT_STEP, Fitting
+from mlxtp.dryrun.caches import CONTEXT_STEP
+from mlxtp.dryrun.fitting import Fitting
 from mlxtp.dryrun.requirements import WorldNeeds
 from mlxtp.model.context import longest_context
 from mlxtp.partition.shares import Shares
@@ -44,8 +45,8 @@ def longest(model: PlannedModel, setting: Setting, shares: Shares | None) -> Pla
         usual = replace(setting, context=min(most, USUAL_CONTEXT))
         first = plan(model, usual, [1] * len(setting.machines))
         fitting = _fitting(first, usual)
-        found = fitting.longest(most)
-        shares = fitting.best(found or CONTEXT_STEP).shares
+        tokens = fitting.longest(most)
+        shares = fitting.best(tokens or CONTEXT_STEP).shares
     shares = shares or Shares([1])
     context = _longest(model, setting, shares, most)
     return plan(model, replace(setting, context=context), shares)
@@ -109,11 +110,21 @@ def _fitted(fitting: Fitting, first: Plan, setting: Setting) -> Plan:
     best = first
     for _ in range(CORRECTIONS):
         fit = fitting.best(setting.context)
-        best = min(best, plan(first.model, setting, fit.shares), key=_order)
+        exact = plan(first.model, setting, fit.shares)
+        best = min(best, exact, key=_order)
         if not best.lacking_bytes or fit.lacking_bytes:
             break
-        fitting.reserve(best.lacking_bytes)
+        fitting.reserve(_lacking_of_ranks(exact))
     return best
+
+
+def _lacking_of_ranks(plan: Plan) -> list[float]:
+    """What each rank's host lacks, divided by the ranks there."""
+    names = [machine.host for machine in plan.setting.machines]
+    return [
+        max(0, -(left or 0)) / names.count(name)
+        for name, left in zip(names, plan.left_bytes, strict=True)
+    ]
 
 
 def _order(plan: Plan) -> tuple[float, float]:

@@ -73,8 +73,10 @@ def drafts(plan: Plan, model: PlannedModel | None, acceptance: float) -> list[Dr
     """
     passes = [plan.decode_pass(n + 1).seconds for n in range(MOST_TOKENS + 1)]
     ways = _ways(plan, model) if model else [_ngram(len(plan.needs))]
-    found = [_best(plan, way, passes, acceptance) for way in ways]
-    return sorted(found, key=lambda d: (d.fits is False, -d.tokens_per_second))
+    return sorted(
+        (_best(plan, way, passes, acceptance) for way in ways),
+        key=lambda d: (d.fits is False, -d.tokens_per_second),
+    )
 
 
 def _best(plan: Plan, way: _Way, passes: Sequence[float], acceptance: float) -> Draft:

@@ -23,9 +23,9 @@ def fewer(plan: Plan) -> Fewer | None:
     """
     best, seconds = None, plan.decode.seconds
     for ranks in range(len(plan.needs) - 1, 0, -1):
-        found = _seconds(plan, ranks, seconds)
-        if found is not None and found < seconds:
-            best, seconds = ranks, found
+        of_fewer = _seconds(plan, ranks, seconds)
+        if of_fewer is not None and of_fewer < seconds:
+            best, seconds = ranks, of_fewer
     return None if best is None else Fewer(best, plan.setting.batch / seconds)
 
 

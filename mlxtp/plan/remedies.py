@@ -5,6 +5,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
 from mlxtp.cluster.units import GIB
+from mlxtp.dryrun.caches import CONTEXT_STEP
 from mlxtp.plan.model import GROUP_SIZE, model_of_config
 from mlxtp.plan.planning import Plan, Setting
 
@@ -12,8 +13,6 @@ from mlxtp.plan.planning import Plan, Setting
 SYSTEM_BYTES = 6 * GIB
 FEWER_BITS = (8, 6, 5, 4, 3, 2)
 MOST_HOSTS = 32
-# Caches grow in steps of so many tokens.
-CONTEXT_STEP = 256
 
 
 @dataclass(frozen=True)

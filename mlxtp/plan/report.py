@@ -212,14 +212,14 @@ def _recabled(plan: Plan) -> Plan | None:
 
 def fewer_are_faster(plan: Plan) -> str:
     """Say in a line that fewer hosts would be faster than all, where it is so."""
-    found = fewer(plan)
-    if found is None:
+    faster = fewer(plan)
+    if faster is None:
         return ""
-    first = "One host alone" if found.ranks == 1 else f"The first {found.ranks} alone"
+    first = "One host alone" if faster.ranks == 1 else f"The first {faster.ranks} alone"
     return (
         f"{first} would be faster than all {len(plan.needs)}: modelled "
-        f"{rate(found.tokens_per_second)} tokens/s in place of "
-        f"{rate(plan.setting.batch / plan.decode.seconds)} (--ranks {found.ranks})."
+        f"{rate(faster.tokens_per_second)} tokens/s in place of "
+        f"{rate(plan.setting.batch / plan.decode.seconds)} (--ranks {faster.ranks})."
     )
 
 
@@ -348,7 +348,7 @@ def as_json(
             }
             for name, side in _sides(plan).items()
         },
-        "modelled_fewer": asdict(found) if (found := fewer(plan)) else None,
+        "modelled_fewer": asdict(faster) if (faster := fewer(plan)) else None,
         "modelled_drafts": [asdict(draft) for draft in drafts],
         "modelled_batches": [asdict(batch) for batch in batches(plan)],
     }

@@ -286,7 +286,7 @@ class Supervisor:
             return
         if (
             not self._is_fitted
-            and self._args.shares is None
+            and self._args.shares != "auto"
             and hosts.part != hosts.slots
             and self._count() > 1
         ):
@@ -320,16 +320,17 @@ class Supervisor:
         if hosts.part == hosts.slots:
             return argparse.Namespace(**given)
         shares = self._args.shares
-        if isinstance(shares, Shares):
-            shares = self._shares_left(shares)
-        elif self._is_fitted:
+        if self._is_fitted:
             shares = "auto"
+        elif isinstance(shares, Shares):
+            shares = self._shares_left(shares)
         return argparse.Namespace(**{**given, "shares": shares})
 
     def _shares_left(self, given: Shares) -> Shares | None:
         """Return the shares of the ranks that are left; None where they do not do.
 
-        A host that takes the place of a lost one takes its share.
+        A host that takes the place of a lost one takes its share. Query heads that went
+        one by one do not lie well for fewer ranks: these take whole groups.
         """
         own: dict[str, list[Share]] = {}
         for host, share in zip(
@@ -345,6 +346,8 @@ class Supervisor:
             if not left:
                 return None
             shares.append(left.pop(0))
+        if len(shares) < len(given):
+            shares = [replace(share, by_query=False) for share in shares]
         return Shares(shares)
 
     def _of_ranks(self) -> list[str]:

@@ -5,6 +5,7 @@ shares of the ranks -> the slices of every rank. It needs no weight and no other
 """
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from fractions import Fraction
 from typing import Any
 
 import mlx.core as mx
@@ -30,7 +31,7 @@ from mlxtp.sharding.table import MatrixShards, SliceTable
 
 # The most that a rank's share of an MLP may be above an even one before quantization
 # groups are cut in two, and are then held on both sides of the cut.
-UNEVEN = 1.2
+UNEVEN = Fraction(6, 5)
 
 
 def slice_table(model: nn.Module, shares: Iterable[int | Share]) -> SliceTable:
@@ -170,7 +171,7 @@ def _width_spans(
     if width % granule == 0 and width // granule >= len(shares):
         spans = cut_axis(width, shares, granule)
         excess = [
-            span.length * sum(shares) / (width * share)
+            Fraction(span.length * sum(shares), width * share)
             for span, share in zip(spans, shares, strict=True)
         ]
         if max(excess) <= UNEVEN and min(excess) > 0:

@@ -7,10 +7,12 @@ import pytest
 import zoo
 from models import LLAMA_3_2_1B
 
-from mlxtp.dryrun.fitting import CONTEXT_STEP, Fitting
+from mlxtp.dryrun.caches import CONTEXT_STEP
+from mlxtp.dryrun.fitting import Fitting, _largest_heads
 from mlxtp.dryrun.requirements import Need, needs
 from mlxtp.partition.shares import Shares
 from mlxtp.plan.model import PlannedModel, model_of_config
+from mlxtp.sharding.decide import slice_table
 
 pytestmark = pytest.mark.once
 
@@ -99,10 +101,14 @@ def test_ranks_of_one_host_share_its_memory(
     plenty = 2 * sum(need.bytes for need in even)
     limit = sum(need.bytes for need in even[:4]) - 50_000_000
     ranks = [*[Rank("one", limit)] * 4, Rank("other", plenty)]
-    fit = Fitting(small.build, ranks, CONTEXT, BATCH).best(CONTEXT)
+    fitting = Fitting(small.build, ranks, CONTEXT, BATCH)
+    fit = fitting.best(CONTEXT)
     assert fit.lacking_bytes == 0 and fit.shares[4].mlp > fit.shares[0].mlp
-    found = needs(small.build, fit.shares, CONTEXT, BATCH)
-    assert sum(need.bytes for need in found[:4]) < 1.02 * limit
+    fitting.reserve([2e6] * 4 + [0.0])
+    less = fitting.best(CONTEXT).shares
+    assert less[0].mlp * fit.shares[4].mlp < fit.shares[0].mlp * less[4].mlp
+    of_ranks = needs(small.build, fit.shares, CONTEXT, BATCH)
+    assert sum(need.bytes for need in of_ranks[:4]) < 1.02 * limit
 
 
 def test_what_one_rank_leaves_another_of_its_host_may_take(
@@ -128,8 +134,32 @@ def test_query_heads_go_one_by_one_where_that_is_faster() -> None:
         fit = Fitting(model.build, hosts(*[None] * 5), 256).best(256)
         assert fit.shares[0].by_query
         of_ranks = needs(model.build, fit.shares, 256)
+        waits = Fitting(model.build, hosts(*[None] * 5), 256, collective_seconds=1.0)
+        assert not waits.best(256).shares[0].by_query
     queries = [need.owned.query_heads[0] for need in of_ranks]
     assert sum(queries) == 32 and max(queries) <= 7
+
+
+def test_attention_is_found_beside_a_state_space_with_more_heads() -> None:
+    config = zoo.build("nemotron_h")[1] | {
+        **{"num_attention_heads": 32, "num_key_value_heads": 8, "head_dim": 8},
+        **{"mamba_num_heads": 64, "n_groups": 8, "mamba_head_dim": 8},
+    }
+    with model_of_config("hybrid", config, 16) as model:
+        table = slice_table(model.build().model, EVEN)
+    assert max(s.counts.get("q", 0) for s in table.blocks) == 64
+    assert _largest_heads(table) == (32, 8, True)
+
+
+def test_ranks_with_other_zeros_need_something_else(small: PlannedModel) -> None:
+    """Six query heads each: four and two, or three and three, under two KV heads."""
+    of_ranks = needs(small.build, Shares.parse("queries=6,7,6,13"), 64)
+    assert [need.query_heads // 4 for need in of_ranks] == [8, 12, 6, 16]
+
+
+def test_shares_may_be_far_apart(small: PlannedModel) -> None:
+    most, least = needs(small.build, Shares([10**400, 1]), 64)
+    assert most.owned.kv_heads == (7, 7) and least.owned.kv_heads == (1, 1)
 
 
 @pytest.mark.parametrize(

@@ -25,6 +25,7 @@ from mlxtp.fetch import hub
 from mlxtp.fetch.location import locate
 from mlxtp.loading import load_model
 from mlxtp.model import skeleton
+from mlxtp.partition.shares import Shares
 from mlxtp.shard import shard
 
 Q4 = {"group_size": 32, "bits": 4}
@@ -291,6 +292,36 @@ def test_shares_that_are_chosen_once_are_kept_with_the_slices(
     again = load_model(NAME, comm, shares="auto")[0]
     assert again.slice_table.matrices == split.slice_table.matrices
     assert comm.size == 1 or list(tmp_path.glob("assets/**/shares.json"))
+
+
+def test_shares_that_do_not_fit_are_not_kept_and_kept_ones_chosen_anew(
+    comm: Communicator,
+    served: Served,
+    client: Client,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """Once: they stay for a start that finds the memory again."""
+    client.use(served[1], tmp_path)
+    monkeypatch.setattr(comm, "host", f"host-{comm.rank}", raising=False)
+    few = {**dict.fromkeys(range(comm.size), 1 << 40), 0: 100}
+    monkeypatch.setattr(loading.memory, "available_bytes", lambda _: few[comm.rank])
+    with pytest.raises(UsageError, match="for host-0 take"):
+        loading.prepare(NAME, comm, shares="auto", context=64)
+    assert not list(tmp_path.glob("assets/**/shares.json"))
+    if comm.size == 1:
+        return
+    few[0] = 1 << 40
+    kept = loading.prepare(NAME, comm, shares="auto", context=64)
+    few[0] = kept.nbytes - 1
+    suited = Shares([1, *[3] * (comm.size - 1)])
+    monkeypatch.setattr(chosen.Fitting, "suited", lambda *_: suited)
+    assert loading.prepare(NAME, comm, shares="auto").shard.shares == suited
+    assert comm.rank or "not those kept in shares.json" in caplog.text
+    few[0] = 1 << 40
+    again = loading.prepare(NAME, comm, shares="auto")
+    assert again.shard.shares == kept.shard.shares
 
 
 def test_a_new_commit_is_fetched_anew(

@@ -7,6 +7,7 @@ from typing import Any
 import mlx.core as mx
 import mlx_lm
 import pytest
+import zoo
 from mlx_lm.generate import generate_step
 from mlx_lm.models.cache import make_prompt_cache, save_prompt_cache
 from reference import MODELS, PROMPT, STEPS, heads, on_rank_0
@@ -14,7 +15,13 @@ from tiny import Tiny, made_by_rank_0
 
 import mlxtp
 from mlxtp import Communicator
-from mlxtp.generation.prompt_cache import SavedPrompt
+from mlxtp.families.attention import ATTENTION
+from mlxtp.families.recurrent import MAMBA2_GROUP_NORM
+from mlxtp.generation.prompt_cache import SavedPrompt, _ShardedAxes, _spans_of
+from mlxtp.partition.shares import Shares
+from mlxtp.partition.spans import Spans
+from mlxtp.plan.model import model_of_config
+from mlxtp.sharding.decide import slice_table
 
 SUFFIX = mx.array([11, 22, 33])
 KINDS: dict[str, dict[str, Any]] = {
@@ -98,3 +105,25 @@ def test_what_is_no_cache_of_this_model(comm: Communicator, shared_path: Path) -
     for broken in ("no-metadata.safetensors", "absent.safetensors", "llama-8-8"):
         with pytest.raises(ValueError, match="is no prompt cache of"):
             SavedPrompt.of_file(shared_path / broken)
+
+
+@pytest.mark.once
+def test_a_state_space_says_nothing_of_keys_and_values() -> None:
+    """Its groups are as many as the KV heads, and others than those of a rank."""
+    config = zoo.build("nemotron_h")[1] | {
+        **{"num_attention_heads": 32, "num_key_value_heads": 8, "head_dim": 8},
+        **{"mamba_num_heads": 32, "n_groups": 8, "mamba_head_dim": 8},
+    }
+    with model_of_config("hybrid", config, 16) as model:
+        table = slice_table(model.build().model, Shares.parse("queries=1,1,1,1,1"))
+    groups, heads = (
+        next(s for s in table.blocks if "kv" in s.counts and s.block.name == name)
+        for name in (MAMBA2_GROUP_NORM.name, ATTENTION.name)
+    )
+    assert groups.parts[2].spans["kv"] != heads.parts[2].spans["kv"]
+    axes = _ShardedAxes.of_rank(table, 2)
+    assert _spans_of(axes.kv_heads, 8, 2) == Spans([(3, 4), (4, 5)])
+    differing = [(8, Spans([(3, 5)])), (8, Spans([(4, 6)]))]
+    with pytest.raises(ValueError, match=r"may be \(3, 4\) or \(4, 5\)"):
+        _spans_of(differing, 8, 2)
+    assert _spans_of(differing[:1] * 2, 8, 2) == Spans([(3, 5)])

@@ -153,6 +153,7 @@ def test_shares_are_written_as_they_are_read(
         ("attention=1,1/queries=1,1", "give one"),
         ("mlp=1,1/mlp=1,2", "given twice"),
         ("1,1/mlp=1,1", "a name before"),
+        ("=2,1,1", "a name before '=2,1,1'"),
         ("mlp=1,0", "one positive whole number"),
     ],
 )

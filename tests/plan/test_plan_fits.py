@@ -14,7 +14,7 @@ from needs import needs
 from wide_models import WIDE
 
 from mlxtp.partition.shares import Shares
-from mlxtp.plan.auto import auto, longest
+from mlxtp.plan.auto import _lacking_of_ranks, auto, longest
 from mlxtp.plan.hardware import LINKS, Machine, Network, published
 from mlxtp.plan.model import PlannedModel, model_of_config, open_model
 from mlxtp.plan.planning import Plan, Setting, plan
@@ -202,3 +202,14 @@ def test_other_shares_have_room_for_nearly_twice_the_context() -> None:
 
 def test_auto_leaves_alone_what_is_alike(llama: PlannedModel) -> None:
     assert auto(llama, on([64.0] * 3)).shares == Shares([1, 1, 1])
+
+
+def test_what_a_host_lacks_is_shared_by_its_ranks(llama: PlannedModel) -> None:
+    setting = on([12.0, 12.0, 192.0])
+    machines = [
+        replace(one, host=host)
+        for one, host in zip(setting.machines, "aab", strict=True)
+    ]
+    lacking = plan(llama, replace(setting, machines=tuple(machines)), [1] * 3)
+    of_ranks = _lacking_of_ranks(lacking)
+    assert of_ranks[0] == of_ranks[1] == lacking.lacking_bytes / 2 > 0 == of_ranks[2]

@@ -19,7 +19,7 @@ from mlxtp.cluster.visit import Visit, versions
 from mlxtp.comm.errors import UsageError
 from mlxtp.generation.settings import Settings
 from mlxtp.generation.standard_input import text_of
-from mlxtp.partition.shares import Shares
+from mlxtp.partition.shares import Share, Shares
 from mlxtp.serve import hosts as hosts_module
 from mlxtp.serve import messages, options, supervisor, survive
 from mlxtp.serve.front.ranks import Ranks, Unavailable
@@ -426,6 +426,12 @@ def test_a_host_that_was_left_out_is_taken_in_once(monkeypatch) -> None:
         (["--shares", "4,3,2,1"], {"a": 1, "c": 1, "d": 1}, [4, 2, 1], 3),
         (["--ranks", "3", "--shares", "4,3,2"], {"a": 1, "c": 1, "d": 1}, [4, 2, 3], 3),
         (["--ranks", "3", "--shares", "4,3,2"], {"a": 1, "c": 1}, [4, 2], 2),
+        (
+            ["--shares", "queries=27,24,27,24"],
+            {"a": 1, "c": 1, "d": 1},
+            [Share(27, 1, 1), Share(27, 1, 1), Share(24, 1, 1)],
+            3,
+        ),
         (["--shares", "auto"], {"a": 1, "b": 1}, "auto", 2),
         ([], {"a": 1, "b": 1}, None, 2),
     ],
@@ -444,6 +450,9 @@ def test_ranks_and_shares_that_are_left(
         supervised._hosts.part = part
         left = Shares(shares) if isinstance(shares, list) else shares
         assert (supervised._arguments().shares, supervised._count()) == (left, count)
+        if left != "auto":
+            await supervised._make_it_fit("it does not fit")
+            assert supervised._arguments().shares == "auto"
         await ranks.close()
 
     asyncio.run(life())
