@@ -403,7 +403,8 @@ def prepare(
                     raise
                 if comm.rank == 0:
                     logger.warning(
-                        f"--shares auto: {error}: not those kept in {CHOSEN}, this time"
+                        f"--shares auto: {error}: others for this start than those in "
+                        f"{CHOSEN} (remove it on all hosts to have them chosen anew)"
                     )
             else:
                 chosen.keep(comm, location, kept)
