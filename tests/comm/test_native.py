@@ -263,10 +263,8 @@ def test_parts_of_unlike_sizes_end_the_job() -> None:
         done = mpirun("-n", 3, sys.executable, "-c", UNLIKE, algorithm)
         assert done.returncode != 0 and "went on" not in done.stdout, algorithm
         where = r"allreduce \d of model.layers.3"
-        # One whose memory was spoiled may die, or hang while it dies.
         said = (
             rf"{where}: rank 1 sent another number of bytes|rank 1 .* died; .*{where}"
-            rf"|messages did not arrive .*{where}"
         )
         assert re.search(said, done.stderr), done.stderr
 
