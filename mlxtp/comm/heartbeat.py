@@ -326,14 +326,14 @@ class Heartbeat:
             time.sleep(FAILED_SECONDS)
             self.fail(f"{failure}\n")
         verdict = verdicts.judge(self.peers, now, self._limits, self._this_rank())
+        if verdict is not None and verdicts.is_cut_off(self.peers, now, self._limits):
+            # Those who hear each other say so first. Meanwhile all others are missed,
+            # or it was cut off for a moment.
+            time.sleep(2 * LEAVE_SECONDS)
+            self._hear()
+            now, this = time.monotonic(), self._this_rank()
+            verdict = verdicts.judge(self.peers, now, self._limits, this)
         if verdict is not None:
-            if verdicts.is_cut_off(self.peers, now, self._limits):
-                # Those who hear each other say so first.
-                time.sleep(2 * LEAVE_SECONDS)
-                self._hear()
-                now, this = time.monotonic(), self._this_rank()
-                if verdicts.judge(self.peers, now, self._limits, this) is None:
-                    return  # it was cut off for a moment
             self._report(verdict)
 
     def _check_raised(self, now: float, verdict: Verdict) -> None:
