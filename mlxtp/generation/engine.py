@@ -18,27 +18,21 @@ them, each row's for itself.
 
 import copy
 import time
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import lru_cache
 from itertools import takewhile
 from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
 from mlx_lm.generate import maybe_quantize_kv_cache
-from mlx_lm.models.cache import TokenBuffer, make_prompt_cache
-from mlx_lm.sample_utils import (
-    LogitsProcessor,
-    Sampler,
-    greedy_sampler,
-    make_logits_processors,
-    make_sampler,
-)
+from mlx_lm.models.cache import make_prompt_cache
+from mlx_lm.sample_utils import Sampler, greedy_sampler
 from mlx_lm.utils import maybe_set_recommended_wired_limit
 
 from mlxtp.generation.agreed import agreed
 from mlxtp.generation.drafts import CHUNK_TOKENS, Drafter, Drafts
+from mlxtp.generation.drawing import Processors, Score, Scores, normalized, samplers
 from mlxtp.generation.grammar import Grammars, Matcher
 from mlxtp.generation.halves import Halves
 from mlxtp.generation.pays import MOST
@@ -46,7 +40,6 @@ from mlxtp.generation.prefix_cache import PrefixStore
 from mlxtp.generation.rollback import MOST_PENDING, Point
 from mlxtp.generation.rows import Caches, Rows
 from mlxtp.generation.sampling import draw
-from mlxtp.generation.settings import Settings
 from mlxtp.generation.step import Admission, Step
 from mlxtp.layers.sums import outputs_unread
 
@@ -54,17 +47,6 @@ from mlxtp.layers.sums import outputs_unread
 CLEAR_PASSES = 256
 # And behind parts of prompts of so many tokens, whose arrays are large.
 CLEAR_TOKENS = 256
-
-# Below it logits that are divided by the temperature leave the range of float16.
-LEAST_TEMPERATURE = 1e-3
-
-
-@dataclass(frozen=True)
-class Score:
-    """The log-probability of a token, and those of the likeliest, in their order."""
-
-    logprob: float
-    top: list[tuple[int, float]]
 
 
 @dataclass(frozen=True)
@@ -102,40 +84,6 @@ class Result:
     width: int = 0
 
 
-@dataclass(frozen=True)
-class _Scores:
-    """Log-probabilities of N tokens, unevaluated.
-
-    Shapes: chosen (N,); the likeliest `top` and their `logprobs` (N, n).
-    """
-
-    chosen: mx.array
-    top: mx.array
-    logprobs: mx.array
-
-    @classmethod
-    def of(cls, logits: mx.array, tokens: mx.array, n: int) -> "_Scores":
-        """Take those of tokens (N,), and the n likeliest, of logits (N, V)."""
-        x = _logprobs(logits.astype(mx.float32))
-        chosen = mx.take_along_axis(x, tokens[:, None].astype(mx.int32), -1)[:, 0]
-        n = min(n, x.shape[-1])
-        top = mx.argpartition(-x, n - 1, -1)[:, :n] if n else mx.zeros((len(x), 0))
-        top = top.astype(mx.int32)
-        return cls(chosen, top, mx.take_along_axis(x, top, -1))
-
-    @property
-    def arrays(self) -> list[mx.array]:
-        return [self.chosen, self.top, self.logprobs]
-
-    def evaluated(self) -> list[Score]:
-        """Return the scores, one for each token."""
-        lists: list[Any] = [x.tolist() for x in self.arrays]
-        return [
-            Score(x, sorted(zip(*pairs, strict=True), key=lambda pair: -pair[1]))
-            for x, *pairs in zip(*lists, strict=True)
-        ]
-
-
 class _Reader:
     """A prompt that is being read: all but its last token, which begins decoding."""
 
@@ -144,7 +92,7 @@ class _Reader:
         self.tokens = admission.request.tokens
         self.done = admission.cached
         self.caches = caches
-        self.scores: list[_Scores] = []
+        self.scores: list[Scores] = []
 
     @property
     def is_read(self) -> bool:
@@ -170,8 +118,8 @@ class _Row:
         self.pending = self.tokens[-1:]
         self.sampler = sampler
         generated = self.tokens[reader.request.prompt_length :]
-        self.processors = _Processors(self.settings, reader.tokens, generated)
-        self.scores: _Scores | None = None  # of the token that was drawn last
+        self.processors = Processors(self.settings, reader.tokens, generated)
+        self.scores: Scores | None = None  # of the token that was drawn last
         self.drafter: Drafter | None = None
 
     @property
@@ -208,7 +156,7 @@ class _Row:
         logits = self.processors(logits, before)
         if mask is not None:
             logits = mx.where(mx.array(mask), logits, -mx.inf)
-        return self.sample(_logprobs(logits), len(self.tokens) + len(before))
+        return self.sample(normalized(logits), len(self.tokens) + len(before))
 
     def sample(self, logprobs: mx.array, position: int) -> mx.array:
         """Draw a token at a position: (1, V) -> (1,)."""
@@ -260,7 +208,7 @@ class Engine:
         self._grammars = grammars
         self._drafts, self._chunk, self._ends = drafts, chunk, frozenset(ends)
         self._tokens = rows
-        self._sampler = _samplers(rows, never_excluded)
+        self._sampler = samplers(rows, never_excluded)
         self._quantized: dict[str, Any] = dict(
             kv_bits=kv_bits,
             kv_group_size=kv_group_size,
@@ -386,7 +334,7 @@ class Engine:
         for row in rows:
             row.pending = []
         if all(row.is_plain for row in rows):
-            tokens = greedy_sampler(_logprobs(logits))
+            tokens = greedy_sampler(normalized(logits))
         else:
             pairs = zip(rows, mx.split(logits, len(rows)), strict=True)
             tokens = mx.concatenate([self._draw(row, x, result) for row, x in pairs])
@@ -396,7 +344,7 @@ class Engine:
             wanted = row.settings.logprobs
             if wanted is not None:
                 this = slice(at, at + 1)
-                row.scores = _Scores.of(logits[this], tokens[this], wanted)
+                row.scores = Scores.of(logits[this], tokens[this], wanted)
                 computed += row.scores.arrays
         mx.async_eval(computed)  # type: ignore[no-untyped-call]
         self._drawn = list(self._rows.ids), tokens
@@ -517,7 +465,7 @@ class Engine:
         mx.async_eval(logits)  # type: ignore[no-untyped-call]
         counts = [len(draft) + 1 for draft in drafts]
         if all(row.is_plain for row in rows):
-            tokens = greedy_sampler(_logprobs(logits))
+            tokens = greedy_sampler(normalized(logits))
         else:
             places = logits.shape[1]
             drawn = []
@@ -530,7 +478,7 @@ class Engine:
         scores = [
             None
             if row.settings.logprobs is None
-            else _Scores.of(logits[at], tokens[at], row.settings.logprobs)
+            else Scores.of(logits[at], tokens[at], row.settings.logprobs)
             for at, row in enumerate(rows)
         ]
         mx.eval(tokens, [x.arrays for x in scores if x is not None])
@@ -597,7 +545,7 @@ class Engine:
         else:
             logits = self._halves(self._model, tokens, cache=reader.caches)[0]
             following = mx.array(reader.tokens[reader.done + 1 : end + 1])
-            reader.scores.append(_Scores.of(logits, following, wanted))
+            reader.scores.append(Scores.of(logits, following, wanted))
             computed = reader.scores[-1].arrays
         self._quantize(reader.caches)
         reader.done = end
@@ -607,84 +555,3 @@ class Engine:
     def _quantize(self, caches: Caches) -> None:
         if self._quantized["kv_bits"] is not None:
             maybe_quantize_kv_cache(caches, **self._quantized)
-
-
-class _Processors:
-    """Penalties and biases of one request, as mlx-lm computes them."""
-
-    def __init__(
-        self, settings: Settings, tokens: Sequence[int], generated: Sequence[int]
-    ) -> None:
-        every = 1 << 31  # tokens count however long ago they were
-        self._bias = make_logits_processors(dict(settings.logit_bias))
-        self._of_all: list[LogitsProcessor] = []
-        if settings.repetition_penalty != 1:
-            self._of_all = make_logits_processors(
-                repetition_penalty=settings.repetition_penalty,
-                repetition_context_size=every,
-            )
-        self._of_generated = make_logits_processors(
-            presence_penalty=settings.presence_penalty,
-            presence_context_size=every,
-            frequency_penalty=settings.frequency_penalty,
-            frequency_context_size=every,
-        )
-        self._all = TokenBuffer(list(tokens) if self._of_all else None)
-        self._generated = TokenBuffer(list(generated) if self._of_generated else None)
-        self.any = bool(self._bias or self._of_all or self._of_generated)
-
-    def add(self, token: int) -> None:
-        """Note a token that was drawn."""
-        if self._of_all:
-            self._all.update_and_fetch(mx.array([token], mx.int32))
-        if self._of_generated:
-            self._generated.update_and_fetch(mx.array([token], mx.int32))
-
-    def __call__(self, logits: mx.array, more: Sequence[int] = ()) -> mx.array:
-        """Change the logits of the token behind `more`, which are not noted.
-
-        Shapes: logits (1, V) -> (1, V).
-        """
-        if not self.any:
-            return logits
-        logits = mx.array(logits)  # mlx-lm's processors change theirs in place
-        for processors, noted in (
-            (self._bias, self._all),
-            (self._of_all, self._all),
-            (self._of_generated, self._generated),
-        ):
-            tokens = noted.tokens
-            if more and processors:
-                tokens = mx.concatenate([tokens, mx.array([*more], mx.int32)])
-            for processor in processors:
-                logits = processor(tokens, logits)
-        return logits
-
-
-def _logprobs(logits: mx.array) -> mx.array:
-    """Normalize logits as mlx-lm does: (..., V) -> (..., V)."""
-    return logits - mx.logsumexp(logits, axis=-1, keepdims=True)
-
-
-def _samplers(
-    rows: int, never_excluded: Sequence[int]
-) -> Callable[[Settings], Sampler]:
-    """Make samplers of `rows` tokens; settings that draw alike share one."""
-
-    @lru_cache
-    def made(*arguments: float) -> Sampler:
-        temperature, top_p, top_k, min_p, xtc_probability, xtc_threshold = arguments
-        return make_sampler(
-            temperature if temperature >= LEAST_TEMPERATURE else 0.0,
-            top_p,
-            min_p,
-            top_k=int(top_k) if top_k < rows else 0,
-            xtc_probability=xtc_probability,
-            xtc_threshold=xtc_threshold,
-            xtc_special_tokens=list(never_excluded),
-        )
-
-    return lambda x: made(
-        *(x.temperature, x.top_p, x.top_k),
-        *(x.min_p, x.xtc_probability, x.xtc_threshold),
-    )

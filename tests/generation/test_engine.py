@@ -24,7 +24,8 @@ import mlxtp
 from mlxtp import Communicator
 from mlxtp.generation.batching import can_draft_in_batches
 from mlxtp.generation.draft_lengths import DraftLengths
-from mlxtp.generation.engine import Engine, Score
+from mlxtp.generation.drawing import Score
+from mlxtp.generation.engine import Engine
 from mlxtp.generation.step import Admission, GenerationRequest, Step
 from mlxtp.stories import PATH as STORIES
 
@@ -252,23 +253,15 @@ def test_when_memory_gets_short(
     model: nn.Module, prompt: list[int], comm: Communicator
 ) -> None:
     """The youngest is set back and goes on later; nothing else changes."""
-    wide, settings = Driven(model, comm), {"max_tokens": 60}
-    for name in "abcd":
-        wide.submit(name, prompt[ord(name) - 97 :][:60], **settings)
-    expected = dict(wide.run())
+    prompts = {name: prompt[at:][:60] for at, name in enumerate("abcd")}
+    wide = Driven(model, comm)
+    for name, part in prompts.items():
+        wide.submit(name, part, max_tokens=60)
+    wide.run()
     # There is room for four rows of 80 tokens, and they will have 120.
     limit = max(rank.used_bytes([80] * 4, [], 0, 37) for rank in wide.capacity.ranks)
     narrow = Driven(model, comm, limit_bytes=limit)
-    for name in "abcd":
-        narrow.submit(name, prompt[ord(name) - 97 :][:60], **settings)
-        narrow.pass_()
-    uses = []
-    while narrow.pass_():
-        uses.append(narrow.scheduler.use if comm.rank == 0 else 0.0)
-    assert narrow.tokens == expected
-    assert max(uses) <= 1
-    if comm.rank == 0:
-        assert narrow.scheduler.preemptions > 0
+    narrow.run_short(wide, prompts, max_tokens=60)
 
 
 def test_a_prompt_is_read_beside_others(

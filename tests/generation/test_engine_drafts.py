@@ -255,22 +255,14 @@ def test_when_memory_gets_short(
     model: nn.Module, prompt: list[int], comm: Communicator
 ) -> None:
     """Drafts take only what is left; the youngest is set back as without them."""
-    wide, settings = Driven(model, comm), {"max_tokens": 40}
-    for name in "abc":
-        wide.submit(name, prompt[ord(name) - 97 :][:60], **settings)
-    expected = dict(wide.run())
+    prompts = {name: prompt[at:][:60] for at, name in enumerate("abc")}
+    wide = Driven(model, comm)
+    for name, part in prompts.items():
+        wide.submit(name, part, max_tokens=40)
+    wide.run()
     limit = max(rank.used_bytes([75] * 3, [], 0, 37) for rank in wide.capacity.ranks)
     narrow = with_drafts(model, comm, wide, limit_bytes=limit)
-    for name in "abc":
-        narrow.submit(name, prompt[ord(name) - 97 :][:60], **settings)
-        narrow.pass_()
-    uses = []
-    while narrow.pass_():
-        uses.append(narrow.scheduler.use if comm.rank == 0 else 0.0)
-    assert narrow.tokens == expected
-    assert max(uses) <= 1
-    if comm.rank == 0:
-        assert narrow.scheduler.preemptions > 0
+    narrow.run_short(wide, prompts, max_tokens=40)
     assert any(result.width for result in narrow.results)
 
 

@@ -9,7 +9,8 @@ from toy_tokenizers import byte_level
 
 from mlxtp import Communicator
 from mlxtp.fetch.spare import Spare
-from mlxtp.generation.engine import Drawn, Result, Score
+from mlxtp.generation.drawing import Score
+from mlxtp.generation.engine import Drawn, Result
 from mlxtp.generation.settings import Settings
 from mlxtp.generation.step import Step
 from mlxtp.serve import messages

@@ -11,7 +11,8 @@ from mlxtp import Communicator
 from mlxtp.generation.batching import reason_against_batches
 from mlxtp.generation.capacity import CacheBytes, Capacity, RankCapacity
 from mlxtp.generation.draft_lengths import DraftLengths
-from mlxtp.generation.engine import Drawn, Engine, Result, Score
+from mlxtp.generation.drawing import Score
+from mlxtp.generation.engine import Drawn, Engine, Result
 from mlxtp.generation.prefix_cache import PrefixIndex, PrefixStore, trimmable_below
 from mlxtp.generation.scheduler import Scheduler
 from mlxtp.generation.settings import Settings
@@ -132,6 +133,24 @@ class Driven:
         while self.pass_():
             assert len(self.steps) < 10_000, "it does not come to an end"
         return self.tokens
+
+    def run_short(
+        self, plain: "Driven", prompts: Mapping[str, Sequence[int]], **settings: Any
+    ) -> None:
+        """Hand in prompts one a pass, and run; memory has been made short for them.
+
+        They get what they got from `plain`, which has memory enough, though some are
+        set back.
+        """
+        for name, prompt in prompts.items():
+            self.submit(name, prompt, **settings)
+            self.pass_()
+        uses = []
+        while self.pass_():
+            uses.append(self.scheduler.use if self.comm.rank == 0 else 0.0)
+        assert self.tokens == plain.tokens
+        assert max(uses) <= 1
+        assert self.comm.rank or self.scheduler.preemptions > 0
 
     @property
     def texts(self) -> list[list[int]]:

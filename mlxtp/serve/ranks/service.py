@@ -6,7 +6,8 @@ from dataclasses import dataclass, replace
 from itertools import islice
 
 from mlxtp.fetch.spare import Spare
-from mlxtp.generation.engine import Drawn, Result, Score
+from mlxtp.generation.drawing import Score
+from mlxtp.generation.engine import Drawn, Result
 from mlxtp.generation.prefix_cache import PrefixIndex, PrefixStore
 from mlxtp.generation.scheduler import Scheduler
 from mlxtp.generation.step import GenerationRequest, Step
