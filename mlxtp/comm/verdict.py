@@ -88,7 +88,9 @@ def judge(
     """Return why the job has to end, as this rank sees it; None if it goes on.
 
     It ends if a peer has been silent, or this rank has waited in a collective, for
-    longer than its limit. A peer is missed only after it was heard once.
+    longer than its limit. A peer is missed only after it was heard once. In the first
+    exchange, before peers are known, silence's limit holds: all ranks are there, for
+    MPI has started.
     """
     silent = [
         peer
@@ -98,10 +100,13 @@ def judge(
     if silent:
         return _verdict("silent", silent, limits, this)
     wait = this.longest_wait()
-    if wait is None or not _is_over(wait.since, now, limits, this):
+    if wait is None:
         return None
     if not peers:
-        return _verdict("unconnected", [], limits, this)
+        is_over = now - wait.since > limits.silence_seconds
+        return _verdict("unconnected", [], limits, this) if is_over else None
+    if not _is_over(wait.since, now, limits, this):
+        return None
     if left := [peer for peer in peers if peer.left]:
         return _verdict("left", left, limits, this)
     if late := [peer for peer in peers if not _has_come(peer, wait)]:
@@ -230,7 +235,7 @@ def _verdict(
     why: Why, lost: Sequence[Peer | ThisRank], limits: Limits, this: ThisRank
 ) -> Verdict:
     reporter = RankOnHost(this.rank, this.host)
-    is_silence = why == "silent"
+    is_silence = why in ("silent", "unconnected")
     seconds = limits.silence_seconds if is_silence else limits.timeout_seconds
     return Verdict(why, _places(lost), reporter, this.collective(), seconds)
 
