@@ -17,9 +17,12 @@ from statistics import median
 from mlxtp.generation.pays import (
     FIRST,
     FIRST_PAUSE,
+    FIRST_ROUNDS,
     LONGEST_PAUSE,
     MARGIN,
     MOST,
+    MOST_ROUNDS,
+    PLAIN_AGAIN,
     PLAIN_FIRST,
     PROVEN_ROUNDS,
     REMEMBERED,
@@ -41,12 +44,6 @@ TRIAL_AGAIN = 2
 # has taken beyond is made up for within the longest pause.
 PART_OF_TRIALS, MOST_AT_ONCE = 0.02, 4
 MOST_BEYOND = PART_OF_TRIALS * LONGEST_PAUSE
-
-# While drafts pay, so many passes in a row are made without them now and then, all but
-# the first of which are measured: behind so many rounds, then twice as many, and so on.
-# What was measured first may be slow: kernels and memory are new.
-PLAIN_AGAIN = 3
-FIRST_ROUNDS, MOST_ROUNDS = 16, 256
 
 # While they do not pay, what they take is forgotten behind so many passes, then twice
 # as many, up to the longest pause.
@@ -335,7 +332,7 @@ class DraftLengths:
         }
         best: dict[str, int] = {}
         best_rate = MARGIN * rows / plain
-        widest = max(FIRST, 2 * self._of[rows].widest)
+        widest = 2 * max(FIRST, self._of[rows].widest)
         for count in COUNTS:
             if count > widest:  # step by step, by what was measured
                 break

@@ -7,21 +7,26 @@ from statistics import median
 
 # The most tokens that are drafted for one pass.
 MOST = 16
-# What is drafted before it is known what it costs.
-FIRST = 4
+# What is drafted before it is known what it costs, and where nothing seems to pay.
+FIRST = 2
 # Passes that are measured without drafts before the first draft. The time of the first
 # of them does not count.
 PLAIN_FIRST = 4
 # Drafts have to be quicker than none by so much: measured times vary.
 MARGIN = 1.1
-# So many rounds with drafts are a trial. Where it does not pay they are left out for so
-# many passes, then for twice as many, and so on; and for so long that what the trial
-# has cost is this part of them.
-TRIAL_ROUNDS = 3
+# So many rounds with drafts are a trial, or fewer, once they have cost so many passes.
+# Where it does not pay they are left out for so many passes, then for twice as many,
+# and so on; and for so long that what the trial has cost is this part of them.
+TRIAL_ROUNDS, MOST_LOST = 3, 3.0
 FIRST_PAUSE, LONGEST_PAUSE = 16, 1024
-LOSS = 0.03
+LOSS = 0.02
 # Drafts that have paid in so many rounds in a row begin with the first pause again.
 PROVEN_ROUNDS = 16
+# While drafts pay, so many passes in a row are made without them now and then, all but
+# the first of which are measured: behind so many rounds, then twice as many, and so on.
+# What was measured first may be slow: kernels and memory are new.
+PLAIN_AGAIN = 3
+FIRST_ROUNDS, MOST_ROUNDS = 16, 256
 # Of so many times the median is taken.
 REMEMBERED = 7
 # What each round leaves of what was accepted before it.
@@ -205,11 +210,18 @@ class DraftLength:
         self._trial = TRIAL_ROUNDS  # rounds that are left of it
         self._lost = 0.0  # plain passes that it has cost
         self._proven = 0
+        self._rounds = 0  # since passes without drafts were measured
+        self._most_rounds = FIRST_ROUNDS
 
     @property
     def plain_passes(self) -> int:
         """How many passes to make without drafts from now on, before the next one."""
         return self._plain_left if self._fixed is None else 0
+
+    @property
+    def is_on_trial(self) -> bool:
+        """Whether the next round with drafts is one of a trial."""
+        return self._fixed is None and self._trial > 0
 
     @property
     def count(self) -> int:
@@ -224,22 +236,39 @@ class DraftLength:
         """Note that so many passes were made while drafts were left out."""
         self._plain_left = max(0, self._plain_left - passes)
 
-    def judged(self, drafted: int, accepted: int) -> None:
-        """Note what became of the drafts of a round; none may have been drafted."""
+    def judged(self, drafted: int, accepted: int, seconds: float | None = None) -> None:
+        """Note what became of the drafts of a round; none may have been drafted.
+
+        `seconds` are those of this very round; None counts what such rounds take.
+        """
         self.acceptance.add(drafted, accepted)
-        self._trial = max(0, self._trial - 1)
         plain = self.costs.plain_seconds
         if plain:
-            seconds = self.costs.seconds(drafted) or plain
-            self._lost = max(0.0, self._lost + seconds / plain - (accepted + 1))
+            took = seconds or self.costs.seconds(drafted) or plain
+            self._lost = max(0.0, self._lost + took / plain - (accepted + 1))
+        self._trial = max(0, self._trial - 1) if self._lost < MOST_LOST else 0
         if self._fixed is not None or self._trial:
             return
         if best_count(self.acceptance, self.costs):
-            self._proven += 1
-            if self._proven >= PROVEN_ROUNDS:
-                self._pause = FIRST_PAUSE
-            return
+            self._go_on()
+        else:
+            self._leave_out()
+
+    def _go_on(self) -> None:
+        """Draft further, but for a few passes now and then that are measured."""
+        self._proven += 1
+        if self._proven >= PROVEN_ROUNDS:
+            self._pause = FIRST_PAUSE
+        self._rounds += 1
+        if self._rounds == self._most_rounds:
+            self._rounds, self._plain_left = 0, PLAIN_AGAIN
+            self._most_rounds = min(2 * self._most_rounds, MOST_ROUNDS)
+
+    def _leave_out(self) -> None:
+        """Leave drafts out for a while."""
         self.acceptance.fade(FADING_OF_TRIALS)
-        self._plain_left = max(self._pause, ceil(self._lost / LOSS))
+        pause = max(self._pause, ceil(self._lost / LOSS))
+        self._plain_left = min(pause, LONGEST_PAUSE)
         self._pause = min(2 * self._pause, LONGEST_PAUSE)
-        self._trial, self._lost, self._proven = TRIAL_ROUNDS, 0.0, 0
+        self._trial, self._lost = TRIAL_ROUNDS, 0.0
+        self._proven = self._rounds = 0

@@ -23,7 +23,8 @@ from mlxtp.generation.pays import Costs, DraftLength
 from mlxtp.generation.rollback import ANY, MOST_PENDING, Point, tokens_at_once
 from mlxtp.generation.sampling import draw, tokens_in
 
-# Rank 0 tells what rounds cost after 1, 2, 4 ... and then after every so many of them.
+# Rank 0 tells what rounds cost in trials, when a number of drafted tokens is new, and
+# after every so many rounds.
 TELL_ROUNDS = 32
 # Between so many tokens MLX keeps the memory that it does not need any more.
 CLEAR_TOKENS = 256
@@ -113,6 +114,7 @@ class Speculation:
         self._is_fixed = fixed is not None
         self._pays = DraftLength(self._costs, fixed)
         self._rounds = 0
+        self._told: set[int] = set()  # numbers of drafted tokens
         self._is_warm = False  # whether the drafter has read all but the last tokens
 
     def read(self, progress: Callable[[int, int], None]) -> None:
@@ -155,6 +157,7 @@ class Speculation:
 
     def _plain(self, passes: int) -> Iterator[DrawnToken]:
         """Make passes without drafts, each begun before the last token is known."""
+        self._costs.renew_plain()
         begin = time.perf_counter()
         history = self._history()
         position = len(self._tokens)
@@ -176,7 +179,8 @@ class Speculation:
             begin = time.perf_counter()
         self._is_warm = False
         self._pays.passed(passes)
-        self._tell_costs()
+        if not self._is_fixed:
+            self._tell_costs()
 
     def _begin(
         self, inputs: mx.array, history: mx.array | None, position: int
@@ -210,15 +214,25 @@ class Speculation:
             self._tokens += drawn
             self._quantize()
         if proposed is not None:
-            if self._is_warm:
-                self._costs.add(len(drafted), time.perf_counter() - begin)
-            self._is_warm = True
-            self._pays.judged(len(drafted), accepted)
-            self._rounds += 1
-            if self._rounds.bit_count() == 1 or self._rounds % TELL_ROUNDS == 0:
-                self._tell_costs()
+            seconds = self._note(len(drafted), time.perf_counter() - begin)
+            self._pays.judged(len(drafted), accepted, seconds)
         for place, token in enumerate(drawn):
             yield DrawnToken(token, logprobs[place], place < accepted)
+
+    def _note(self, drafted: int, seconds: float) -> float | None:
+        """Note what a round took; by rank 0's clock, where it tells that, or None."""
+        is_new = False
+        if self._is_warm:  # else the drafter had to read what it had not
+            self._costs.add(drafted, seconds)
+            is_new = drafted not in self._told
+        self._is_warm = True
+        self._rounds += 1
+        is_told = is_new or self._pays.is_on_trial or self._rounds % TELL_ROUNDS == 0
+        if not is_told or self._is_fixed:
+            return None
+        if is_new:
+            self._told.add(drafted)
+        return self._tell_costs(seconds)
 
     def _drafts_of(self, count: int) -> list[int] | None:
         """Draft at most `count` tokens, up to one that the model has no row for.
@@ -301,17 +315,18 @@ class Speculation:
     def _quantize(self) -> None:
         maybe_quantize_kv_cache(self._caches, **self._quantized)
 
-    def _tell_costs(self) -> None:
-        """Give every rank the costs by rank 0's clock.
+    def _tell_costs(self, seconds: float = 0.0) -> float:
+        """Give every rank the costs by rank 0's clock, and its seconds of a round.
 
-        Communicates: one broadcast of MOST + 2 elements.
+        Communicates: one broadcast of MOST + 3 elements.
         """
-        if self._is_fixed or self._comm.size == 1:
-            return
+        if self._comm.size == 1:
+            return seconds
         with mx.stream(self._stream):
-            mine = mx.array(self._costs.to_floats())
+            mine = mx.array([seconds, *self._costs.to_floats()])
             told: Any = self._comm.bcast(mine, at="what drafts cost").tolist()
-        self._pays.costs = Costs.from_floats(told)
+        self._pays.costs = Costs.from_floats(told[1:])
+        return float(told[0])
 
 
 def _logprobs(logits: mx.array) -> mx.array:
