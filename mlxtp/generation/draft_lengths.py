@@ -332,7 +332,7 @@ class DraftLengths:
         }
         best: dict[str, int] = {}
         best_rate = MARGIN * rows / plain
-        widest = 2 * max(FIRST, self._of[rows].widest)
+        widest = max(FIRST, 2 * self._of[rows].widest)
         for count in COUNTS:
             if count > widest:  # step by step, by what was measured
                 break

@@ -7,8 +7,8 @@ from statistics import median
 
 # The most tokens that are drafted for one pass.
 MOST = 16
-# What is drafted before it is known what it costs, and where nothing seems to pay.
-FIRST = 2
+# What is drafted before it is known what it costs, and when nothing seems to pay.
+FIRST, AGAIN = 4, 2
 # Passes that are measured without drafts before the first draft. The time of the first
 # of them does not count.
 PLAIN_FIRST = 4
@@ -230,7 +230,7 @@ class DraftLength:
             return self._fixed
         if self._plain_left:
             return 0
-        return best_count(self.acceptance, self.costs) or FIRST
+        return best_count(self.acceptance, self.costs) or AGAIN
 
     def passed(self, passes: int) -> None:
         """Note that so many passes were made while drafts were left out."""

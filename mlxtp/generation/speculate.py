@@ -9,6 +9,7 @@ import time
 from collections.abc import Callable, Container, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import takewhile
+from statistics import fmean
 from typing import Any, NamedTuple
 
 import mlx.core as mx
@@ -26,6 +27,9 @@ from mlxtp.generation.sampling import draw, tokens_in
 # Rank 0 tells what rounds cost in trials, when a number of drafted tokens is new, and
 # after every so many rounds.
 TELL_ROUNDS = 32
+# Of so many passes in a row without drafts the mean time is taken: the wait for one is
+# partly that for the next.
+MEASURED_TOGETHER = 8
 # Between so many tokens MLX keeps the memory that it does not need any more.
 CLEAR_TOKENS = 256
 
@@ -163,6 +167,7 @@ class Speculation:
         position = len(self._tokens)
         inputs = mx.array(self._pending, mx.uint32)
         following = self._begin(inputs, history, position)
+        times: list[float] = []
         for number in range(passes):
             y, logprobs = following
             if number + 1 < passes:
@@ -174,7 +179,10 @@ class Speculation:
             # What was begun is in the caches: only the last token is not.
             self._pending = [token] if number + 1 == passes else []
             if number:  # the first fills the pipeline
-                self._costs.add_plain(time.perf_counter() - begin)
+                times.append(time.perf_counter() - begin)
+            if len(times) == MEASURED_TOGETHER or (times and number + 1 == passes):
+                self._costs.add_plain(fmean(times))
+                times.clear()
             yield DrawnToken(token, logprobs[0], False)
             begin = time.perf_counter()
         self._is_warm = False

@@ -70,7 +70,11 @@ def test_float32(model_type: str, comm: Communicator) -> None:
     check(model_type, split(model_type, comm), expected, SIZES)
 
 
-@for_types([t for t in RUNNABLE if t not in zoo.QUANTIZED_FAILS], QUICK_QUANTIZED)
+@for_types(
+    [t for t in RUNNABLE if t not in zoo.QUANTIZED_FAILS],
+    QUICK_QUANTIZED,
+    worlds=[3, 5],
+)
 def test_quantized(model_type: str, comm: Communicator) -> None:
     folder = saved(model_type, comm, bits=4)
     how = QUANTIZED_SIZES, KEPT_TOKENS

@@ -74,7 +74,8 @@ def tokens(
 QUICK = [*REPRESENTATIVES, "gemma2", "phi3small", "gpt_bigcode"]
 
 
-@for_types(RUNNABLE, QUICK)
+# What differs between worlds is how matrices are cut (families/test_every_type).
+@for_types(RUNNABLE, QUICK, worlds=[3])
 def test_equals_one_process(
     model_type: str, comm: Communicator, tokenizer: TokenizerWrapper
 ) -> None:

@@ -41,7 +41,8 @@ MORE = [7, 3, 11, 2]
 QUICK = [*REPRESENTATIVES, "gemma2", "gpt_bigcode", "llama4"]
 
 
-@for_types(RUNNABLE, QUICK)
+# What differs between worlds is how matrices are cut (families/test_every_type).
+@for_types(RUNNABLE, QUICK, worlds=[3])
 def test_equals_one_process(model_type: str, comm: Communicator) -> None:
     folder = saved(model_type, comm)
 

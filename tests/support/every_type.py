@@ -1,5 +1,6 @@
 """What the tests of all model types share."""
 
+from collections.abc import Sequence
 from functools import lru_cache
 from typing import Any
 
@@ -44,13 +45,18 @@ REPRESENTATIVES = [
 ]
 
 
-def for_types(types: list[str], quick: list[str]) -> pytest.MarkDecorator:
+def for_types(
+    types: list[str], quick: list[str], worlds: Sequence[int] = ()
+) -> pytest.MarkDecorator:
     """Run a test for each model type, beside the other tests of that type.
+
+    Those not in `quick` run in `worlds` alone, where these are given.
 
     They share what `split` has loaded: pytest sorts all tests of a run by a parameter
     of the session.
     """
-    return pytest.mark.parametrize("model_type", sweep(types, quick), scope="session")
+    values = sweep(types, quick, worlds)
+    return pytest.mark.parametrize("model_type", values, scope="session")
 
 
 class Counted:
