@@ -1,10 +1,10 @@
 """A draft model: where it is held, whether it fits, and loading it."""
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import mlx.nn as nn
 from mlx_lm.tokenizer_utils import TokenizerWrapper
@@ -17,6 +17,8 @@ from mlxtp.generation.drafts import Drafts, ModelDrafts, NgramDrafts
 from mlxtp.loading import Fetch, Prepared
 from mlxtp.partition.shares import Share
 from mlxtp.stories import DRAFT_NAME, DRAFT_PATH
+
+T = TypeVar("T")
 
 # Whole on one rank, whole on all, or split over them. Of the first two "auto" takes the
 # quicker.
@@ -68,18 +70,17 @@ class PreparedDraft:
     def _load_whole(self, progress: bool) -> nn.Module | None:
         """Load the whole model on ranks that have prepared it.
 
-        Ranks of a host take turns: the first fetches what the others find there. A rank
-        that cannot goes without where one is enough.
+        A rank that cannot goes without where one is enough.
         """
-        comm, model = self.comm, None
-        hosts = comm.allgather_object(comm.host)
-        turn = hosts[: comm.rank].count(comm.host)
-        for number in range(max(map(hosts.count, hosts))):
-            with comm.unlimited(), comm.agreement():
-                if number == turn and self.prepared is not None:
-                    with suppress(*_may_fail(comm.rank, self.root, self.places)):
-                        model = self.prepared.load(progress=progress and comm.rank == 0)
-        return model
+        comm, whole = self.comm, self.prepared
+
+        def load() -> nn.Module | None:
+            if whole is not None:
+                with suppress(*_may_fail(comm.rank, self.root, self.places)):
+                    return whole.load(progress=progress and comm.rank == 0)
+            return None
+
+        return _in_turns(comm, load)
 
 
 def prepare(
@@ -123,13 +124,16 @@ def prepare(
             check_vocabularies(target, tokenizer, draft, draft_tokenizer)
         return PreparedDraft(comm, ("split",), root, draft)
     places = _places(where, rank, comm, fetch)
-    whole = None
-    with comm.unlimited(), comm.agreement():
+
+    def prepare_whole() -> Prepared | None:
         if "all" in places or comm.rank == root:
             with suppress(*_may_fail(comm.rank, root, places)):
                 draft = loading.prepare(path, Communicator())
                 check_vocabularies(target, tokenizer, draft, draft.load_tokenizer())
-                whole = draft
+                return draft
+        return None
+
+    whole = _in_turns(comm, prepare_whole)
     if "one" in places and not all(comm.allgather_object(whole is not None)):
         places = ("one",)
 
@@ -170,6 +174,24 @@ def _places(
     # On machines that differ each rank would have to wait for rank 0's drafts.
     is_one = rank is not None or comm.machines_differ or fetch == "root"
     return ("one",) if is_one else ("one", "all")
+
+
+def _in_turns(comm: Communicator, make: Callable[[], T]) -> T:
+    """Make something on every rank, on each host by one rank after the other.
+
+    So the first fetches what the others find there.
+
+    Communicates: an agreement for each turn.
+    Raises: UsageError on every rank for a mistake on any.
+    """
+    hosts = comm.allgather_object(comm.host)
+    turn = hosts[: comm.rank].count(comm.host)
+    made = []
+    for number in range(max(map(hosts.count, hosts))):
+        with comm.unlimited(), comm.agreement():
+            if number == turn:
+                made.append(make())
+    return made[0]
 
 
 def _may_fail(

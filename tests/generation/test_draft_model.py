@@ -1,5 +1,7 @@
 """The draft that ships: where it is held, what it needs, and that it drafts well."""
 
+import time
+from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
@@ -72,6 +74,26 @@ def test_it_drafts_well_wherever_it_is(
     tokens, drafted = told(draft_model=drafts, num_draft_tokens=4)
     assert tokens == told()[0]
     assert drafted > STEPS // 2
+
+
+def test_ranks_of_a_host_prepare_it_one_after_the_other(
+    target: loading.Prepared,
+    loaded: Any,
+    shared_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """The first fetches from the hub, into the folder that all of them use."""
+    folder, prepare = shared_path / "one-at-a-time", loading.prepare
+
+    def prepare_alone(*args: Any, **options: Any) -> loading.Prepared:
+        folder.mkdir()  # fails while another rank is here
+        time.sleep(0.05)
+        result = prepare(*args, **options)
+        folder.rmdir()
+        return result
+
+    monkeypatch.setattr(loading, "prepare", prepare_alone)
+    assert prepared(target, loaded, "all").prepared is not None
 
 
 def test_a_rank_that_is_asked_for(
