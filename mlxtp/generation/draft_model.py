@@ -1,5 +1,6 @@
 """A draft model: where it is held, whether it fits, and loading it."""
 
+import logging
 import time
 from collections.abc import Callable, Sequence
 from contextlib import suppress
@@ -10,6 +11,8 @@ import mlx.nn as nn
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 
 from mlxtp import loading
+from mlxtp.checkpoint.memory import gpu_limit_bytes
+from mlxtp.cluster import memory
 from mlxtp.comm.communicator import Communicator
 from mlxtp.comm.errors import UsageError
 from mlxtp.generation.choices import NGRAM
@@ -17,6 +20,8 @@ from mlxtp.generation.drafts import Drafts, ModelDrafts, NgramDrafts
 from mlxtp.loading import Fetch, Prepared
 from mlxtp.partition.shares import Share
 from mlxtp.stories import DRAFT_NAME, DRAFT_PATH
+
+logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
 
@@ -98,12 +103,13 @@ def prepare(
     Args:
         name: a folder or a name on the hub; "stories-draft", which ships; or "ngram".
         where: the ranks that hold it.
-        rank: the one rank that holds it; None for any.
+        rank: the one rank that holds it. None for any: for one it is rank 0, or, where
+            that lacks the memory, a rank on the host with the most left.
         target: the model that is drafted for.
         tokenizer: its tokenizer.
         shares: of the ranks, as they are given for the target.
         fetch: who fetches from the hub. "root" does not fetch whole drafts for others,
-            so that rank 0 has it where nobody says which.
+            so that rank 0 has it, and no other, where nobody says which.
 
     Raises: UsageError on every rank: for a rank that does not exist, a draft that does
         not load, does not fit in memory, or does not know the model's tokens.
@@ -151,7 +157,22 @@ def prepare(
             ) from error
 
     if "one" in places:
-        check_memory(comm.rank == root)
+        try:
+            check_memory(comm.rank == root)
+        except UsageError:
+            # With "root" others may not reach the hub.
+            stays = rank is not None or fetch == "root"
+            roomiest = root if stays else _roomiest(target)
+            if roomiest == root:
+                raise
+            if comm.rank == 0:
+                logger.warning(
+                    f"{name} is on rank {roomiest}, which has the most memory left: "
+                    f"rank {root} has too little for it"
+                )
+            return prepare(
+                *(name, "one", roomiest, target, tokenizer), shares=shares, fetch=fetch
+            )
     if "all" in places:
         try:
             check_memory(True)
@@ -161,6 +182,20 @@ def prepare(
             places = ("one",)
     is_here = "all" in places or comm.rank == root
     return PreparedDraft(comm, places, root, whole if is_here else None)
+
+
+def _roomiest(target: Prepared) -> int:
+    """The first rank on the host that has the most memory left beside the model.
+
+    Communicates: an allgather of objects.
+    """
+    comm, available = target.comm, memory.available_bytes(gpu_limit_bytes())
+    told = comm.allgather_object((comm.host, target.nbytes, available))
+    left: dict[str, int] = {host: free for host, _, free in told}
+    for host, held, _ in told:
+        left[host] -= held
+    of_ranks = [left[host] for host, *_ in told]
+    return of_ranks.index(max(of_ranks))
 
 
 def _places(

@@ -10,6 +10,7 @@ from equal import Tokens
 
 import mlxtp
 from mlxtp import Communicator, UsageError, loading
+from mlxtp.cluster import memory
 from mlxtp.generation import draft_model
 from mlxtp.generation.drafts import ModelDrafts
 from mlxtp.stories import DRAFT_NAME, DRAFT_PATH, PATH
@@ -131,6 +132,29 @@ def test_where_memory_is_short(
             prepared(target, loaded, where, rank)
     with pytest.raises(UsageError, match="--shares auto does not count the draft"):
         prepared(target, loaded, "one", 1, shares="auto")
+
+
+def test_it_goes_where_there_is_room(
+    comm: Communicator,
+    target: loading.Prepared,
+    loaded: Any,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """To the last rank, where nobody says which; never past what is said."""
+    if comm.size == 1:
+        return
+    last = comm.size - 1
+    room = target.nbytes + (10_000_000 if comm.rank == last else 0)
+    monkeypatch.setattr(memory, "available_bytes", lambda _: room)
+    monkeypatch.setattr(comm, "host", f"host-{comm.rank}")
+    for where in "auto", "one":
+        draft = prepared(target, loaded, where)
+        assert (draft.places, draft.root) == (("one",), last)
+        assert (draft.prepared is not None) == (comm.rank == last)
+    with pytest.raises(UsageError, match="for host-0 take"):
+        prepared(target, loaded, "auto", 0)
+    with pytest.raises(UsageError, match="for host-0 take"):
+        prepared(target, loaded, "auto", fetch="root")
 
 
 def test_where_one_rank_alone_can_have_it(
