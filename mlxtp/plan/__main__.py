@@ -11,6 +11,7 @@ import json
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from math import inf
 from pathlib import Path
 from typing import Literal
 
@@ -174,8 +175,10 @@ def _network(
     args: argparse.Namespace, ranks: int, measured: Measured | None
 ) -> Network:
     own = args.hop_us is not None or args.gbps is not None
-    if own and (args.hop_us is None or args.gbps is None or args.gbps <= 0):
-        raise ValueError("--hop-us and --gbps go together, in µs and above 0 Gb/s")
+    if own and (args.hop_us is None or args.gbps is None):
+        raise ValueError("--hop-us and --gbps go together")
+    if own and not (0 <= args.hop_us < inf and 0 < args.gbps < inf):
+        raise ValueError("--hop-us is at least 0 µs, and --gbps above 0 Gb/s")
     if sum((own, args.link is not None, measured is not None)) > 1:
         raise ValueError(
             "--link, --hop-us with --gbps, and --measured exclude each other"
