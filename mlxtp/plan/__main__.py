@@ -38,6 +38,8 @@ DEFAULT_CHIP = "M2 Ultra"
 DEFAULT_MEMORY_GB = 64.0
 DEFAULT_LINK = "thunderbolt4"
 CONTEXT = 8192
+# Of tokens or sequences: MLX counts the elements of an axis in 32 bits.
+MOST = 1 << 30
 
 
 def main() -> None:
@@ -46,7 +48,7 @@ def main() -> None:
     args = _parser().parse_args()
     try:
         run(args)
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, OverflowError) as error:
         launcher.refuse("mlxtp.plan", error)
 
 
@@ -106,6 +108,8 @@ def setting_of(args: argparse.Namespace) -> Setting:
         value = getattr(args, name)
         if value != "max" and value < 1:
             raise ValueError(f"--{name.replace('_', '-')} is below 1")
+        if value != "max" and value > MOST:
+            raise ValueError(f"--{name.replace('_', '-')} is above {MOST}")
     measured = Measured.read(args.measured) if args.measured else None
     hosts = _hosts(args, measured)
     machines = _machines(args, hosts, measured)

@@ -152,6 +152,8 @@ def test_what_spare_slices_cost_on_disk(
         (["--ranks", "2", "--hop-us", "9", "--gbps", "inf"], "--gbps above 0 Gb/s"),
         (["--ranks", "2", "--measured", "nowhere"], "not what mlxtp.doctor"),
         (["--ranks", "2", "--context", "0"], "--context is below 1"),
+        (["--ranks", "2", "--context", "9999999999"], "--context is above 1073741824"),
+        (["--ranks", "2", "--batch", "1000000000"], "outside the supported range"),
         (["--ranks", "2", "--acceptance", "2"], "--acceptance is 2: wanted 0 to 1"),
         (
             ["--ranks", "9", "--link", "rdma", "--topology", "mesh"],
