@@ -1,5 +1,6 @@
 """A checkpoint cut for several ranks: loaded, verified, joined, and misused."""
 
+import json
 import os
 import shutil
 import signal
@@ -22,7 +23,13 @@ from tiny import Tiny, made_by_rank_0
 import mlxtp
 from mlxtp import Communicator
 from mlxtp.checkpoint import writing
-from mlxtp.checkpoint.cut import keep_shares, manifest_of, rank_folders, stamp
+from mlxtp.checkpoint.cut import (
+    keep_shares,
+    manifest_of,
+    rank_folders,
+    stamp,
+    write_json,
+)
 from mlxtp.checkpoint.verify import drop_damaged
 from mlxtp.cluster.measured import Host
 from mlxtp.comm.errors import UsageError
@@ -113,6 +120,25 @@ def test_auto_takes_the_shares_that_were_cut(
     keep_shares(mine, machines, Shares(range(1, comm.size + 1)))
     again, _ = mlxtp.load(mine, comm, shares="auto")
     assert again.slice_table.matrices == model.slice_table.matrices
+
+
+@once
+def test_two_jobs_may_write_a_file_at_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Another one writes shares, say, before the first has put its own in place."""
+    file, rename = tmp_path / "shares.json", Path.rename
+
+    def rename_behind_another(self: Path, target: Path) -> Path:
+        monkeypatch.setattr(Path, "rename", rename)
+        monkeypatch.setattr(os, "getpid", lambda: -1)
+        write_json(file, {"by": "another"})
+        return rename(self, target)
+
+    monkeypatch.setattr(Path, "rename", rename_behind_another)
+    write_json(file, {"by": "the first"})
+    assert json.loads(file.read_text()) == {"by": "the first"}
+    assert list(tmp_path.iterdir()) == [file]
 
 
 def test_some_hosts_have_all_and_others_a_cut(

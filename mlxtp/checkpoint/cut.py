@@ -13,6 +13,8 @@ rank reads (a vision tower, say): it makes the checkpoint whole again.
 
 import hashlib
 import json
+import os
+import socket
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import astuple, dataclass
@@ -378,7 +380,13 @@ def _pieces(part: Path, origin: Origin) -> Iterator[tuple[str, str, Piece]]:
 
 
 def write_json(file: Path, content: Mapping[str, Any]) -> None:
-    """Write a JSON file at once: nobody sees half of it."""
-    partial = file.with_suffix(".partial")
-    partial.write_text(json.dumps(content, indent=1))
+    """Write a JSON file at once, as `write_text`."""
+    write_text(file, json.dumps(content, indent=1))
+
+
+def write_text(file: Path, text: str) -> None:
+    """Write a file at once: nobody sees half of it, whoever else writes it."""
+    own = f"{file.name}.{socket.gethostname()}.{os.getpid()}"
+    partial = file.with_name(own)
+    partial.write_text(text)
     partial.rename(file)

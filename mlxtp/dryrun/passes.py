@@ -92,8 +92,8 @@ class DryRun:
     """What a rank's model holds, and the steps of its passes.
 
     `held_bytes` are the bytes of its parameters. `caches` are the layers' caches with
-    the whole context in them. `chunk` are the steps of the last chunk of the prompt,
-    `token` those of the token after it.
+    the whole context in them. `chunk` are the steps of the last chunk of the prompt, or
+    of its only token, `token` those of the token after it.
     """
 
     held_bytes: int
@@ -234,7 +234,7 @@ class RankRuns:
             replace(step, operations=operations)
             for step, operations in zip(token, self._operations, strict=True)
         )
-        return DryRun(self._held, tuple(map(_size, caches)), chunk, token)
+        return DryRun(self._held, tuple(map(_size, caches)), chunk or token, token)
 
 
 def _token(

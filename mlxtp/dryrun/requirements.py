@@ -42,18 +42,19 @@ class Owned:
 class Need:
     """What a rank owns, computes, and needs of memory.
 
-    `query_heads` are those of all layers together; `score_bytes` is what the products
-    of queries and keys take, where attention is not one kernel. The longest chunk of
-    the prompt has `longest_chunk` times as many tokens as the last, which the dry run
-    has.
+    `batch` are the sequences at once, `query_heads` those of all layers together;
+    `score_bytes` is what the products of queries and keys take, where attention is not
+    one kernel. The longest chunk of the prompt has `longest_chunk` times as many tokens
+    as the last, which the dry run has.
     """
 
     rank: int
     owned: Owned
     dry_run: DryRun
+    batch: int
     query_heads: int
     score_bytes: int
-    longest_chunk: float = 1.0
+    longest_chunk: float
 
     @property
     def weights_bytes(self) -> int:
@@ -163,7 +164,10 @@ class RankNeeds:
             scores *= min(CHUNK_TOKENS, context) * tokens * run.item_bytes
         *_, last = chunks(context - 1)
         longest = min(CHUNK_TOKENS, context - 1) / max(last, 1)
-        return Need(self._rank, self._owned, run, heads, round(scores), longest)
+        return Need(
+            *(self._rank, self._owned, run, self._batch, heads),
+            *(round(scores), longest),
+        )
 
 
 def needs(

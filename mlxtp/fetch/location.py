@@ -3,7 +3,6 @@
 import os
 import re
 import shutil
-import socket
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
@@ -247,10 +246,7 @@ def _remember(repo: Repo, revision: str | None) -> None:
         reference = _reference(repo.name, revision)
         if reference.exists() and reference.read_text() == repo.commit:
             return
-        own = f"{reference.name}.{socket.gethostname()}.{os.getpid()}"
-        partial = reference.with_name(own)
-        partial.write_text(repo.commit)
-        partial.rename(reference)
+        cut.write_text(reference, repo.commit)
 
 
 def _reference(name: str, revision: str | None) -> Path:

@@ -1,15 +1,18 @@
 """A draft model: where it is held, whether it fits, and loading it."""
 
+import logging
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import mlx.nn as nn
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 
 from mlxtp import loading
+from mlxtp.checkpoint.memory import gpu_limit_bytes
+from mlxtp.cluster import memory
 from mlxtp.comm.communicator import Communicator
 from mlxtp.comm.errors import UsageError
 from mlxtp.generation.choices import NGRAM
@@ -17,6 +20,10 @@ from mlxtp.generation.drafts import Drafts, ModelDrafts, NgramDrafts
 from mlxtp.loading import Fetch, Prepared
 from mlxtp.partition.shares import Share
 from mlxtp.stories import DRAFT_NAME, DRAFT_PATH
+
+logger = logging.getLogger(__name__)
+
+T = TypeVar("T")
 
 # Whole on one rank, whole on all, or split over them. Of the first two "auto" takes the
 # quicker.
@@ -68,18 +75,17 @@ class PreparedDraft:
     def _load_whole(self, progress: bool) -> nn.Module | None:
         """Load the whole model on ranks that have prepared it.
 
-        Ranks of a host take turns: the first fetches what the others find there. A rank
-        that cannot goes without where one is enough.
+        A rank that cannot goes without where one is enough.
         """
-        comm, model = self.comm, None
-        hosts = comm.allgather_object(comm.host)
-        turn = hosts[: comm.rank].count(comm.host)
-        for number in range(max(map(hosts.count, hosts))):
-            with comm.unlimited(), comm.agreement():
-                if number == turn and self.prepared is not None:
-                    with suppress(*_may_fail(comm.rank, self.root, self.places)):
-                        model = self.prepared.load(progress=progress and comm.rank == 0)
-        return model
+        comm, whole = self.comm, self.prepared
+
+        def load() -> nn.Module | None:
+            if whole is not None:
+                with suppress(*_may_fail(comm.rank, self.root, self.places)):
+                    return whole.load(progress=progress and comm.rank == 0)
+            return None
+
+        return _in_turns(comm, load)
 
 
 def prepare(
@@ -97,12 +103,13 @@ def prepare(
     Args:
         name: a folder or a name on the hub; "stories-draft", which ships; or "ngram".
         where: the ranks that hold it.
-        rank: the one rank that holds it; None for any.
+        rank: the one rank that holds it. None for any: for one it is rank 0, or, where
+            that lacks the memory, a rank on the host with the most left.
         target: the model that is drafted for.
         tokenizer: its tokenizer.
         shares: of the ranks, as they are given for the target.
         fetch: who fetches from the hub. "root" does not fetch whole drafts for others,
-            so that rank 0 has it where nobody says which.
+            so that rank 0 has it, and no other, where nobody says which.
 
     Raises: UsageError on every rank: for a rank that does not exist, a draft that does
         not load, does not fit in memory, or does not know the model's tokens.
@@ -123,13 +130,16 @@ def prepare(
             check_vocabularies(target, tokenizer, draft, draft_tokenizer)
         return PreparedDraft(comm, ("split",), root, draft)
     places = _places(where, rank, comm, fetch)
-    whole = None
-    with comm.unlimited(), comm.agreement():
+
+    def prepare_whole() -> Prepared | None:
         if "all" in places or comm.rank == root:
             with suppress(*_may_fail(comm.rank, root, places)):
                 draft = loading.prepare(path, Communicator())
                 check_vocabularies(target, tokenizer, draft, draft.load_tokenizer())
-                whole = draft
+                return draft
+        return None
+
+    whole = _in_turns(comm, prepare_whole)
     if "one" in places and not all(comm.allgather_object(whole is not None)):
         places = ("one",)
 
@@ -147,7 +157,22 @@ def prepare(
             ) from error
 
     if "one" in places:
-        check_memory(comm.rank == root)
+        try:
+            check_memory(comm.rank == root)
+        except UsageError:
+            # With "root" others may not reach the hub.
+            stays = rank is not None or fetch == "root"
+            roomiest = root if stays else _roomiest(target)
+            if roomiest == root:
+                raise
+            if comm.rank == 0:
+                logger.warning(
+                    f"{name} is on rank {roomiest}, which has the most memory left: "
+                    f"rank {root} has too little for it"
+                )
+            return prepare(
+                *(name, "one", roomiest, target, tokenizer), shares=shares, fetch=fetch
+            )
     if "all" in places:
         try:
             check_memory(True)
@@ -157,6 +182,20 @@ def prepare(
             places = ("one",)
     is_here = "all" in places or comm.rank == root
     return PreparedDraft(comm, places, root, whole if is_here else None)
+
+
+def _roomiest(target: Prepared) -> int:
+    """The first rank on the host that has the most memory left beside the model.
+
+    Communicates: an allgather of objects.
+    """
+    comm, available = target.comm, memory.available_bytes(gpu_limit_bytes())
+    told = comm.allgather_object((comm.host, target.nbytes, available))
+    left: dict[str, int] = {host: free for host, _, free in told}
+    for host, held, _ in told:
+        left[host] -= held
+    of_ranks = [left[host] for host, *_ in told]
+    return of_ranks.index(max(of_ranks))
 
 
 def _places(
@@ -170,6 +209,24 @@ def _places(
     # On machines that differ each rank would have to wait for rank 0's drafts.
     is_one = rank is not None or comm.machines_differ or fetch == "root"
     return ("one",) if is_one else ("one", "all")
+
+
+def _in_turns(comm: Communicator, make: Callable[[], T]) -> T:
+    """Make something on every rank, on each host by one rank after the other.
+
+    So the first fetches what the others find there.
+
+    Communicates: an agreement for each turn.
+    Raises: UsageError on every rank for a mistake on any.
+    """
+    hosts = comm.allgather_object(comm.host)
+    turn = hosts[: comm.rank].count(comm.host)
+    made = []
+    for number in range(max(map(hosts.count, hosts))):
+        with comm.unlimited(), comm.agreement():
+            if number == turn:
+                made.append(make())
+    return made[0]
 
 
 def _may_fail(

@@ -155,25 +155,33 @@ def _rectangles(
     The limit on what a rank holds grows until there is a tiling. A query head counts as
     much as a KV head: each has two matrices of head_dim x hidden.
     """
-    num_heads, all_shares = num_kv_heads * group, sum(shares)
-    limit = Fraction(1)
+    num_heads, num_all = num_kv_heads * group, num_kv_heads * (group + 1)
+    parts = [Fraction(share, sum(shares)) for share in shares]
+    # Large shares first: small ones fill what is left.
+    order = sorted(range(len(shares)), key=lambda rank: -shares[rank])
+    limit, step = Fraction(1), Fraction(1, 16)
     while True:
         # Shares too uneven for any tiling within the bound on queries may exceed it.
         queries = limit if limit > 4 else min(limit, MOST_QUERIES)
         most = [
             (
-                max(1, ceil(queries * num_heads * share / all_shares)),
-                max(2, ceil(limit * (num_heads + num_kv_heads) * share / all_shares)),
+                max(1, ceil(queries * num_heads * part)),
+                max(2, ceil(limit * num_all * part)),
             )
-            for share in shares
+            for part in parts
         ]
-        # Large shares first: small ones fill what is left.
-        order = sorted(range(len(shares)), key=lambda rank: -shares[rank])
         rectangles = _tile(num_kv_heads, group, [most[rank] for rank in order])
         if rectangles is not None:
             by_rank = dict(zip(order, rectangles, strict=True))
             return [by_rank[rank] for rank in range(len(shares))]
-        limit += Fraction(1, 16)
+        # Up to the limit with which a rank may hold more: far off for a tiny share.
+        further = min(
+            step * (count // (total * part * step) + 1)
+            for part, counts in zip(parts, most, strict=True)
+            for count, total in zip(counts, (num_heads, num_all), strict=True)
+            if count < total
+        )
+        limit = max(limit + step, further)
 
 
 def _tile(

@@ -11,6 +11,7 @@ import json
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from math import inf
 from pathlib import Path
 from typing import Literal
 
@@ -37,6 +38,8 @@ DEFAULT_CHIP = "M2 Ultra"
 DEFAULT_MEMORY_GB = 64.0
 DEFAULT_LINK = "thunderbolt4"
 CONTEXT = 8192
+# Of tokens or sequences: MLX counts the elements of an axis in 32 bits.
+MOST = 1 << 30
 
 
 def main() -> None:
@@ -45,7 +48,7 @@ def main() -> None:
     args = _parser().parse_args()
     try:
         run(args)
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, OverflowError) as error:
         launcher.refuse("mlxtp.plan", error)
 
 
@@ -105,6 +108,8 @@ def setting_of(args: argparse.Namespace) -> Setting:
         value = getattr(args, name)
         if value != "max" and value < 1:
             raise ValueError(f"--{name.replace('_', '-')} is below 1")
+        if value != "max" and value > MOST:
+            raise ValueError(f"--{name.replace('_', '-')} is above {MOST}")
     measured = Measured.read(args.measured) if args.measured else None
     hosts = _hosts(args, measured)
     machines = _machines(args, hosts, measured)
@@ -174,8 +179,10 @@ def _network(
     args: argparse.Namespace, ranks: int, measured: Measured | None
 ) -> Network:
     own = args.hop_us is not None or args.gbps is not None
-    if own and (args.hop_us is None or args.gbps is None or args.gbps <= 0):
-        raise ValueError("--hop-us and --gbps go together, in µs and above 0 Gb/s")
+    if own and (args.hop_us is None or args.gbps is None):
+        raise ValueError("--hop-us and --gbps go together")
+    if own and not (0 <= args.hop_us < inf and 0 < args.gbps < inf):
+        raise ValueError("--hop-us is at least 0 µs, and --gbps above 0 Gb/s")
     if sum((own, args.link is not None, measured is not None)) > 1:
         raise ValueError(
             "--link, --hop-us with --gbps, and --measured exclude each other"

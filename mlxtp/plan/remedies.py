@@ -6,6 +6,7 @@ from dataclasses import dataclass, replace
 
 from mlxtp.cluster.units import GIB
 from mlxtp.dryrun.caches import CONTEXT_STEP
+from mlxtp.plan.auto import auto
 from mlxtp.plan.model import GROUP_SIZE, model_of_config
 from mlxtp.plan.planning import Plan, Setting
 
@@ -27,33 +28,47 @@ def remedies(plan: Plan) -> Iterator[Remedy]:
     """Yield what would make `plan` fit, the simplest first; nothing where it fits."""
     if plan.fits is not False:
         return
+    yield from _other_shares(plan)
     yield from _higher_limit(plan)
     yield from _less_context(plan)
     yield from _fewer_bits(plan)
     yield from _more_hosts(plan)
 
 
+def _other_shares(plan: Plan) -> Iterator[Remedy]:
+    if auto(plan.model, plan.setting).fits:
+        yield Remedy("shares that suit the hosts", "--shares auto")
+
+
 def _higher_limit(plan: Plan) -> Iterator[Remedy]:
     needed: dict[str, int] = {}
+    room: dict[str, int] = {}
     rows = zip(plan.setting.machines, plan.left_bytes, strict=True)
     for machine, left in rows:
         if left is None or left >= 0:
             continue
         assert machine.limit_bytes is not None
         needed[machine.host] = machine.limit_bytes - left
-        most = machine.memory_bytes - SYSTEM_BYTES
-        if not machine.has_gpu or needed[machine.host] > most:
+        room[machine.host] = machine.memory_bytes - SYSTEM_BYTES
+        if not machine.has_gpu or needed[machine.host] > room[machine.host]:
             return
-    megabytes = math.ceil(max(needed.values()) / GIB) * 1024
+    if max(needed.values()) <= min(room.values()):  # one command for all
+        needed = dict.fromkeys(needed, max(needed.values()))
+    hosts: dict[int, list[str]] = {}
+    for host, size in needed.items():
+        hosts.setdefault(math.ceil(size / GIB) * 1024, []).append(host)
+    commands = (
+        f"sudo sysctl iogpu.wired_limit_mb={megabytes} on {', '.join(those)}"
+        for megabytes, those in hosts.items()
+    )
     yield Remedy(
-        f"a raised limit of the GPU on {', '.join(needed)}",
-        f"sudo sysctl iogpu.wired_limit_mb={megabytes} (until the next start)",
+        "a raised limit of the GPU", f"{'; '.join(commands)} (until the next start)"
     )
 
 
 def _less_context(plan: Plan) -> Iterator[Remedy]:
-    least, most = 1, plan.setting.context // CONTEXT_STEP
-    if most < 1 or not _fits(plan, replace(plan.setting, context=CONTEXT_STEP)):
+    least, most = 1, -(-plan.setting.context // CONTEXT_STEP)
+    if not _fits(plan, replace(plan.setting, context=CONTEXT_STEP)):
         return
     while most - least > 1:
         middle = (least + most) // 2

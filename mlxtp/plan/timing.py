@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
 
 from mlxtp.dryrun.calls import Call
-from mlxtp.dryrun.passes import CHUNK_TOKENS, Step
+from mlxtp.dryrun.passes import CHUNK_TOKENS, Step, chunks
 from mlxtp.dryrun.requirements import Need
 from mlxtp.plan.hardware import TILE_TOKENS, Machine, Network
 
@@ -78,12 +78,14 @@ def prefill(
 ) -> Time:
     """Return the time of a prompt of `tokens` tokens.
 
-    All chunks take as long as the last one. Attention is added: for each query head
-    two products, with the keys and with the values, of which it sees half on average.
+    Attention is added: for each query head two products, with the keys and with the
+    values, of which it sees half on average.
     """
-    steps = [need.dry_run.chunk for need in needs]
-    chunk = _passes(steps, machines, network)
-    return _prompt(chunk, needs, machines, tokens)
+    total = Time()
+    for count, factor in _chunks(tokens):
+        steps = _times([need.dry_run.chunk for need in needs], factor)
+        total += _passes(steps, machines, network).scaled(count)
+    return total + _slowest_attention(needs, machines, tokens)
 
 
 def prefill_in_halves(
@@ -95,8 +97,18 @@ def prefill_in_halves(
     travel is hidden than there is to compute meanwhile, and both halves read the
     weights. `allreduces` is the time in which all ranks wait.
     """
-    chunks = _times([need.dry_run.chunk for need in needs], 0.5)
-    steps, unlike = _unlike(chunks, machines)
+    total = Time()
+    for count, factor in _chunks(tokens):
+        steps = _times([need.dry_run.chunk for need in needs], factor / 2)
+        total += _halves(steps, machines, network).scaled(count)
+    return total + _slowest_attention(needs, machines, tokens)
+
+
+def _halves(
+    halves: Sequence[tuple[Step, ...]], machines: Sequence[Machine], network: Network
+) -> Time:
+    """The time of a chunk in two halves, without attention."""
+    steps, unlike = _unlike(halves, machines)
     computed = Time()
     computing_ends = travel_ends = 0.0
     ready = [0.0, 0.0]
@@ -112,29 +124,29 @@ def prefill_in_halves(
                 ready[half] = travel_ends
             computed += slowest
     waited = max(0.0, max(ready) - computed.seconds)
-    chunk = computed + Time(allreduces=waited)
-    return _prompt(chunk, needs, machines, tokens)
+    return computed + Time(allreduces=waited)
 
 
-def _prompt(
-    chunk: Time, needs: Sequence[Need], machines: Sequence[Machine], tokens: int
+def _slowest_attention(
+    needs: Sequence[Need], machines: Sequence[Machine], tokens: int
 ) -> Time:
-    """The time of a prompt of which one chunk takes `chunk` without attention."""
-    attention = max(
-        _attention(need, tokens) / machine.flops
-        for need, machine in zip(needs, machines, strict=True)
+    """The time of attention over a whole prompt, on the rank that takes the longest."""
+    return Time(
+        arithmetic=max(
+            _attention(need, tokens) / machine.flops
+            for need, machine in zip(needs, machines, strict=True)
+        )
     )
-    return chunk.scaled(_chunks(tokens)) + Time(arithmetic=attention)
 
 
 def _attention(need: Need, tokens: int) -> float:
-    """Floating-point operations of attention over a whole prompt."""
+    """Floating-point operations of attention over whole prompts."""
     caches = [cache for cache in need.dry_run.caches if cache.width]
     if not caches:
         return 0.0
     heads = need.query_heads / len(caches)
     return sum(
-        2 * heads * cache.width * tokens * min(cache.tokens, tokens / 2)
+        2 * need.batch * heads * cache.width * tokens * min(cache.tokens, tokens / 2)
         for cache in caches
     )
 
@@ -241,14 +253,17 @@ def decode_on_one(
 
 def prefill_on_one(one: Need, machine: Machine, tokens: int) -> Time:
     """Return the time of a prompt of `tokens` tokens on one host, as in `prefill`."""
-    time = on_one(one.dry_run.chunk, machine).scaled(_chunks(tokens))
-    return time + Time(arithmetic=_attention(one, tokens) / machine.flops)
+    total = Time()
+    for count, factor in _chunks(tokens):
+        [steps] = _times([one.dry_run.chunk], factor)
+        total += on_one(steps, machine).scaled(count)
+    return total + _slowest_attention([one], [machine], tokens)
 
 
-def _chunks(tokens: int) -> float:
-    """The length of a prompt, in chunks as long as its last one."""
-    last = (tokens - 1) % CHUNK_TOKENS or min(CHUNK_TOKENS, tokens)
-    return max(tokens - 1, 1) / last
+def _chunks(tokens: int) -> list[tuple[int, float]]:
+    """How many chunks of a prompt are alike, and their length in that of the last."""
+    *before, last = chunks(tokens - 1)
+    return [(len(before), CHUNK_TOKENS / max(last, 1)), (1, 1.0)]
 
 
 def pipeline(
@@ -272,7 +287,7 @@ def pipeline(
         token += replace(stage, crossings=machine.crossing_seconds)
         token += Time(caches=share * one.cache_bytes / machine.bytes_per_second)
         stages.append(prefill_on_one(one, machine, tokens).scaled(share))
-    chunks = max(1.0, tokens / CHUNK_TOKENS)
+    number = max(1.0, tokens / CHUNK_TOKENS)  # of chunks
     slowest = max(stages, key=lambda time: time.seconds)
-    prompt = sum(stages, Time()).scaled(1 / chunks)
-    return token, prompt + slowest.scaled(1 - 1 / chunks)
+    prompt = sum(stages, Time()).scaled(1 / number)
+    return token, prompt + slowest.scaled(1 - 1 / number)

@@ -1,5 +1,7 @@
 """The draft that ships: where it is held, what it needs, and that it drafts well."""
 
+import time
+from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
@@ -8,6 +10,7 @@ from equal import Tokens
 
 import mlxtp
 from mlxtp import Communicator, UsageError, loading
+from mlxtp.cluster import memory
 from mlxtp.generation import draft_model
 from mlxtp.generation.drafts import ModelDrafts
 from mlxtp.stories import DRAFT_NAME, DRAFT_PATH, PATH
@@ -74,6 +77,26 @@ def test_it_drafts_well_wherever_it_is(
     assert drafted > STEPS // 2
 
 
+def test_ranks_of_a_host_prepare_it_one_after_the_other(
+    target: loading.Prepared,
+    loaded: Any,
+    shared_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """The first fetches from the hub, into the folder that all of them use."""
+    folder, prepare = shared_path / "one-at-a-time", loading.prepare
+
+    def prepare_alone(*args: Any, **options: Any) -> loading.Prepared:
+        folder.mkdir()  # fails while another rank is here
+        time.sleep(0.05)
+        result = prepare(*args, **options)
+        folder.rmdir()
+        return result
+
+    monkeypatch.setattr(loading, "prepare", prepare_alone)
+    assert prepared(target, loaded, "all").prepared is not None
+
+
 def test_a_rank_that_is_asked_for(
     comm: Communicator, target: loading.Prepared, loaded: Any
 ) -> None:
@@ -109,6 +132,29 @@ def test_where_memory_is_short(
             prepared(target, loaded, where, rank)
     with pytest.raises(UsageError, match="--shares auto does not count the draft"):
         prepared(target, loaded, "one", 1, shares="auto")
+
+
+def test_it_goes_where_there_is_room(
+    comm: Communicator,
+    target: loading.Prepared,
+    loaded: Any,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """To the last rank, where nobody says which; never past what is said."""
+    if comm.size == 1:
+        return
+    last = comm.size - 1
+    room = target.nbytes + (10_000_000 if comm.rank == last else 0)
+    monkeypatch.setattr(memory, "available_bytes", lambda _: room)
+    monkeypatch.setattr(comm, "host", f"host-{comm.rank}")
+    for where in "auto", "one":
+        draft = prepared(target, loaded, where)
+        assert (draft.places, draft.root) == (("one",), last)
+        assert (draft.prepared is not None) == (comm.rank == last)
+    with pytest.raises(UsageError, match="for host-0 take"):
+        prepared(target, loaded, "auto", 0)
+    with pytest.raises(UsageError, match="for host-0 take"):
+        prepared(target, loaded, "auto", fetch="root")
 
 
 def test_where_one_rank_alone_can_have_it(

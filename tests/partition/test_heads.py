@@ -1,12 +1,15 @@
 """Every query head has one rank, and ranks compute as much as is fair."""
 
 from math import ceil
+from typing import Any
+from unittest.mock import patch
 
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 from pyramid import sweep
 
+from mlxtp.partition import heads
 from mlxtp.partition.heads import HeadShard, head_shards
 from mlxtp.partition.layouts import Fill, Part, fill
 from mlxtp.partition.shares import apportion
@@ -46,6 +49,26 @@ def test_every_query_head_has_one_rank_and_its_kv_head(
         num_kv_heads,
         head_shards(num_heads, num_kv_heads, tuple(shares)),
     )
+
+
+@given(
+    st.sampled_from([(8, 2), (12, 2), (16, 1), (32, 4), (64, 8), (96, 8)]),
+    st.lists(st.integers(0, 18).map(lambda n: 10**n), min_size=1, max_size=8),
+)
+@example((8, 2), [10**9, 1, 1, 1])
+def test_shares_that_differ_by_any_factor_are_soon_dealt(
+    counts: tuple[int, int], shares: list[int]
+) -> None:
+    tile, tried = heads._tile, 0
+
+    def counting(*args: Any) -> Any:
+        nonlocal tried
+        tried += 1
+        assert tried < 1000
+        return tile(*args)
+
+    with patch.object(heads, "_tile", counting):
+        assert_exact(*counts, head_shards(*counts, tuple(shares)))
 
 
 @pytest.mark.parametrize("num_kv_heads", sweep(range(1, 16), [1, 2, 8]))

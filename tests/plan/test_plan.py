@@ -147,8 +147,13 @@ def test_what_spare_slices_cost_on_disk(
         (["--ranks", "2", "--memory", "64,64,64"], "gives 3 for 2 ranks"),
         (["--ranks", "2", "--shares", "1,2,3"], "3 shares to 2 ranks"),
         (["--ranks", "2", "--hop-us", "9"], "go together"),
+        (["--ranks", "2", "--hop-us", "-300", "--gbps", "9"], "--hop-us is at least 0"),
+        (["--ranks", "2", "--hop-us", "nan", "--gbps", "9"], "--hop-us is at least 0"),
+        (["--ranks", "2", "--hop-us", "9", "--gbps", "inf"], "--gbps above 0 Gb/s"),
         (["--ranks", "2", "--measured", "nowhere"], "not what mlxtp.doctor"),
         (["--ranks", "2", "--context", "0"], "--context is below 1"),
+        (["--ranks", "2", "--context", "9999999999"], "--context is above 1073741824"),
+        (["--ranks", "2", "--batch", "1000000000"], "outside the supported range"),
         (["--ranks", "2", "--acceptance", "2"], "--acceptance is 2: wanted 0 to 1"),
         (
             ["--ranks", "9", "--link", "rdma", "--topology", "mesh"],

@@ -26,6 +26,7 @@ from mlxtp.plan.hardware import (
 )
 from mlxtp.plan.model import PlannedModel, model_of_config
 from mlxtp.plan.planning import Plan, Setting, plan
+from mlxtp.plan.report import as_json
 from mlxtp.stories import PATH as STORIES
 
 pytestmark = pytest.mark.once
@@ -109,6 +110,37 @@ def test_a_draft_needs_room_and_machines_alike(model: PlannedModel, five: Plan) 
     found = {draft.where: draft for draft in drafts(mixed, model, 0.8)}
     assert set(found) == {"one", "split"}
     assert found["one"].fits and found["one"].rank == 4
+
+
+def test_a_prompt_is_read_in_chunks(model: PlannedModel) -> None:
+    """Of 2,049 tokens the last is a chunk of its own; of several prompts all count."""
+
+    def prompt(context: int, batch: int = 1) -> Plan:
+        return plan(model, replace(setting(batch=batch), context=context), [1] * 5)
+
+    whole, and_one = prompt(2049), prompt(2050)
+    token = and_one.decode.seconds
+    for way in "prefill", "prefill_in_halves", "prefill_on_one":
+        before, after = (getattr(each, way) for each in (whole, and_one))
+        assert before.seconds < after.seconds < before.seconds + 2 * token
+    assert and_one.prefill.crossings == 2 * whole.prefill.crossings
+    two = prompt(2049, batch=2).prefill.arithmetic
+    assert two == pytest.approx(2 * whole.prefill.arithmetic)
+
+
+def test_a_prompt_of_one_token_takes_a_pass() -> None:
+    """Also of a state space, which has no attention."""
+    config = {
+        **{"model_type": "mamba", "vocab_size": 64, "num_hidden_layers": 2},
+        **{"hidden_size": 64, "intermediate_size": 128, "state_size": 8},
+        **{"conv_kernel": 4, "time_step_rank": 8},
+        **{"use_bias": False, "use_conv_bias": True},
+    }
+    with model_of_config("a Mamba", config, 16) as mamba:
+        result = plan(mamba, replace(setting(), context=1), [1] * 5)
+        told = as_json(result, [])["modelled"]["this plan"]
+    rates = told["prefill_tokens_per_second"], told["decode_tokens_per_second"]
+    assert rates[0] == pytest.approx(rates[1], rel=0.1)
 
 
 def test_no_more_is_hidden_than_is_computed(five: Plan) -> None:

@@ -120,10 +120,12 @@ def test_remedies_do_what_they_say(llama: PlannedModel) -> None:
     lacking = plan(llama, on([39.0] * 3, context=131072), [1] * 3)
     assert lacking.fits is False
     found = list(remedies(lacking))
-    assert len(found) == 4
+    assert len(found) == 5
     for remedy in found:
         words = remedy.how.split()
-        if "iogpu" in remedy.how:
+        if "--shares" in remedy.how:
+            assert auto(llama, lacking.setting).fits
+        elif "iogpu" in remedy.how:
             megabytes = int(remedy.how.partition("=")[2].split()[0])
             need = max(need.bytes for need in lacking.needs)
             assert need <= megabytes << 20 <= (39 << 30) - SYSTEM_BYTES + (1 << 30)
@@ -139,6 +141,30 @@ def test_remedies_do_what_they_say(llama: PlannedModel) -> None:
             bits = int(remedy.what.split()[0])
             with model_of_config("fewer", llama.config, bits) as fewer:
                 assert fits(fewer, lacking)
+
+
+def test_the_next_context_that_fits(llama: PlannedModel) -> None:
+    """Also where the one that does not is between two steps."""
+    need = plan(llama, on([192.0], context=768), [1]).one.bytes
+    machine = replace(on([192.0]).machines[0], limit_bytes=need)
+    setting = replace(on([192.0], context=1000), machines=(machine,))
+    offered = remedies(plan(llama, setting, [1]))
+    assert "--context 768" in (remedy.how for remedy in offered)
+
+
+def test_a_limit_is_raised_as_far_as_a_host_has_memory(llama: PlannedModel) -> None:
+    """Where the largest is too much for some, each host gets its own."""
+    setting = on([192.0] * 2)
+    needs = [need.bytes for need in plan(llama, setting, [1, 3]).needs]
+    machines = [
+        replace(m, limit_bytes=need - 1, memory_bytes=need + (1 << 30) + SYSTEM_BYTES)
+        for m, need in zip(setting.machines, needs, strict=True)
+    ]
+    lacking = plan(llama, replace(setting, machines=tuple(machines)), [1, 3])
+    how = next(one.how for one in remedies(lacking) if "iogpu" in one.how)
+    for need, command in zip(needs, how.split("; "), strict=True):
+        megabytes = int(command.partition("=")[2].split()[0])
+        assert need <= megabytes << 20 <= need + (1 << 30)
 
 
 @pytest.mark.slow
