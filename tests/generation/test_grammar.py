@@ -270,6 +270,13 @@ def test_after_the_reasoning() -> None:
         matcher.accept(*tokenizer.encode("a"))
         matcher.accept(*tokenizer.encode("b"))
         assert matcher.is_over
+        # However the end is cut into tokens: answers are taken apart by their text.
+        text = [*tokenizer.encode("no a" + end[:-2]), *tokenizer.encode(end[-2:])]
+        assert grammars.matcher(spec, text).mask() is not None
+        copies = grammars.matcher(spec, text[:-1]).masks(
+            [text[-1], *tokenizer.encode("a")]
+        )
+        assert [mask is None for mask in copies] == [True, False, False]
     tokenizer = byte_level()
     with pytest.raises(ValueError, match="marks no end of its reasoning"):
         Grammars(tokenizer, len(tokenizer)).check(spec)
