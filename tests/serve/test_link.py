@@ -1,24 +1,35 @@
 """The socket between front and rank 0, with both of its ends."""
 
 import asyncio
+import threading
 from typing import Any
 
 import fake_ranks
 import pytest
 
 from mlxtp.serve import messages
-from mlxtp.serve.front.ranks import Mistake, Ranks
+from mlxtp.serve.front.ranks import CALLS_AT_ONCE, Mistake, Ranks, Unavailable
 from mlxtp.serve.ranks.link import Link
 
 pytestmark = pytest.mark.once
 
 
 class Callee:
-    """What rank 0 calls for the front."""
+    """What rank 0 calls for the front; `heard` are the texts, in order."""
+
+    def __init__(self) -> None:
+        self.heard: list[str] = []
+        self.may_go_on = threading.Event()
 
     def echo(self, text: str) -> dict[str, Any]:
         """Give it back."""
         return {"text": text}
+
+    def wait(self, text: str) -> dict[str, Any]:
+        """Give it back when `may_go_on`."""
+        self.heard.append(text)
+        self.may_go_on.wait(30)
+        raise ValueError(text)
 
 
 def test_a_result_that_is_too_long(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -39,3 +50,44 @@ def test_a_result_that_is_too_long(monkeypatch: pytest.MonkeyPatch) -> None:
         assert await asyncio.to_thread(link.take, wait=True) == [messages.End()]
 
     asyncio.run(life())
+
+
+def test_calls_of_clients_that_have_gone(caplog: pytest.LogCaptureFixture) -> None:
+    """Never reach rank 0, but for the few that it had; the next one is answered."""
+
+    async def life() -> None:
+        async with Ranks() as ranks:
+            link = await asyncio.to_thread(Link, ranks.folder)
+            link.callee = callee = Callee()
+            link.send(fake_ranks.READY)
+            await ranks.is_ready.wait()
+            many = [
+                asyncio.create_task(ranks.call("wait", text=str(number)))
+                for number in range(9)
+            ]
+            while not callee.heard:
+                await asyncio.sleep(0.001)
+            for task in many[:8]:
+                task.cancel()
+            last = asyncio.create_task(ranks.call("echo", text="a"))
+            await asyncio.sleep(0)
+            callee.may_go_on.set()
+            with pytest.raises(Mistake, match="8"):
+                await many[8]
+            assert await last == {"text": "a"}
+            sent = [*map(str, range(CALLS_AT_ONCE)), "8"]
+            assert callee.heard == sent
+            # Those that wait hear that no rank 0 is to come.
+            callee.may_go_on.clear()
+            many = [
+                asyncio.create_task(ranks.call("wait", text="b"))
+                for _ in range(CALLS_AT_ONCE + 1)
+            ]
+            await asyncio.sleep(0.001)
+            ranks.lost("all is lost")
+            told = await asyncio.gather(*many, return_exceptions=True)
+            assert [type(error) for error in told] == [Unavailable] * len(many)
+            callee.may_go_on.set()
+
+    asyncio.run(life())
+    assert "never retrieved" not in caplog.text
