@@ -38,6 +38,7 @@ _LIMITS = LLParserLimits(
     max_grammar_size=20_000, max_lexer_states=20_000, verbose_errors=False
 )
 _COMPILED = 32  # grammars that are kept
+_LONGEST = 1 << 18  # characters of a grammar, as llguidance takes it
 _TRIED = 4  # tokens: what is too complex mostly is so behind the first bracket
 # Where one text alone can come next, llguidance would allow only one way to cut it into
 # tokens, its own; the model is to choose.
@@ -239,7 +240,8 @@ def _raise_error(matcher: LLMatcher) -> None:
 def _source(spec: Spec) -> str:
     """Write a grammar in Lark, as llguidance takes it.
 
-    Raises: ValueError if it is none of the kinds, or has other fields than its kind.
+    Raises: ValueError if it is none of the kinds, has other fields than its kind, or is
+        too long.
     """
     kind = spec.get("kind")
     if kind not in _KINDS:
@@ -252,9 +254,15 @@ def _source(spec: Spec) -> str:
         wrong = f"lacks {missing[0]}" if missing else f"has no field {others[0]}"
         raise ValueError(f"a grammar of kind {kind} {wrong}")
     try:
-        return _HEADER + write(*(spec[name] for name in fields))
+        source = _HEADER + write(*(spec[name] for name in fields))
     except RecursionError:
         raise ValueError("the grammar is nested too deeply") from None
+    if len(source) > _LONGEST:
+        raise ValueError(
+            f"the grammar has {len(source):,} characters, descriptions in schemas "
+            f"among them; at most {_LONGEST:,} are taken"
+        )
+    return source
 
 
 def _json() -> str:

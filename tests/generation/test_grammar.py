@@ -319,6 +319,7 @@ def test_after_the_reasoning() -> None:
         ({"kind": "tools", "tools": [], "parallel": True}, "needs a tool"),
         (of_tool({"type": "array"}), "parameters of tool f"),
         (of_tool({"not": {}}, strict=True), "not"),
+        (schema({"description": "a" * (1 << 18)}), "at most 262,144"),
     ],
 )
 def test_what_cannot_be_done_is_refused(spec: dict[str, Any], said: str) -> None:

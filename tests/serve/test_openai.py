@@ -14,7 +14,7 @@ import pytest
 from fake_ranks import END, READY, FakeRanks
 from front import Front, serving, until
 
-from mlxtp.serve.front import fields, streaming
+from mlxtp.serve.front import conversation, fields, streaming
 from mlxtp.serve.front.openai_chat import ChatCompletion
 from mlxtp.serve.front.openai_completions import Completion
 
@@ -539,6 +539,12 @@ def test_fields_without_effect(front: Front) -> None:
         ("completions", {"prompt": "a" * 4096}, None, "4096 tokens > 4095 maximum"),
         # litellm, and so aider, knows a full context by these words.
         ("completions", {"prompt": "a" * 4096}, None, "model's maximum context length"),
+        (
+            "completions",
+            {"prompt": "a" * 4000, "echo": True, "logprobs": 20, "n": 13},
+            "logprobs",
+            "at most 1,048,576",
+        ),
         ("completions", {"prompt": "mistake: too odd"}, None, "too odd"),
     ],
 )
@@ -548,6 +554,16 @@ def test_refused(
     error = refused(front, path, **body)
     assert words in error["message"]
     assert param is None or error["param"] == param
+
+
+def test_prompts_that_are_too_long_together(
+    front: Front, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(conversation, "MOST_PROMPT_TOKENS", 5)
+    assert refused(front, "completions", prompt="abc", n=2)["param"] == "n"
+    assert refused(front, "completions", prompt=["abc", "abc"])["param"] == "n"
+    answer = front.post("/v1/completions", {"prompt": "abcdef"})
+    assert answer.status_code == 200
 
 
 def test_the_ranks_fail(client: openai.OpenAI, front: Front) -> None:

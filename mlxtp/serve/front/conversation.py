@@ -18,6 +18,9 @@ from mlxtp.serve.front.journal import asked_now
 from mlxtp.serve.front.ranks import Generation, Mistake, Ranks
 from mlxtp.serve.messages import Ready, Start
 
+# The tokens of all prompts of one request, each counted as often as it is answered.
+MOST_PROMPT_TOKENS = 1 << 22
+
 
 @dataclass(frozen=True)
 class Conversation:
@@ -298,8 +301,17 @@ def admit(ranks: Ranks, config: Config, starts: Sequence[Start]) -> list[Generat
 
     Those with an Idempotency-Key go on where they were begun.
 
-    Raises: Refusal, as `check_room`, `ready_ranks` and `Journal.begin`.
+    Raises: Refusal, as `check_room`, `ready_ranks` and `Journal.begin`; 400 for several
+        answers to prompts that are too long together.
     """
+    tokens = sum(len(start.prompt) for start in starts)
+    if len(starts) > 1 and tokens > MOST_PROMPT_TOKENS:
+        raise Refusal(
+            400,
+            f"{len(starts)} answers at once, whose prompts have {tokens:,} tokens "
+            f"together; at most {MOST_PROMPT_TOKENS:,} are taken",
+            param="n",
+        )
     ready_ranks(ranks)  # both may have changed while prompts were encoded
     check_room(ranks, config, len(starts))
     asked = asked_now.get()

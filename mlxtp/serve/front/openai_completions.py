@@ -37,6 +37,8 @@ router = APIRouter()
 
 DEFAULT_MAX_TOKENS = 16  # OpenAI's
 MOST_PROMPTS = 128
+# Log-probabilities of the prompts of one request, each choice's.
+MOST_PROMPT_LOGPROBS = 1 << 20
 
 
 def _is_tokens(value: Any) -> bool:
@@ -166,8 +168,12 @@ async def completions(body: Completion, ranks: TheRanks, config: TheConfig) -> R
     check_room(ranks, config, len(body.prompt) * count)
     starts: list[Start] = []
     echoes: list[Echo | None] = []
+    scores = 0
     for prompt in body.prompt:
         tokens = await _tokens(ranks, prompt)
+        if body.echo and body.logprobs is not None:
+            scores += len(tokens) * count * (body.logprobs + 1)
+            _check_scores(scores)
         settings = complete(
             config, ready, Prompt(tokens), given, max_tokens=DEFAULT_MAX_TOKENS
         )
@@ -196,6 +202,18 @@ async def completions(body: Completion, ranks: TheRanks, config: TheConfig) -> R
     written = [choice.write(text) for choice, text in zip(told, texts, strict=True)]
     counted = usage(generations, choices=count)
     return JSONResponse({**head, "choices": written, "usage": counted})
+
+
+def _check_scores(count: int) -> None:
+    """Raise Refusal where prompts have too many log-probabilities to be echoed."""
+    if count > MOST_PROMPT_LOGPROBS:
+        raise Refusal(
+            400,
+            f"echo with logprobs: the prompts have {count:,} log-probabilities or "
+            f"more, counted as tokens x choices x (logprobs + 1); at most "
+            f"{MOST_PROMPT_LOGPROBS:,} are told",
+            param="logprobs",
+        )
 
 
 async def _chunks(
