@@ -134,7 +134,7 @@ def _reasoning_arguments(ready: Ready, conversation: Conversation) -> dict[str, 
     """The arguments by which a conversation turns reasoning on, off, up or down.
 
     Raises: Refusal (400) for an effort that is not the default, where the chat template
-        reads none of them.
+        reads none of them. "none" is what a model that cannot reason does anyway.
     """
     arguments: dict[str, Any] = {}
     effort = conversation.effort
@@ -143,11 +143,13 @@ def _reasoning_arguments(ready: Ready, conversation: Conversation) -> dict[str, 
     if conversation.thinking is not None:
         arguments["enable_thinking"] = conversation.thinking
     known = {n: x for n, x in arguments.items() if n in ready.reasoning_arguments}
-    if effort not in (None, "none", conversation.default_effort) and not known:
+    is_so = effort in (None, conversation.default_effort)
+    is_so = is_so or (effort == "none" and not ready.has_reasoning)
+    if not (known or is_so):
         raise Refusal(
             400,
             f"{conversation.effort_field} is {effort!r}: this model's chat template "
-            "cannot turn reasoning up or down",
+            "cannot turn reasoning up, down or off",
             param=conversation.effort_field,
             code="unsupported",
         )
