@@ -2,12 +2,16 @@
 
 import asyncio
 import threading
+from contextlib import suppress
 from typing import Any
 
 import fake_ranks
 import pytest
 
+from mlxtp.generation.settings import Settings
 from mlxtp.serve import messages
+from mlxtp.serve.front import ranks as front_ranks
+from mlxtp.serve.front.answers import merged
 from mlxtp.serve.front.ranks import CALLS_AT_ONCE, Mistake, Ranks, Unavailable
 from mlxtp.serve.ranks.link import Link
 
@@ -67,7 +71,10 @@ def test_calls_of_clients_that_have_gone(caplog: pytest.LogCaptureFixture) -> No
             ]
             while not callee.heard:
                 await asyncio.sleep(0.001)
-            for task in many[:8]:
+            for task in many[:CALLS_AT_ONCE]:
+                task.cancel()
+            await asyncio.sleep(0.01)  # others would take their room
+            for task in many[CALLS_AT_ONCE:8]:
                 task.cancel()
             last = asyncio.create_task(ranks.call("echo", text="a"))
             await asyncio.sleep(0)
@@ -91,3 +98,42 @@ def test_calls_of_clients_that_have_gone(caplog: pytest.LogCaptureFixture) -> No
 
     asyncio.run(life())
     assert "never retrieved" not in caplog.text
+
+
+@pytest.mark.parametrize("count", [1, 2])
+def test_events_that_nobody_reads(count: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Are no more than so many: then the request ends, for its client and rank 0."""
+    monkeypatch.setattr(front_ranks, "MOST_UNREAD", 10)
+
+    async def life() -> None:
+        async with Ranks() as ranks:
+            link = await asyncio.to_thread(Link, ranks.folder)
+            link.send(fake_ranks.READY)
+            await ranks.is_ready.wait()
+            settings = Settings(max_tokens=None, seed=0)
+            names = [str(number) for number in range(count)]
+            starts = [messages.Start(name, [1], settings) for name in names]
+            events = merged([ranks.start(start) for start in starts])
+            assert await asyncio.to_thread(link.take, wait=True)
+            told = [messages.Event(name, tokens=[1]) for name in names]
+            link.send(messages.Events(told))
+            await anext(events)  # a client that reads no more
+            for _ in range(30):
+                link.send(messages.Events(told))
+                await asyncio.sleep(0.001)  # what reads has time to
+            async with asyncio.timeout(20):
+                while ranks.generations:
+                    await asyncio.sleep(0.001)
+            read = 0
+            with suppress(Unavailable):
+                async for _ in events:
+                    read += 1
+            assert read <= count * 12
+            cancelled: list[str] = []
+            while len(cancelled) < count:
+                for message in await asyncio.to_thread(link.take, wait=True):
+                    if isinstance(message, messages.Cancel):
+                        cancelled.append(message.id)
+            assert cancelled == names
+
+    asyncio.run(life())

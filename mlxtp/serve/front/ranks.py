@@ -33,6 +33,9 @@ MOST_FRUITLESS = 3
 # Calls that rank 0 has at once: one that it answers, and one to go on with.
 CALLS_AT_ONCE = 2
 
+# Events of a request that wait for its client: one reads slowly, or not at all.
+MOST_UNREAD = 4096
+
 
 class Mistake(ValueError):
     """What a client asked for cannot be done; the message says what was wanted."""
@@ -66,6 +69,11 @@ class Generation:
         self._is_reasoning = start.initial_state == "reasoning"
         self._ranks = ranks
         self._events: asyncio.Queue[Event] = asyncio.Queue()
+
+    @property
+    def is_unread(self) -> bool:
+        """Whether so many events wait that no more are to come."""
+        return self._events.qsize() >= MOST_UNREAD
 
     @property
     def has_gone_on(self) -> bool:
@@ -420,6 +428,10 @@ class Ranks:
         generation = self.generations.get(event.id)
         if generation is None:
             return  # cancelled
+        if generation.is_unread and event.finish is None:
+            self._send(messages.Cancel(event.id))
+            words = f"the client is {MOST_UNREAD:,} events of this answer behind"
+            event = Event(event.id, finish="error", error=words)
         event = generation.news(event)
         generation.take(event)
         self._observe(generation, event)
