@@ -613,6 +613,10 @@ def test_tokenize(front: Front) -> None:
     chat = tokenize(messages=user("a"), tools=[TOOL], return_token_strs=True)
     assert "".join(chat["token_strs"]).startswith("<|tools|>")
     assert "either prompt or messages" in tokenize()["error"]["message"]
+    for name, value in (("tools", [TOOL]), ("add_generation_prompt", False)):
+        assert tokenize(prompt="a", **{name: value})["error"]["param"] == name
+    told = tokenize(messages=user("a"), add_special_tokens=False)
+    assert told["error"]["param"] == "add_special_tokens"
     answer = front.post("/detokenize", {"tokens": [97, 98]})
     assert answer.json() == {"prompt": "ab"}
     answer = front.post("/detokenize", {"tokens": [1000]})
