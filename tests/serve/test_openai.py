@@ -9,6 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import fake_ranks
 import openai
 import pytest
 from fake_ranks import END, READY, FakeRanks
@@ -314,6 +315,29 @@ def test_offsets_of_parts_of_characters(client: openai.OpenAI) -> None:
     assert logprobs is not None
     assert logprobs.tokens == ["n", r"bytes:\xc3", r"bytes:\xa9", "!"]
     assert logprobs.text_offset == [0, 1, 1, 2]
+
+
+@pytest.mark.parametrize(
+    ("before", "prompt", "offsets"),
+    [("^", "hi", [0, 0, 1]), (" ", "hi", [0, 0, 1]), ("", "\xe9", [0, 0])],
+)
+def test_offsets_of_an_echo(
+    front: Front,
+    monkeypatch: pytest.MonkeyPatch,
+    before: str,
+    prompt: str,
+    offsets: list[int],
+) -> None:
+    """A token that tokenizers put before a text, or a space, is none of its text."""
+
+    def text(text: str) -> dict[str, Any]:
+        return {"tokens": list(f"{before}{text}".encode())}
+
+    monkeypatch.setitem(fake_ranks.CALLS, "text", text)
+    body = {"prompt": prompt, "echo": True, "logprobs": 0, "max_tokens": 0}
+    choice = front.post("/v1/completions", body).json()["choices"][0]
+    assert choice["text"] == prompt
+    assert choice["logprobs"]["text_offset"] == offsets
 
 
 def test_the_prompt_alone(client: openai.OpenAI) -> None:

@@ -248,6 +248,7 @@ def test_tokens_to_text_and_back(kind: Any) -> None:
     answer = text.decode_each([of[b" the"], of[b"\xc3"], of[b"\xa9"], of[b"ab"]])
     assert answer["texts"] == [" the", "\ufffd", "\ufffd", "ab"]
     assert answer["offsets"] == [0, 4, 4, 5]
+    assert answer["bytes"] == [[*b" the"], [0xC3], [0xA9], [*b"ab"]]
     assert text.bytes_of[len(tokenizer) :] == [b"", b""]
     assert text.tokens([3]) == {"tokens": [3]}
     for wrong in ([], [-1], [len(tokenizer) + 2]):

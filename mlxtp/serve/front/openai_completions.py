@@ -249,6 +249,10 @@ async def _echo(ranks: Ranks, prompt: str | list[int], tokens: list[int]) -> Ech
         text = prompt
     else:
         text = (await ranks.call("detokenize", tokens=prompt))["text"]
-    first = (await ranks.call("decode_each", tokens=tokens[:1]))["texts"][0]
+    first = await ranks.call("decode_each", tokens=tokens[:1])
+    # Of a token that the tokenizer puts before the text, or a space, nothing is shown.
+    whole = bytes(first["bytes"][0])
+    parts = (whole, whole.removeprefix(b" "), b"")
+    shown = next(part for part in parts if text.encode().startswith(part))
     nothing = float("nan")
-    return Echo(text, TokenLogprob(tokens[0], first, list(first.encode()), nothing))
+    return Echo(text, TokenLogprob(tokens[0], first["texts"][0], [*shown], nothing))

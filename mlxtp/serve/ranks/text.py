@@ -174,7 +174,7 @@ class Text:
         return {"text": self.tokenizer.decode(tokens)}
 
     def decode_each(self, tokens: Sequence[int]) -> dict[str, Any]:
-        """The "texts" of tokens, and the "offsets" of each in the characters of all.
+        """The "texts" and "bytes" of tokens, and their "offsets" in all characters.
 
         A part of a character is shown as U+FFFD.
         """
@@ -184,8 +184,12 @@ class Text:
         for token in tokens:
             offsets.append(length)
             length += len(decoder.decode(self.bytes_of[token]))
-        texts = [self.bytes_of[token].decode(errors="replace") for token in tokens]
-        return {"texts": texts, "offsets": offsets}
+        encoded = [self.bytes_of[token] for token in tokens]
+        return {
+            "texts": [one.decode(errors="replace") for one in encoded],
+            "bytes": [[*one] for one in encoded],
+            "offsets": offsets,
+        }
 
     def check_grammar(self, grammar: Spec) -> dict[str, Any]:
         """Return nothing if texts can be made to follow a grammar.
