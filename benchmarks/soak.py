@@ -19,6 +19,8 @@ KINDS = 40
 BAD = 8
 # Of two tokens that are as good as tied, the log-probabilities differ by less.
 TIE = 1e-3
+# What explains that two answers part: the last is not seen in the two likeliest tokens.
+TIED, NOT_TIED, SEED = "tied", "NOT TIED", "with a seed"
 # Memory counts from here on.
 WARM_SECONDS = 60.0
 
@@ -79,8 +81,8 @@ def _add(answer: Answer, content: dict[str, Any]) -> None:
 
 def parting(
     body: dict[str, Any], alone: Answer, other: Answer
-) -> tuple[str, bool] | None:
-    """Where two answers part, in words, and whether a tie explains it; None if not.
+) -> tuple[str, str] | None:
+    """Where two answers part, in words, and what explains it; None if they do not.
 
     A seed draws between many, so what parts such answers cannot be seen in two.
     """
@@ -90,20 +92,20 @@ def parting(
     places = [place for place, (a, b) in enumerate(pairs) if a != b]
     if not places:
         lengths = f"{len(alone.tokens)} and {len(other.tokens)} tokens"
-        return f"{lengths}, the shorter as the longer begins", False
+        return f"{lengths}, the shorter as the longer begins", NOT_TIED
     place = places[0]
     a, b = alone.tokens[place], other.tokens[place]
     scores = alone.likeliest[place]
     words = f"token {place}: {a!r} alone, {b!r} among others, scores {scores}"
     if body["temperature"]:
-        return f"seed {body['seed']}, {words}", True
+        return f"seed {body['seed']}, {words}", SEED
     near = {a, b} <= scores.keys() and abs(scores[a] - scores[b]) < TIE
-    return words, near
+    return words, TIED if near else NOT_TIED
 
 
 async def good_client(
     url: str, expected: list[tuple[dict[str, Any], Answer]], end: float, number: int
-) -> tuple[int, list[tuple[str, bool]]]:
+) -> tuple[int, list[tuple[str, str]]]:
     """Ask until the end; return the number of tokens, and where answers part."""
     draw, tokens, partings = random.Random(number), 0, []
     async with client(url) as http:
@@ -174,8 +176,8 @@ async def run(server: Server, clients: int, seconds: float) -> dict[str, Any]:
         task.cancel()
     await asyncio.gather(*worse, return_exceptions=True)
     partings = [parted for _, those in results for parted in those]
-    for words, is_tie in partings:
-        print(f"{'tied' if is_tie else 'NOT TIED'}: {words}")
+    for words, why in partings:
+        print(f"{why}: {words}")
     tokens = sum(number for number, _ in results)
     return {
         "clients": clients,
@@ -183,7 +185,8 @@ async def run(server: Server, clients: int, seconds: float) -> dict[str, Any]:
         "tokens": tokens,
         "tokens a second": round(tokens / seconds, 1),
         "answers that part": len(partings),
-        "of these without a tie": sum(not is_tie for _, is_tie in partings),
+        "of these without a tie": sum(why == NOT_TIED for _, why in partings),
+        "of these with a seed": sum(why == SEED for _, why in partings),
         "partings in 10,000 tokens": round(1e4 * len(partings) / max(tokens, 1), 3),
         "memory, most / median": round(max(sizes) / median(sizes), 3),
         "memory, least / median": round(min(sizes) / median(sizes), 3),

@@ -30,7 +30,7 @@ from typing import Any, Literal
 
 import httpx2
 from serving import MODEL, Server, client, in_float32, served
-from soak import Answer, parting
+from soak import NOT_TIED, SEED, Answer, parting
 
 ROOT = Path(__file__).parent.parent
 LAB = ROOT / "launch" / "lab"
@@ -171,7 +171,7 @@ class Load:
     begun: int = 0
     right: int = 0
     lost: list[str] = field(default_factory=list)
-    partings: list[tuple[str, bool]] = field(default_factory=list)
+    partings: list[tuple[str, str]] = field(default_factory=list)
     tokens: int = 0
     last_token: float = 0.0  # when it came, of the streams that have ended
     ready_at: float = 0.0  # when these ranks were ready
@@ -209,7 +209,7 @@ class Load:
         if parted is not None:
             self.partings.append(parted)
         elif stream.text != alone.text:
-            self.partings.append((f"texts: {body}", False))
+            self.partings.append((f"texts: {body}", NOT_TIED))
         else:
             self.right += 1
 
@@ -473,8 +473,8 @@ async def run(server: Server, args: argparse.Namespace) -> dict[str, Any]:
                 task.result()
             task.cancel()
         await asyncio.gather(*clients, return_exceptions=True)
-    for words, is_tie in load.partings:
-        print(f"{'tied' if is_tie else 'NOT TIED'}: {words}")
+    for words, why in load.partings:
+        print(f"{why}: {words}")
     for words in load.lost:
         print(f"LOST: {words}")
     return {
@@ -483,7 +483,8 @@ async def run(server: Server, args: argparse.Namespace) -> dict[str, Any]:
         "ended right": load.right,
         "lost": len(load.lost),
         "answers that part": len(load.partings),
-        "of these without a tie": sum(not is_tie for _, is_tie in load.partings),
+        "of these without a tie": sum(why == NOT_TIED for _, why in load.partings),
+        "of these with a seed": sum(why == SEED for _, why in load.partings),
         "tokens": load.tokens,
         "seconds to notice": round(median(one.notice for one in seen), 2),
         "seconds until ready": round(median(one.ready - one.notice for one in seen), 2),

@@ -68,6 +68,8 @@ def test_what_parts_two_answers() -> None:
         return soak.parting(greedy, alone, soak.Answer(list(tokens), []))
 
     assert parted("a", "b") is None
-    assert parted("a", "d")[1]
-    assert not parted("c", "b")[1] and not parted("a", "x")[1] and not parted("a")[1]
-    assert soak.parting({"temperature": 1, "seed": 5}, alone, soak.Answer(["x"], []))[1]
+    assert parted("a", "d")[1] == soak.TIED
+    for tokens in (("c", "b"), ("a", "x"), ("a",)):
+        assert parted(*tokens)[1] == soak.NOT_TIED
+    drawn = {"temperature": 1, "seed": 5}
+    assert soak.parting(drawn, alone, soak.Answer(["x"], []))[1] == soak.SEED

@@ -10,7 +10,7 @@ Grammars are llguidance's, and so is what they can say. A grammar is plain data:
     {"kind": "lark", "grammar": "..."}       llguidance's form of Lark's grammars
 
 With `"after_reasoning": true` the text begins within the model's reasoning; anything is
-allowed up to its end.
+allowed up to its end, by whatever tokens that is written.
 """
 
 import functools
@@ -38,6 +38,7 @@ _LIMITS = LLParserLimits(
     max_grammar_size=20_000, max_lexer_states=20_000, verbose_errors=False
 )
 _COMPILED = 32  # grammars that are kept
+_LONGEST = 1 << 18  # characters of a grammar, as llguidance takes it
 _TRIED = 4  # tokens: what is too complex mostly is so behind the first bracket
 # Where one text alone can come next, llguidance would allow only one way to cut it into
 # tokens, its own; the model is to choose.
@@ -69,8 +70,10 @@ class Grammars:
         self._wrapped, self._rows = tokenizer, rows
         ends = sorted(token for token in tokenizer.eos_token_ids if token < rows)
         self._tokenizer: LLTokenizer | None = None
+        self._bytes_of: Sequence[bytes] = ()
         if ends:
             vocabulary = _Vocabulary(tokenizer, rows, ends)
+            self._bytes_of = vocabulary.tokens
             self._tokenizer = LLTokenizer(
                 TokenizerForMatcher(vocabulary), eos_token=ends
             )
@@ -84,7 +87,7 @@ class Grammars:
 
         Raises: ValueError for what is no grammar, cannot be done, or costs too much.
         """
-        matcher = Matcher(self._compiled(_source(spec)), self._rows, ())
+        matcher = Matcher(self._compiled(_source(spec)), self._bytes_of)
         for _ in range(_TRIED):
             mask = matcher.mask()
             assert mask is not None
@@ -99,20 +102,20 @@ class Grammars:
         Raises: ValueError as `check`, or if the tokens do not follow the grammar.
         """
         compiled = self._kept(_source(spec)).deep_copy()
-        matcher = Matcher(compiled, self._rows, self._reasoning_end(spec))
+        matcher = Matcher(compiled, self._bytes_of, self._reasoning_end(spec))
         for token in generated:
             matcher.accept(token)
         return matcher
 
-    def _reasoning_end(self, spec: Spec) -> tuple[int, ...]:
-        """The tokens behind which the grammar begins; none for the text's beginning."""
+    def _reasoning_end(self, spec: Spec) -> bytes:
+        """The text behind which the grammar begins; none for the text's beginning."""
         if not spec.get("after_reasoning"):
-            return ()
-        if not self._wrapped.think_end_tokens:
+            return b""
+        if not self._wrapped.think_end:
             raise ValueError(
                 "after_reasoning: the model's tokenizer marks no end of its reasoning"
             )
-        return tuple(self._wrapped.think_end_tokens)
+        return str(self._wrapped.think_end).encode()
 
     def _compiled(self, source: str) -> LLMatcher:
         if self._tokenizer is None:
@@ -125,14 +128,20 @@ class Grammars:
 
 
 class Matcher:
-    """How far a text has followed its grammar."""
+    """How far a text has followed its grammar.
+
+    Args:
+        matcher: llguidance's.
+        bytes_of: each token's (V,).
+        reasoning_end: the text behind which the grammar begins.
+    """
 
     def __init__(
-        self, matcher: LLMatcher, rows: int, reasoning_end: tuple[int, ...]
+        self, matcher: LLMatcher, bytes_of: Sequence[bytes], reasoning_end: bytes = b""
     ) -> None:
-        self._matcher, self._rows = matcher, rows
+        self._matcher, self._bytes_of = matcher, bytes_of
         self._reasoning_end = reasoning_end
-        self._latest: tuple[int, ...] = ()  # of the reasoning, as many as its end has
+        self._latest = b""  # of the reasoning, as much as its end has
 
     @property
     def _is_reasoning(self) -> bool:
@@ -147,7 +156,7 @@ class Matcher:
             return None
         packed = np.frombuffer(self._matcher.compute_bitmask(), np.uint8)
         _raise_error(self._matcher)
-        bits = np.unpackbits(packed, count=self._rows, bitorder="little")
+        bits = np.unpackbits(packed, count=len(self._bytes_of), bitorder="little")
         return bits.view(np.bool_)
 
     def masks(self, draft: Sequence[int]) -> list[NDArray[np.bool_] | None]:
@@ -159,7 +168,8 @@ class Matcher:
         """
         if not draft:
             return [self.mask()]
-        copy = Matcher(self._matcher.deep_copy(), self._rows, self._reasoning_end)
+        matcher = self._matcher.deep_copy()
+        copy = Matcher(matcher, self._bytes_of, self._reasoning_end)
         copy._latest = self._latest
         result = [copy.mask()]
         for token in draft:
@@ -179,8 +189,11 @@ class Matcher:
         Raises: ValueError if it does not follow the grammar.
         """
         if self._is_reasoning:
-            length = len(self._reasoning_end)
-            self._latest = (*self._latest, token)[-length:]
+            end = self._reasoning_end
+            text = self._latest + self._bytes_of[token]
+            # As answers are taken apart: the first of such texts counts, however it is
+            # cut into tokens.
+            self._latest = end if end in text else text[-len(end) :]
         else:
             self._matcher.consume_token(token)
             _raise_error(self._matcher)
@@ -227,7 +240,8 @@ def _raise_error(matcher: LLMatcher) -> None:
 def _source(spec: Spec) -> str:
     """Write a grammar in Lark, as llguidance takes it.
 
-    Raises: ValueError if it is none of the kinds, or has other fields than its kind.
+    Raises: ValueError if it is none of the kinds, has other fields than its kind, or is
+        too long.
     """
     kind = spec.get("kind")
     if kind not in _KINDS:
@@ -240,9 +254,15 @@ def _source(spec: Spec) -> str:
         wrong = f"lacks {missing[0]}" if missing else f"has no field {others[0]}"
         raise ValueError(f"a grammar of kind {kind} {wrong}")
     try:
-        return _HEADER + write(*(spec[name] for name in fields))
+        source = _HEADER + write(*(spec[name] for name in fields))
     except RecursionError:
         raise ValueError("the grammar is nested too deeply") from None
+    if len(source) > _LONGEST:
+        raise ValueError(
+            f"the grammar has {len(source):,} characters, descriptions in schemas "
+            f"among them; at most {_LONGEST:,} are taken"
+        )
+    return source
 
 
 def _json() -> str:

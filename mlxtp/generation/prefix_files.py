@@ -4,8 +4,11 @@ import base64
 import json
 import logging
 import os
+import re
+import time
 from array import array
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from hashlib import blake2b
 from importlib.metadata import version
@@ -22,6 +25,8 @@ logger = logging.getLogger(__name__)
 SUFFIX = ".safetensors"
 # A file that is being written: its name begins so.
 UNFINISHED = "."
+# A folder of caches that no model has asked for since is removed.
+UNUSED_SECONDS = 30 * 24 * 3600.0
 
 
 def identity(
@@ -75,7 +80,8 @@ class PrefixFiles:
     """One rank's files: `folder`/`identity`/, which only the user can read.
 
     A file is complete or not there: it is written under another name, and renamed.
-    Nothing is written any more once the disk is full.
+    Nothing is written any more once the disk is full. A folder's time says when it was
+    last used.
 
     Raises: OSError if the folder cannot be made, or is another user's.
     """
@@ -84,9 +90,24 @@ class PrefixFiles:
         self._folder = folder / identity
         self._folder.mkdir(parents=True, exist_ok=True)
         self._folder.chmod(0o700)
+        os.utime(self._folder)
         self._is_full = False
         for file in self._folder.glob(f"{UNFINISHED}*{SUFFIX}"):
             file.unlink(missing_ok=True)
+
+    def remove_unused(self) -> None:
+        """Remove the folders of other identities that were not used for a month.
+
+        All ranks of this host must have theirs before.
+        """
+        for folder in self._folder.parent.iterdir():
+            is_ours = re.fullmatch("[0-9a-f]{32}", folder.name)
+            with suppress(OSError):  # another rank may be removing it
+                unused = time.time() - folder.stat().st_mtime
+                if is_ours and unused > UNUSED_SECONDS:
+                    for file in folder.glob(f"*{SUFFIX}"):
+                        file.unlink(missing_ok=True)
+                    folder.rmdir()
 
     def names(self) -> list[str]:
         """The entries that are there, those that were written first at the front."""

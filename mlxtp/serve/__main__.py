@@ -24,6 +24,7 @@ from mlxtp.comm.errors import UsageError
 from mlxtp.serve import options
 from mlxtp.serve.front.app import create_app
 from mlxtp.serve.front.config import Config
+from mlxtp.serve.front.connections import Connection, raise_open_files
 from mlxtp.serve.front.journal import Journal, default_folder
 from mlxtp.serve.front.ranks import Ranks
 from mlxtp.serve.hosts import check_first_host
@@ -50,6 +51,7 @@ def main() -> None:
         args = options.parse(sys.argv[1:])
         given = allocation() if args.hostfile is None else None
         check_first_host(args.hostfile, given)
+        raise_open_files()
         with listen(args.host, args.port) as listener:
             config = options.config(args, listener.getsockname()[1])
             status = asyncio.run(serve(args, config, listener, given))
@@ -147,7 +149,7 @@ class Front(uvicorn.Server):
         super().__init__(
             uvicorn.Config(
                 create_app(ranks, config),
-                http="h11",
+                http=Connection,
                 ws="none",
                 lifespan="off",
                 log_config=None,

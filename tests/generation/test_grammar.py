@@ -270,6 +270,13 @@ def test_after_the_reasoning() -> None:
         matcher.accept(*tokenizer.encode("a"))
         matcher.accept(*tokenizer.encode("b"))
         assert matcher.is_over
+        # However the end is cut into tokens: answers are taken apart by their text.
+        text = [*tokenizer.encode("no a" + end[:-2]), *tokenizer.encode(end[-2:])]
+        assert grammars.matcher(spec, text).mask() is not None
+        copies = grammars.matcher(spec, text[:-1]).masks(
+            [text[-1], *tokenizer.encode("a")]
+        )
+        assert [mask is None for mask in copies] == [True, False, False]
     tokenizer = byte_level()
     with pytest.raises(ValueError, match="marks no end of its reasoning"):
         Grammars(tokenizer, len(tokenizer)).check(spec)
@@ -312,6 +319,7 @@ def test_after_the_reasoning() -> None:
         ({"kind": "tools", "tools": [], "parallel": True}, "needs a tool"),
         (of_tool({"type": "array"}), "parameters of tool f"),
         (of_tool({"not": {}}, strict=True), "not"),
+        (schema({"description": "a" * (1 << 18)}), "at most 262,144"),
     ],
 )
 def test_what_cannot_be_done_is_refused(spec: dict[str, Any], said: str) -> None:

@@ -3,7 +3,9 @@
 import copy
 import itertools
 import logging
+import os
 import stat
+import time
 from array import array
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -407,6 +409,24 @@ def test_a_folder_that_can_only_be_read(
     store.drop([0])
     [says] = warnings_of()
     assert says.endswith("cannot be removed: Read-only file system")
+
+
+@pytest.mark.once
+def test_folders_that_nobody_uses(tmp_path: Path) -> None:
+    """Are removed after a month, but for what is not a prefix cache's in them."""
+    month = prefix_files.UNUSED_SECONDS
+    names = [letter * 32 for letter in "abcd"]
+    for name in [*names, "other"]:
+        PrefixFiles(tmp_path, name)
+        (tmp_path / name / f"x{prefix_files.SUFFIX}").touch()
+    (tmp_path / names[0] / "notes").touch()
+    for name, age in zip([*names, "other"], [2, 2, 0.9, 2, 2], strict=True):
+        os.utime(tmp_path / name, (time.time() - age * month,) * 2)
+    PrefixFiles(tmp_path, names[3]).remove_unused()
+    left = sorted(folder.name for folder in tmp_path.iterdir())
+    assert left == [names[0], names[2], names[3], "other"]
+    assert [x.name for x in (tmp_path / names[0]).iterdir()] == ["notes"]
+    assert len([*(tmp_path / names[3]).iterdir()]) == 1
 
 
 @pytest.mark.once

@@ -256,6 +256,15 @@ def test_forced_calls_that_are_nested_too_deeply() -> None:
     assert pieces == [("text", answer)]
 
 
+@pytest.mark.parametrize("answer", ["[1]", "x[{}]", '["name"]', '[{"a":1}]'])
+def test_forced_calls_that_are_none(answer: str) -> None:
+    """Are given as the text that they are."""
+    tokenizer = byte_level(template=TEMPLATE)
+    grammar = {"kind": "tools", "tools": TOOLS, "parallel": True}
+    pieces, _ = told(tokenizer, tokenizer.encode(answer), grammar=grammar)
+    assert pieces == [("text", answer)]
+
+
 def test_one_call_alone() -> None:
     case = CASES["json_tools"]
     for case, before in [(CASES["json_tools"], 2), (CASES["mistral"], 1)]:

@@ -304,6 +304,9 @@ def test_the_choice_of_a_tool(front: Front, client: anthropic.Anthropic) -> None
         assert (forced, len(asked(front)["tools"] or ())) == (names, count), choice
         if names:
             assert message.content[0].name == names[0]
+    create(client, "x", tools=[{**ADD, "strict": True}], tool_choice={"type": "any"})
+    grammar = front.fake.starts[-1].settings.grammar
+    assert grammar["tools"][0]["function"]["strict"] is True
     once = {"type": "auto", "disable_parallel_tool_use": True}
     twice = "call: add\ncall: add\n"
     assert len(create(client, twice, tools=both).content) == 2

@@ -9,12 +9,13 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import fake_ranks
 import openai
 import pytest
 from fake_ranks import END, READY, FakeRanks
 from front import Front, serving, until
 
-from mlxtp.serve.front import fields, streaming
+from mlxtp.serve.front import conversation, fields, streaming
 from mlxtp.serve.front.openai_chat import ChatCompletion
 from mlxtp.serve.front.openai_completions import Completion
 
@@ -316,6 +317,29 @@ def test_offsets_of_parts_of_characters(client: openai.OpenAI) -> None:
     assert logprobs.text_offset == [0, 1, 1, 2]
 
 
+@pytest.mark.parametrize(
+    ("before", "prompt", "offsets"),
+    [("^", "hi", [0, 0, 1]), (" ", "hi", [0, 0, 1]), ("", "\xe9", [0, 0])],
+)
+def test_offsets_of_an_echo(
+    front: Front,
+    monkeypatch: pytest.MonkeyPatch,
+    before: str,
+    prompt: str,
+    offsets: list[int],
+) -> None:
+    """A token that tokenizers put before a text, or a space, is none of its text."""
+
+    def text(text: str) -> dict[str, Any]:
+        return {"tokens": list(f"{before}{text}".encode())}
+
+    monkeypatch.setitem(fake_ranks.CALLS, "text", text)
+    body = {"prompt": prompt, "echo": True, "logprobs": 0, "max_tokens": 0}
+    choice = front.post("/v1/completions", body).json()["choices"][0]
+    assert choice["text"] == prompt
+    assert choice["logprobs"]["text_offset"] == offsets
+
+
 def test_the_prompt_alone(client: openai.OpenAI) -> None:
     """No token, for the log-probabilities of a text."""
     answer = client.completions.create(
@@ -539,6 +563,12 @@ def test_fields_without_effect(front: Front) -> None:
         ("completions", {"prompt": "a" * 4096}, None, "4096 tokens > 4095 maximum"),
         # litellm, and so aider, knows a full context by these words.
         ("completions", {"prompt": "a" * 4096}, None, "model's maximum context length"),
+        (
+            "completions",
+            {"prompt": "a" * 4000, "echo": True, "logprobs": 20, "n": 13},
+            "logprobs",
+            "at most 1,048,576",
+        ),
         ("completions", {"prompt": "mistake: too odd"}, None, "too odd"),
     ],
 )
@@ -548,6 +578,16 @@ def test_refused(
     error = refused(front, path, **body)
     assert words in error["message"]
     assert param is None or error["param"] == param
+
+
+def test_prompts_that_are_too_long_together(
+    front: Front, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(conversation, "MOST_PROMPT_TOKENS", 5)
+    assert refused(front, "completions", prompt="abc", n=2)["param"] == "n"
+    assert refused(front, "completions", prompt=["abc", "abc"])["param"] == "n"
+    answer = front.post("/v1/completions", {"prompt": "abcdef"})
+    assert answer.status_code == 200
 
 
 def test_the_ranks_fail(client: openai.OpenAI, front: Front) -> None:
@@ -597,6 +637,10 @@ def test_tokenize(front: Front) -> None:
     chat = tokenize(messages=user("a"), tools=[TOOL], return_token_strs=True)
     assert "".join(chat["token_strs"]).startswith("<|tools|>")
     assert "either prompt or messages" in tokenize()["error"]["message"]
+    for name, value in (("tools", [TOOL]), ("add_generation_prompt", False)):
+        assert tokenize(prompt="a", **{name: value})["error"]["param"] == name
+    told = tokenize(messages=user("a"), add_special_tokens=False)
+    assert told["error"]["param"] == "add_special_tokens"
     answer = front.post("/detokenize", {"tokens": [97, 98]})
     assert answer.json() == {"prompt": "ab"}
     answer = front.post("/detokenize", {"tokens": [1000]})

@@ -124,6 +124,12 @@ def test_what_a_template_leaves_out() -> None:
         text.chat([HI, said("assistant", "", tool_calls=[call]), HI])
     with pytest.raises(ValueError, match="cannot tell it of tools"):
         text.chat([HI], tools=[TOOL])
+    # Who speaks counts, where it is said; of a tool its call says it.
+    with pytest.raises(ValueError, match="leaves the name of a message out"):
+        text.chat([said("user", "x", name="Mia")])
+    assert prompt(text, HI, said("tool", "3", name="add")) == "Hi é3"
+    naming = "{% for m in messages %}{{ m.name }}: {{ m.content }}{% endfor %}"
+    assert prompt(text_of(naming), said("user", "x", name="Mia")) == "Mia: x"
     text = text_of("{% for m in messages %}[{{ m.content | trim }}]{% endfor %}")
     assert prompt(text, said("user", " x ")) == "[x]"
     assert prompt(text, said("user", ""), said("user", "x")) == "[][x]"
@@ -242,6 +248,7 @@ def test_tokens_to_text_and_back(kind: Any) -> None:
     answer = text.decode_each([of[b" the"], of[b"\xc3"], of[b"\xa9"], of[b"ab"]])
     assert answer["texts"] == [" the", "\ufffd", "\ufffd", "ab"]
     assert answer["offsets"] == [0, 4, 4, 5]
+    assert answer["bytes"] == [[*b" the"], [0xC3], [0xA9], [*b"ab"]]
     assert text.bytes_of[len(tokenizer) :] == [b"", b""]
     assert text.tokens([3]) == {"tokens": [3]}
     for wrong in ([], [-1], [len(tokenizer) + 2]):

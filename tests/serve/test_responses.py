@@ -179,7 +179,7 @@ def test_several_turns_with_a_tool(front: Front, client: openai.OpenAI) -> None:
     ]
     second = create(client, conversation, tools=[ADD], instructions="Be brief.")
     assert second.output_text == "Thanks"
-    about = {key: ADD[key] for key in ("name", "description", "parameters")}
+    about = {key: value for key, value in ADD.items() if key != "type"}
     assert asked(front)["tools"] == [{"type": "function", "function": about}]
     assert asked(front)["messages"] == [
         {"role": "system", "content": "Be brief.\n\nBe kind."},
@@ -286,10 +286,14 @@ def test_an_effort_goes_to_the_arguments_that_the_template_reads(
     create(client, "Hi", reasoning={"effort": "low"})
     assert asked(front)["template_arguments"] == {"reasoning_effort": "low"}
     template_reads()
+    for effort in ("low", "none"):
+        with pytest.raises(openai.BadRequestError, match=rf"\.effort is '{effort}'"):
+            create(client, "Hi", reasoning={"effort": effort})
+    # A model that cannot reason does not.
+    ready = replace(READY, reasoning_arguments=[], has_reasoning=False)
+    monkeypatch.setattr(front.ranks, "ready", ready)
     create(client, "Hi", reasoning={"effort": "none"})
     assert asked(front)["template_arguments"] == {}
-    with pytest.raises(openai.BadRequestError, match=r"reasoning\.effort is 'low'"):
-        create(client, "Hi", reasoning={"effort": "low"})
 
 
 def test_reasoning_as_a_summary(front: Front, client: openai.OpenAI) -> None:
@@ -364,6 +368,10 @@ def test_the_choice_of_a_tool(front: Front, client: openai.OpenAI) -> None:
         assert (forced(), shown()) == (names, seen), choice
         if names:
             assert response.output[0].name == names[0]
+    create(client, "x", tools=[ADD, {**other, "strict": False}], tool_choice="required")
+    grammar = front.fake.starts[-1].settings.grammar
+    stricts = [tool["function"].get("strict") for tool in grammar["tools"]]
+    assert stricts == [True, None]
     for choice in ("any", {"type": "web_search"}, {"type": "function", "name": "no"}):
         with pytest.raises(openai.BadRequestError) as caught:
             create(client, "x", tools=both, tool_choice=choice)

@@ -200,6 +200,8 @@ def test_who_does_not_read(
         b"[]",
         b"1",
         b'{"prompt": NaN}',
+        b'{"prompt": "a", "metadata": {"a": [1e400]}}',
+        b'{"prompt": "a", "metadata": {"a": -1e400}}',
         b'{"prompt": "\\ud800"}',
         b'{"prompt": "\xff"}',
         b'{"prompt": ' + b"[" * 400 + b"]" * 400 + b"}",
@@ -213,6 +215,15 @@ def test_garbage(front: Front, body: bytes) -> None:
     )
     assert answer.status_code == 400
     assert answer.json()["error"]["type"] == "invalid_request_error"
+
+
+def test_many_objects(monkeypatch: pytest.MonkeyPatch, front: Front) -> None:
+    """Wherever they stand: messages, items, parts, tools."""
+    monkeypatch.setattr(security, "MOST_OBJECTS", 5)
+    many = {**BODY, "metadata": {"a": [{}, [], {}]}}
+    assert front.post("/v1/completions", many).status_code == 400
+    many["metadata"]["a"].pop()
+    assert front.post("/v1/completions", many).status_code == 200
 
 
 def test_nothing_of_a_mistake_of_ours(

@@ -12,6 +12,8 @@ import anthropic
 import httpx2
 import openai
 import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 from prometheus_client.parser import text_string_to_metric_families
 from pyramid import sweep
 from server import Server, running
@@ -240,6 +242,74 @@ def test_a_second_turn_reads_what_is_new(client: openai.OpenAI) -> None:
     assert one.usage is not None and two.usage is not None
     # The plain template puts words between that the first turn has not read.
     assert two.usage.prompt_tokens_details.cached_tokens >= one.usage.prompt_tokens - 1
+
+
+# JSON schemas, some of which nobody can follow, and some that are none.
+SCHEMAS = st.recursive(
+    st.sampled_from([{}, {"type": "integer"}, {"type": "null"}, {"type": "strin"}])
+    | st.lists(st.text(max_size=3) | st.integers(0, 9), max_size=3).map(
+        lambda values: {"enum": values}
+    )
+    | st.builds(
+        lambda length: {"type": "string", "maxLength": length}, st.integers(-1, 3)
+    ),
+    lambda inner: (
+        st.builds(lambda item: {"type": "array", "items": item, "maxItems": 2}, inner)
+        | st.lists(inner, max_size=2).map(lambda parts: {"anyOf": parts})
+        | st.builds(
+            lambda of, needed: {"type": "object", "properties": of, "required": needed},
+            st.dictionaries(st.sampled_from("ab"), inner, max_size=2),
+            st.lists(st.sampled_from("abc"), max_size=2),
+        )
+    ),
+    max_leaves=4,
+)
+TOOLS = st.builds(
+    lambda schema, strict: {
+        "type": "function",
+        "function": {"name": "look", "parameters": schema, "strict": strict},
+    },
+    SCHEMAS,
+    st.booleans(),
+)
+FIELDS: dict[str, st.SearchStrategy[Any]] = {
+    "response_format": SCHEMAS.map(
+        lambda schema: {"type": "json_schema", "json_schema": {"schema": schema}}
+    )
+    | st.just({"type": "json_object"}),
+    "tools": st.lists(TOOLS, max_size=2),
+    "tool_choice": st.sampled_from(["auto", "none", "required"]),
+    "logit_bias": st.dictionaries(
+        st.integers(-1, 1024).map(str), st.floats(-100, 100), max_size=5
+    ),
+    "logprobs": st.booleans(),
+    "ignore_eos": st.booleans(),
+    "parallel_tool_calls": st.booleans(),
+    "presence_penalty": st.floats(-2, 2),
+    "repetition_penalty": st.floats(0.01, 10),
+    "stop": st.text(min_size=1, max_size=2),
+    "temperature": st.floats(0, 2),
+    "top_p": st.floats(0, 1),
+    "xtc_probability": st.floats(0, 1),
+}
+
+
+def test_nothing_that_is_asked_makes_it_fail(server: Server) -> None:
+    """What the ranks are asked is answered or refused, and they go on."""
+    hi = [{"role": "user", "content": "Hi"}]
+    chat, completion = (f"{server.url}/v1/{x}completions" for x in ("chat/", ""))
+
+    @settings(max_examples=20, suppress_health_check=list(HealthCheck))
+    @given(fields=st.fixed_dictionaries({}, optional=FIELDS), count=st.integers(1, 2))
+    def ask(fields: dict[str, Any], count: int) -> None:
+        body = {"messages": hi, "max_tokens": 6, "seed": 1, "n": count, **fields}
+        answer = httpx2.post(chat, json=body, timeout=60)
+        assert answer.status_code in (200, 400), answer.text
+
+    ask()
+    plain = {"prompt": STORY, "max_tokens": 1}
+    assert httpx2.post(completion, json=plain, timeout=60).status_code == 200
+    assert metric(server, "mlxtp:job_losses") == 0
 
 
 def test_what_can_never_fit(client: openai.OpenAI) -> None:

@@ -15,6 +15,7 @@ import pytest
 from server import Server, running
 
 from mlxtp.generation.settings import Settings
+from mlxtp.serve.front import journal
 from mlxtp.serve.front.errors import Refusal
 from mlxtp.serve.front.journal import Asked, Journal
 from mlxtp.serve.front.ranks import Ranks
@@ -151,10 +152,28 @@ def test_the_front_dies_and_another_goes_on(tmp_path: Path) -> None:
     assert generated is not None and int(generated[1]) <= 180  # of 200
 
 
-def test_old_requests_are_forgotten(tmp_path: Path) -> None:
-    for name, age in ("old.jsonl", 90_000), ("new.jsonl", 60):
-        file = tmp_path / name
-        file.write_text("{}")
-        os.utime(file, (time.time() - age, time.time() - age))
-    Journal(tmp_path, Ranks())
-    assert [file.name for file in tmp_path.iterdir()] == ["new.jsonl"]
+def test_old_requests_are_forgotten(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And those that are too many, but none that is under way; not at each request."""
+
+    def write(**ages: float) -> None:
+        for name, age in ages.items():
+            file = tmp_path / f"{name}.jsonl"
+            file.write_text("{}")
+            os.utime(file, (time.time() - age, time.time() - age))
+
+    def names() -> list[str]:
+        return sorted(file.stem for file in tmp_path.iterdir() if len(file.stem) < 9)
+
+    write(old=90_000, new=60)
+    log = Journal(tmp_path, Ranks())
+    assert names() == ["new"]
+    log.begin(asked("a"), starts())
+    monkeypatch.setattr(journal, "MOST_KEPT", 2)
+    write(older=500, newer=50)
+    log.begin(asked("b"), starts())
+    assert len(names()) == 3
+    monkeypatch.setattr(journal, "LOOK_SECONDS", 0.0)
+    log.begin(asked("c"), starts())
+    assert names() == ["new", "newer"] and len([*tmp_path.iterdir()]) == 5

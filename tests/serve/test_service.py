@@ -15,7 +15,8 @@ from mlxtp.generation.settings import Settings
 from mlxtp.generation.step import Step
 from mlxtp.serve import messages
 from mlxtp.serve.messages import Event, Events, Start
-from mlxtp.serve.ranks.service import LOGPROBS_TOLD, Service
+from mlxtp.serve.ranks.answer import AnswerText, Piece
+from mlxtp.serve.ranks.service import BROKEN, LOGPROBS_TOLD, Service
 from mlxtp.serve.ranks.text import Text
 
 pytestmark = pytest.mark.once
@@ -86,6 +87,54 @@ def test_spare_slices_come_while_there_is_nothing_to_do(comm: Communicator) -> N
         spare.step()
     assert service.decide().is_idle
     assert service.decide().is_end
+
+
+def test_a_text_that_fails_ends_its_request_alone(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Whatever raises: at its start, at a token, or for its log-probabilities."""
+    tokenizer = byte_level()
+    a, b = tokenizer.encode("ab")
+    sent: list[Events] = []
+    ended: list[str] = []
+    link: Any = SimpleNamespace(send=sent.append)
+    scheduler: Any = SimpleNamespace(
+        submit=lambda request: None,
+        passed=lambda *_: None,
+        add=lambda *pair: None,
+        end=ended.append,
+    )
+    nothing: Any = None
+    text = Text(tokenizer, len(tokenizer))
+    service = Service(
+        *(link, text, scheduler, nothing, nothing, Spare(nothing, None)),
+        context=100,
+        ends=(),
+        rows=len(tokenizer),
+    )
+    push = AnswerText.push
+
+    def fails_at_b(answer: AnswerText, token: int) -> list[Piece]:
+        if token == b:
+            raise KeyError("name")
+        return push(answer, token)
+
+    monkeypatch.setattr(AnswerText, "push", fails_at_b)
+    settings = Settings(max_tokens=9, seed=0)
+    scored = Settings(max_tokens=9, seed=0, prompt_logprobs=1)
+    service._take(Start("again", [a], settings, generated=[b]))
+    service._take(Start("bad", [a], settings))
+    service._take(Start("good", [a], settings))
+    service._take(Start("scored", [a, a], scored))
+    text.__dict__["bytes_of"] = []
+    service.report(Result(read={"scored": [Score(-0.5, [])]}))
+    drawn = {"bad": [Drawn(b), Drawn(a)], "good": [Drawn(a)], "scored": [Drawn(a)]}
+    service.report(Result(drawn=drawn))
+    told = [event for line in sent for event in line.events]
+    assert {event.id for event in told if event.error == BROKEN} == {*ended}
+    assert [*ended] == ["again", "scored", "bad"]
+    assert told[-1].id == "good" and told[-1].pieces and not told[-1].is_mistake
+    assert caplog.text.count("Traceback") == 3
 
 
 def test_tokens_that_come_together_are_told_one_by_one() -> None:

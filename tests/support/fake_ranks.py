@@ -129,7 +129,8 @@ def detokenize(tokens: list[int]) -> dict[str, Any]:
 
 def decode_each(tokens: list[int]) -> dict[str, Any]:
     """Decode tokens one by one."""
-    return {"texts": [_text(token) for token in tokens]}
+    encoded = [[] if token == END else [token] for token in tokens]
+    return {"texts": [_text(token) for token in tokens], "bytes": encoded}
 
 
 def check_grammar(grammar: dict[str, Any]) -> dict[str, Any]:

@@ -17,6 +17,7 @@ from fake_ranks import FakeRanks
 
 from mlxtp.serve.front.app import create_app
 from mlxtp.serve.front.config import Config
+from mlxtp.serve.front.connections import Connection
 from mlxtp.serve.front.ranks import Ranks
 
 NAMES = ("small", "fake")  # the model's
@@ -66,7 +67,7 @@ def serving(fake: FakeRanks | None = None, **config: Any) -> Iterator[Front]:
         serving_ranks = asyncio.create_task(fake.run(ranks.folder))
         app = create_app(ranks, Config(**{"model_names": NAMES, **config}))
         options = uvicorn.Config(
-            app, port=0, log_level="warning", http="h11", lifespan="off"
+            app, port=0, log_level="warning", http=Connection, lifespan="off"
         )
         server.append(uvicorn.Server(options))
         running = asyncio.create_task(server[0].serve())

@@ -22,14 +22,14 @@ async def merged(
         async for event in generations[0]:
             yield 0, event
         return
-    queue: asyncio.Queue[tuple[int, Event | Exception]] = asyncio.Queue()
+    queue: asyncio.Queue[tuple[int, Event | Exception]] = asyncio.Queue(1)
 
     async def feed(index: int) -> None:
         try:
             async for event in generations[index]:
-                queue.put_nowait((index, event))
+                await queue.put((index, event))
         except Exception as error:
-            queue.put_nowait((index, error))
+            await queue.put((index, error))
 
     tasks = [asyncio.create_task(feed(index)) for index in range(len(generations))]
     left = len(generations)

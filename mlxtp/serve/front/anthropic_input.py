@@ -180,10 +180,12 @@ def functions(tools: Sequence[Json]) -> list[Json]:
                 f"tools.{index}: there is another tool {tool.name}",
                 param=f"tools.{index}",
             )
-        about = {
+        about: Json = {
             "name": tool.name,
             "description": tool.description or "",
             "parameters": tool.input_schema,
         }
+        if tool.strict:
+            about["strict"] = True
         shown.append({"type": "function", "function": about})
     return shown

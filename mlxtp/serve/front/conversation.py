@@ -18,6 +18,9 @@ from mlxtp.serve.front.journal import asked_now
 from mlxtp.serve.front.ranks import Generation, Mistake, Ranks
 from mlxtp.serve.messages import Ready, Start
 
+# The tokens of all prompts of one request, each counted as often as it is answered.
+MOST_PROMPT_TOKENS = 1 << 22
+
 
 @dataclass(frozen=True)
 class Conversation:
@@ -131,7 +134,7 @@ def _reasoning_arguments(ready: Ready, conversation: Conversation) -> dict[str, 
     """The arguments by which a conversation turns reasoning on, off, up or down.
 
     Raises: Refusal (400) for an effort that is not the default, where the chat template
-        reads none of them.
+        reads none of them. "none" is what a model that cannot reason does anyway.
     """
     arguments: dict[str, Any] = {}
     effort = conversation.effort
@@ -140,11 +143,13 @@ def _reasoning_arguments(ready: Ready, conversation: Conversation) -> dict[str, 
     if conversation.thinking is not None:
         arguments["enable_thinking"] = conversation.thinking
     known = {n: x for n, x in arguments.items() if n in ready.reasoning_arguments}
-    if effort not in (None, "none", conversation.default_effort) and not known:
+    is_so = effort in (None, conversation.default_effort)
+    is_so = is_so or (effort == "none" and not ready.has_reasoning)
+    if not (known or is_so):
         raise Refusal(
             400,
             f"{conversation.effort_field} is {effort!r}: this model's chat template "
-            "cannot turn reasoning up or down",
+            "cannot turn reasoning up, down or off",
             param=conversation.effort_field,
             code="unsupported",
         )
@@ -298,8 +303,17 @@ def admit(ranks: Ranks, config: Config, starts: Sequence[Start]) -> list[Generat
 
     Those with an Idempotency-Key go on where they were begun.
 
-    Raises: Refusal, as `check_room`, `ready_ranks` and `Journal.begin`.
+    Raises: Refusal, as `check_room`, `ready_ranks` and `Journal.begin`; 400 for several
+        answers to prompts that are too long together.
     """
+    tokens = sum(len(start.prompt) for start in starts)
+    if len(starts) > 1 and tokens > MOST_PROMPT_TOKENS:
+        raise Refusal(
+            400,
+            f"{len(starts)} answers at once, whose prompts have {tokens:,} tokens "
+            f"together; at most {MOST_PROMPT_TOKENS:,} are taken",
+            param="n",
+        )
     ready_ranks(ranks)  # both may have changed while prompts were encoded
     check_room(ranks, config, len(starts))
     asked = asked_now.get()

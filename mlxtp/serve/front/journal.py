@@ -55,6 +55,9 @@ LONGEST_KEY = 255
 
 # What nobody has asked for again is forgotten.
 KEPT_SECONDS = 24 * 3600.0
+# And so are all but the newest files, which are looked at once in so many seconds.
+MOST_KEPT = 1000
+LOOK_SECONDS = 60.0
 
 # How answers end that can be asked for again.
 UNFINISHED = ("cancelled", "error")
@@ -94,6 +97,7 @@ class Journal:
         self._folder, self._model = folder, model
         self._open: dict[str, _Open] = {}  # by the name of the file
         self._of: dict[str, _Open] = {}  # by a request's id
+        self._looked: float | None = None  # for old files
         self._forget_old()
         ranks.observers.append(self._observe)
 
@@ -180,10 +184,20 @@ class Journal:
             log.warning("the journal keeps a request no further: %s", error)
 
     def _forget_old(self) -> None:
+        """Remove files that are old, or too many, if it is time to look again."""
+        now = time.monotonic()
+        if self._looked is not None and now - self._looked < LOOK_SECONDS:
+            return
+        self._looked = now
+        changed: list[tuple[float, Path]] = []
         for file in (*self._folder.glob("*.jsonl"), *self._folder.glob("*.new")):
-            with suppress(OSError):
-                is_old = time.time() - file.stat().st_mtime > KEPT_SECONDS
-                if is_old and file.stem not in self._open:
+            if file.stem not in self._open:
+                with suppress(OSError):
+                    changed.append((file.stat().st_mtime, file))
+        changed.sort(reverse=True)
+        for place, (when, file) in enumerate(changed):
+            if place >= MOST_KEPT or time.time() - when > KEPT_SECONDS:
+                with suppress(OSError):
                     file.unlink()
 
 

@@ -23,6 +23,15 @@ router = APIRouter()
 
 CREATED = int(time.time())  # when the front started
 
+# What goes with a prompt alone, and with a conversation alone.
+OF_PROMPT = ("add_special_tokens",)
+OF_MESSAGES = (
+    "tools",
+    "chat_template_kwargs",
+    "add_generation_prompt",
+    "continue_final_message",
+)
+
 
 class Tokenize(Fields):
     """The body of `POST /tokenize`: a prompt, or a conversation."""
@@ -40,11 +49,16 @@ class Tokenize(Fields):
     def conversation(self) -> Conversation | None:
         """Give the conversation that is to be encoded; None where it is a prompt.
 
-        Raises: Refusal (400) where it is neither or both.
+        Raises: Refusal (400) where it is neither or both, or has a field that does not
+            go with it.
         """
         self.check_names()
         if (self.prompt is None) == (self.messages is None):
             raise Refusal(400, "either prompt or messages is wanted", param="prompt")
+        given = "prompt" if self.messages is None else "messages"
+        for name in OF_MESSAGES if given == "prompt" else OF_PROMPT:
+            if getattr(self, name) is not None:
+                raise Refusal(400, f"{name} does not go with {given}", param=name)
         if self.messages is None:
             return None
         return ChatCompletion(

@@ -37,6 +37,8 @@ router = APIRouter()
 
 DEFAULT_MAX_TOKENS = 16  # OpenAI's
 MOST_PROMPTS = 128
+# Log-probabilities of the prompts of one request, each choice's.
+MOST_PROMPT_LOGPROBS = 1 << 20
 
 
 def _is_tokens(value: Any) -> bool:
@@ -166,8 +168,12 @@ async def completions(body: Completion, ranks: TheRanks, config: TheConfig) -> R
     check_room(ranks, config, len(body.prompt) * count)
     starts: list[Start] = []
     echoes: list[Echo | None] = []
+    scores = 0
     for prompt in body.prompt:
         tokens = await _tokens(ranks, prompt)
+        if body.echo and body.logprobs is not None:
+            scores += len(tokens) * count * (body.logprobs + 1)
+            _check_scores(scores)
         settings = complete(
             config, ready, Prompt(tokens), given, max_tokens=DEFAULT_MAX_TOKENS
         )
@@ -196,6 +202,18 @@ async def completions(body: Completion, ranks: TheRanks, config: TheConfig) -> R
     written = [choice.write(text) for choice, text in zip(told, texts, strict=True)]
     counted = usage(generations, choices=count)
     return JSONResponse({**head, "choices": written, "usage": counted})
+
+
+def _check_scores(count: int) -> None:
+    """Raise Refusal where prompts have too many log-probabilities to be echoed."""
+    if count > MOST_PROMPT_LOGPROBS:
+        raise Refusal(
+            400,
+            f"echo with logprobs: the prompts have {count:,} log-probabilities or "
+            f"more, counted as tokens x choices x (logprobs + 1); at most "
+            f"{MOST_PROMPT_LOGPROBS:,} are told",
+            param="logprobs",
+        )
 
 
 async def _chunks(
@@ -231,6 +249,10 @@ async def _echo(ranks: Ranks, prompt: str | list[int], tokens: list[int]) -> Ech
         text = prompt
     else:
         text = (await ranks.call("detokenize", tokens=prompt))["text"]
-    first = (await ranks.call("decode_each", tokens=tokens[:1]))["texts"][0]
+    first = await ranks.call("decode_each", tokens=tokens[:1])
+    # Of a token that the tokenizer puts before the text, or a space, nothing is shown.
+    whole = bytes(first["bytes"][0])
+    parts = (whole, whole.removeprefix(b" "), b"")
+    shown = next(part for part in parts if text.encode().startswith(part))
     nothing = float("nan")
-    return Echo(text, TokenLogprob(tokens[0], first, list(first.encode()), nothing))
+    return Echo(text, TokenLogprob(tokens[0], first["texts"][0], [*shown], nothing))

@@ -30,6 +30,12 @@ State = Literal[
 # A request may be what ends the ranks: others are not to suffer from it for ever.
 MOST_FRUITLESS = 3
 
+# Calls that rank 0 has at once: one that it answers, and one to go on with.
+CALLS_AT_ONCE = 2
+
+# Events of a request that wait for its client: one reads slowly, or not at all.
+MOST_UNREAD = 4096
+
 
 class Mistake(ValueError):
     """What a client asked for cannot be done; the message says what was wanted."""
@@ -63,6 +69,11 @@ class Generation:
         self._is_reasoning = start.initial_state == "reasoning"
         self._ranks = ranks
         self._events: asyncio.Queue[Event] = asyncio.Queue()
+
+    @property
+    def is_unread(self) -> bool:
+        """Whether so many events wait that no more are to come."""
+        return self._events.qsize() >= MOST_UNREAD
 
     @property
     def has_gone_on(self) -> bool:
@@ -175,6 +186,7 @@ class Ranks:
         self._key = secrets.token_hex(32)
         self._numbers = itertools.count()
         self._calls: dict[int, tuple[messages.Call, asyncio.Future[Any]]] = {}
+        self._room_for_calls = asyncio.Semaphore(CALLS_AT_ONCE)
         # Of those that were handed in again: who has not gone on, and who waits for it.
         self._awaited: list[Generation] = []
         self._held: deque[Generation] = deque()
@@ -210,18 +222,32 @@ class Ranks:
     async def call(self, name: str, **arguments: Any) -> Any:
         """Call a method of `serve.ranks.text.Text` on rank 0.
 
+        A call waits here until rank 0 has room for it: one whose client goes meanwhile
+        is never sent. One that was sent keeps its room until it is answered.
+
         Raises: Mistake for what is wrong in the arguments; Unavailable where no rank 0
             is there, and none is to come.
         """
         self._check()
+        await self._room_for_calls.acquire()
+        try:
+            self._check()
+        except Unavailable:
+            self._room_for_calls.release()
+            raise
         call = messages.Call(next(self._numbers), name, arguments)
         future: asyncio.Future[Any] = asyncio.get_running_loop().create_future()
         self._calls[call.call] = call, future
+        future.add_done_callback(lambda done: self._called(call, done))
         self._send(call)
-        try:
-            return await future
-        finally:
-            self._calls.pop(call.call, None)
+        return await asyncio.shield(future)
+
+    def _called(self, call: messages.Call, done: asyncio.Future[Any]) -> None:
+        """Note that a call has been answered, or will not be."""
+        del self._calls[call.call]
+        self._room_for_calls.release()
+        if not done.cancelled():
+            done.exception()  # its client may be gone: asyncio would print it
 
     def start(self, start: Start) -> Generation:
         """Hand a request to the ranks.
@@ -402,6 +428,10 @@ class Ranks:
         generation = self.generations.get(event.id)
         if generation is None:
             return  # cancelled
+        if generation.is_unread and event.finish is None:
+            self._send(messages.Cancel(event.id))
+            words = f"the client is {MOST_UNREAD:,} events of this answer behind"
+            event = Event(event.id, finish="error", error=words)
         event = generation.news(event)
         generation.take(event)
         self._observe(generation, event)

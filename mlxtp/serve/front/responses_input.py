@@ -207,12 +207,14 @@ def functions(tools: Sequence[Any]) -> tuple[list[Json], dict[str, dict[str, str
                     400, f"{place}: there is another tool {name}", param=place
                 )
             names[name] = {"name": function.name, **namespace}
-            about = {
+            about: Json = {
                 "name": name,
                 "description": function.description or "",
                 "parameters": function.parameters
                 or {"type": "object", "properties": {}},
             }
+            if function.strict:
+                about["strict"] = True
             shown.append({"type": "function", "function": about})
     return shown, names
 

@@ -12,7 +12,8 @@
   answer.
 - *Sizes*: of headers, of bodies, of all bodies together, of the time that sending and
   reading may take, and of the number of requests at once.
-- *Garbage*: a body that is no JSON, or nested too deep, goes no further.
+- *Garbage*: a body that is no JSON, nested too deep, or of very many objects goes no
+  further.
 
 Who has hung up is noticed here too, at every stage: the request's task is cancelled.
 """
@@ -21,7 +22,9 @@ import asyncio
 import hmac
 import ipaddress
 import logging
+import math
 import socket
+from typing import Any
 from urllib.parse import urlsplit
 
 from pydantic_core import from_json
@@ -41,6 +44,8 @@ OPEN = ("/", "/health")
 OPEN_FOLDER = "/page/"
 
 MAX_HEADER_BYTES = 32 << 10
+# Objects and arrays of a body: as what endpoints make of them they take much more room.
+MOST_OBJECTS = 100_000
 BODY_SECONDS = 60.0
 SEND_SECONDS = 300.0  # how long a client may read nothing of what is sent to it
 # All bodies together, in bodies of the largest size.
@@ -266,7 +271,8 @@ async def _until_gone(
 def _check_json(body: bytes, content_type: str) -> None:
     """Raise Refusal where a body is not what JSON calls an object.
 
-    Stricter than Python's reader: no NaN, no half of a character, no deep nesting.
+    Stricter than Python's reader: no NaN, no half of a character, no deep nesting, no
+    number that is read as infinity.
     """
     media_type = content_type.partition(";")[0].strip().lower()
     if media_type != "application/json":
@@ -281,6 +287,25 @@ def _check_json(body: bytes, content_type: str) -> None:
         raise Refusal(400, f"the body is no JSON: {error}", code="invalid") from error
     if not isinstance(content, dict):
         raise Refusal(400, "the body is no JSON object", code="invalid")
+    _check_values(content)
+
+
+def _check_values(content: dict[str, Any]) -> None:
+    """Raise Refusal where a number of a body is infinite, or it has too many objects.
+
+    1e400 is JSON, but no answer could say it again.
+    """
+    objects, left = 0, [content]
+    while left:
+        value: Any = left.pop()
+        if isinstance(value, dict | list):
+            objects += 1
+            if objects > MOST_OBJECTS:
+                words = f"the body has more than {MOST_OBJECTS:,} objects and arrays"
+                raise Refusal(400, words, code="invalid")
+            left += value.values() if isinstance(value, dict) else value
+        elif isinstance(value, float) and not math.isfinite(value):
+            raise Refusal(400, "the body has a number beyond 1e308", code="invalid")
 
 
 def _own_names(host: str) -> set[str]:

@@ -397,7 +397,7 @@ def prefix_bytes(args: Args, capacity: Capacity) -> int:
 def prefix_files(
     args: Args, prepared: Prepared, model: nn.Module, comm: Communicator
 ) -> PrefixFiles | None:
-    """Open this rank's folder of --prefix-cache-dir.
+    """Open this rank's folder of --prefix-cache-dir, and remove what nobody uses there.
 
     Raises: UsageError if it cannot be made.
     """
@@ -410,7 +410,9 @@ def prefix_files(
     }
     with comm.unlimited(), comm.agreement():
         name = identity(model, comm.rank, prepared.config, options)
-        return PrefixFiles(Path(args.prefix_cache_dir), name)
+        files = PrefixFiles(Path(args.prefix_cache_dir), name)
+    files.remove_unused()
+    return files
 
 
 def notes(against: str | None, context: int, config: Mapping[str, Any]) -> list[str]:

@@ -268,11 +268,13 @@ def _read_calls(text: str) -> tuple[list[dict[str, str]], str]:
     while position < len(text):
         try:
             call, end = json.JSONDecoder().raw_decode(text, position)
-        except (ValueError, RecursionError):  # no end, or nested too deeply
+            name = call["name"]
+        # No end, nested too deeply, or no call at all.
+        except (ValueError, RecursionError, TypeError, LookupError):
             return calls, text[position if calls else 0 :]
         # As the model wrote them: 1e400 is JSON, and would be read as infinity.
         arguments = text[position : end - 1].partition(',"arguments":')[2]
-        calls.append({"name": call["name"], "arguments": arguments})
+        calls.append({"name": name, "arguments": arguments})
         position = end + 1  # behind a comma, or the end of the array
     return calls, ""
 

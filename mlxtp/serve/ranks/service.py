@@ -1,5 +1,6 @@
 """What rank 0 does for the front: it takes requests and tells what becomes of them."""
 
+import logging
 import time
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -18,11 +19,16 @@ from mlxtp.serve.ranks.link import Link
 from mlxtp.serve.ranks.logprobs import token_logprob
 from mlxtp.serve.ranks.text import Text
 
+log = logging.getLogger(__name__)
+
 # How often the front is told how the job is.
 STATS_SECONDS = 1.0
 
 # So many log-probabilities of a prompt are told in one message.
 LOGPROBS_TOLD = 1024
+
+# What a client reads of a text that could not be made.
+BROKEN = "the server failed at the text of this answer; its log says more"
 
 
 @dataclass
@@ -38,6 +44,9 @@ class _Open:
 
 class Service:
     """Decides the steps of all ranks, by what the front asks for.
+
+    What goes wrong with the text of an answer, which rank 0 alone makes, ends that
+    request, and nothing else.
 
     Args:
         link: to the front.
@@ -166,21 +175,15 @@ class Service:
             event = Event(start.id, finish="error", error=mistake, is_mistake=True)
             self._link.send(messages.Events([event]))
             return
-        answer = AnswerText(self._text, start)
-        if start.tells_generated:
-            pieces, finish = answer.replayed, self._finish_of(start, answer)
-            if finish is not None:
-                pieces = [*pieces, *answer.finish(finish)]
-            event = Event(
-                start.id,
-                tokens=start.generated,
-                pieces=pieces,
-                finish=finish,
-                stop=answer.stopped,
-                is_told_again=True,
-            )
-            self._link.send(messages.Events([event]))
-            if finish is not None:
+        try:
+            answer = AnswerText(self._text, start)
+            told = self._told_again(start, answer) if start.tells_generated else None
+        except Exception:
+            self._link.send(messages.Events([self._broken(start.id)]))
+            return
+        if told is not None:
+            self._link.send(messages.Events([told]))
+            if told.finish is not None:
                 return
         self._open[start.id] = _Open(start, answer, len(start.generated))
         self._scheduler.submit(
@@ -192,6 +195,27 @@ class Service:
                 tuple(start.boundaries),
             )
         )
+
+    def _told_again(self, start: Start, answer: AnswerText) -> Event:
+        """What a request's new client is told of the tokens that it has."""
+        pieces, finish = answer.replayed, self._finish_of(start, answer)
+        if finish is not None:
+            pieces = [*pieces, *answer.finish(finish)]
+        return Event(
+            start.id,
+            tokens=start.generated,
+            pieces=pieces,
+            finish=finish,
+            stop=answer.stopped,
+            is_told_again=True,
+        )
+
+    def _broken(self, name: str) -> Event:
+        """End a request whose text has just raised an exception."""
+        log.exception("the text of request %s failed", name)
+        self._open.pop(name, None)
+        self._scheduler.end(name)
+        return Event(name, finish="error", error=BROKEN)
 
     def _finish_of(self, start: Start, answer: AnswerText) -> str | None:
         """Return how an answer ended that was generated before; None if it goes on."""
@@ -245,7 +269,11 @@ class Service:
             under_way.was_read = True
             prompt = under_way.start.prompt
             if scores is not None:
-                yield from self._prompt_logprobs(name, prompt, scores)
+                try:
+                    yield from self._prompt_logprobs(name, prompt, scores)
+                except Exception:
+                    yield self._broken(name)
+                    continue
             ends = under_way.start.settings.max_tokens == 0
             if scores is not None or ends:
                 yield Event(name, read=len(prompt), finish="length" if ends else None)
@@ -270,8 +298,13 @@ class Service:
                 self._scheduler.add(name, drawn.token)
             for drawn in several:
                 under_way = self._open.get(name)
-                if under_way is not None:
-                    yield self._token(name, under_way, drawn)
+                if under_way is None:
+                    continue
+                try:
+                    event = self._token(name, under_way, drawn)
+                except Exception:
+                    event = self._broken(name)
+                yield event
 
     def _token(self, name: str, under_way: _Open, drawn: Drawn) -> Event:
         """Take the text of a token, and see whether it is the last one."""

@@ -126,8 +126,8 @@ class Text:
             "initial_state", in which the answer begins: "normal", "reasoning", or one
             of the model's format.
 
-        Raises: ValueError if the template raises, leaves messages or tools out, or does
-            not know an argument.
+        Raises: ValueError if the template raises, leaves messages, their names or tools
+            out, or does not know an argument.
         """
         if not messages:
             raise ValueError("messages: a chat needs at least one")
@@ -174,7 +174,7 @@ class Text:
         return {"text": self.tokenizer.decode(tokens)}
 
     def decode_each(self, tokens: Sequence[int]) -> dict[str, Any]:
-        """The "texts" of tokens, and the "offsets" of each in the characters of all.
+        """The "texts" and "bytes" of tokens, and their "offsets" in all characters.
 
         A part of a character is shown as U+FFFD.
         """
@@ -184,8 +184,12 @@ class Text:
         for token in tokens:
             offsets.append(length)
             length += len(decoder.decode(self.bytes_of[token]))
-        texts = [self.bytes_of[token].decode(errors="replace") for token in tokens]
-        return {"texts": texts, "offsets": offsets}
+        encoded = [self.bytes_of[token] for token in tokens]
+        return {
+            "texts": [one.decode(errors="replace") for one in encoded],
+            "bytes": [[*one] for one in encoded],
+            "offsets": offsets,
+        }
 
     def check_grammar(self, grammar: Spec) -> dict[str, Any]:
         """Return nothing if texts can be made to follow a grammar.
@@ -317,7 +321,10 @@ class _Chat:
         )
 
     def check(self, text: str, *, answers: bool) -> None:
-        """Raise ValueError if the template leaves a message or the tools out."""
+        """Raise ValueError if the template leaves a message or the tools out.
+
+        So it does for names of those who speak; that of a tool is its call's.
+        """
         messages = self.messages
         marks = [f" <<{i}>>" for i in range(len(messages))]
         marked = ""
@@ -340,6 +347,10 @@ class _Chat:
                 raise ValueError(
                     f"the chat template leaves message {i + 1} ({message['role']}) out"
                 )
+        if any("name" in m and m["role"] != "tool" for m in messages):
+            nameless = [{k: x for k, x in m.items() if k != "name"} for m in messages]
+            if self.write(nameless, answers=answers) == text:
+                raise ValueError("the chat template leaves the name of a message out")
         if answers:
             check_prefill(text, messages[-1]["content"])
         for tool in self._tools or ():
