@@ -179,6 +179,7 @@ async def run(server: Server, clients: int, seconds: float) -> dict[str, Any]:
     for words, why in partings:
         print(f"{why}: {words}")
     tokens = sum(number for number, _ in results)
+    minutes = [median(sizes[n : n + 60]) for n in range(0, len(sizes), 60)]
     return {
         "clients": clients,
         "bad ones among them": len(bad),
@@ -190,6 +191,9 @@ async def run(server: Server, clients: int, seconds: float) -> dict[str, Any]:
         "partings in 10,000 tokens": round(1e4 * len(partings) / max(tokens, 1), 3),
         "memory, most / median": round(max(sizes) / median(sizes), 3),
         "memory, least / median": round(min(sizes) / median(sizes), 3),
+        "memory, medians of minutes / the first of these": [
+            round(minute / minutes[0], 3) for minute in minutes
+        ],
     }
 
 

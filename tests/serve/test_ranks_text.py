@@ -124,10 +124,8 @@ def test_what_a_template_leaves_out() -> None:
         text.chat([HI, said("assistant", "", tool_calls=[call]), HI])
     with pytest.raises(ValueError, match="cannot tell it of tools"):
         text.chat([HI], tools=[TOOL])
-    # Who speaks counts, where it is said; of a tool its call says it.
-    with pytest.raises(ValueError, match="leaves the name of a message out"):
-        text.chat([said("user", "x", name="Mia")])
-    assert prompt(text, HI, said("tool", "3", name="add")) == "Hi é3"
+    # Who speaks is told where the template does it.
+    assert prompt(text, said("user", "x", name="Mia")) == "x"
     naming = "{% for m in messages %}{{ m.name }}: {{ m.content }}{% endfor %}"
     assert prompt(text_of(naming), said("user", "x", name="Mia")) == "Mia: x"
     text = text_of("{% for m in messages %}[{{ m.content | trim }}]{% endfor %}")

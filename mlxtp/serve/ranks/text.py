@@ -126,8 +126,8 @@ class Text:
             "initial_state", in which the answer begins: "normal", "reasoning", or one
             of the model's format.
 
-        Raises: ValueError if the template raises, leaves messages, their names or tools
-            out, or does not know an argument.
+        Raises: ValueError if the template raises, leaves messages or tools out, or does
+            not know an argument.
         """
         if not messages:
             raise ValueError("messages: a chat needs at least one")
@@ -321,10 +321,7 @@ class _Chat:
         )
 
     def check(self, text: str, *, answers: bool) -> None:
-        """Raise ValueError if the template leaves a message or the tools out.
-
-        So it does for names of those who speak; that of a tool is its call's.
-        """
+        """Raise ValueError if the template leaves a message or the tools out."""
         messages = self.messages
         marks = [f" <<{i}>>" for i in range(len(messages))]
         marked = ""
@@ -347,10 +344,6 @@ class _Chat:
                 raise ValueError(
                     f"the chat template leaves message {i + 1} ({message['role']}) out"
                 )
-        if any("name" in m and m["role"] != "tool" for m in messages):
-            nameless = [{k: x for k, x in m.items() if k != "name"} for m in messages]
-            if self.write(nameless, answers=answers) == text:
-                raise ValueError("the chat template leaves the name of a message out")
         if answers:
             check_prefill(text, messages[-1]["content"])
         for tool in self._tools or ():
