@@ -42,6 +42,10 @@ MOST_LOSSES = 3
 # The status of a program that has said itself what is wrong with what it was given.
 MISTAKE = 2
 
+# How long Python and its imports may take, on a disk that is cold, until rank 0 comes.
+# What the ranks do afterwards has limits of theirs.
+START_SECONDS = 120.0
+
 # A job that was ready for so long counts like a token.
 STEADY_SECONDS = 600.0
 
@@ -158,22 +162,26 @@ class Supervisor:
 
     async def _until_it_ends(self) -> Loss | None:
         """Wait for the end of the job; None where it was ended for a larger one."""
+        come = asyncio.create_task(self._ranks.has_come.wait())
         gone = asyncio.create_task(self._ranks.is_gone.wait())
         larger = asyncio.create_task(self._until_hosts_are_back())
         try:
-            await first_of(self._running, gone, larger)
+            await first_of(self._running, come, timeout_seconds=START_SECONDS)
+            is_late = not (come.done() or self._running.done())
+            if come.done():
+                await first_of(self._running, gone, larger)
             is_asked = larger.done() and not (gone.done() or self._running.done())
         finally:
-            gone.cancel()
-            larger.cancel()
+            for task in (come, gone, larger):
+                task.cancel()
         if is_asked:
             larger.result()
             self._ranks.end_job()
             await first_of(self._running, timeout_seconds=END_SECONDS)
-        else:
+        elif not is_late:
             await first_of(self._running, timeout_seconds=LAST_WORDS_SECONDS)
         outcome = await self._end_mpirun(LAST_WORDS_SECONDS)
-        return None if is_asked else self._loss(outcome)
+        return None if is_asked else self._loss(outcome, is_late)
 
     async def _until_hosts_are_back(self) -> None:
         """Tell when the job is ready; return when a larger one can take its place."""
@@ -212,7 +220,7 @@ class Supervisor:
         for note in ready.notes:
             say(note)
 
-    def _loss(self, outcome: Outcome) -> Loss:
+    def _loss(self, outcome: Outcome, is_late: bool) -> Loss:
         verdict = outcome.verdict
         refusal = self._ranks.refusal
         if verdict is None or verdict.why not in OF_HOSTS:
@@ -222,6 +230,8 @@ class Supervisor:
         elif verdict is not None:
             words = verdict.sentence().removeprefix("mlxtp: ")
             words = words.removesuffix(": all ranks end")
+        elif is_late:
+            words = f"rank 0 has not come within {START_SECONDS:g} s"
         else:
             words = f"the ranks have ended with status {outcome.status}"
         hosts = lost_hosts(verdict, self._hosts.ranks)

@@ -2,12 +2,14 @@
 
 import asyncio
 from typing import Any
+from unittest.mock import Mock
 
 import fake_ranks
 import pytest
 
 from mlxtp.serve import messages
 from mlxtp.serve.front.ranks import Mistake, Ranks
+from mlxtp.serve.ranks import __main__ as program
 from mlxtp.serve.ranks.link import Link
 
 pytestmark = pytest.mark.once
@@ -39,3 +41,15 @@ def test_a_result_that_is_too_long(monkeypatch: pytest.MonkeyPatch) -> None:
         assert await asyncio.to_thread(link.take, wait=True) == [messages.End()]
 
     asyncio.run(life())
+
+
+def test_rank_0_meets_the_front_before_the_other_ranks(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Where one of these is lost rank 0 ends, and so the front hears of it."""
+    meet = Mock()
+    monkeypatch.setattr(Link, "of_environment", meet)
+    monkeypatch.setattr(program, "connect", Mock(side_effect=SystemExit))
+    with pytest.raises(SystemExit):
+        program.main()
+    meet.assert_called_once()

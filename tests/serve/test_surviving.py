@@ -76,6 +76,20 @@ def test_streams_go_on_where_they_stopped(start, capfd) -> None:
     assert said.count("mlxtp.serve: ready: stories") == 2
 
 
+def test_ranks_that_do_not_come_are_not_waited_for(start, monkeypatch, capfd) -> None:
+    """As where a host is cut off before mpirun has started a rank."""
+    monkeypatch.setattr(supervisor, "START_SECONDS", 0.5)
+
+    async def life() -> None:
+        note = "import sys; print(os.getpid(), file=open(sys.argv[1], 'a'))"
+        server: Server = start(f"import os, time; {note}; time.sleep(1000)")
+        assert await server.end() != 0
+
+    asyncio.run(life())
+    said = capfd.readouterr().err
+    assert "mlxtp.serve: rank 0 has not come within 0.5 s\n" in said
+
+
 def test_losses_without_a_token_between_them_end_it(start, capfd) -> None:
     async def life() -> None:
         server: Server = start(FAKE, "--served-model-name", "stories")

@@ -79,12 +79,12 @@ PREFIX_PART = 0.5
 
 
 def main() -> None:
-    """Connect the ranks, load the model, and serve until the front says to end."""
+    """Meet the front, connect the ranks, load the model, and serve until the end."""
     link: Link | None = None
     try:
+        if launcher.rank() == 0:  # first, so that the front sees it go from here on
+            link = Link.of_environment()
         args, comm = connect(sys.argv[1:])
-        with comm.agreement():
-            link = Link.of_environment() if comm.rank == 0 else None
         serve(load(args, comm, link), comm)
     except (UsageError, JobError) as error:
         tell(link, messages.Refused(str(error)))

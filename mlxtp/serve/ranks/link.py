@@ -10,6 +10,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+from mlxtp.comm.errors import UsageError
 from mlxtp.serve import messages
 from mlxtp.serve.messages import Answer, Call, End, Message
 
@@ -41,17 +42,17 @@ class Link:
     def of_environment(cls) -> "Link":
         """Connect to the front that started this job.
 
-        Raises: ValueError if none did, or it is gone.
+        Raises: UsageError if none did, or it is gone.
         """
         folder = os.environ.get(messages.FOLDER_VARIABLE)
         if not folder:
-            raise ValueError(
+            raise UsageError(
                 "this is the job of a server, which python -m mlxtp.serve starts"
             )
         try:
             return cls(Path(folder))
         except OSError as error:
-            raise ValueError(
+            raise UsageError(
                 f"the server that started this job is gone: {error}"
             ) from error
 
