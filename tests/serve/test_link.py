@@ -53,3 +53,13 @@ def test_rank_0_meets_the_front_before_the_other_ranks(
     with pytest.raises(SystemExit):
         program.main()
     meet.assert_called_once()
+
+
+def test_long_parts_lengthen_no_start(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A host lost before MPI has started costs --timeout, not eight times it."""
+    world = Mock()
+    monkeypatch.setattr(program.Communicator, "world", world)
+    monkeypatch.setattr(program, "check_same_start", Mock())
+    program.connect(["--prefill-step-size", "4096", "--timeout", "30"])
+    how = world.call_args.kwargs
+    assert (how["start_seconds"], how["timeout_seconds"]) == (30, 240)

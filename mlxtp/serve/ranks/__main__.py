@@ -103,7 +103,8 @@ def connect(arguments: list[str]) -> tuple[Args, Communicator]:
         check_same_start(Communicator.world(**connection_alone(arguments)), arguments)
         raise
     how = connection(args)
-    # A rank that reads a longer part comes to its collectives later.
+    # A rank that reads a longer part comes to its collectives later; none starts later.
+    how["start_seconds"] = how["timeout_seconds"]
     how["timeout_seconds"] *= max(1.0, args.prefill_step_size / USUAL_PART)
     comm = Communicator.world(**how)
     check_same_start(comm, arguments)
