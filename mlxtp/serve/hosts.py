@@ -7,7 +7,8 @@ jobs in turn were lost is left out for a while, and one that comes back without 
 had (a Mac that was restarted has lost its addresses on the cables, and its GPU's
 limit), or with other packages, is taken in when that is mended. Routes are laid past
 cables that do not answer; a host that no way reaches does not take part. Where the
-routes cannot be laid, all take the Ethernet.
+routes cannot be laid, or no way leads from the first host to another, all take the
+Ethernet; so they do where the model does not fit on the hosts that are reached.
 """
 
 import asyncio
@@ -172,22 +173,27 @@ class Hosts:
         until = time.monotonic() + LEFT_OUT_SECONDS
         self._left_out_until |= dict.fromkeys(hosts, until)
 
-    async def choose(self, losses: Sequence[Loss]) -> None:
+    async def choose(
+        self, losses: Sequence[Loss], *, takes_cables: bool = True
+    ) -> None:
         """Decide who takes part in the next job, behind these losses.
 
-        What the jobs before have left is gone from the hosts that answer.
+        What the jobs before have left is gone from the hosts that answer. Without
+        cables all take the Ethernet, those too that no cable reaches.
         """
         self._last_lost = losses[-1].hosts if losses else ()
         self.leave_out(lost_in_turn(losses))
         visits = await self._visits(self.slots or ["localhost"], self._jobs)
         first = next(iter(self.slots), None)
-        self.missing, self.notes = {}, []
+        self.missing, self.notes, self.takes_cables = {}, [], takes_cables
         for host in self.slots:
             words = self._against(host, visits[host])
             if words is not None and host != first:
                 self.missing[host] = words
-        if self._on_cables:
+        if self._on_cables and takes_cables:
             await self._lay_routes(visits)
+        if not self.takes_cables:
+            self.notes.append("all hosts take the Ethernet")
         self.part = {h: n for h, n in self.slots.items() if h not in self.missing}
 
     async def returned(self) -> list[str]:
@@ -238,6 +244,10 @@ class Hosts:
         laid, carrying = self._cables(well)
         unreached = [h for h in self._unreached(well) if h not in self.missing]
         part = [h for h in numbers if h not in self.missing and h not in unreached]
+        if unreached and len(part) == 1:
+            self.notes = [f"no cable leads from {part[0]} to another host"]
+            self.takes_cables = False
+            return
 
         def lay(host: str) -> str | None:
             place = [str(numbers[host]), str(len(numbers))]
@@ -253,7 +263,7 @@ class Hosts:
         refused = [words for words in done if words is not None]
         self.takes_cables = not refused
         if refused:
-            self.notes = [*refused, "all hosts take the Ethernet"]
+            self.notes = refused
             return
         self.missing |= dict.fromkeys(unreached, UNREACHED)
         if broken := laid - carrying:

@@ -27,7 +27,7 @@ from mlxtp.job_options import AUTO
 from mlxtp.partition.shares import Share, Shares
 from mlxtp.serve import options
 from mlxtp.serve.front.ranks import Generation, Ranks, State
-from mlxtp.serve.hosts import OF_HOSTS, Hosts, Loss, lost_hosts
+from mlxtp.serve.hosts import OF_HOSTS, UNREACHED, Hosts, Loss, lost_hosts
 from mlxtp.serve.log import say, say_line
 from mlxtp.serve.messages import FOLDER_VARIABLE, Event
 
@@ -260,13 +260,16 @@ class Supervisor:
             say(each.words)
         return True
 
-    async def _choose(self, loss: Loss | None = None) -> None:
+    async def _choose(
+        self, loss: Loss | None = None, *, takes_cables: bool = True
+    ) -> None:
         """Decide who takes part in the next job, and tell it."""
         ranks, hosts = self._ranks, self._hosts
         state: State = "recovering" if self._give_up_at is None else "waiting"
         words = loss.words if loss else "hosts are taken in again"
         ranks.recover(words, state)
-        await hosts.choose(self._losses if loss else ())
+        losses = self._losses if loss else ()
+        await hosts.choose(losses, takes_cables=takes_cables)
         ranks.missing = dict(hosts.missing)
         if loss and hosts.missing:
             words = f"{', '.join(hosts.missing)} lost ({words})"
@@ -303,6 +306,10 @@ class Supervisor:
             say(f"{words}: shares go by memory")
             self._is_fitted = True
             ranks.recover(words)
+            return
+        if hosts.takes_cables and UNREACHED in hosts.missing.values():
+            say(words)
+            await self._choose(takes_cables=False)
             return
         ranks.missing = dict(hosts.missing)
         lacking = ", ".join(f"{host} ({why})" for host, why in hosts.missing.items())

@@ -392,6 +392,14 @@ def test_cables_that_do_not_answer(monkeypatch: pytest.MonkeyPatch) -> None:
         deaf.add((5, 2))
         await hosts.choose(())
         assert hosts.notes == ["the routes are laid past cable 1-2, 2-5, 3-4"]
+        # In a ring the first host itself is cut: it is not to go on alone.
+        there = cables.ring(5)
+        broken.clear()
+        broken.update({Cable(1, 2), Cable(1, 5)})
+        await hosts.choose([Loss("x", ("c",))])
+        assert hosts.part == hosts.slots and not hosts.takes_cables
+        ethernet = "all hosts take the Ethernet"
+        assert hosts.notes == ["no cable leads from a to another host", ethernet]
 
     asyncio.run(life())
 
@@ -411,6 +419,27 @@ def test_a_draft_model_without_room_is_left_out() -> None:
     left = asyncio.run(arguments("--draft-model", "small", *how))
     assert not [word for word in left if "draft" in word]
     options.parse_ranks(left)
+
+
+@pytest.mark.parametrize("why", [hosts_module.UNREACHED, "it does not answer"])
+def test_a_model_that_fits_on_all_hosts_takes_the_ethernet(
+    why: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Hosts that no cable reaches are there all the same."""
+    monkeypatch.setattr(hosts_module, "visit", lambda *_: Visit(None, None, versions()))
+    monkeypatch.setattr(supervisor, "TRY_AGAIN_SECONDS", 0)
+
+    async def life() -> None:
+        ranks, args = Ranks(), options.parse(["--shares", "auto"])
+        supervised = supervisor.Supervisor(args, None, ranks, "stories")
+        hosts = supervised._hosts = Hosts({"a": 1, "b": 1}, "hostfile")
+        hosts.part, hosts.missing = {"a": 1}, {"b": why}
+        await supervised._make_it_fit("it does not fit")
+        assert hosts.part == hosts.slots
+        assert hosts.takes_cables == (why != hosts_module.UNREACHED)
+        await ranks.close()
+
+    asyncio.run(life())
 
 
 def test_a_host_that_was_left_out_is_taken_in_once(monkeypatch) -> None:
