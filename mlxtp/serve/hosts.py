@@ -18,7 +18,7 @@ from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
-from mlxtp.cluster import cables
+from mlxtp.cluster import cables, reroute
 from mlxtp.cluster.addresses import is_here, uses_cables
 from mlxtp.cluster.allocation import Allocation
 from mlxtp.cluster.cables import Cable
@@ -254,7 +254,7 @@ class Hosts:
             topology = f"--topology={cables.listed(carrying)}"
             words = ["mlxtp.cluster.reroute", *place, topology]
             try:
-                said = ask(host, words)
+                said = ask(host, words, set(reroute.Outcome._fields))
             except HostError as error:
                 return f"{host}: {error}"
             return f"{host}: {said['words']}" if said["routes"] == "refused" else None

@@ -11,6 +11,7 @@ import pytest
 from life import FAKE, Server
 
 from mlxtp.cluster import cables
+from mlxtp.cluster import visit as visit_module
 from mlxtp.cluster.cables import Cable
 from mlxtp.cluster.job import JobError
 from mlxtp.cluster.remote import HostError
@@ -333,6 +334,25 @@ def test_mistakes_of_a_text_that_is_to_survive(monkeypatch, tmp_path, capsys) ->
         options.parse_survive([])
 
 
+@pytest.mark.parametrize("said", ["{}", "[1]", '{"routes": "refused"}', "no JSON"])
+def test_a_host_with_another_mlxtp_ends_nothing(
+    said: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What it says has other fields, and it does not take part until that is mended."""
+    monkeypatch.setattr(visit_module, "run_on", lambda *_, **__: f"warning\n{said}\n")
+
+    async def life() -> None:
+        hosts = Hosts({"a": 1, "b": 1}, "hostfile")
+        await hosts.choose([Loss("x", ("b",))])
+        words = "no JSON" if said == "no JSON" else "of another mlxtp: launch/install"
+        assert words in hosts.missing["b"] and await hosts.returned() == []
+        hosts._on_cables = True
+        await hosts._lay_routes({})
+        assert not hosts.takes_cables and words in hosts.notes[0]
+
+    asyncio.run(life())
+
+
 def test_cables_that_do_not_answer(monkeypatch: pytest.MonkeyPatch) -> None:
     """Who no way reaches is missing until a cable answers; or all take the Ethernet."""
     there = cables.ring(5)
@@ -347,7 +367,7 @@ def test_cables_that_do_not_answer(monkeypatch: pytest.MonkeyPatch) -> None:
         heard = [k for k in answering if (place[0], k) not in deaf]
         return Visit(None, None, versions(), tuple(own), tuple(heard))
 
-    def ask(host: str, words: list[str]) -> dict[str, str]:
+    def ask(host: str, words: list[str], names: object) -> dict[str, str]:
         asked.append([host, *words])
         return says
 
