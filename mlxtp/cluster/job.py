@@ -229,6 +229,11 @@ class RunningJob:
         host = socket.gethostname().partition(".")[0]
         return f"prterun-{host}-{self.process.pid}"
 
+    @property
+    def is_judged(self) -> bool:
+        """Whether its ranks have said why it ends, and no later word can change it."""
+        return self._stderr.is_final
+
     def wait(self, timeout_seconds: float | None = None) -> Outcome:
         """Wait for the end of the job.
 

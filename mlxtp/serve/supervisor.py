@@ -179,9 +179,18 @@ class Supervisor:
             self._ranks.end_job()
             await first_of(self._running, timeout_seconds=END_SECONDS)
         elif not is_late:
-            await first_of(self._running, timeout_seconds=LAST_WORDS_SECONDS)
+            await self._hear_last_words()
         outcome = await self._end_mpirun(LAST_WORDS_SECONDS)
         return None if is_asked else self._loss(outcome, is_late)
+
+    async def _hear_last_words(self) -> None:
+        """Let mpirun end the others, or a rank say why: it may not end by itself."""
+        assert self._job is not None
+        until = time.monotonic() + LAST_WORDS_SECONDS
+        while not (
+            self._running.done() or self._job.is_judged or time.monotonic() > until
+        ):
+            await first_of(self._running, timeout_seconds=0.1)
 
     async def _until_hosts_are_back(self) -> None:
         """Tell when the job is ready; return when a larger one can take its place."""

@@ -260,11 +260,13 @@ def test_all_have_raised() -> None:
 def test_which_verdict_counts() -> None:
     """What an exception may have followed from counts before it."""
     whys = ("failed", "raised", "died", "late", "raised", "failed")
-    reader, counted = VerdictFilter(), []
+    reader, counted, final = VerdictFilter(), [], []
     for why in whys:
         reader.feed(f"{replace(REPORT, why=why).line()}\n".encode())
         counted.append(reader.verdict.why)
+        final.append(reader.is_final)
     assert counted == ["failed", "raised", "died", "died", "died", "died"]
+    assert final == [False, False, True, True, True, True]
 
 
 REPORT = Verdict(

@@ -1,6 +1,7 @@
 """The socket between front and rank 0, with both of its ends."""
 
 import asyncio
+import socket
 from typing import Any
 from unittest.mock import Mock
 
@@ -39,6 +40,24 @@ def test_a_result_that_is_too_long(monkeypatch: pytest.MonkeyPatch) -> None:
         assert await ranks.call("echo", text="a") == {"text": "a"}
         await ranks.close()
         assert await asyncio.to_thread(link.take, wait=True) == [messages.End()]
+
+    asyncio.run(life())
+
+
+def test_ranks_that_have_gone_are_not_ready() -> None:
+    """From the moment on, before it is known why: /health says so."""
+
+    async def life() -> None:
+        ranks = Ranks()
+        await ranks.listen()
+        link = await asyncio.to_thread(Link, ranks.folder)
+        link.send(fake_ranks.READY)
+        await ranks.is_ready.wait()
+        assert ranks.state == "ready"
+        link._socket.shutdown(socket.SHUT_RDWR)
+        await ranks.is_gone.wait()
+        assert ranks.state == "recovering"
+        await ranks.close()
 
     asyncio.run(life())
 

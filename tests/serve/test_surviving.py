@@ -5,6 +5,8 @@ import json
 import os
 import signal
 import sys
+import time
+from unittest.mock import Mock
 
 import fake_ranks
 import pytest
@@ -142,6 +144,24 @@ def test_requests_wait_for_hosts_and_get_an_error_at_last(
         assert await server.end() == 0
 
     asyncio.run(life())
+
+
+@pytest.mark.parametrize("is_judged", [False, True])
+def test_who_has_said_why_is_not_listened_to(is_judged: bool, monkeypatch) -> None:
+    """mpirun does not end by itself where a host is cut off."""
+    monkeypatch.setattr(supervisor, "LAST_WORDS_SECONDS", 0.4)
+
+    async def life() -> float:
+        ranks = Ranks()
+        supervised = supervisor.Supervisor(options.parse([]), None, ranks, "stories")
+        supervised._job = Mock(is_judged=is_judged)
+        supervised._ended = asyncio.get_running_loop().create_future()
+        begun = time.monotonic()
+        await supervised._hear_last_words()
+        await ranks.close()
+        return time.monotonic() - begun
+
+    assert (asyncio.run(life()) < 0.3) == is_judged
 
 
 def test_what_follows_from_a_verdict() -> None:

@@ -372,6 +372,8 @@ class Ranks:
             writer.close()
             if self._writer is writer:
                 self._writer = None
+                if self.state == "ready":
+                    self.state, self.words = "recovering", "the ranks have gone"
                 self.is_ready.clear()
                 self.is_gone.set()
 
