@@ -11,6 +11,7 @@ import pytest
 from mlxtp.serve import messages
 from mlxtp.serve.front.ranks import Mistake, Ranks
 from mlxtp.serve.ranks import __main__ as program
+from mlxtp.serve.ranks import link as link_module
 from mlxtp.serve.ranks.link import Link
 
 pytestmark = pytest.mark.once
@@ -58,6 +59,31 @@ def test_ranks_that_have_gone_are_not_ready() -> None:
         await ranks.is_gone.wait()
         assert ranks.state == "recovering"
         await ranks.close()
+
+    asyncio.run(life())
+
+
+@pytest.mark.parametrize("loads", [True, False])
+def test_ranks_that_load_end_with_their_front(
+    loads: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Those that serve end in order; a front that only lost the connection is there."""
+    leave = Mock()
+    monkeypatch.setattr(link_module.os, "_exit", leave)
+
+    async def life() -> None:
+        for is_killed in (False, True):
+            ranks = Ranks()
+            await ranks.listen()
+            link = await asyncio.to_thread(Link, ranks.folder)
+            link.callee = None if loads else Callee()
+            await ranks.has_come.wait()
+            if is_killed:
+                ranks._server.close()
+            ranks.recover("lost")
+            assert await asyncio.to_thread(link.take, wait=True) == [messages.End()]
+            assert leave.called == (is_killed and loads)
+            await ranks.close()
 
     asyncio.run(life())
 

@@ -20,7 +20,7 @@ class Link:
 
     A thread takes in what comes. Calls are answered in another one, by the methods of
     `callee`, once that is set; everything else waits in `received`. When the front is
-    gone an `End` does.
+    gone an `End` does; before `callee` is set, while nobody looks, the process ends.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -81,6 +81,8 @@ class Link:
         # only waits for the next job keeps it.
         if not self._is_there():
             shutil.rmtree(self._folder, ignore_errors=True)
+            if self.callee is None:  # these ranks load, for nobody
+                os._exit(1)
         self.received.put(End())
 
     def _is_there(self) -> bool:
