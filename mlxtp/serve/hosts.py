@@ -1,14 +1,14 @@
 """Which hosts take part in the next job of the ranks, and why others do not.
 
 The rules stand first. A host takes part if it answers; the front's own does in any
-case. Where hosts could not be visited from the beginning, as within a batch system's
-job, all take part but those that the last job was lost with. One with which the last
-jobs in turn were lost is left out for a while, and one that comes back without what it
-had (a Mac that was restarted has lost its addresses on the cables, and its GPU's
-limit), or with other packages, is taken in when that is mended. Routes are laid past
-cables that do not answer; a host that no way reaches does not take part. Where the
-routes cannot be laid, or no way leads from the first host to another, all take the
-Ethernet; so they do where the model does not fit on the hosts that are reached.
+case. Hosts that have never answered, as within a batch system's job, take part but
+where the last job was lost with them. One with which the last jobs in turn were lost is
+left out for a while, and one that comes back without what it had (a Mac that was
+restarted has lost its addresses on the cables, and its GPU's limit), or with other
+packages, is taken in when that is mended. Routes are laid past cables that do not
+answer; a host that no way reaches does not take part. Where the routes cannot be laid,
+or no way leads from the first host to another, all take the Ethernet; so they do where
+the model does not fit on the hosts that are reached.
 """
 
 import asyncio
@@ -150,6 +150,7 @@ class Hosts:
         self._on_cables = len(slots) > 1 and _is_on_cables(len(slots))
         self._jobs: list[str] = []
         self._before: dict[str, Visit] = {}  # as they were when the service began
+        self._answered: set[str] = set()  # at any time
         self._left_out_until: dict[str, float] = {}
         self._last_lost: tuple[str, ...] = ()
 
@@ -274,7 +275,7 @@ class Hosts:
         """Say why a host does not take part; None if it does."""
         before = self._before.get(host)
         if isinstance(seen, str):
-            is_judged = before is not None or host in self._last_lost
+            is_judged = host in self._answered or host in self._last_lost
             return f"it does not answer: {seen}" if is_judged else None
         if self._left_out_until.get(host, 0.0) > time.monotonic():
             return "the last jobs were lost with it"
@@ -296,4 +297,6 @@ class Hosts:
 
         names = list(hosts)
         tasks = [asyncio.to_thread(visited, host) for host in names]
-        return dict(zip(names, await asyncio.gather(*tasks), strict=True))
+        seen = dict(zip(names, await asyncio.gather(*tasks), strict=True))
+        self._answered |= {h for h, each in seen.items() if isinstance(each, Visit)}
+        return seen

@@ -234,6 +234,12 @@ def test_who_takes_part(monkeypatch: pytest.MonkeyPatch) -> None:
         await unvisited.look()
         await unvisited.choose([Loss("x", ("c",))])
         assert unvisited.part == {"a": 1, "b": 2}
+        # One that was only too slow to answer at first is known from then on.
+        away.clear()
+        await unvisited.choose(())
+        away.add("b")
+        await unvisited.choose(())
+        assert unvisited.part == {"a": 1, "c": 1}
 
     asyncio.run(life())
 
