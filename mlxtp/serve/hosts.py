@@ -28,9 +28,11 @@ from mlxtp.cluster.remote import HostError
 from mlxtp.cluster.verdict import Verdict
 from mlxtp.cluster.visit import Visit, ask, versions, visit
 
-# A host with which so many jobs in turn were lost is left out, for so long.
+# A host with which so many jobs in turn were lost is left out, for so long: until the
+# next job has loaded and been ready for `supervisor.STEADY_SECONDS`, after which these
+# losses do not count. Else one host that comes and goes would end an idle service.
 LOSSES_OF_HOST = 2
-LEFT_OUT_SECONDS = 300.0
+LEFT_OUT_SECONDS = 1800.0
 
 UNREACHED = "its cables do not answer"
 

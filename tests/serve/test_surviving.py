@@ -501,6 +501,8 @@ def test_a_host_that_was_left_out_is_taken_in_once(monkeypatch) -> None:
         hosts = Hosts({"a": 1, "b": 1}, "hostfile")
         await hosts.choose([Loss("x", ("b",)), Loss("y", ("b",))])
         assert hosts.part == {"a": 1} and await hosts.returned() == []
+        now += supervisor.STEADY_SECONDS + 600  # these losses are forgotten before
+        assert await hosts.returned() == []
         now += 1000
         assert await hosts.returned() == ["b"]
         await hosts.choose(())
