@@ -140,6 +140,7 @@ class Hosts:
 
     `part` are those that take part in the job, as `slots`; `missing` says why others
     do not. `notes` are for the log: how the cables are used where some are broken.
+    `are_cables_back`: with those that carry something now, the next job does better.
     """
 
     def __init__(self, slots: dict[str, int], file: str) -> None:
@@ -147,6 +148,8 @@ class Hosts:
         self.missing: dict[str, str] = {}
         self.takes_cables = True  # where there are any
         self.notes: list[str] = []
+        self.are_cables_back = False
+        self._broken: set[Cable] = set()  # when the hosts of this job were chosen
         self._file = file
         self._versions = versions()
         self._on_cables = len(slots) > 1 and _is_on_cables(len(slots))
@@ -160,6 +163,11 @@ class Hosts:
     def ranks(self) -> list[str]:
         """The host of each rank."""
         return by_rank(self.part)
+
+    @property
+    def is_whole(self) -> bool:
+        """Whether no host is missing, and no cable was broken."""
+        return not self.missing and not self._broken
 
     def note(self, job: str) -> None:
         """Note the name of a job that was started."""
@@ -193,8 +201,12 @@ class Hosts:
             words = self._against(host, visits[host])
             if words is not None and host != first:
                 self.missing[host] = words
-        if self._on_cables and takes_cables:
-            await self._lay_routes(visits)
+        if self._on_cables:
+            well = {h: v for h, v in visits.items() if h not in self.missing}
+            laid, carrying = self._cables(well)
+            self._broken = laid - carrying
+            if takes_cables:
+                await self._lay_routes(well, carrying)
         if not self.takes_cables:
             self.notes.append("all hosts take the Ethernet")
         self.part = {h: n for h, n in self.slots.items() if h not in self.missing}
@@ -203,13 +215,17 @@ class Hosts:
         """Visit the hosts that are missing; return those that can take part again."""
         # The last job runs, and has left nothing.
         visits = await self._visits(self.missing, self._jobs[:-1])
-        if self._on_cables and self.takes_cables:
+        if self._on_cables:
             # Of each cable both ends have to be seen.
             visits |= await self._visits(self.slots.keys() - self.missing.keys(), [])
         words = {host: self._against(host, visits[host]) for host in self.missing}
-        if self._on_cables and self.takes_cables:
+        if self._on_cables:
             well = {h: v for h, v in visits.items() if words.get(h) is None}
-            for host in self._unreached(well):
+            back = self._broken & self._cables(well)[1]
+            # Where cables are not used at all, some of them may be of no help.
+            needed = back if self.takes_cables else self._broken
+            self.are_cables_back = bool(back) and back == needed
+            for host in self._unreached(well) if self.takes_cables else ():
                 if host in self.missing:
                     words[host] = UNREACHED
         self.missing = {host: said or "it is back" for host, said in words.items()}
@@ -240,11 +256,11 @@ class Hosts:
         reached = cables.routes(1, self._cables(visits)[1])
         return [h for h, n in self._numbers().items() if n != 1 and n not in reached]
 
-    async def _lay_routes(self, visits: Mapping[str, Visit | str]) -> None:
+    async def _lay_routes(
+        self, well: Mapping[str, Visit | str], carrying: set[Cable]
+    ) -> None:
         """Lay the routes past the cables that do not answer."""
         numbers = self._numbers()
-        well = {host: v for host, v in visits.items() if host not in self.missing}
-        laid, carrying = self._cables(well)
         unreached = [h for h in self._unreached(well) if h not in self.missing]
         part = [h for h in numbers if h not in self.missing and h not in unreached]
         if unreached and len(part) == 1:
@@ -269,8 +285,8 @@ class Hosts:
             self.notes = refused
             return
         self.missing |= dict.fromkeys(unreached, UNREACHED)
-        if broken := laid - carrying:
-            words = ", ".join(map(str, sorted(broken)))
+        if self._broken:
+            words = ", ".join(map(str, sorted(self._broken)))
             self.notes = [f"the routes are laid past cable {words}"]
 
     def _against(self, host: str, seen: Visit | str) -> str | None:

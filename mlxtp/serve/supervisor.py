@@ -193,7 +193,7 @@ class Supervisor:
             await first_of(self._running, timeout_seconds=0.1)
 
     async def _until_hosts_are_back(self) -> None:
-        """Tell when the job is ready; return when a larger one can take its place."""
+        """Tell when the job is ready; return when a better one can take its place."""
         ranks, hosts, rejoin = self._ranks, self._hosts, self._args.rejoin
         await ranks.is_ready.wait()
         self._note_ready()
@@ -203,11 +203,12 @@ class Supervisor:
             await asyncio.sleep(VISIT_EVERY_SECONDS)
             if time.monotonic() > steady_at:
                 self._losses.clear()
-            if not hosts.missing or rejoin == "never" or ranks.is_draining:
+            if hosts.is_whole or rejoin == "never" or ranks.is_draining:
                 continue
             back = set(await hosts.returned()).intersection(wanted)
             ranks.missing = dict(hosts.missing)
-            if back and (rejoin == "now" or not ranks.generations):
+            is_better = bool(back) or hosts.are_cables_back
+            if is_better and (rejoin == "now" or not ranks.generations):
                 return
 
     def _note_ready(self) -> None:
@@ -275,7 +276,7 @@ class Supervisor:
         """Decide who takes part in the next job, and tell it."""
         ranks, hosts = self._ranks, self._hosts
         state: State = "recovering" if self._give_up_at is None else "waiting"
-        words = loss.words if loss else "hosts are taken in again"
+        words = loss.words if loss else "what is back takes part again"
         ranks.recover(words, state)
         losses = self._losses if loss else ()
         await hosts.choose(losses, takes_cables=takes_cables)
@@ -299,11 +300,11 @@ class Supervisor:
             self._is_without_draft = True
             ranks.recover(words)
             return
-        if self._grown_from is not None:  # it fitted before hosts were taken in again
-            new = [host for host in hosts.part if host not in self._grown_from]
+        before, self._grown_from = self._grown_from or hosts.part, None
+        if new := [host for host in hosts.part if host not in before]:
+            # It fitted before these were taken in again.
             say(f"{words}: going on without {', '.join(new)}")
             hosts.leave_out(new)
-            self._grown_from = None
             await self._choose()
             return
         if (

@@ -373,7 +373,7 @@ def test_a_host_with_another_mlxtp_ends_nothing(
         words = "no JSON" if said == "no JSON" else "of another mlxtp: launch/install"
         assert words in hosts.missing["b"] and await hosts.returned() == []
         hosts._on_cables = True
-        await hosts._lay_routes({})
+        await hosts._lay_routes({}, set())
         assert not hosts.takes_cables and words in hosts.notes[0]
 
     asyncio.run(life())
@@ -417,6 +417,13 @@ def test_cables_that_do_not_answer(monkeypatch: pytest.MonkeyPatch) -> None:
         assert await hosts.returned() == ["c"]
         await hosts.choose(())
         assert hosts.part == hosts.slots
+        # A cable that is mended is used again, though no host is missing.
+        assert not hosts.is_whole
+        assert await hosts.returned() == [] and not hosts.are_cables_back
+        broken.clear()
+        assert await hosts.returned() == [] and hosts.are_cables_back
+        await hosts.choose(())
+        assert hosts.is_whole
         # Two hosts that hear each other alone.
         broken.update({Cable(1, 2), Cable(3, 4)})
         await hosts.choose(())
@@ -446,6 +453,11 @@ def test_cables_that_do_not_answer(monkeypatch: pytest.MonkeyPatch) -> None:
         assert hosts.part == hosts.slots and not hosts.takes_cables
         ethernet = "all hosts take the Ethernet"
         assert hosts.notes == ["no cable leads from a to another host", ethernet]
+        # Where none is used, some are of no help.
+        broken.remove(Cable(1, 2))
+        assert await hosts.returned() == [] and not hosts.are_cables_back
+        broken.clear()
+        assert await hosts.returned() == [] and hosts.are_cables_back
 
     asyncio.run(life())
 
