@@ -309,6 +309,9 @@ FAULTS: dict[str, tuple[Act, Act]] = {
     "rank 0 killed": (lambda _, __: strike_ranks("studio1", signal.SIGKILL), nothing),
 }
 
+# Behind these no host may be missing, and a job follows that uses the cables again.
+OF_CABLES = ("cables cut", "one cable")
+
 
 @dataclass
 class Seen:
@@ -328,7 +331,7 @@ async def state(http: httpx2.AsyncClient) -> dict[str, Any]:
     with suppress(httpx2.HTTPError):
         content: dict[str, Any] = (await http.get("/cluster")).json()
         return content
-    return {"state": "no answer", "missing": {}, "ranks": []}
+    return {"state": "no answer", "words": "", "missing": {}, "ranks": []}
 
 
 async def until(condition: Callable[[], Any], what: str) -> None:
@@ -363,10 +366,11 @@ class Strike:
 
 
 # Each kind of fault, and each moment. The ranks that load after the idle ones have no
-# prompts in their prefix cache, and have to read them.
+# prompts in their prefix cache, and have to read them. Without the cables of studio2
+# and of studio5 the first host has none either.
 EACH = [
     Strike("off", ["studio3", "studio5"], "loading"),
-    Strike("cables cut", ["studio2"]),
+    Strike("cables cut", ["studio2", "studio5"], "loading"),
     Strike("cut off", ["studio4"]),
     Strike("one cable", ["studio3"]),
     Strike("stopped", ["studio3", "studio2"]),
@@ -402,11 +406,21 @@ async def strike(load: Load, one: Strike, count: int) -> Seen:
         async def is_in(*states: str) -> bool:
             return (await state(http))["state"] in states
 
+        async def goes_on() -> bool:
+            return "going on with" in (await state(http))["words"]
+
+        async def lacks_cables_alone() -> bool:
+            return one.fault in OF_CABLES and not (await state(http))["missing"]
+
+        async def is_left() -> bool:
+            return not await is_in("ready")
+
         for host in hosts[:1] if again else hosts:
             await asyncio.to_thread(hit, host, count)
         await until(lambda: is_in("recovering", "waiting"), f"{fault}: noticed")
         notice = seconds()
         if again:
+            await until(goes_on, f"{fault}: a job without the first host")
             await asyncio.sleep(2)
             assert not await is_in("ready"), "the ranks have loaded already"
             for host in hosts[1:]:
@@ -416,8 +430,11 @@ async def strike(load: Load, one: Strike, count: int) -> Seen:
         load.may_ask.set()
         await until(load.has_token, f"{fault}: a token")
         token = seconds()
+        is_to_end = await lacks_cables_alone()
         for host in hosts:
             await asyncio.to_thread(undo, host, count)
+        if is_to_end:
+            await until(is_left, f"{fault}: the cables are used again")
 
         async def is_whole() -> bool:
             now = await state(http)
