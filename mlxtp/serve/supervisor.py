@@ -42,9 +42,9 @@ MOST_LOSSES = 3
 # The status of a program that has said itself what is wrong with what it was given.
 MISTAKE = 2
 
-# How long Python and its imports may take, on a disk that is cold, until rank 0 comes.
-# What the ranks do afterwards has limits of theirs.
-START_SECONDS = 120.0
+# How long it may take until rank 0 comes: mpirun's daemons, Python and its imports, on a
+# disk that is cold and a machine that is busy. What ranks do afterwards has other limits.
+START_SECONDS = 300.0
 
 # A job that was ready for so long counts like a token.
 STEADY_SECONDS = 600.0
