@@ -42,8 +42,8 @@ MOST_LOSSES = 3
 # The status of a program that has said itself what is wrong with what it was given.
 MISTAKE = 2
 
-# How long it may take until rank 0 comes: mpirun's daemons, Python and its imports, on a
-# disk that is cold and a machine that is busy. What ranks do afterwards has other limits.
+# How long it may take until rank 0 comes: mpirun's daemons, Python and its imports, on
+# a cold disk and a busy machine. What ranks do afterwards has limits of its own.
 START_SECONDS = 300.0
 
 # A job that was ready for so long counts like a token.
