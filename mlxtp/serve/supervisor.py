@@ -233,7 +233,9 @@ class Supervisor:
     def _loss(self, outcome: Outcome, is_late: bool) -> Loss:
         verdict = outcome.verdict
         refusal = self._ranks.refusal
-        if verdict is None or verdict.why not in OF_HOSTS:
+        # mpirun that misses a daemon ends with 0, before a rank can say who is lost.
+        is_of_mpirun = verdict is None and outcome.status == 0
+        if not is_of_mpirun and (verdict is None or verdict.why not in OF_HOSTS):
             self._ranks.suspect()
         if refusal is not None:
             words = refusal
@@ -242,6 +244,8 @@ class Supervisor:
             words = words.removesuffix(": all ranks end")
         elif is_late:
             words = f"rank 0 has not come within {START_SECONDS:g} s"
+        elif is_of_mpirun:
+            words = "mpirun has lost a host"
         else:
             words = f"the ranks have ended with status {outcome.status}"
         hosts = lost_hosts(verdict, self._hosts.ranks)
@@ -249,7 +253,7 @@ class Supervisor:
             words,
             hosts,
             outcome.status or 1,
-            is_of_ranks=verdict is not None,
+            is_of_ranks=verdict is not None or is_of_mpirun,
             is_refusal=refusal is not None,
         )
 

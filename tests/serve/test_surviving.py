@@ -15,7 +15,7 @@ from life import FAKE, Server
 from mlxtp.cluster import cables
 from mlxtp.cluster import visit as visit_module
 from mlxtp.cluster.cables import Cable
-from mlxtp.cluster.job import JobError
+from mlxtp.cluster.job import JobError, Outcome
 from mlxtp.cluster.remote import HostError
 from mlxtp.cluster.verdict import RankOnHost, Verdict, Why
 from mlxtp.cluster.visit import Visit, versions
@@ -142,6 +142,24 @@ def test_requests_wait_for_hosts_and_get_an_error_at_last(
         assert "8 GB are lacking" in (await stream).text
         os.kill(os.getpid(), signal.SIGTERM)
         assert await server.end() == 0
+
+    asyncio.run(life())
+
+
+def test_requests_are_not_blamed_for_hosts(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A host that is off may end mpirun, with 0; processes that crash, with more."""
+
+    async def life() -> None:
+        ranks = Ranks()
+        supervised = supervisor.Supervisor(options.parse([]), None, ranks, "stories")
+        suspect = Mock()
+        monkeypatch.setattr(ranks, "suspect", suspect)
+        off = supervised._loss(Outcome(0, None), False)
+        assert off.is_of_ranks and not suspect.called
+        assert off.words == "mpirun has lost a host" and off.status == 1
+        crashed = supervised._loss(Outcome(139, None), False)
+        assert not crashed.is_of_ranks and suspect.called
+        await ranks.close()
 
     asyncio.run(life())
 
