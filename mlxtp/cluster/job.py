@@ -29,7 +29,7 @@ from mlxtp.cluster.addresses import (
     ring_address,
     uses_cables,
 )
-from mlxtp.cluster.remote import AGENT_VARIABLE, KEEP_ALIVE, SSH_OPTIONS
+from mlxtp.cluster.remote import AGENT_VARIABLE, SSH_OPTIONS
 from mlxtp.cluster.verdict import VERDICT_VARIABLE, Verdict, VerdictFilter
 
 # Tells the ranks how long standard input is: mpirun of Open MPI 5.0.11 hands its input
@@ -187,7 +187,9 @@ class Job:
         """Return what mpirun needs to be told where a host is not this machine."""
         words = []
         if list(self.ssh) != ["ssh"] or AGENT_VARIABLE not in os.environ:
-            agent = f"{shlex.join(self.ssh)} {SSH_OPTIONS} {KEEP_ALIVE}"
+            # No keepalive: ssh lasts as long as its daemon, and a job whose data take the
+            # cables is to outlive an Ethernet that is gone for half a minute.
+            agent = f"{shlex.join(self.ssh)} {SSH_OPTIONS}"
             words += ["--prtemca", "plm_ssh_agent", agent]
         if not os.environ.keys().isdisjoint(_INTERFACES):
             return words

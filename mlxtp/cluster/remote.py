@@ -13,8 +13,7 @@ from mlxtp.cluster.addresses import is_here
 # Names what mpirun takes for ssh.
 AGENT_VARIABLE = "PRTE_MCA_plm_ssh_agent"
 
-# Nobody is there to type a password, and a host that sleeps, or is cut off while a
-# command runs, must not hold up the rest. (mpirun's daemons leave ssh once they run.)
+# Nobody is there to type a password, and a host that sleeps must not hold up the rest.
 SSH_OPTIONS = "-o BatchMode=yes -o ConnectTimeout=5"
 KEEP_ALIVE = "-o ServerAliveInterval=5 -o ServerAliveCountMax=3"
 
