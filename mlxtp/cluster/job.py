@@ -187,8 +187,8 @@ class Job:
         """Return what mpirun needs to be told where a host is not this machine."""
         words = []
         if list(self.ssh) != ["ssh"] or AGENT_VARIABLE not in os.environ:
-            # No keepalive: ssh lasts as long as its daemon, and a job whose data take the
-            # cables is to outlive an Ethernet that is gone for half a minute.
+            # No keepalive: ssh lasts as long as its daemon, and a job whose data take
+            # the cables is to outlive an Ethernet that is gone for half a minute.
             agent = f"{shlex.join(self.ssh)} {SSH_OPTIONS}"
             words += ["--prtemca", "plm_ssh_agent", agent]
         if not os.environ.keys().isdisjoint(_INTERFACES):
