@@ -477,7 +477,7 @@ async def run(server: Server, args: argparse.Namespace) -> dict[str, Any]:
             one = await strike(load, each, args.hosts)
             seen.append(one)
             print(
-                f"{number:3} {one.fault:16}{one.hosts:18}{one.streams:3} streams"
+                f"{number:3} {one.fault:22}{one.hosts:18}{one.streams:3} streams"
                 f"{one.notice:7.1f} s to notice{one.ready:7.1f} ready{one.token:7.1f} "
                 f"a token{one.back:7.1f} all hosts",
                 flush=True,
