@@ -540,15 +540,16 @@ def main() -> None:
     args.options = ["--rejoin", "now"]
     with tempfile.TemporaryDirectory() as temporary:
         args.folder = in_float32(Path(temporary) / "model")
-        start = start_seconds(args)
+        start = None if args.each else start_seconds(args)
         with served("mlxtp", args) as server:
             result = asyncio.run(run(server, args))
             if result["lost"] or args.log:
                 print(server.said())
         result["status at the end"] = server.process.returncode
-    recovery = result["seconds until ready"] + result["seconds until a token"]
-    result["seconds of a start on one host fewer"] = round(start, 2)
-    result["recovery / start"] = round(recovery / start, 2)
+    if start is not None:
+        recovery = result["seconds until ready"] + result["seconds until a token"]
+        result["seconds of a start on one host fewer"] = round(start, 2)
+        result["recovery / start"] = round(recovery / start, 2)
     for name, value in result.items():
         print(f"{name:40} {value}")
     print(json.dumps(result))
