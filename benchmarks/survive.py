@@ -370,11 +370,11 @@ class Strike:
 # and of studio5 the first host has none either.
 EACH = [
     Strike("off", ["studio3", "studio5"], "loading"),
-    Strike("cables cut", ["studio2", "studio5"], "loading"),
     Strike("cut off", ["studio4"]),
     Strike("one cable", ["studio3"]),
-    Strike("stopped", ["studio3", "studio2"]),
     Strike("rank 0 killed", ["studio1"]),
+    Strike("cables cut", ["studio2", "studio5"], "loading"),
+    Strike("stopped", ["studio3", "studio2"]),
     Strike("killed", ["studio5"], "idle"),
     Strike("killed", ["studio4"], "reading"),
 ]
@@ -451,8 +451,16 @@ async def strike(load: Load, one: Strike, count: int) -> Seen:
         return Seen(fault, ", ".join(hosts), streams, notice, ready, token, seconds())
 
 
-def thrown(args: argparse.Namespace, die: random.Random) -> Iterator[Strike]:
+def each(part: str) -> list[Strike]:
+    """Return part K/N of `EACH`."""
+    number, count = map(int, part.split("/"))
+    size = len(EACH) // count
+    return EACH[(number - 1) * size : number * size]
+
+
+def thrown(args: argparse.Namespace) -> Iterator[Strike]:
     """Throw the die for each fault."""
+    die = random.Random(args.seed)
     others = [f"studio{n}" for n in range(2, args.hosts + 1)]
     for _ in range(args.faults):
         fault = die.choice(args.only)
@@ -470,11 +478,11 @@ async def run(server: Server, args: argparse.Namespace) -> dict[str, Any]:
     load = Load(server.url, expected)
     load.may_ask.set()
     clients = [asyncio.create_task(load.client(n)) for n in range(args.clients)]
-    strikes = EACH if args.each else list(thrown(args, random.Random(args.seed)))
+    strikes = each(args.each) if args.each else list(thrown(args))
     seen = []
     try:
-        for number, each in enumerate(strikes, 1):
-            one = await strike(load, each, args.hosts)
+        for number, now in enumerate(strikes, 1):
+            one = await strike(load, now, args.hosts)
             seen.append(one)
             print(
                 f"{number:3} {one.fault:22}{one.hosts:18}{one.streams:3} streams"
@@ -531,7 +539,13 @@ def main() -> None:
     parser.add_argument("--clients", type=int, default=12)
     parser.add_argument("--seed", type=int, default=17)
     parser.add_argument("--only", nargs="+", choices=FAULTS, default=list(FAULTS))
-    parser.add_argument("--each", action="store_true", help="no die: all kinds once")
+    parser.add_argument(
+        "--each",
+        nargs="?",
+        const="1/1",
+        metavar="K/N",
+        help="no die: all kinds once, or the K-th of N parts of them",
+    )
     parser.add_argument("--two", type=float, default=0.1, help="two hosts at once")
     parser.add_argument("--second", type=float, default=0.1, help="one after another")
     parser.add_argument("--log", action="store_true", help="what the server says")
