@@ -309,6 +309,9 @@ FAULTS: dict[str, tuple[Act, Act]] = {
     "rank 0 killed": (lambda _, __: strike_ranks("studio1", signal.SIGKILL), nothing),
 }
 
+# Behind these no host may be missing, and a job follows that uses the cables again.
+OF_CABLES = ("cables cut", "one cable")
+
 
 @dataclass
 class Seen:
@@ -328,7 +331,7 @@ async def state(http: httpx2.AsyncClient) -> dict[str, Any]:
     with suppress(httpx2.HTTPError):
         content: dict[str, Any] = (await http.get("/cluster")).json()
         return content
-    return {"state": "no answer", "missing": {}, "ranks": []}
+    return {"state": "no answer", "words": "", "missing": {}, "ranks": []}
 
 
 async def until(condition: Callable[[], Any], what: str) -> None:
@@ -363,14 +366,15 @@ class Strike:
 
 
 # Each kind of fault, and each moment. The ranks that load after the idle ones have no
-# prompts in their prefix cache, and have to read them.
+# prompts in their prefix cache, and have to read them. Without the cables of studio2
+# and of studio5 the first host has none either.
 EACH = [
     Strike("off", ["studio3", "studio5"], "loading"),
-    Strike("cables cut", ["studio2"]),
     Strike("cut off", ["studio4"]),
     Strike("one cable", ["studio3"]),
-    Strike("stopped", ["studio3", "studio2"]),
     Strike("rank 0 killed", ["studio1"]),
+    Strike("cables cut", ["studio2", "studio5"], "loading"),
+    Strike("stopped", ["studio3", "studio2"]),
     Strike("killed", ["studio5"], "idle"),
     Strike("killed", ["studio4"], "reading"),
 ]
@@ -402,11 +406,21 @@ async def strike(load: Load, one: Strike, count: int) -> Seen:
         async def is_in(*states: str) -> bool:
             return (await state(http))["state"] in states
 
+        async def goes_on() -> bool:
+            return "going on with" in (await state(http))["words"]
+
+        async def lacks_cables_alone() -> bool:
+            return one.fault in OF_CABLES and not (await state(http))["missing"]
+
+        async def is_left() -> bool:
+            return not await is_in("ready")
+
         for host in hosts[:1] if again else hosts:
             await asyncio.to_thread(hit, host, count)
         await until(lambda: is_in("recovering", "waiting"), f"{fault}: noticed")
         notice = seconds()
         if again:
+            await until(goes_on, f"{fault}: a job without the first host")
             await asyncio.sleep(2)
             assert not await is_in("ready"), "the ranks have loaded already"
             for host in hosts[1:]:
@@ -416,8 +430,11 @@ async def strike(load: Load, one: Strike, count: int) -> Seen:
         load.may_ask.set()
         await until(load.has_token, f"{fault}: a token")
         token = seconds()
+        is_to_end = await lacks_cables_alone()
         for host in hosts:
             await asyncio.to_thread(undo, host, count)
+        if is_to_end:
+            await until(is_left, f"{fault}: the cables are used again")
 
         async def is_whole() -> bool:
             now = await state(http)
@@ -434,8 +451,16 @@ async def strike(load: Load, one: Strike, count: int) -> Seen:
         return Seen(fault, ", ".join(hosts), streams, notice, ready, token, seconds())
 
 
-def thrown(args: argparse.Namespace, die: random.Random) -> Iterator[Strike]:
+def each(part: str) -> list[Strike]:
+    """Return part K/N of `EACH`."""
+    number, count = map(int, part.split("/"))
+    size = len(EACH) // count
+    return EACH[(number - 1) * size : number * size]
+
+
+def thrown(args: argparse.Namespace) -> Iterator[Strike]:
     """Throw the die for each fault."""
+    die = random.Random(args.seed)
     others = [f"studio{n}" for n in range(2, args.hosts + 1)]
     for _ in range(args.faults):
         fault = die.choice(args.only)
@@ -453,14 +478,14 @@ async def run(server: Server, args: argparse.Namespace) -> dict[str, Any]:
     load = Load(server.url, expected)
     load.may_ask.set()
     clients = [asyncio.create_task(load.client(n)) for n in range(args.clients)]
-    strikes = EACH if args.each else list(thrown(args, random.Random(args.seed)))
+    strikes = each(args.each) if args.each else list(thrown(args))
     seen = []
     try:
-        for number, each in enumerate(strikes, 1):
-            one = await strike(load, each, args.hosts)
+        for number, now in enumerate(strikes, 1):
+            one = await strike(load, now, args.hosts)
             seen.append(one)
             print(
-                f"{number:3} {one.fault:16}{one.hosts:18}{one.streams:3} streams"
+                f"{number:3} {one.fault:22}{one.hosts:18}{one.streams:3} streams"
                 f"{one.notice:7.1f} s to notice{one.ready:7.1f} ready{one.token:7.1f} "
                 f"a token{one.back:7.1f} all hosts",
                 flush=True,
@@ -515,7 +540,13 @@ def main() -> None:
     parser.add_argument("--clients", type=int, default=12)
     parser.add_argument("--seed", type=int, default=17)
     parser.add_argument("--only", nargs="+", choices=FAULTS, default=list(FAULTS))
-    parser.add_argument("--each", action="store_true", help="no die: all kinds once")
+    parser.add_argument(
+        "--each",
+        nargs="?",
+        const="1/1",
+        metavar="K/N",
+        help="no die: all kinds once, or the K-th of N parts of them",
+    )
     parser.add_argument("--two", type=float, default=0.1, help="two hosts at once")
     parser.add_argument("--second", type=float, default=0.1, help="one after another")
     parser.add_argument("--log", action="store_true", help="what the server says")
@@ -524,15 +555,16 @@ def main() -> None:
     args.options = ["--rejoin", "now"]
     with tempfile.TemporaryDirectory() as temporary:
         args.folder = in_float32(Path(temporary) / "model")
-        start = start_seconds(args)
+        start = None if args.each else start_seconds(args)
         with served("mlxtp", args) as server:
             result = asyncio.run(run(server, args))
             if result["lost"] or args.log:
                 print(server.said())
         result["status at the end"] = server.process.returncode
-    recovery = result["seconds until ready"] + result["seconds until a token"]
-    result["seconds of a start on one host fewer"] = round(start, 2)
-    result["recovery / start"] = round(recovery / start, 2)
+    if start is not None:
+        recovery = result["seconds until ready"] + result["seconds until a token"]
+        result["seconds of a start on one host fewer"] = round(start, 2)
+        result["recovery / start"] = round(recovery / start, 2)
     for name, value in result.items():
         print(f"{name:40} {value}")
     print(json.dumps(result))

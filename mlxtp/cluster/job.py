@@ -187,6 +187,8 @@ class Job:
         """Return what mpirun needs to be told where a host is not this machine."""
         words = []
         if list(self.ssh) != ["ssh"] or AGENT_VARIABLE not in os.environ:
+            # No keepalive: ssh lasts as long as its daemon, and a job whose data take
+            # the cables is to outlive an Ethernet that is gone for half a minute.
             agent = f"{shlex.join(self.ssh)} {SSH_OPTIONS}"
             words += ["--prtemca", "plm_ssh_agent", agent]
         if not os.environ.keys().isdisjoint(_INTERFACES):
@@ -228,6 +230,11 @@ class RunningJob:
         """How Open MPI calls the job, on all hosts: by this one's name up to a dot."""
         host = socket.gethostname().partition(".")[0]
         return f"prterun-{host}-{self.process.pid}"
+
+    @property
+    def is_judged(self) -> bool:
+        """Whether its ranks have said why it ends, and no later word can change it."""
+        return self._stderr.is_final
 
     def wait(self, timeout_seconds: float | None = None) -> Outcome:
         """Wait for the end of the job.

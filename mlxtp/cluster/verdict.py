@@ -175,6 +175,11 @@ class VerdictFilter:
         self.verdict: Verdict | None = None
         self._kept = b""
 
+    @property
+    def is_final(self) -> bool:
+        """Whether there is a verdict that no later one counts before."""
+        return self.verdict is not None and _weight(self.verdict) == len(_GIVE_WAY)
+
     def feed(self, data: bytes) -> bytes:
         """Return what is to be shown of `data`; the beginning of a mark is kept."""
         self._kept += data

@@ -15,9 +15,9 @@ import socket
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Sequence, Set
 from contextlib import suppress
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -70,20 +70,21 @@ def visit(
 
     `place` says that it is host K of N on the cables.
 
-    Raises: HostError if it does not answer.
+    Raises: HostError if it does not answer, or not as this version of mlxtp does.
     """
     words = ["mlxtp.cluster.visit", *jobs]
     if place is not None:
         words.append(f"--place={place[0]},{place[1]}")
-    content = ask(host, words)
+    content = ask(host, words, {each.name for each in fields(Visit)})
     content |= {name: tuple(content[name]) for name in ("cables", "answering")}
     return Visit(**content)
 
 
-def ask(host: str, words: Sequence[str]) -> dict[str, Any]:
+def ask(host: str, words: Sequence[str], names: Set[str]) -> dict[str, Any]:
     """Run a module of Python on a host; return the JSON object that it prints last.
 
-    Raises: HostError if it does not answer, or prints none.
+    Raises: HostError if it does not answer, or prints none with just these `names`, as
+        another version of mlxtp may.
     """
     command = shlex.join([sys.executable, "-m", *words])
     script = f"cd {shlex.quote(os.getcwd())} && exec {command}"
@@ -92,6 +93,8 @@ def ask(host: str, words: Sequence[str]) -> dict[str, Any]:
         content: dict[str, Any] = json.loads(said.splitlines()[-1])
     except (ValueError, IndexError) as error:
         raise HostError(f"{host} says {said[-200:]!r}") from error
+    if not isinstance(content, dict) or content.keys() != names:
+        raise HostError("what it says is of another mlxtp: launch/install")
     return content
 
 

@@ -128,6 +128,7 @@ class Communicator:
         wire: str = "plain",
         timeout_seconds: float = TIMEOUT_SECONDS,
         silence_seconds: float | None = None,
+        start_seconds: float | None = None,
         measure: bool = True,
         heartbeat: bool = True,
         on_loss: str = "raise",
@@ -150,10 +151,12 @@ class Communicator:
                 taken for each size.
             wire: "plain", or "int8" to send activations with 8 bits, inexactly: an
                 experiment, for which "mpi" takes the collectives of "mpi-eager".
-            timeout_seconds: the longest that a rank may wait in one collective, for
-                MPI to start on all, or for the others to end.
+            timeout_seconds: the longest that a rank may wait in one collective, or for
+                the others to end.
             silence_seconds: the longest that a rank may not be heard; by default the
                 same. A rank that computes or loads is heard all the while.
+            start_seconds: the longest that MPI may take to start on all ranks; by
+                default as long as `timeout_seconds`, and never less than 10 s.
             measure: False measures nothing. Of the algorithms that `allreduce` admits
                 parts below 256 KiB then take a one-shot one and larger parts a
                 two-shot one, direct before ring.
@@ -172,7 +175,9 @@ class Communicator:
         started = launcher.size()
         if started == 0:
             return cls()
-        with launcher.limited_start(timeout_seconds):
+        if start_seconds is None:
+            start_seconds = timeout_seconds
+        with launcher.limited_start(start_seconds):
             control = connect()
         if control.size != started:
             raise RuntimeError(

@@ -12,6 +12,7 @@ import secrets
 import select
 import signal
 import socket
+import sys
 import threading
 import time
 import traceback
@@ -40,11 +41,18 @@ SAY_LATER_SECONDS = 0.1
 
 LONGEST_DATAGRAM = 65536
 
+# How long ranks that have found each other wait at most until all are heard, but no
+# more than this part of the limit of silence; how often they ask those that are not,
+# and how often they look.
+HELLO_SECONDS = 2.0
+HELLO_PART = 1 / 3
+ASK_SECONDS = 0.2
+
 # How long after a collective in MLX's graph has failed the job ends at the latest.
 FAILED_SECONDS = 2.0
 
-# How often a rank that has raised looks whether the others have, and how much of its
-# exception a verdict says.
+# How often a rank that has raised, or greets, looks what others have said, and how much
+# of an exception a verdict says.
 LOOK_SECONDS = 0.005
 LOSS_LOOK_SECONDS = 0.1
 LONGEST_ERROR = 500
@@ -58,7 +66,7 @@ class Heartbeat:
     RankLostError, and the process ends only where it does not come to that. Starts a
     thread and a handler of SIGTERM.
 
-    Communicates: two allgathers and a broadcast of objects, over `transport`.
+    Communicates: three allgathers and a broadcast of objects, over `transport`.
     """
 
     def __init__(
@@ -88,6 +96,7 @@ class Heartbeat:
         self._listening.bind(("", 0))
         self._listening.setblocking(False)
         self._key = ""  # of this job
+        self._is_connected = False  # the first exchange is over
         self._terminated, self._wake = ending.wake_on_sigterm()
         threading.Thread(target=self._run, name="heartbeat", daemon=True).start()
         with progress.collective("the first exchange"):
@@ -107,6 +116,38 @@ class Heartbeat:
                 self._sockets[rank] = sending
                 peers.append(Peer(rank, hosts[rank]))
         self.peers, self._key = peers, key
+        # A rank that is lost here is missed in the exchange; later, in its beats.
+        self._greet()
+        unheard = [peer.rank for peer in peers if not peer.heard]
+        deaf = {
+            rank: those
+            for rank, those in enumerate(transport.allgather_object(unheard))
+            if those
+        }
+        self._is_connected = True
+        if deaf and self._rank == 0:
+            rank, [other, *_] = next(iter(deaf.items()))
+            print(
+                f"mlxtp: rank {rank} on {hosts[rank]} does not hear the heartbeat of "
+                f"rank {other} on {hosts[other]} (a firewall for UDP?), and will not "
+                f"miss it; pairs such as this: {sum(map(len, deaf.values()))}",
+                file=sys.stderr,
+            )
+
+    def _greet(self) -> None:
+        """Ask all peers to answer, until they have or the time for it is over."""
+        until = min(HELLO_SECONDS, HELLO_PART * self._limits.silence_seconds)
+        until += time.monotonic()
+        ask_at = 0.0
+        while unheard := [peer for peer in self.peers if not peer.heard]:
+            now = time.monotonic()
+            if now > until:
+                return
+            if now >= ask_at:
+                ask_at = now + ASK_SECONDS
+                for peer in unheard:
+                    self.ask(peer)
+            self.listen(LOOK_SECONDS)  # the thread of the heartbeat may hear as well
 
     @contextmanager
     def finish(self) -> Iterator[None]:
@@ -219,6 +260,7 @@ class Heartbeat:
             progress.waits(),
             progress.limited_since,
             progress.blocks,
+            self._is_connected,
         )
 
     def _run(self) -> None:

@@ -48,7 +48,8 @@ class ThisRank:
     `number` counts the collectives that it has called, `last_call` is the last of
     them. `waits` are those in which its main thread and its native core are now.
     `limited_since` is since when waits have a limit, None while they have none.
-    `blocks` counts how it has left forward passes.
+    `blocks` counts how it has left forward passes. `is_connected`: it has made the
+    first exchange with all others.
     """
 
     rank: int
@@ -58,6 +59,7 @@ class ThisRank:
     waits: Sequence[Wait] = ()
     limited_since: float | None = 0.0
     blocks: Blocks = NO_BLOCKS
+    is_connected: bool = True
 
     def longest_wait(self) -> Wait | None:
         """Return the wait that has lasted longest: the one that counts."""
@@ -88,9 +90,10 @@ def judge(
     """Return why the job has to end, as this rank sees it; None if it goes on.
 
     It ends if a peer has been silent, or this rank has waited in a collective, for
-    longer than its limit. A peer is missed only after it was heard once. In the first
-    exchange, before peers are known, silence's limit holds: all ranks are there, for
-    MPI has started.
+    longer than its limit. In the first exchange silence's limit holds: all ranks are
+    there, for MPI has started. A peer is missed only after it was heard once: one that
+    was not heard then, though all ranks came through the exchange, lives behind a
+    firewall.
     """
     silent = [
         peer
@@ -102,7 +105,7 @@ def judge(
     wait = this.longest_wait()
     if wait is None:
         return None
-    if not peers:
+    if not this.is_connected:
         is_over = now - wait.since > limits.silence_seconds
         return _verdict("unconnected", [], limits, this) if is_over else None
     if not _is_over(wait.since, now, limits, this):

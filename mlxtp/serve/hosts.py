@@ -1,13 +1,14 @@
 """Which hosts take part in the next job of the ranks, and why others do not.
 
 The rules stand first. A host takes part if it answers; the front's own does in any
-case. Where hosts could not be visited from the beginning, as within a batch system's
-job, all take part but those that the last job was lost with. One with which the last
-jobs in turn were lost is left out for a while, and one that comes back without what it
-had (a Mac that was restarted has lost its addresses on the cables, and its GPU's
-limit), or with other packages, is taken in when that is mended. Routes are laid past
-cables that do not answer; a host that no way reaches does not take part. Where the
-routes cannot be laid, all take the Ethernet.
+case. Hosts that have never answered, as within a batch system's job, take part but
+where the last job was lost with them. One with which the last jobs in turn were lost is
+left out for a while, and one that comes back without what it had (a Mac that was
+restarted has lost its addresses on the cables, and its GPU's limit), or with other
+packages, is taken in when that is mended. Routes are laid past cables that do not
+answer; a host that no way reaches does not take part. Where the routes cannot be laid,
+or no way leads from the first host to another, all take the Ethernet; so they do where
+the model does not fit on the hosts that are reached.
 """
 
 import asyncio
@@ -17,7 +18,7 @@ from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
-from mlxtp.cluster import cables
+from mlxtp.cluster import cables, reroute
 from mlxtp.cluster.addresses import is_here, uses_cables
 from mlxtp.cluster.allocation import Allocation
 from mlxtp.cluster.cables import Cable
@@ -27,9 +28,11 @@ from mlxtp.cluster.remote import HostError
 from mlxtp.cluster.verdict import Verdict
 from mlxtp.cluster.visit import Visit, ask, versions, visit
 
-# A host with which so many jobs in turn were lost is left out, for so long.
+# A host with which so many jobs in turn were lost is left out, for so long: until the
+# next job has loaded and been ready for `supervisor.STEADY_SECONDS`, after which these
+# losses do not count. Else one host that comes and goes would end an idle service.
 LOSSES_OF_HOST = 2
-LEFT_OUT_SECONDS = 300.0
+LEFT_OUT_SECONDS = 1800.0
 
 UNREACHED = "its cables do not answer"
 
@@ -137,6 +140,7 @@ class Hosts:
 
     `part` are those that take part in the job, as `slots`; `missing` says why others
     do not. `notes` are for the log: how the cables are used where some are broken.
+    `are_cables_back`: with those that carry something now, the next job does better.
     """
 
     def __init__(self, slots: dict[str, int], file: str) -> None:
@@ -144,11 +148,14 @@ class Hosts:
         self.missing: dict[str, str] = {}
         self.takes_cables = True  # where there are any
         self.notes: list[str] = []
+        self.are_cables_back = False
+        self._broken: set[Cable] = set()  # when the hosts of this job were chosen
         self._file = file
         self._versions = versions()
         self._on_cables = len(slots) > 1 and _is_on_cables(len(slots))
         self._jobs: list[str] = []
         self._before: dict[str, Visit] = {}  # as they were when the service began
+        self._answered: set[str] = set()  # at any time
         self._left_out_until: dict[str, float] = {}
         self._last_lost: tuple[str, ...] = ()
 
@@ -156,6 +163,11 @@ class Hosts:
     def ranks(self) -> list[str]:
         """The host of each rank."""
         return by_rank(self.part)
+
+    @property
+    def is_whole(self) -> bool:
+        """Whether no host is missing, and no cable was broken."""
+        return not self.missing and not self._broken
 
     def note(self, job: str) -> None:
         """Note the name of a job that was started."""
@@ -172,35 +184,48 @@ class Hosts:
         until = time.monotonic() + LEFT_OUT_SECONDS
         self._left_out_until |= dict.fromkeys(hosts, until)
 
-    async def choose(self, losses: Sequence[Loss]) -> None:
+    async def choose(
+        self, losses: Sequence[Loss], *, takes_cables: bool = True
+    ) -> None:
         """Decide who takes part in the next job, behind these losses.
 
-        What the jobs before have left is gone from the hosts that answer.
+        What the jobs before have left is gone from the hosts that answer. Without
+        cables all take the Ethernet, those too that no cable reaches.
         """
         self._last_lost = losses[-1].hosts if losses else ()
         self.leave_out(lost_in_turn(losses))
         visits = await self._visits(self.slots or ["localhost"], self._jobs)
         first = next(iter(self.slots), None)
-        self.missing, self.notes = {}, []
+        self.missing, self.notes, self.takes_cables = {}, [], takes_cables
         for host in self.slots:
             words = self._against(host, visits[host])
             if words is not None and host != first:
                 self.missing[host] = words
         if self._on_cables:
-            await self._lay_routes(visits)
+            well = {h: v for h, v in visits.items() if h not in self.missing}
+            laid, carrying = self._cables(well)
+            self._broken = laid - carrying
+            if takes_cables:
+                await self._lay_routes(well, carrying)
+        if not self.takes_cables:
+            self.notes.append("all hosts take the Ethernet")
         self.part = {h: n for h, n in self.slots.items() if h not in self.missing}
 
     async def returned(self) -> list[str]:
         """Visit the hosts that are missing; return those that can take part again."""
         # The last job runs, and has left nothing.
         visits = await self._visits(self.missing, self._jobs[:-1])
-        if self._on_cables and self.takes_cables:
+        if self._on_cables:
             # Of each cable both ends have to be seen.
             visits |= await self._visits(self.slots.keys() - self.missing.keys(), [])
         words = {host: self._against(host, visits[host]) for host in self.missing}
-        if self._on_cables and self.takes_cables:
+        if self._on_cables:
             well = {h: v for h, v in visits.items() if words.get(h) is None}
-            for host in self._unreached(well):
+            back = self._broken & self._cables(well)[1]
+            # Where cables are not used at all, some of them may be of no help.
+            needed = back if self.takes_cables else self._broken
+            self.are_cables_back = bool(back) and back == needed
+            for host in self._unreached(well) if self.takes_cables else ():
                 if host in self.missing:
                     words[host] = UNREACHED
         self.missing = {host: said or "it is back" for host, said in words.items()}
@@ -231,20 +256,24 @@ class Hosts:
         reached = cables.routes(1, self._cables(visits)[1])
         return [h for h, n in self._numbers().items() if n != 1 and n not in reached]
 
-    async def _lay_routes(self, visits: Mapping[str, Visit | str]) -> None:
+    async def _lay_routes(
+        self, well: Mapping[str, Visit | str], carrying: set[Cable]
+    ) -> None:
         """Lay the routes past the cables that do not answer."""
         numbers = self._numbers()
-        well = {host: v for host, v in visits.items() if host not in self.missing}
-        laid, carrying = self._cables(well)
         unreached = [h for h in self._unreached(well) if h not in self.missing]
         part = [h for h in numbers if h not in self.missing and h not in unreached]
+        if unreached and len(part) == 1:
+            self.notes = [f"no cable leads from {part[0]} to another host"]
+            self.takes_cables = False
+            return
 
         def lay(host: str) -> str | None:
             place = [str(numbers[host]), str(len(numbers))]
             topology = f"--topology={cables.listed(carrying)}"
             words = ["mlxtp.cluster.reroute", *place, topology]
             try:
-                said = ask(host, words)
+                said = ask(host, words, set(reroute.Outcome._fields))
             except HostError as error:
                 return f"{host}: {error}"
             return f"{host}: {said['words']}" if said["routes"] == "refused" else None
@@ -253,18 +282,18 @@ class Hosts:
         refused = [words for words in done if words is not None]
         self.takes_cables = not refused
         if refused:
-            self.notes = [*refused, "all hosts take the Ethernet"]
+            self.notes = refused
             return
         self.missing |= dict.fromkeys(unreached, UNREACHED)
-        if broken := laid - carrying:
-            words = ", ".join(map(str, sorted(broken)))
+        if self._broken:
+            words = ", ".join(map(str, sorted(self._broken)))
             self.notes = [f"the routes are laid past cable {words}"]
 
     def _against(self, host: str, seen: Visit | str) -> str | None:
         """Say why a host does not take part; None if it does."""
         before = self._before.get(host)
         if isinstance(seen, str):
-            is_judged = before is not None or host in self._last_lost
+            is_judged = host in self._answered or host in self._last_lost
             return f"it does not answer: {seen}" if is_judged else None
         if self._left_out_until.get(host, 0.0) > time.monotonic():
             return "the last jobs were lost with it"
@@ -286,4 +315,6 @@ class Hosts:
 
         names = list(hosts)
         tasks = [asyncio.to_thread(visited, host) for host in names]
-        return dict(zip(names, await asyncio.gather(*tasks), strict=True))
+        seen = dict(zip(names, await asyncio.gather(*tasks), strict=True))
+        self._answered |= {h for h, each in seen.items() if isinstance(each, Visit)}
+        return seen

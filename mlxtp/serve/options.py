@@ -330,7 +330,7 @@ def _add_survival(parser: argparse.ArgumentParser, rejoin: str = "quiet") -> Non
         choices=["quiet", "now", "never"],
         default=rejoin,
         help="When a lost host is back, take it in when no request is under way, at "
-        f"once, or not at all. Default: {rejoin}.",
+        f"once, or not before the next loss. Default: {rejoin}.",
     )
 
 

@@ -27,7 +27,7 @@ from mlxtp.job_options import AUTO
 from mlxtp.partition.shares import Share, Shares
 from mlxtp.serve import options
 from mlxtp.serve.front.ranks import Generation, Ranks, State
-from mlxtp.serve.hosts import OF_HOSTS, Hosts, Loss, lost_hosts
+from mlxtp.serve.hosts import OF_HOSTS, UNREACHED, Hosts, Loss, lost_hosts
 from mlxtp.serve.log import say, say_line
 from mlxtp.serve.messages import FOLDER_VARIABLE, Event
 
@@ -41,6 +41,10 @@ MOST_LOSSES = 3
 
 # The status of a program that has said itself what is wrong with what it was given.
 MISTAKE = 2
+
+# How long it may take until rank 0 comes: mpirun's daemons, Python and its imports, on
+# a cold disk and a busy machine. What ranks do afterwards has limits of its own.
+START_SECONDS = 300.0
 
 # A job that was ready for so long counts like a token.
 STEADY_SECONDS = 600.0
@@ -158,25 +162,38 @@ class Supervisor:
 
     async def _until_it_ends(self) -> Loss | None:
         """Wait for the end of the job; None where it was ended for a larger one."""
+        come = asyncio.create_task(self._ranks.has_come.wait())
         gone = asyncio.create_task(self._ranks.is_gone.wait())
         larger = asyncio.create_task(self._until_hosts_are_back())
         try:
-            await first_of(self._running, gone, larger)
+            await first_of(self._running, come, timeout_seconds=START_SECONDS)
+            is_late = not (come.done() or self._running.done())
+            if come.done():
+                await first_of(self._running, gone, larger)
             is_asked = larger.done() and not (gone.done() or self._running.done())
         finally:
-            gone.cancel()
-            larger.cancel()
+            for task in (come, gone, larger):
+                task.cancel()
         if is_asked:
             larger.result()
             self._ranks.end_job()
             await first_of(self._running, timeout_seconds=END_SECONDS)
-        else:
-            await first_of(self._running, timeout_seconds=LAST_WORDS_SECONDS)
+        elif not is_late:
+            await self._hear_last_words()
         outcome = await self._end_mpirun(LAST_WORDS_SECONDS)
-        return None if is_asked else self._loss(outcome)
+        return None if is_asked else self._loss(outcome, is_late)
+
+    async def _hear_last_words(self) -> None:
+        """Let mpirun end the others, or a rank say why: it may not end by itself."""
+        assert self._job is not None
+        until = time.monotonic() + LAST_WORDS_SECONDS
+        while not (
+            self._running.done() or self._job.is_judged or time.monotonic() > until
+        ):
+            await first_of(self._running, timeout_seconds=0.1)
 
     async def _until_hosts_are_back(self) -> None:
-        """Tell when the job is ready; return when a larger one can take its place."""
+        """Tell when the job is ready; return when a better one can take its place."""
         ranks, hosts, rejoin = self._ranks, self._hosts, self._args.rejoin
         await ranks.is_ready.wait()
         self._note_ready()
@@ -186,11 +203,12 @@ class Supervisor:
             await asyncio.sleep(VISIT_EVERY_SECONDS)
             if time.monotonic() > steady_at:
                 self._losses.clear()
-            if not hosts.missing or rejoin == "never" or ranks.is_draining:
+            if hosts.is_whole or rejoin == "never" or ranks.is_draining:
                 continue
             back = set(await hosts.returned()).intersection(wanted)
             ranks.missing = dict(hosts.missing)
-            if back and (rejoin == "now" or not ranks.generations):
+            is_better = bool(back) or hosts.are_cables_back
+            if is_better and (rejoin == "now" or not ranks.generations):
                 return
 
     def _note_ready(self) -> None:
@@ -212,16 +230,22 @@ class Supervisor:
         for note in ready.notes:
             say(note)
 
-    def _loss(self, outcome: Outcome) -> Loss:
+    def _loss(self, outcome: Outcome, is_late: bool) -> Loss:
         verdict = outcome.verdict
         refusal = self._ranks.refusal
-        if verdict is None or verdict.why not in OF_HOSTS:
+        # mpirun that misses a daemon ends with 0, before a rank can say who is lost.
+        is_of_mpirun = verdict is None and outcome.status == 0
+        if not is_of_mpirun and (verdict is None or verdict.why not in OF_HOSTS):
             self._ranks.suspect()
         if refusal is not None:
             words = refusal
         elif verdict is not None:
             words = verdict.sentence().removeprefix("mlxtp: ")
             words = words.removesuffix(": all ranks end")
+        elif is_late:
+            words = f"rank 0 has not come within {START_SECONDS:g} s"
+        elif is_of_mpirun:
+            words = "mpirun has lost a host"
         else:
             words = f"the ranks have ended with status {outcome.status}"
         hosts = lost_hosts(verdict, self._hosts.ranks)
@@ -229,7 +253,7 @@ class Supervisor:
             words,
             hosts,
             outcome.status or 1,
-            is_of_ranks=verdict is not None,
+            is_of_ranks=verdict is not None or is_of_mpirun,
             is_refusal=refusal is not None,
         )
 
@@ -250,13 +274,16 @@ class Supervisor:
             say(each.words)
         return True
 
-    async def _choose(self, loss: Loss | None = None) -> None:
+    async def _choose(
+        self, loss: Loss | None = None, *, takes_cables: bool = True
+    ) -> None:
         """Decide who takes part in the next job, and tell it."""
         ranks, hosts = self._ranks, self._hosts
         state: State = "recovering" if self._give_up_at is None else "waiting"
-        words = loss.words if loss else "hosts are taken in again"
+        words = loss.words if loss else "what is back takes part again"
         ranks.recover(words, state)
-        await hosts.choose(self._losses if loss else ())
+        losses = self._losses if loss else ()
+        await hosts.choose(losses, takes_cables=takes_cables)
         ranks.missing = dict(hosts.missing)
         if loss and hosts.missing:
             words = f"{', '.join(hosts.missing)} lost ({words})"
@@ -277,11 +304,11 @@ class Supervisor:
             self._is_without_draft = True
             ranks.recover(words)
             return
-        if self._grown_from is not None:  # it fitted before hosts were taken in again
-            new = [host for host in hosts.part if host not in self._grown_from]
+        before, self._grown_from = self._grown_from or hosts.part, None
+        if new := [host for host in hosts.part if host not in before]:
+            # It fitted before these were taken in again.
             say(f"{words}: going on without {', '.join(new)}")
             hosts.leave_out(new)
-            self._grown_from = None
             await self._choose()
             return
         if (
@@ -293,6 +320,10 @@ class Supervisor:
             say(f"{words}: shares go by memory")
             self._is_fitted = True
             ranks.recover(words)
+            return
+        if hosts.takes_cables and UNREACHED in hosts.missing.values():
+            say(words)
+            await self._choose(takes_cables=False)
             return
         ranks.missing = dict(hosts.missing)
         lacking = ", ".join(f"{host} ({why})" for host, why in hosts.missing.items())

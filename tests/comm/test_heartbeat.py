@@ -473,6 +473,63 @@ class Pair(Alone):
         return everything
 
 
+def pair(limits: Limits) -> list[Heartbeat]:
+    """The heartbeats of two ranks that have made the first exchange."""
+    both, values = Barrier(2), [None, None]
+
+    def begin(rank: int) -> Heartbeat:
+        transport = cast(Transport, Pair(rank, both, values))
+        return Heartbeat(transport, Progress(), limits)
+
+    with ThreadPoolExecutor(2) as pool:
+        return list(pool.map(begin, (0, 1)))
+
+
+def test_all_have_heard_each_other_before_they_go_on(silent: None, capfd) -> None:
+    """So each is missed from the first second on; and nobody waits for that."""
+    begun = time.monotonic()
+    beats = pair(Limits(60, 60))
+    assert time.monotonic() - begun < heartbeat.HELLO_SECONDS
+    assert all(peer.heard for beat in beats for peer in beat.peers)
+    assert capfd.readouterr().err == ""
+
+
+def test_a_firewall_ends_no_job(
+    silent: None, monkeypatch: pytest.MonkeyPatch, capfd
+) -> None:
+    """Who was not heard, and came through the exchange, is not missed; it is said."""
+    monkeypatch.setattr(Heartbeat, "_hear", lambda self: time.sleep(0.005))
+    beats = pair(Limits(60, 0.6))
+    for beat in beats:
+        [peer] = beat.peers
+        assert not peer.heard
+        late = time.monotonic() + 100
+        assert (
+            verdict.judge(beat.peers, late, Limits(60, 10), beat._this_rank()) is None
+        )
+    said = capfd.readouterr().err
+    assert said.startswith(
+        f"mlxtp: rank 0 on {HOST} does not hear the heartbeat of rank 1"
+    )
+    assert said.count("mlxtp:") == 1 and "pairs such as this: 2" in said
+
+
+def test_a_rank_that_is_lost_while_others_greet_it(
+    silent: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The first exchange has silence's limit until all have come through it."""
+    judged: list[Verdict | None] = []
+
+    def greet(beat: Heartbeat) -> None:
+        late = time.monotonic() + 10.1
+        this = beat._this_rank()
+        judged.append(verdict.judge(beat.peers, late, Limits(60, 10), this))
+
+    monkeypatch.setattr(Heartbeat, "_greet", greet)
+    pair(Limits(60, 10))
+    assert [each and each.why for each in judged] == ["unconnected", "unconnected"]
+
+
 def test_what_stands_in_the_graph_is_told(
     silent: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -190,11 +190,13 @@ def test_beats_follow_from_the_limit_of_silence(
 
 def test_ranks_that_never_found_each_other() -> None:
     """They have as long as a rank may be silent: MPI has started, so all are there."""
-    first = replace(WAITING, waits=[WAIT._replace(since=NOW - 4.9)])
-    assert judge([], NOW, LIMITS, first) is None
-    verdict = judge([], NOW + 0.2, LIMITS, first)
-    assert verdict is not None and verdict.why == "unconnected"
-    assert "the ranks did not all find each other within 5 s" in verdict.sentence()
+    waits = [WAIT._replace(since=NOW - 4.9)]
+    first = replace(WAITING, waits=waits, is_connected=False)
+    for known in ([], peers(rank_2={"heard": 0.0})):
+        assert judge(known, NOW, LIMITS, first) is None
+        verdict = judge(known, NOW + 0.2, LIMITS, first)
+        assert verdict is not None and verdict.why == "unconnected"
+        assert "the ranks did not all find each other within 5 s" in verdict.sentence()
 
 
 # This rank has left its third block by an exception, its second, in collective 7.
@@ -258,11 +260,13 @@ def test_all_have_raised() -> None:
 def test_which_verdict_counts() -> None:
     """What an exception may have followed from counts before it."""
     whys = ("failed", "raised", "died", "late", "raised", "failed")
-    reader, counted = VerdictFilter(), []
+    reader, counted, final = VerdictFilter(), [], []
     for why in whys:
         reader.feed(f"{replace(REPORT, why=why).line()}\n".encode())
         counted.append(reader.verdict.why)
+        final.append(reader.is_final)
     assert counted == ["failed", "raised", "died", "died", "died", "died"]
+    assert final == [False, False, True, True, True, True]
 
 
 REPORT = Verdict(

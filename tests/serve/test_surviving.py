@@ -5,14 +5,17 @@ import json
 import os
 import signal
 import sys
+import time
+from unittest.mock import Mock
 
 import fake_ranks
 import pytest
 from life import FAKE, Server
 
 from mlxtp.cluster import cables
+from mlxtp.cluster import visit as visit_module
 from mlxtp.cluster.cables import Cable
-from mlxtp.cluster.job import JobError
+from mlxtp.cluster.job import JobError, Outcome
 from mlxtp.cluster.remote import HostError
 from mlxtp.cluster.verdict import RankOnHost, Verdict, Why
 from mlxtp.cluster.visit import Visit, versions
@@ -76,6 +79,20 @@ def test_streams_go_on_where_they_stopped(start, capfd) -> None:
     assert said.count("mlxtp.serve: ready: stories") == 2
 
 
+def test_ranks_that_do_not_come_are_not_waited_for(start, monkeypatch, capfd) -> None:
+    """As where a host is cut off before mpirun has started a rank."""
+    monkeypatch.setattr(supervisor, "START_SECONDS", 0.5)
+
+    async def life() -> None:
+        note = "import sys; print(os.getpid(), file=open(sys.argv[1], 'a'))"
+        server: Server = start(f"import os, time; {note}; time.sleep(1000)")
+        assert await server.end() != 0
+
+    asyncio.run(life())
+    said = capfd.readouterr().err
+    assert "mlxtp.serve: rank 0 has not come within 0.5 s\n" in said
+
+
 def test_losses_without_a_token_between_them_end_it(start, capfd) -> None:
     async def life() -> None:
         server: Server = start(FAKE, "--served-model-name", "stories")
@@ -127,6 +144,42 @@ def test_requests_wait_for_hosts_and_get_an_error_at_last(
         assert await server.end() == 0
 
     asyncio.run(life())
+
+
+def test_requests_are_not_blamed_for_hosts(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A host that is off may end mpirun, with 0; processes that crash, with more."""
+
+    async def life() -> None:
+        ranks = Ranks()
+        supervised = supervisor.Supervisor(options.parse([]), None, ranks, "stories")
+        suspect = Mock()
+        monkeypatch.setattr(ranks, "suspect", suspect)
+        off = supervised._loss(Outcome(0, None), False)
+        assert off.is_of_ranks and not suspect.called
+        assert off.words == "mpirun has lost a host" and off.status == 1
+        crashed = supervised._loss(Outcome(139, None), False)
+        assert not crashed.is_of_ranks and suspect.called
+        await ranks.close()
+
+    asyncio.run(life())
+
+
+@pytest.mark.parametrize("is_judged", [False, True])
+def test_who_has_said_why_is_not_listened_to(is_judged: bool, monkeypatch) -> None:
+    """mpirun does not end by itself where a host is cut off."""
+    monkeypatch.setattr(supervisor, "LAST_WORDS_SECONDS", 0.4)
+
+    async def life() -> float:
+        ranks = Ranks()
+        supervised = supervisor.Supervisor(options.parse([]), None, ranks, "stories")
+        supervised._job = Mock(is_judged=is_judged)
+        supervised._ended = asyncio.get_running_loop().create_future()
+        begun = time.monotonic()
+        await supervised._hear_last_words()
+        await ranks.close()
+        return time.monotonic() - begun
+
+    assert (asyncio.run(life()) < 0.3) == is_judged
 
 
 def test_what_follows_from_a_verdict() -> None:
@@ -199,6 +252,12 @@ def test_who_takes_part(monkeypatch: pytest.MonkeyPatch) -> None:
         await unvisited.look()
         await unvisited.choose([Loss("x", ("c",))])
         assert unvisited.part == {"a": 1, "b": 2}
+        # One that was only too slow to answer at first is known from then on.
+        away.clear()
+        await unvisited.choose(())
+        away.add("b")
+        await unvisited.choose(())
+        assert unvisited.part == {"a": 1, "c": 1}
 
     asyncio.run(life())
 
@@ -319,6 +378,25 @@ def test_mistakes_of_a_text_that_is_to_survive(monkeypatch, tmp_path, capsys) ->
         options.parse_survive([])
 
 
+@pytest.mark.parametrize("said", ["{}", "[1]", '{"routes": "refused"}', "no JSON"])
+def test_a_host_with_another_mlxtp_ends_nothing(
+    said: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What it says has other fields, and it does not take part until that is mended."""
+    monkeypatch.setattr(visit_module, "run_on", lambda *_, **__: f"warning\n{said}\n")
+
+    async def life() -> None:
+        hosts = Hosts({"a": 1, "b": 1}, "hostfile")
+        await hosts.choose([Loss("x", ("b",))])
+        words = "no JSON" if said == "no JSON" else "of another mlxtp: launch/install"
+        assert words in hosts.missing["b"] and await hosts.returned() == []
+        hosts._on_cables = True
+        await hosts._lay_routes({}, set())
+        assert not hosts.takes_cables and words in hosts.notes[0]
+
+    asyncio.run(life())
+
+
 def test_cables_that_do_not_answer(monkeypatch: pytest.MonkeyPatch) -> None:
     """Who no way reaches is missing until a cable answers; or all take the Ethernet."""
     there = cables.ring(5)
@@ -333,7 +411,7 @@ def test_cables_that_do_not_answer(monkeypatch: pytest.MonkeyPatch) -> None:
         heard = [k for k in answering if (place[0], k) not in deaf]
         return Visit(None, None, versions(), tuple(own), tuple(heard))
 
-    def ask(host: str, words: list[str]) -> dict[str, str]:
+    def ask(host: str, words: list[str], names: object) -> dict[str, str]:
         asked.append([host, *words])
         return says
 
@@ -357,6 +435,13 @@ def test_cables_that_do_not_answer(monkeypatch: pytest.MonkeyPatch) -> None:
         assert await hosts.returned() == ["c"]
         await hosts.choose(())
         assert hosts.part == hosts.slots
+        # A cable that is mended is used again, though no host is missing.
+        assert not hosts.is_whole
+        assert await hosts.returned() == [] and not hosts.are_cables_back
+        broken.clear()
+        assert await hosts.returned() == [] and hosts.are_cables_back
+        await hosts.choose(())
+        assert hosts.is_whole
         # Two hosts that hear each other alone.
         broken.update({Cable(1, 2), Cable(3, 4)})
         await hosts.choose(())
@@ -378,6 +463,19 @@ def test_cables_that_do_not_answer(monkeypatch: pytest.MonkeyPatch) -> None:
         deaf.add((5, 2))
         await hosts.choose(())
         assert hosts.notes == ["the routes are laid past cable 1-2, 2-5, 3-4"]
+        # In a ring the first host itself is cut: it is not to go on alone.
+        there = cables.ring(5)
+        broken.clear()
+        broken.update({Cable(1, 2), Cable(1, 5)})
+        await hosts.choose([Loss("x", ("c",))])
+        assert hosts.part == hosts.slots and not hosts.takes_cables
+        ethernet = "all hosts take the Ethernet"
+        assert hosts.notes == ["no cable leads from a to another host", ethernet]
+        # Where none is used, some are of no help.
+        broken.remove(Cable(1, 2))
+        assert await hosts.returned() == [] and not hosts.are_cables_back
+        broken.clear()
+        assert await hosts.returned() == [] and hosts.are_cables_back
 
     asyncio.run(life())
 
@@ -399,6 +497,27 @@ def test_a_draft_model_without_room_is_left_out() -> None:
     options.parse_ranks(left)
 
 
+@pytest.mark.parametrize("why", [hosts_module.UNREACHED, "it does not answer"])
+def test_a_model_that_fits_on_all_hosts_takes_the_ethernet(
+    why: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Hosts that no cable reaches are there all the same."""
+    monkeypatch.setattr(hosts_module, "visit", lambda *_: Visit(None, None, versions()))
+    monkeypatch.setattr(supervisor, "TRY_AGAIN_SECONDS", 0)
+
+    async def life() -> None:
+        ranks, args = Ranks(), options.parse(["--shares", "auto"])
+        supervised = supervisor.Supervisor(args, None, ranks, "stories")
+        hosts = supervised._hosts = Hosts({"a": 1, "b": 1}, "hostfile")
+        hosts.part, hosts.missing = {"a": 1}, {"b": why}
+        await supervised._make_it_fit("it does not fit")
+        assert hosts.part == hosts.slots
+        assert hosts.takes_cables == (why != hosts_module.UNREACHED)
+        await ranks.close()
+
+    asyncio.run(life())
+
+
 def test_a_host_that_was_left_out_is_taken_in_once(monkeypatch) -> None:
     """The losses that it was left out for do not count again."""
     now = 1e9
@@ -412,6 +531,8 @@ def test_a_host_that_was_left_out_is_taken_in_once(monkeypatch) -> None:
         hosts = Hosts({"a": 1, "b": 1}, "hostfile")
         await hosts.choose([Loss("x", ("b",)), Loss("y", ("b",))])
         assert hosts.part == {"a": 1} and await hosts.returned() == []
+        now += supervisor.STEADY_SECONDS + 600  # these losses are forgotten before
+        assert await hosts.returned() == []
         now += 1000
         assert await hosts.returned() == ["b"]
         await hosts.choose(())

@@ -179,6 +179,7 @@ class Ranks:
         self.losses = 0  # jobs that ended by themselves
         self.is_draining = False
         self._reason = ""  # for which a job follows another
+        self.has_come = asyncio.Event()  # rank 0 of the job that runs
         self.is_ready = asyncio.Event()
         self.is_gone = asyncio.Event()  # rank 0, that was there
         self.refusal: str | None = None  # why a job could not load the model
@@ -309,6 +310,7 @@ class Ranks:
         self._writer, self.state, self.words, self.done = None, state, words, None
         self.stats, self.refusal = None, None
         self.recent_stats.clear()
+        self.has_come.clear()
         self.is_ready.clear()
         self.is_gone.clear()
 
@@ -387,6 +389,7 @@ class Ranks:
                 ):
                     return
                 self._writer = writer
+                self.has_come.set()
                 if self.ready is None:
                     self.state = "loading"
                 while (line := await reader.readline()) and self._writer is writer:
@@ -395,6 +398,8 @@ class Ranks:
             writer.close()
             if self._writer is writer:
                 self._writer = None
+                if self.state == "ready":
+                    self.state, self.words = "recovering", "the ranks have gone"
                 self.is_ready.clear()
                 self.is_gone.set()
 

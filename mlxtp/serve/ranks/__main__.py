@@ -79,12 +79,12 @@ PREFIX_PART = 0.5
 
 
 def main() -> None:
-    """Connect the ranks, load the model, and serve until the front says to end."""
+    """Meet the front, connect the ranks, load the model, and serve until the end."""
     link: Link | None = None
     try:
+        if launcher.rank() == 0:  # first, so that the front sees it go from here on
+            link = Link.of_environment()
         args, comm = connect(sys.argv[1:])
-        with comm.agreement():
-            link = Link.of_environment() if comm.rank == 0 else None
         serve(load(args, comm, link), comm)
     except (UsageError, JobError) as error:
         tell(link, messages.Refused(str(error)))
@@ -103,7 +103,8 @@ def connect(arguments: list[str]) -> tuple[Args, Communicator]:
         check_same_start(Communicator.world(**connection_alone(arguments)), arguments)
         raise
     how = connection(args)
-    # A rank that reads a longer part comes to its collectives later.
+    # A rank that reads a longer part comes to its collectives later; none starts later.
+    how["start_seconds"] = how["timeout_seconds"]
     how["timeout_seconds"] *= max(1.0, args.prefill_step_size / USUAL_PART)
     comm = Communicator.world(**how)
     check_same_start(comm, arguments)

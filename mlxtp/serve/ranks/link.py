@@ -10,6 +10,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+from mlxtp.comm.errors import UsageError
 from mlxtp.serve import messages
 from mlxtp.serve.messages import Answer, Call, End, Message
 
@@ -19,7 +20,7 @@ class Link:
 
     A thread takes in what comes. Calls are answered in another one, by the methods of
     `callee`, once that is set; everything else waits in `received`. When the front is
-    gone an `End` does.
+    gone an `End` does; before `callee` is set, while nobody looks, the process ends.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -41,17 +42,17 @@ class Link:
     def of_environment(cls) -> "Link":
         """Connect to the front that started this job.
 
-        Raises: ValueError if none did, or it is gone.
+        Raises: UsageError if none did, or it is gone.
         """
         folder = os.environ.get(messages.FOLDER_VARIABLE)
         if not folder:
-            raise ValueError(
+            raise UsageError(
                 "this is the job of a server, which python -m mlxtp.serve starts"
             )
         try:
             return cls(Path(folder))
         except OSError as error:
-            raise ValueError(
+            raise UsageError(
                 f"the server that started this job is gone: {error}"
             ) from error
 
@@ -80,6 +81,8 @@ class Link:
         # only waits for the next job keeps it.
         if not self._is_there():
             shutil.rmtree(self._folder, ignore_errors=True)
+            if self.callee is None:  # these ranks load, for nobody
+                os._exit(1)
         self.received.put(End())
 
     def _is_there(self) -> bool:
