@@ -151,6 +151,7 @@ def test_ranks_that_have_gone_are_not_ready() -> None:
         ranks = Ranks()
         await ranks.listen()
         link = await asyncio.to_thread(Link, ranks.folder)
+        link.callee = Callee()
         link.send(fake_ranks.READY)
         await ranks.is_ready.wait()
         assert ranks.state == "ready"
