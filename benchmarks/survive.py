@@ -490,8 +490,8 @@ async def run(server: Server, args: argparse.Namespace) -> dict[str, Any]:
                 f"a token{one.back:7.1f} all hosts",
                 flush=True,
             )
-        last, right = load.begun, load.right
-        await until(lambda: load.right > right + len(clients), "answers at the end")
+        load.may_ask.clear()
+        await until(lambda: not load.under_way, "answers at the end")
     finally:
         for task in clients:
             if task.done():
@@ -504,7 +504,7 @@ async def run(server: Server, args: argparse.Namespace) -> dict[str, Any]:
         print(f"LOST: {words}")
     return {
         "faults": len(seen),
-        "requests begun": last,
+        "requests begun": load.begun,
         "ended right": load.right,
         "lost": len(load.lost),
         "answers that part": len(load.partings),

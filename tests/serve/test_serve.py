@@ -95,6 +95,43 @@ def test_every_endpoint(server: Server, client: openai.OpenAI) -> None:
     assert "<html" in httpx2.get(f"{server.url}/").text
 
 
+def test_other_interfaces_stream(server: Server, client: openai.OpenAI) -> None:
+    """Texts and forced calls, event by event: together they are the whole answer."""
+    asked: dict[str, Any] = {"model": client.models.list().data[0].id, "temperature": 0}
+    nothing = {"type": "object", "properties": {}, "additionalProperties": False}
+    of_tool: dict[str, Any] = {
+        "tools": [{"type": "function", "name": "look", "parameters": nothing}],
+        "tool_choice": "required",
+        "parallel_tool_calls": False,
+    }
+    for more in ({}, of_tool):
+        body = {**asked, **more, "input": "Who is Mia?", "max_output_tokens": 99}
+        [whole] = client.responses.create(**body).output
+        with client.responses.create(**body, stream=True) as events:
+            parts = [x.delta for x in events if x.type.endswith(".delta")]
+        text = whole.arguments if more else whole.content[0].text
+        assert "".join(parts) == text != ""
+    of_tool = {
+        "tools": [{"name": "look", "input_schema": nothing}],
+        "tool_choice": {"type": "any", "disable_parallel_tool_use": True},
+    }
+    asked["messages"] = [{"role": "user", "content": "Who is Mia?"}]
+    asked["extra_body"] = {"temperature": asked.pop("temperature")}
+    with anthropic.Anthropic(base_url=server.url, api_key="none") as other:
+        for more in ({}, of_tool):
+            body = {**asked, **more, "max_tokens": 99}
+            message = other.messages.create(**body)
+            with other.messages.stream(**body) as stream:
+                streamed = stream.get_final_message()
+            assert streamed.stop_reason == message.stop_reason
+            [here], [there] = streamed.content, message.content
+            assert (here.type, there.type) == (("tool_use" if more else "text"),) * 2
+            if more:
+                assert (here.name, here.input) == (there.name, there.input)
+            else:
+                assert here.text == there.text != ""
+
+
 def test_structured(client: openai.OpenAI) -> None:
     messages: list[Any] = [{"role": "user", "content": "Who is Mia?"}]
     asked: dict[str, Any] = {"model": client.models.list().data[0].id, "seed": 1}
@@ -136,6 +173,10 @@ def test_structured(client: openai.OpenAI) -> None:
         )
 
 
+# Settings that OpenAI's client does not know.
+CUTS = {"top_k": 30, "min_p": 0.02, "repetition_penalty": 1.1}
+CUTS |= {"xtc_probability": 0.3, "xtc_threshold": 0.1}
+
 # What is asked at once: beginnings, lengths and settings of all kinds.
 MIXED: list[dict[str, Any]] = [
     {
@@ -148,7 +189,9 @@ MIXED: list[dict[str, Any]] = [
             {"temperature": 0, "frequency_penalty": 0.7, "logprobs": 2},
             {"temperature": 0.8, "seed": n, "stop": ["the", "."], "n": 2},
             {"temperature": 0, "logit_bias": {"11": -100}, "stream": True},
-        )[n % 6],
+            {"temperature": 0, "echo": True, "logprobs": 1},
+            {"temperature": 1, "seed": n, "extra_body": CUTS},
+        )[n % 8],
     }
     for n in range(16)
 ]
