@@ -193,7 +193,14 @@ class Matcher:
             text = self._latest + self._bytes_of[token]
             # As answers are taken apart: the first of such texts counts, however it is
             # cut into tokens.
-            self._latest = end if end in text else text[-len(end) :]
+            if end not in text:
+                self._latest = text[-len(end) :]
+                return
+            self._latest = end
+            if text.partition(end)[2].strip():
+                raise ValueError(
+                    "the reasoning ends within a token: the grammar cannot begin there"
+                )
         else:
             self._matcher.consume_token(token)
             _raise_error(self._matcher)

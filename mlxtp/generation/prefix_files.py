@@ -100,7 +100,7 @@ class PrefixFiles:
 
         All ranks of this host must have theirs before.
         """
-        for folder in self._folder.parent.iterdir():
+        for folder in self._folder.parent.glob("[0-9a-f]*"):
             is_ours = re.fullmatch("[0-9a-f]{32}", folder.name)
             with suppress(OSError):  # another rank may be removing it
                 unused = time.time() - folder.stat().st_mtime
@@ -125,6 +125,8 @@ class PrefixFiles:
         """Write an entry, by mlx-lm's `save_prompt_cache`."""
         name = name_of(tokens)
         file = self._file(name)
+        with suppress(OSError):  # the folder is used, though it may keep nothing new
+            os.utime(self._folder)
         if self._is_full or file.exists():
             return
         part = file.with_name(f"{UNFINISHED}{file.name}")

@@ -175,13 +175,15 @@ def _rectangles(
             by_rank = dict(zip(order, rectangles, strict=True))
             return [by_rank[rank] for rank in range(len(shares))]
         # Up to the limit with which a rank may hold more: far off for a tiny share.
-        further = min(
+        further = [
             step * (count // (total * part * step) + 1)
             for part, counts in zip(parts, most, strict=True)
             for count, total in zip(counts, (num_heads, num_all), strict=True)
             if count < total
-        )
-        limit = max(limit + step, further)
+        ]
+        if not further:
+            raise ValueError(f"no way was found to deal heads by shares {[*shares]}")
+        limit = max(limit + step, min(further))
 
 
 def _tile(

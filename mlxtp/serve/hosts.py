@@ -35,6 +35,11 @@ LOSSES_OF_HOST = 2
 LEFT_OUT_SECONDS = 1800.0
 
 UNREACHED = "its cables do not answer"
+LEFT_OUT = "the last jobs were lost with it"
+
+# Cables that are back have to answer so many visits in a row, and twice as many each
+# time they are used again: one that is loose would end job after job.
+CABLE_VISITS, MOST_CABLE_VISITS = 3, 384
 
 # Reasons for which a verdict names ranks that are not to blame, or none.
 BLAMELESS = ("undelivered", "unconnected", "not started", "not ended")
@@ -149,7 +154,10 @@ class Hosts:
         self.takes_cables = True  # where there are any
         self.notes: list[str] = []
         self.are_cables_back = False
-        self._broken: set[Cable] = set()  # when the hosts of this job were chosen
+        # Of hosts that were there when those of this job were chosen.
+        self._broken: set[Cable] = set()
+        self._seen_back = 0  # visits in a row
+        self._cable_visits = CABLE_VISITS
         self._file = file
         self._versions = versions()
         self._on_cables = len(slots) > 1 and _is_on_cables(len(slots))
@@ -184,6 +192,11 @@ class Hosts:
         until = time.monotonic() + LEFT_OUT_SECONDS
         self._left_out_until |= dict.fromkeys(hosts, until)
 
+    def take_in_left_out(self) -> bool:
+        """Let hosts take part again that were left out; say whether there are any."""
+        self._left_out_until.clear()
+        return LEFT_OUT in self.missing.values()
+
     async def choose(
         self, losses: Sequence[Loss], *, takes_cables: bool = True
     ) -> None:
@@ -194,6 +207,9 @@ class Hosts:
         """
         self._last_lost = losses[-1].hosts if losses else ()
         self.leave_out(lost_in_turn(losses))
+        if self.are_cables_back:
+            self._cable_visits = min(2 * self._cable_visits, MOST_CABLE_VISITS)
+        self.are_cables_back, self._seen_back = False, 0
         visits = await self._visits(self.slots or ["localhost"], self._jobs)
         first = next(iter(self.slots), None)
         self.missing, self.notes, self.takes_cables = {}, [], takes_cables
@@ -204,7 +220,8 @@ class Hosts:
         if self._on_cables:
             well = {h: v for h, v in visits.items() if h not in self.missing}
             laid, carrying = self._cables(well)
-            self._broken = laid - carrying
+            there = {n for h, n in self._numbers().items() if h in well}
+            self._broken = {x for x in laid - carrying if {*x} <= there}
             if takes_cables:
                 await self._lay_routes(well, carrying)
         if not self.takes_cables:
@@ -224,7 +241,9 @@ class Hosts:
             back = self._broken & self._cables(well)[1]
             # Where cables are not used at all, some of them may be of no help.
             needed = back if self.takes_cables else self._broken
-            self.are_cables_back = bool(back) and back == needed
+            is_better = bool(back) and back == needed
+            self._seen_back = self._seen_back + 1 if is_better else 0
+            self.are_cables_back = self._seen_back >= self._cable_visits
             for host in self._unreached(well) if self.takes_cables else ():
                 if host in self.missing:
                     words[host] = UNREACHED
@@ -296,7 +315,7 @@ class Hosts:
             is_judged = host in self._answered or host in self._last_lost
             return f"it does not answer: {seen}" if is_judged else None
         if self._left_out_until.get(host, 0.0) > time.monotonic():
-            return "the last jobs were lost with it"
+            return LEFT_OUT
         return lacks(before, seen, self._file, self._versions)
 
     async def _visits(

@@ -82,6 +82,7 @@ class Supervisor:
         self._was_ready = False
         self._is_fitted = False  # the ranks choose shares that fit
         self._is_without_draft = False  # there was no room for the draft model
+        self._has_tried_all = False  # with the hosts that were left out
         self._grown_from: dict[str, int] | None = None  # hosts, until the next is ready
         self._give_up_at: float | None = None  # while the model does not fit
         self._losses: list[Loss] = []  # without a token between them
@@ -216,6 +217,7 @@ class Supervisor:
         ready, hosts = self._ranks.ready, self._hosts
         assert ready is not None
         self._was_ready, self._give_up_at, self._grown_from = True, None, None
+        self._has_tried_all = False
         if ready.commit is not None:
             self._args.revision = ready.commit
         if not hosts.slots and self._given is not None:
@@ -324,6 +326,11 @@ class Supervisor:
         if hosts.takes_cables and UNREACHED in hosts.missing.values():
             say(words)
             await self._choose(takes_cables=False)
+            return
+        if not self._has_tried_all and hosts.take_in_left_out():
+            say(f"{words}: hosts that were left out take part again")
+            self._has_tried_all = True
+            await self._choose()
             return
         ranks.missing = dict(hosts.missing)
         lacking = ", ".join(f"{host} ({why})" for host, why in hosts.missing.items())

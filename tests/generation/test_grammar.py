@@ -4,7 +4,9 @@ import itertools
 import json
 import re
 from collections.abc import Callable
+from contextlib import nullcontext
 from typing import Any
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
@@ -277,6 +279,12 @@ def test_after_the_reasoning() -> None:
             [text[-1], *tokenizer.encode("a")]
         )
         assert [mask is None for mask in copies] == [True, False, False]
+    # Of a token that goes on behind the end the grammar would not see the rest.
+    for rest, is_well in ((b"\n", True), (b"{", False)):
+        matcher = Matcher(Mock(), [b"</thi", b"nk>" + rest], b"</think>")
+        matcher.accept(0)
+        with nullcontext() if is_well else pytest.raises(ValueError, match="within"):
+            matcher.accept(1)
     tokenizer = byte_level()
     with pytest.raises(ValueError, match="marks no end of its reasoning"):
         Grammars(tokenizer, len(tokenizer)).check(spec)

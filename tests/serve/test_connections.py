@@ -5,6 +5,7 @@ import socket
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack
+from unittest.mock import Mock
 from urllib.parse import urlsplit
 
 import pytest
@@ -56,6 +57,19 @@ def test_an_answer_may_take_longer_than_a_head(
 ) -> None:
     monkeypatch.setattr(connections, "HEAD_SECONDS", 0.1)
     assert front.post("/v1/completions", {"prompt": "wait: 0.3\na"}).status_code == 200
+
+
+def test_who_still_reads_an_answer_is_not_cut_off() -> None:
+    """It is behind, and goes on; one that reads nothing is."""
+    one = connections.Connection.__new__(connections.Connection)
+    one.cycle, one._head = None, None
+    one.transport, one.loop = Mock(), Mock()
+    one.transport.get_write_buffer_size.side_effect = [100, 40, 40, 40]
+    one._watch_head()
+    one._end_head()
+    one.transport.abort.assert_not_called()
+    one._end_head()
+    one.transport.abort.assert_called_once()
 
 
 def test_one_too_many(front: Front, monkeypatch: pytest.MonkeyPatch) -> None:

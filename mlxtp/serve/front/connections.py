@@ -48,6 +48,7 @@ class Connection(H11Protocol):
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self._head: asyncio.TimerHandle | None = None
+        self._unsent = 0  # bytes of answers, when the head's time began
         self._early = b""
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
@@ -94,4 +95,13 @@ class Connection(H11Protocol):
                 self._head.cancel()
             self._head = None
         elif self._head is None:
-            self._head = self.loop.call_later(HEAD_SECONDS, self.transport.abort)
+            self._unsent = self.transport.get_write_buffer_size()
+            self._head = self.loop.call_later(HEAD_SECONDS, self._end_head)
+
+    def _end_head(self) -> None:
+        """Close, but for a client that still reads the answer before."""
+        self._head = None
+        if 0 < self.transport.get_write_buffer_size() < self._unsent:
+            self._watch_head()
+        else:
+            self.transport.abort()

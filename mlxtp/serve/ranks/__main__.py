@@ -82,9 +82,10 @@ def main() -> None:
     """Meet the front, connect the ranks, load the model, and serve until the end."""
     link: Link | None = None
     try:
-        if launcher.rank() == 0:  # first, so that the front sees it go from here on
-            link = Link.of_environment()
+        # First, so that the front sees rank 0 go from here on.
+        early = Link.of_environment() if launcher.rank() == 0 else None
         args, comm = connect(sys.argv[1:])
+        link = early  # what is wrong now is the model's, or the memory's
         serve(load(args, comm, link), comm)
     except (UsageError, JobError) as error:
         tell(link, messages.Refused(str(error)))
