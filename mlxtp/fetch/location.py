@@ -10,6 +10,8 @@ from pathlib import Path
 from typing import TypeVar
 from urllib.parse import quote
 
+import filelock
+
 from mlxtp.checkpoint import cut, verify
 from mlxtp.checkpoint.cut import Origin
 from mlxtp.checkpoint.headers import Checkpoint, files_of
@@ -132,9 +134,12 @@ class Location:
             with named(name, folder):
                 if comm.rank == first_of_host:
                     if origin:
-                        if not _is_begun(repo):
-                            shutil.rmtree(folder, ignore_errors=True)
-                        cut.begin(folder, origin, small)
+                        # Another job may begin the same folder now.
+                        lock = folder.with_name(f".{folder.name}.lock")
+                        with filelock.FileLock(lock):
+                            if not _is_begun(repo):
+                                shutil.rmtree(folder, ignore_errors=True)
+                            cut.begin(folder, origin, small)
                     for reference in (revision, repo.commit):
                         _remember(repo, reference)
                     verify.drop_damaged(folder)
