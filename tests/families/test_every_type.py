@@ -63,7 +63,7 @@ QUICK_QUANTIZED = [
 ]
 
 
-@for_types([*RUNNABLE, *zoo.VARIANTS], REPRESENTATIVES)
+@for_types([*RUNNABLE, *zoo.VARIANTS], REPRESENTATIVES, worlds=[1, 3, 5])
 def test_float32(model_type: str, comm: Communicator) -> None:
     folder = saved(model_type, comm)
     expected = kept(comm, f"{folder.name}-steps", lambda _: alone(folder, SIZES))
@@ -73,7 +73,7 @@ def test_float32(model_type: str, comm: Communicator) -> None:
 @for_types(
     [t for t in RUNNABLE if t not in zoo.QUANTIZED_FAILS],
     QUICK_QUANTIZED,
-    worlds=[3, 5],
+    worlds=[5],
 )
 def test_quantized(model_type: str, comm: Communicator) -> None:
     folder = saved(model_type, comm, bits=4)

@@ -34,11 +34,12 @@ embedding (an allreduce) and of the head (a gather of the logits); where kinds o
 differ, all their numbers stand there. mlx-lm quantizes the types that say so: affine
 with 2 to 8 bits, mxfp4, nvfp4, mxfp8, other bits for each layer.
 
-Each type is tested with a tiny model of random weights, in float32 and in 4 bits: in
-worlds of {worlds} ranks its logits, its greedy tokens, and that no rank holds more than
-1.3 times an even share of what is cut; on 7 ranks logits and tokens, unquantized; on
-three ranks uneven shares, adapters (LoRA, DoRA), drafts, prompts that mlx-lm saved, and
-that layers which no cache depends on may stay silent during prefill
+Each type is tested with a tiny model of random weights: its logits, its greedy tokens,
+and that no rank holds more than 1.3 times an even share of what is cut, in float32 on
+1, 3 and 5 ranks and in 4 bits on 5; one type of each kind of block on {worlds} ranks,
+and its logits and tokens on 7. On three ranks come uneven shares, adapters (LoRA,
+DoRA), drafts, prompts that mlx-lm saved, batches, and that layers which no cache
+depends on may stay silent during prefill
 (`tests/families/test_every_type.py`, `tests/test_with_every_type.py`). No published
 checkpoint was at hand. Query heads that are shared out one by one are tested for each
 kind of attention.
