@@ -17,6 +17,7 @@ from mlx_lm.sample_utils import greedy_sampler
 from mlxtp.comm.communicator import Communicator
 from mlxtp.generation.agreed import agreed
 from mlxtp.generation.choices import NGRAM
+from mlxtp.generation.drawing import normalized
 from mlxtp.generation.pays import MOST
 from mlxtp.generation.rollback import Point
 from mlxtp.layers.sums import outputs_unread
@@ -325,7 +326,7 @@ class ModelDrafter:
         for position in range(len(tokens), len(tokens) + count):
             if drafted:
                 logits = self._logits(drafted[-1])
-            logprobs = logits - mx.logsumexp(logits, axis=-1, keepdims=True)
+            logprobs = normalized(logits)
             token = self._draw(logprobs, position)
             if self._drafts.root is None:
                 token = self._drafts.agree(token)

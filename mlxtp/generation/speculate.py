@@ -20,6 +20,7 @@ from mlx_lm.sample_utils import LogitsProcessor, Sampler, greedy_sampler
 from mlxtp.comm.communicator import Communicator
 from mlxtp.generation.agreed import agreed
 from mlxtp.generation.drafts import Drafts
+from mlxtp.generation.drawing import normalized
 from mlxtp.generation.pays import Costs, DraftLength
 from mlxtp.generation.rollback import ANY, MOST_PENDING, Point, tokens_at_once
 from mlxtp.generation.sampling import draw, tokens_in
@@ -187,8 +188,7 @@ class Speculation:
             begin = time.perf_counter()
         self._is_warm = False
         self._pays.passed(passes)
-        if not self._is_fixed:
-            self._tell_costs()
+        self._tell_costs()
 
     def _begin(
         self, inputs: mx.array, history: mx.array | None, position: int
@@ -236,7 +236,7 @@ class Speculation:
         self._is_warm = True
         self._rounds += 1
         is_told = is_new or self._pays.is_on_trial or self._rounds % TELL_ROUNDS == 0
-        if not is_told or self._is_fixed:
+        if not is_told:
             return None
         if is_new:
             self._told.add(drafted)
@@ -274,7 +274,7 @@ class Speculation:
         known = len(self._tokens)
         if not self._drawing.processors:
             # Nothing depends on what is drawn before: all are drawn at once.
-            x = _logprobs(logits)
+            x = normalized(logits)
             together: Any = self._agree(self._drawn_together(x, known)).tolist()
             right = 0
             while self._goes_on(together[right], drafted[right : right + 1]):
@@ -306,7 +306,7 @@ class Speculation:
         """Draw a token: logits (1, V) -> the token (1,), log-probabilities (1, V)."""
         for processor in self._drawing.processors:
             logits = processor(history, logits)
-        logprobs = _logprobs(logits)
+        logprobs = normalized(logits)
         return self._drawing.draw(logprobs, position), logprobs
 
     def _goes_on(self, token: int, drafted: Sequence[int]) -> bool:
@@ -328,18 +328,13 @@ class Speculation:
 
         Communicates: one broadcast of MOST + 3 elements.
         """
-        if self._comm.size == 1:
+        if self._is_fixed or self._comm.size == 1:
             return seconds
         with mx.stream(self._stream):
             mine = mx.array([seconds, *self._costs.to_floats()])
             told: Any = self._comm.bcast(mine, at="what drafts cost").tolist()
         self._pays.costs = Costs.from_floats(told[1:])
         return float(told[0])
-
-
-def _logprobs(logits: mx.array) -> mx.array:
-    """Normalize logits as mlx-lm does: (..., V) -> (..., V)."""
-    return logits - mx.logsumexp(logits, axis=-1, keepdims=True)
 
 
 def _value(token: mx.array) -> int:

@@ -3,7 +3,8 @@
 import asyncio
 import socket
 import threading
-from contextlib import suppress
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager, suppress
 from typing import Any
 from unittest.mock import Mock
 
@@ -40,21 +41,26 @@ class Callee:
         raise ValueError(text)
 
 
+@asynccontextmanager
+async def linked() -> AsyncIterator[tuple[Ranks, Link, Callee]]:
+    """A front and the rank 0 that has come to it, which is ready."""
+    async with Ranks() as ranks:
+        link = await asyncio.to_thread(Link, ranks.folder)
+        link.callee = callee = Callee()
+        link.send(fake_ranks.READY)
+        await ranks.is_ready.wait()
+        yield ranks, link, callee
+
+
 def test_a_result_that_is_too_long(monkeypatch: pytest.MonkeyPatch) -> None:
     """Is a mistake of the request, and no end of the connection."""
     monkeypatch.setattr(messages, "LONGEST_ANSWER", 1000)
 
     async def life() -> None:
-        ranks = Ranks()
-        await ranks.listen()
-        link = await asyncio.to_thread(Link, ranks.folder)
-        link.callee = Callee()
-        link.send(fake_ranks.READY)
-        await ranks.is_ready.wait()
-        with pytest.raises(Mistake, match="at most"):
-            await ranks.call("echo", text="a" * 1000)
-        assert await ranks.call("echo", text="a") == {"text": "a"}
-        await ranks.close()
+        async with linked() as (ranks, link, _):
+            with pytest.raises(Mistake, match="at most"):
+                await ranks.call("echo", text="a" * 1000)
+            assert await ranks.call("echo", text="a") == {"text": "a"}
         assert await asyncio.to_thread(link.take, wait=True) == [messages.End()]
 
     asyncio.run(life())
@@ -64,11 +70,7 @@ def test_calls_of_clients_that_have_gone(caplog: pytest.LogCaptureFixture) -> No
     """Never reach rank 0, but for the few that it had; the next one is answered."""
 
     async def life() -> None:
-        async with Ranks() as ranks:
-            link = await asyncio.to_thread(Link, ranks.folder)
-            link.callee = callee = Callee()
-            link.send(fake_ranks.READY)
-            await ranks.is_ready.wait()
+        async with linked() as (ranks, _, callee):
             many = [
                 asyncio.create_task(ranks.call("wait", text=str(number)))
                 for number in range(9)
@@ -110,11 +112,7 @@ def test_events_that_nobody_reads(count: int, monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.setattr(front_ranks, "MOST_UNREAD", 10)
 
     async def life() -> None:
-        async with Ranks() as ranks:
-            link = await asyncio.to_thread(Link, ranks.folder)
-            link.callee = Callee()
-            link.send(fake_ranks.READY)
-            await ranks.is_ready.wait()
+        async with linked() as (ranks, link, _):
             settings = Settings(max_tokens=None, seed=0)
             names = [str(number) for number in range(count)]
             starts = [messages.Start(name, [1], settings) for name in names]
@@ -148,17 +146,11 @@ def test_ranks_that_have_gone_are_not_ready() -> None:
     """From the moment on, before it is known why: /health says so."""
 
     async def life() -> None:
-        ranks = Ranks()
-        await ranks.listen()
-        link = await asyncio.to_thread(Link, ranks.folder)
-        link.callee = Callee()
-        link.send(fake_ranks.READY)
-        await ranks.is_ready.wait()
-        assert ranks.state == "ready"
-        link._socket.shutdown(socket.SHUT_RDWR)
-        await ranks.is_gone.wait()
-        assert ranks.state == "recovering"
-        await ranks.close()
+        async with linked() as (ranks, link, _):
+            assert ranks.state == "ready"
+            link._socket.shutdown(socket.SHUT_RDWR)
+            await ranks.is_gone.wait()
+            assert ranks.state == "recovering"
 
     asyncio.run(life())
 

@@ -6,6 +6,8 @@ import os
 import signal
 import sys
 import time
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
 from unittest.mock import Mock
 
 import fake_ranks
@@ -516,44 +518,45 @@ def test_a_draft_model_without_room_is_left_out() -> None:
     options.parse_ranks(left)
 
 
+@asynccontextmanager
+async def on_two_hosts() -> AsyncIterator[supervisor.Supervisor]:
+    """A supervisor of hosts a and b, which waits for nobody."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(hosts_module, "visit", lambda *_: Visit(None, None, versions()))
+        patch.setattr(supervisor, "TRY_AGAIN_SECONDS", 0)
+        async with Ranks() as ranks:
+            args = options.parse(["--shares", "auto"])
+            supervised = supervisor.Supervisor(args, None, ranks, "stories")
+            supervised._hosts = Hosts({"a": 1, "b": 1}, "hostfile")
+            yield supervised
+
+
 @pytest.mark.parametrize("why", [hosts_module.UNREACHED, "it does not answer"])
-def test_a_model_that_fits_on_all_hosts_takes_the_ethernet(
-    why: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_model_that_fits_on_all_hosts_takes_the_ethernet(why: str) -> None:
     """Hosts that no cable reaches are there all the same."""
-    monkeypatch.setattr(hosts_module, "visit", lambda *_: Visit(None, None, versions()))
-    monkeypatch.setattr(supervisor, "TRY_AGAIN_SECONDS", 0)
 
     async def life() -> None:
-        ranks, args = Ranks(), options.parse(["--shares", "auto"])
-        supervised = supervisor.Supervisor(args, None, ranks, "stories")
-        hosts = supervised._hosts = Hosts({"a": 1, "b": 1}, "hostfile")
-        hosts.part, hosts.missing = {"a": 1}, {"b": why}
-        await supervised._make_it_fit("it does not fit")
-        assert hosts.part == hosts.slots
-        assert hosts.takes_cables == (why != hosts_module.UNREACHED)
-        await ranks.close()
+        async with on_two_hosts() as supervised:
+            hosts = supervised._hosts
+            hosts.part, hosts.missing = {"a": 1}, {"b": why}
+            await supervised._make_it_fit("it does not fit")
+            assert hosts.part == hosts.slots
+            assert hosts.takes_cables == (why != hosts_module.UNREACHED)
 
     asyncio.run(life())
 
 
-def test_hosts_that_were_left_out_are_tried_before_all_wait(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
+def test_hosts_that_were_left_out_are_tried_before_all_wait() -> None:
     """Once: then they are left out until the model fits or their time is over."""
-    monkeypatch.setattr(hosts_module, "visit", lambda *_: Visit(None, None, versions()))
-    monkeypatch.setattr(supervisor, "TRY_AGAIN_SECONDS", 0)
 
     async def life() -> None:
-        ranks, args = Ranks(), options.parse(["--shares", "auto"])
-        supervised = supervisor.Supervisor(args, None, ranks, "stories")
-        hosts = supervised._hosts = Hosts({"a": 1, "b": 1}, "hostfile")
-        for part in (hosts.slots, {"a": 1}):
-            hosts.leave_out(["b"])
-            hosts.part, hosts.missing = {"a": 1}, {"b": hosts_module.LEFT_OUT}
-            await supervised._make_it_fit("it does not fit")
-            assert hosts.part == part
-        await ranks.close()
+        async with on_two_hosts() as supervised:
+            hosts = supervised._hosts
+            for part in (hosts.slots, {"a": 1}):
+                hosts.leave_out(["b"])
+                hosts.part, hosts.missing = {"a": 1}, {"b": hosts_module.LEFT_OUT}
+                await supervised._make_it_fit("it does not fit")
+                assert hosts.part == part
 
     asyncio.run(life())
 

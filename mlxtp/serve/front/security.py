@@ -295,17 +295,16 @@ def _check_values(content: dict[str, Any]) -> None:
 
     1e400 is JSON, but no answer could say it again.
     """
-    objects, left = 0, [content]
-    while left:
-        value: Any = left.pop()
-        if isinstance(value, dict | list):
-            objects += 1
-            if objects > MOST_OBJECTS:
-                words = f"the body has more than {MOST_OBJECTS:,} objects and arrays"
-                raise Refusal(400, words, code="invalid")
-            left += value.values() if isinstance(value, dict) else value
-        elif isinstance(value, float) and not math.isfinite(value):
-            raise Refusal(400, "the body has a number beyond 1e308", code="invalid")
+    objects: list[Any] = [content]
+    for one in objects:  # which grows
+        for value in one.values() if isinstance(one, dict) else one:
+            if isinstance(value, dict | list):
+                objects.append(value)
+            elif isinstance(value, float) and not math.isfinite(value):
+                raise Refusal(400, "the body has a number beyond 1e308", code="invalid")
+        if len(objects) > MOST_OBJECTS:
+            words = f"the body has more than {MOST_OBJECTS:,} objects and arrays"
+            raise Refusal(400, words, code="invalid")
 
 
 def _own_names(host: str) -> set[str]:
