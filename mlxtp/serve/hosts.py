@@ -145,7 +145,6 @@ class Hosts:
 
     `part` are those that take part in the job, as `slots`; `missing` says why others
     do not. `notes` are for the log: how the cables are used where some are broken.
-    `are_cables_back`: with those that carry something now, the next job does better.
     """
 
     def __init__(self, slots: dict[str, int], file: str) -> None:
@@ -153,7 +152,6 @@ class Hosts:
         self.missing: dict[str, str] = {}
         self.takes_cables = True  # where there are any
         self.notes: list[str] = []
-        self.are_cables_back = False
         # Of hosts that were there when those of this job were chosen.
         self._broken: set[Cable] = set()
         self._seen_back = 0  # visits in a row
@@ -176,6 +174,11 @@ class Hosts:
     def is_whole(self) -> bool:
         """Whether no host is missing, and no cable was broken."""
         return not self.missing and not self._broken
+
+    @property
+    def are_cables_back(self) -> bool:
+        """Whether the next job does better, by cables that carry something again."""
+        return self._seen_back >= self._cable_visits
 
     def note(self, job: str) -> None:
         """Note the name of a job that was started."""
@@ -209,7 +212,7 @@ class Hosts:
         self.leave_out(lost_in_turn(losses))
         if self.are_cables_back:
             self._cable_visits = min(2 * self._cable_visits, MOST_CABLE_VISITS)
-        self.are_cables_back, self._seen_back = False, 0
+        self._seen_back = 0
         visits = await self._visits(self.slots or ["localhost"], self._jobs)
         first = next(iter(self.slots), None)
         self.missing, self.notes, self.takes_cables = {}, [], takes_cables
@@ -243,7 +246,6 @@ class Hosts:
             needed = back if self.takes_cables else self._broken
             is_better = bool(back) and back == needed
             self._seen_back = self._seen_back + 1 if is_better else 0
-            self.are_cables_back = self._seen_back >= self._cable_visits
             for host in self._unreached(well) if self.takes_cables else ():
                 if host in self.missing:
                     words[host] = UNREACHED
