@@ -21,6 +21,14 @@ constexpr size_t kGroupSize = 64;
 constexpr int kBusyPolls = 200;
 constexpr int kYieldingPolls = 100;
 constexpr timespec kNap = {0, 50'000};
+// After so long a wait, and again after so many polls, it looks for messages that
+// nobody expects.
+constexpr std::chrono::seconds kLongWait{1};
+constexpr int kPollsOfLongWait = 1000;
+// As in comm/transports/mpi.py: messages of unlike sizes have unlike tags.
+constexpr int kMarks = 1021;
+
+int marked(int tag, size_t bytes) { return tag * kMarks + int(bytes % kMarks); }
 
 struct Piece {
   size_t start;
@@ -71,6 +79,13 @@ void check(int code) {
   throw std::runtime_error("MPI: " + std::string(words, length));
 }
 
+[[noreturn]] void throw_other(const Expected& expected) {
+  throw std::runtime_error("rank " + std::to_string(expected.from) +
+                           " sent another number of bytes than the " +
+                           std::to_string(expected.bytes) +
+                           " expected: ranks have called different collectives");
+}
+
 void start(Requests& requests) {
   if (!requests.empty()) {
     check(MPI_Startall(int(requests.size()), requests.data()));
@@ -84,9 +99,12 @@ class Ranks::Patience {
  public:
   explicit Patience(const Ranks& ranks) : ranks_(ranks) {}
 
-  void wait() {
+  void wait(const Requests& requests, const std::vector<Expected>& expected) {
     ranks_.throw_if_stopped();
     ++polls_;
+    if (polls_ % kPollsOfLongWait == 0 && Clock::now() - begin_ > kLongWait) {
+      ranks_.look_for_others(requests, expected);
+    }
     if (!ranks_.makes_room_ && polls_ <= kBusyPolls) {
       return;
     }
@@ -99,6 +117,7 @@ class Ranks::Patience {
 
  private:
   const Ranks& ranks_;
+  const Clock::time_point begin_ = Clock::now();
   int polls_ = 0;
 };
 
@@ -111,55 +130,71 @@ Ranks::Ranks(MPI_Comm comm, bool crowded) : crowded_(crowded), makes_room_(crowd
 
 void Ranks::send(Requests& requests, const char* data, size_t bytes, int to, int tag) {
   MPI_Request request = MPI_REQUEST_NULL;
-  check(MPI_Isend(data, int(bytes), MPI_BYTE, to, tag, comm_, &request));
+  check(MPI_Isend(data, int(bytes), MPI_BYTE, to, marked(tag, bytes), comm_, &request));
   requests.push_back(request);
 }
 
 MPI_Request Ranks::prepare_send(const char* data, size_t bytes, int to, int tag) {
   MPI_Request request = MPI_REQUEST_NULL;
-  check(MPI_Send_init(data, int(bytes), MPI_BYTE, to, tag, comm_, &request));
+  check(MPI_Send_init(data, int(bytes), MPI_BYTE, to, marked(tag, bytes), comm_,
+                      &request));
   return request;
 }
 
 void Ranks::prepare_receive(Receives& receives, char* data, size_t bytes, int from,
                             int tag) {
   MPI_Request request = MPI_REQUEST_NULL;
-  check(MPI_Recv_init(data, int(bytes), MPI_BYTE, from, tag, comm_, &request));
+  check(MPI_Recv_init(data, int(bytes), MPI_BYTE, from, marked(tag, bytes), comm_,
+                      &request));
   receives.requests.push_back(request);
-  receives.bytes.push_back(int(bytes));
+  receives.expected.push_back({from, int(bytes)});
 }
 
-// Looks at the message whose status is at `place`, of which `bytes` were expected.
-void Ranks::check_message(int code, int place, int bytes) const {
+// Throws if the message whose status is at `place` is not the expected one.
+void Ranks::check_message(int code, int place, const Expected& expected) const {
   const MPI_Status& status = statuses_[place];
   int kind = MPI_SUCCESS;
   if (code == MPI_ERR_IN_STATUS && status.MPI_ERROR != MPI_ERR_PENDING) {
     MPI_Error_class(status.MPI_ERROR, &kind);
   }
-  int count = bytes;
+  int count = expected.bytes;
   if (kind == MPI_SUCCESS && code == MPI_SUCCESS) {
     check(MPI_Get_count(&status, MPI_BYTE, &count));
   }
-  if (kind == MPI_ERR_TRUNCATE || count != bytes) {
-    throw std::runtime_error("rank " + std::to_string(status.MPI_SOURCE) +
-                             " sent another number of bytes than the " +
-                             std::to_string(bytes) +
-                             " expected: ranks have called different collectives");
+  if (kind == MPI_ERR_TRUNCATE || count != expected.bytes) {
+    throw_other(expected);
   }
   if (kind != MPI_SUCCESS) {
     check(status.MPI_ERROR);
   }
 }
 
-void Ranks::wait(Requests& requests, const std::vector<int>& bytes) {
+// Throws if a rank whose message is missing has sent another one. Messages of one rank
+// are matched in the order in which it sent them: so that one comes in place of the
+// missing, and not behind it.
+void Ranks::look_for_others(const Requests& requests,
+                            const std::vector<Expected>& expected) const {
+  for (size_t place = 0; place < expected.size(); ++place) {
+    int is_there = 0;
+    int is_done = 0;
+    check(MPI_Iprobe(expected[place].from, MPI_ANY_TAG, comm_, &is_there,
+                     MPI_STATUS_IGNORE));
+    check(MPI_Request_get_status(requests[place], &is_done, MPI_STATUS_IGNORE));
+    if (is_there != 0 && is_done == 0) {
+      throw_other(expected[place]);
+    }
+  }
+}
+
+void Ranks::wait(Requests& requests, const std::vector<Expected>& expected) {
   const int count = int(requests.size());
   statuses_.resize(requests.size());
   int done = 0;
-  for (Patience patience(*this);; patience.wait()) {
+  for (Patience patience(*this);; patience.wait(requests, expected)) {
     const int code = MPI_Testall(count, requests.data(), &done, statuses_.data());
     if (done != 0 || code != MPI_SUCCESS) {
-      for (int place = 0; std::cmp_less(place, bytes.size()); ++place) {
-        check_message(code, place, bytes[place]);
+      for (int place = 0; std::cmp_less(place, expected.size()); ++place) {
+        check_message(code, place, expected[place]);
       }
       check(code);
       return;
@@ -167,18 +202,18 @@ void Ranks::wait(Requests& requests, const std::vector<int>& bytes) {
   }
 }
 
-void Ranks::wait_some(Requests& requests, const std::vector<int>& bytes,
+void Ranks::wait_some(Requests& requests, const std::vector<Expected>& expected,
                       std::vector<int>& done) {
   const int count = int(requests.size());
   statuses_.resize(requests.size());
   done.resize(requests.size());
   int number = 0;
-  for (Patience patience(*this);; patience.wait()) {
+  for (Patience patience(*this);; patience.wait(requests, expected)) {
     const int code =
         MPI_Testsome(count, requests.data(), &number, done.data(), statuses_.data());
     if (number != 0 || code != MPI_SUCCESS) {
       for (int place = 0; place < number; ++place) {
-        check_message(code, place, bytes[done[place]]);
+        check_message(code, place, expected[done[place]]);
       }
       check(code);
       done.resize(number);
@@ -235,7 +270,7 @@ class DirectGather : public Gather {
         ranks_.send(live_, mine + piece.start, piece.stop - piece.start, peer, rank);
       }
     }
-    ranks_.wait(live_, receives_.bytes);
+    ranks_.wait(live_, receives_.expected);
   }
 
  private:
@@ -287,7 +322,7 @@ class RingGather : public Gather {
     }
     waiting_ = receives_.requests;
     for (size_t missing = waiting_.size(); missing > 0; missing -= done_.size()) {
-      ranks_.wait_some(waiting_, receives_.bytes, done_);
+      ranks_.wait_some(waiting_, receives_.expected, done_);
       starting_.clear();
       for (const int place : done_) {
         if (forwards_[place] != MPI_REQUEST_NULL) {
@@ -418,7 +453,7 @@ class TwoShot : public Plan {
         ranks_.send(live_, data, piece.stop - piece.start, peer, rank);
       }
     }
-    ranks_.wait(live_, receives_.bytes);
+    ranks_.wait(live_, receives_.expected);
     parts_[rank] = x + starts_[rank];
     char* sum = gather_->part(rank);
     add(element_, parts_, sum, mine_ / size_of(element_));

@@ -44,10 +44,16 @@ struct State {
   std::string failure;
 };
 
-// Persistent receives, and how many bytes each expects.
+// What a receive expects.
+struct Expected {
+  int from;
+  int bytes;
+};
+
+// Persistent receives, and what each expects.
 struct Receives {
   Requests requests;
-  std::vector<int> bytes;
+  std::vector<Expected> expected;
 };
 
 // The other ranks, and how this one waits for them.
@@ -64,11 +70,11 @@ class Ranks {
   MPI_Request prepare_send(const char* data, size_t bytes, int to, int tag);
   void prepare_receive(Receives& receives, char* data, size_t bytes, int from, int tag);
 
-  // Waits until all are done. The first of them are receives of `bytes`; it is an error
-  // if a message has another length.
-  void wait(Requests& requests, const std::vector<int>& bytes);
+  // Waits until all are done. The first of them are receives; it is an error if another
+  // message comes than the one that is expected.
+  void wait(Requests& requests, const std::vector<Expected>& expected);
   // Waits until at least one is done; gives the places of those that now are.
-  void wait_some(Requests& requests, const std::vector<int>& bytes,
+  void wait_some(Requests& requests, const std::vector<Expected>& expected,
                  std::vector<int>& done);
 
   // Lets every wait, now and later, throw std::runtime_error with these words. Only the
@@ -84,7 +90,9 @@ class Ranks {
 
  private:
   class Patience;
-  void check_message(int code, int place, int bytes) const;
+  void check_message(int code, int place, const Expected& expected) const;
+  void look_for_others(const Requests& requests,
+                       const std::vector<Expected>& expected) const;
 
   MPI_Comm comm_ = MPI_COMM_NULL;
   int rank_ = 0;

@@ -22,6 +22,10 @@ from mpi4py import MPI  # noqa: E402 - importing it starts MPI
 YIELDING_POLLS = 100
 NAP_SECONDS = 50e-6
 
+# Messages of unlike sizes have unlike tags, so that they wait for each other in vain:
+# Open MPI 5.0.11 writes one that is too long beyond the buffer that waits for it.
+MARKS = 1021
+
 # How long a nap of `wait_napping` is, as a part of the time that it has waited.
 NAP_PART = 0.02
 
@@ -44,17 +48,17 @@ class MPITransport:
 
     def send(self, buffer: np.ndarray, to: int, tag: int) -> MPI.Request:
         """Begin to send; the buffer stays as it is until the request is done."""
-        return self._comm.Isend((buffer, MPI.BYTE), to, tag)
+        return self._comm.Isend((buffer, MPI.BYTE), to, _marked(tag, buffer))
 
     def prepare_send(self, buffer: np.ndarray, to: int, tag: int) -> MPI.Prequest:
         """Make a persistent send."""
-        return self._comm.Send_init((buffer, MPI.BYTE), to, tag)
+        return self._comm.Send_init((buffer, MPI.BYTE), to, _marked(tag, buffer))
 
     def prepare_receive(
         self, buffer: np.ndarray, source: int, tag: int
     ) -> MPI.Prequest:
         """Make a persistent receive."""
-        return self._comm.Recv_init((buffer, MPI.BYTE), source, tag)
+        return self._comm.Recv_init((buffer, MPI.BYTE), source, _marked(tag, buffer))
 
     def start(self, requests: Sequence[MPI.Prequest]) -> None:
         """Begin prepared requests."""
@@ -146,6 +150,10 @@ class MPITransport:
     def abandon(self) -> None:
         """Let this process end without the other ranks."""
         abandon()
+
+
+def _marked(tag: int, buffer: np.ndarray) -> int:
+    return tag * MARKS + buffer.nbytes % MARKS
 
 
 def _make_room(polls: int) -> None:
