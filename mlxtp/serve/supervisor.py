@@ -22,14 +22,12 @@ from mlxtp.cluster import hostfile
 from mlxtp.cluster.addresses import CABLES_VARIABLE
 from mlxtp.cluster.allocation import Allocation
 from mlxtp.cluster.job import END_SECONDS, Job, Outcome, RunningJob, start_alone
-from mlxtp.generation.choices import NGRAM
-from mlxtp.job_options import AUTO
-from mlxtp.partition.shares import Share, Shares
 from mlxtp.serve import options
 from mlxtp.serve.front.ranks import Generation, Ranks, State
-from mlxtp.serve.hosts import OF_HOSTS, UNREACHED, Hosts, Loss, lost_hosts
+from mlxtp.serve.hosts import OF_HOSTS, Hosts, Loss, lost_hosts
 from mlxtp.serve.log import say, say_line
 from mlxtp.serve.messages import FOLDER_VARIABLE, Event
+from mlxtp.serve.next_job import NextJob
 
 Future = asyncio.Future[Any]
 
@@ -79,11 +77,8 @@ class Supervisor:
         self._args, self._given, self._ranks, self._name = args, given, ranks, name
         slots = hostfile.read(args.hostfile) if args.hostfile is not None else {}
         self._hosts = Hosts(slots, str(args.hostfile))
+        self._next = NextJob(args, self._hosts)
         self._was_ready = False
-        self._is_fitted = False  # the ranks choose shares that fit
-        self._is_without_draft = False  # there was no room for the draft model
-        self._has_tried_all = False  # with the hosts that were left out
-        self._grown_from: dict[str, int] | None = None  # hosts, until the next is ready
         self._give_up_at: float | None = None  # while the model does not fit
         self._losses: list[Loss] = []  # without a token between them
         self._job: RunningJob | None = None
@@ -97,7 +92,7 @@ class Supervisor:
         Raises: JobError where there is no mpirun, or for a wrong number of ranks.
         """
         args, hosts = self._args, self._hosts
-        command = [*PROGRAM, *options.ranks_arguments(self._arguments())]
+        command = [*PROGRAM, *options.ranks_arguments(self._next.arguments())]
         if args.ranks is None and args.hostfile is None and self._given is None:
             say_line(command)  # one rank needs no mpirun
             self._job = start_alone(command, stdin=subprocess.DEVNULL)
@@ -106,7 +101,7 @@ class Supervisor:
             if hosts.part != hosts.slots:
                 file = self._ranks.folder / "hosts"
                 file.write_text(hostfile.text(hosts.part))
-                job = replace(job, hostfile=file, ranks=self._count())
+                job = replace(job, hostfile=file, ranks=self._next.count())
             with _cables(hosts.takes_cables):
                 say_line(job.line())
                 self._job = job.start(stdin=subprocess.DEVNULL)
@@ -121,8 +116,7 @@ class Supervisor:
                 loss = await self._until_it_ends()
                 await asyncio.wait([looking])
                 if loss is None:
-                    self._grown_from = dict(self._hosts.part)
-                    self._is_without_draft = False  # it may have room again
+                    self._next.note_fitted()
                     await self._choose()
                 elif self._is_the_last(loss):
                     self._ranks.lost(loss.words)
@@ -216,8 +210,8 @@ class Supervisor:
         """Note what the ranks say of themselves, and tell it."""
         ready, hosts = self._ranks.ready, self._hosts
         assert ready is not None
-        self._was_ready, self._give_up_at, self._grown_from = True, None, None
-        self._has_tried_all = False
+        self._was_ready, self._give_up_at = True, None
+        self._next.note_ready()
         if ready.commit is not None:
             self._args.revision = ready.commit
         if not hosts.slots and self._given is not None:
@@ -285,12 +279,17 @@ class Supervisor:
         words = loss.words if loss else "what is back takes part again"
         ranks.recover(words, state)
         losses = self._losses if loss else ()
+        before = set(hosts.part)
         await hosts.choose(losses, takes_cables=takes_cables)
+        if not before.issuperset(hosts.part):
+            self._next.note_grown()
         ranks.missing = dict(hosts.missing)
         if loss and hosts.missing:
             words = f"{', '.join(hosts.missing)} lost ({words})"
         words += (
-            f": going on with {self._count()} ranks" if hosts.slots else ": going on"
+            f": going on with {self._next.count()} ranks"
+            if hosts.slots
+            else ": going on"
         )
         say(words)
         for note in hosts.notes:
@@ -299,39 +298,19 @@ class Supervisor:
 
     async def _make_it_fit(self, words: str) -> None:
         """Take another way to a job that fits, or wait until there are more hosts."""
+        remedy = self._next.remedy()
+        if remedy is None:
+            await self._wait_for_hosts(words)
+            return
+        say(f"{words}: {remedy.words}")
+        if remedy.of_hosts:
+            await self._choose(takes_cables=remedy.takes_cables)
+        else:
+            self._ranks.recover(words)
+
+    async def _wait_for_hosts(self, words: str) -> None:
+        """Wait until hosts are back, or for a while; then decide who takes part."""
         ranks, hosts = self._ranks, self._hosts
-        has_draft = self._args.draft_model not in (None, NGRAM)
-        if has_draft and not self._is_without_draft:
-            say(f"{words}: going on without the draft model")
-            self._is_without_draft = True
-            ranks.recover(words)
-            return
-        before, self._grown_from = self._grown_from or hosts.part, None
-        if new := [host for host in hosts.part if host not in before]:
-            # It fitted before these were taken in again.
-            say(f"{words}: going on without {', '.join(new)}")
-            hosts.leave_out(new)
-            await self._choose()
-            return
-        if (
-            not self._is_fitted
-            and self._args.shares != "auto"
-            and hosts.part != hosts.slots
-            and self._count() > 1
-        ):
-            say(f"{words}: shares go by memory")
-            self._is_fitted = True
-            ranks.recover(words)
-            return
-        if hosts.takes_cables and UNREACHED in hosts.missing.values():
-            say(words)
-            await self._choose(takes_cables=False)
-            return
-        if not self._has_tried_all and hosts.take_in_left_out():
-            say(f"{words}: hosts that were left out take part again")
-            self._has_tried_all = True
-            await self._choose()
-            return
         ranks.missing = dict(hosts.missing)
         lacking = ", ".join(f"{host} ({why})" for host, why in hosts.missing.items())
         words = f"{words}; missing: {lacking or 'no host'}"
@@ -349,53 +328,6 @@ class Supervisor:
                 break
             ranks.missing = dict(hosts.missing)
         await self._choose()
-
-    def _arguments(self) -> argparse.Namespace:
-        """Return the options of the ranks of this job."""
-        hosts, given = self._hosts, vars(self._args)
-        if self._is_without_draft:
-            given = {**given, "draft_model": None, "draft": AUTO, "draft_rank": None}
-        if hosts.part == hosts.slots:
-            return argparse.Namespace(**given)
-        shares = self._args.shares
-        if self._is_fitted:
-            shares = "auto"
-        elif isinstance(shares, Shares):
-            shares = self._shares_left(shares)
-        return argparse.Namespace(**{**given, "shares": shares})
-
-    def _shares_left(self, given: Shares) -> Shares | None:
-        """Return the shares of the ranks that are left; None where they do not do.
-
-        A host that takes the place of a lost one takes its share. Query heads that went
-        one by one do not lie well for fewer ranks: these take whole groups.
-        """
-        own: dict[str, list[Share]] = {}
-        for host, share in zip(
-            hostfile.by_rank(self._hosts.slots), given, strict=False
-        ):
-            own.setdefault(host, []).append(share)
-        lost = [
-            x for h, those in own.items() if h not in self._hosts.part for x in those
-        ]
-        shares = []
-        for host in self._of_ranks():
-            left = own.get(host) or lost
-            if not left:
-                return None
-            shares.append(left.pop(0))
-        if len(shares) < len(given):
-            shares = [replace(share, by_query=False) for share in shares]
-        return Shares(shares)
-
-    def _of_ranks(self) -> list[str]:
-        """The hosts of the ranks of this job."""
-        return self._hosts.ranks[: self._count()]
-
-    def _count(self) -> int:
-        """How many ranks there are on the hosts that take part."""
-        there = len(self._hosts.ranks)
-        return min(there, self._args.ranks or there)
 
     def _observe(self, generation: Generation, event: Event | None) -> None:
         if event is not None and event.tokens and not event.is_told_again:

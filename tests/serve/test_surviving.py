@@ -510,7 +510,7 @@ def test_a_draft_model_without_room_is_left_out() -> None:
         await supervised._make_it_fit("it does not fit")
         await ranks.close()
         assert args.draft_model == words[1]
-        return options.ranks_arguments(supervised._arguments())
+        return options.ranks_arguments(supervised._next.arguments())
 
     how = ["--draft", "one", "--draft-rank", "1"]
     left = asyncio.run(arguments("--draft-model", "small", *how))
@@ -527,7 +527,7 @@ async def on_two_hosts() -> AsyncIterator[supervisor.Supervisor]:
         async with Ranks() as ranks:
             args = options.parse(["--shares", "auto"])
             supervised = supervisor.Supervisor(args, None, ranks, "stories")
-            supervised._hosts = Hosts({"a": 1, "b": 1}, "hostfile")
+            supervised._hosts.slots = {"a": 1, "b": 1}
             yield supervised
 
 
@@ -542,6 +542,41 @@ def test_a_model_that_fits_on_all_hosts_takes_the_ethernet(why: str) -> None:
             await supervised._make_it_fit("it does not fit")
             assert hosts.part == hosts.slots
             assert hosts.takes_cables == (why != hosts_module.UNREACHED)
+
+    asyncio.run(life())
+
+
+def test_what_was_taken_in_and_does_not_fit_goes_again() -> None:
+    """The hosts before fitted."""
+
+    async def life() -> None:
+        async with on_two_hosts() as supervised:
+            hosts = supervised._hosts
+            hosts.part, hosts.missing = {"a": 1}, {"b": "it does not answer"}
+            supervised._next.note_fitted()
+            await supervised._choose()
+            assert hosts.part == hosts.slots
+            await supervised._make_it_fit("it does not fit")
+            assert hosts.part == {"a": 1}
+            assert hosts.missing == {"b": hosts_module.LEFT_OUT}
+
+    asyncio.run(life())
+
+
+@pytest.mark.parametrize("loss", [None, Loss("studio3 died", ("studio3",))])
+def test_a_draft_model_has_another_try_with_more_hosts(loss: Loss | None) -> None:
+    """However they come to take part."""
+
+    async def life() -> None:
+        async with on_two_hosts() as supervised:
+            hosts, args = supervised._hosts, supervised._args
+            args.draft_model = "small"
+            hosts.part, hosts.missing = {"a": 1}, {"b": "it does not answer"}
+            await supervised._make_it_fit("it does not fit")
+            assert supervised._next.arguments().draft_model is None
+            await supervised._choose(loss)
+            assert hosts.part == hosts.slots
+            assert supervised._next.arguments().draft_model == "small"
 
     asyncio.run(life())
 
@@ -613,10 +648,13 @@ def test_ranks_and_shares_that_are_left(
         supervised = supervisor.Supervisor(args, None, ranks, "stories")
         supervised._hosts.part = part
         left = Shares(shares) if isinstance(shares, list) else shares
-        assert (supervised._arguments().shares, supervised._count()) == (left, count)
+        assert (supervised._next.arguments().shares, supervised._next.count()) == (
+            left,
+            count,
+        )
         if left != "auto":
             await supervised._make_it_fit("it does not fit")
-            assert supervised._arguments().shares == "auto"
+            assert supervised._next.arguments().shares == "auto"
         await ranks.close()
 
     asyncio.run(life())
