@@ -39,8 +39,7 @@ from mlxtp.generation.text import figures
 from mlxtp.loading import Prepared
 from mlxtp.stories import PATH as STORIES
 
-# With this option the ranks are supervised, by the program that comes behind it.
-SURVIVE = "--survive"
+# Supervises the ranks of a job that is to survive.
 SURVIVING = (sys.executable, "-m", "mlxtp.serve.survive")
 
 
@@ -49,11 +48,12 @@ def main() -> None:
 
     A mistake of the person who started it is one line from rank 0, and status 2.
     """
-    if SURVIVE in sys.argv[1:]:
-        others = [word for word in sys.argv[1:] if word != SURVIVE]
+    words = options.with_texts(sys.argv[1:])
+    if options.is_survival(words):
+        others = [word for word in words if not options.is_survival([word])]
         os.execv(sys.executable, [*SURVIVING, *others])
     try:
-        args, comm = connect(options.with_texts(sys.argv[1:]))
+        args, comm = connect(words)
         screen = reserve_stdout(comm)
         if args.verbose and comm.rank == 0:
             show(comm.describe(), screen)

@@ -27,12 +27,18 @@ KEY_VARIABLE = "MLXTP_API_KEY"
 
 AUTO = "auto"
 
+# The prompt of programs that generate one text, where none is given.
+PROMPT = "Once upon a time"
+
 # What an option may be, in words and as a test; None is always allowed.
 Limits = Mapping[str, tuple[str, Callable[[Any], bool]]]
 # Options that do not go together: which, and what is said of them.
 Conflicts = Iterable[tuple[Callable[[Args], bool], str]]
 
 LIMITS: Limits = {
+    "prompt": ("some text in UTF-8", lambda text: is_utf8(text) and text.strip()),
+    "system_prompt": ("text in UTF-8", lambda text: is_utf8(text)),
+    "seed": ("from 0 to 2^64 - 1", lambda n: 0 <= n < 2**64),
     "model": ("a folder or a Hugging Face repo", lambda name: bool(name.strip())),
     "max_tokens": ("at least 1, or -1 for no limit", lambda n: n >= 1 or n == -1),
     "temp": ("at least 0", lambda x: 0 <= x < float("inf")),
@@ -57,6 +63,12 @@ LIMITS: Limits = {
 }
 
 CONFLICTS: Conflicts = [
+    (
+        lambda args: (
+            getattr(args, "prompt", None) is not None and args.prompt_file is not None
+        ),
+        "--prompt and --prompt-file: give one of them",
+    ),
     (
         lambda args: (
             args.transport in BACKENDS
@@ -182,7 +194,8 @@ def add_draft_options(parser: argparse.ArgumentParser) -> None:
         "--draft-rank",
         type=int,
         metavar="RANK",
-        help="Which rank has the draft model. Default: 0.",
+        help="Which rank has the draft model. Default: 0, or where rank 0 lacks the "
+        "memory the one that has most left.",
     )
     drafts.add_argument(
         "--num-draft-tokens",

@@ -14,7 +14,7 @@ from mlxtp import job_options
 from mlxtp.cluster import job
 from mlxtp.comm import launcher
 from mlxtp.comm.errors import UsageError
-from mlxtp.job_options import Args, Conflicts, Limits, flag, is_utf8
+from mlxtp.job_options import PROMPT, Args, Conflicts, Limits, flag, is_utf8
 
 # Options of mlx-lm that a split model does not take, and why.
 REFUSED = {
@@ -22,27 +22,20 @@ REFUSED = {
     "quantize_activations": "set quantize_activations in the model's config",
 }
 
-# The prompt where none is given.
-PROMPT = "Once upon a time"
+# With this option the ranks are supervised, by another program (`serve/survive`).
+SURVIVE = "--survive"
 
 # Options whose text may begin with a dash.
 TEXTS = ("--prompt", "-p", "--system-prompt", "--prefill-response")
 
 # What an option of this program's own may be.
 LIMITS: Limits = {
-    "prompt": ("some text in UTF-8", lambda text: is_utf8(text) and text.strip()),
-    "system_prompt": ("text in UTF-8", lambda text: is_utf8(text)),
     "prefill_response": ("text in UTF-8", lambda text: is_utf8(text)),
     "min_tokens_to_keep": ("at least 1", lambda n: n >= 1),
-    "seed": ("from 0 to 2^64 - 1", lambda n: 0 <= n < 2**64),
     "max_kv_size": ("above 4: the first 4 tokens are kept", lambda n: n > 4),
 }
 
 CONFLICTS: Conflicts = [
-    (
-        lambda args: args.prompt is not None and args.prompt_file is not None,
-        "--prompt and --prompt-file: give one of them",
-    ),
     (
         lambda args: args.prompt == "-" and _input_has_no_end(),
         "--prompt -: under mpirun standard input has no end; give --prompt-file FILE, "
@@ -93,6 +86,11 @@ def with_texts(arguments: Sequence[str]) -> list[str]:
         else:
             words.append(word)
     return words
+
+
+def is_survival(words: Sequence[str]) -> bool:
+    """Whether the words of a command line have --survive, or a beginning of it."""
+    return any(SURVIVE.startswith(word) and word.startswith("--su") for word in words)
 
 
 def check(args: Args) -> None:
@@ -174,6 +172,12 @@ def _parser() -> argparse.ArgumentParser:
         help="Take the prompt from this file, on the host of rank 0",
     )
     job.add_options(result)
+    result.add_argument(
+        SURVIVE,
+        action="store_true",
+        help="Where ranks are lost, go on with those that are left; --survive --help "
+        "says more",
+    )
     job_options.add_options(result)
     job_options.add_draft_options(result)
     output = result.add_argument_group("output")

@@ -75,12 +75,15 @@ class Processors:
         self, settings: Settings, tokens: Sequence[int], generated: Sequence[int]
     ) -> None:
         every = 1 << 31  # tokens count however long ago they were
+        recent = settings.repetition_context_size
+        if recent is not None:
+            tokens = tokens[len(tokens) - len(generated) - 1 :]
         self._bias = make_logits_processors(dict(settings.logit_bias))
         self._of_all: list[LogitsProcessor] = []
         if settings.repetition_penalty != 1:
             self._of_all = make_logits_processors(
                 repetition_penalty=settings.repetition_penalty,
-                repetition_context_size=every,
+                repetition_context_size=recent or every,
             )
         self._of_generated = make_logits_processors(
             presence_penalty=settings.presence_penalty,

@@ -20,6 +20,8 @@ class Settings:
         temperature: 0 takes the likeliest token.
         top_p, top_k, min_p, xtc_probability, xtc_threshold: mlx-lm's.
         repetition_penalty: of all tokens before, 1 for none.
+        repetition_context_size: for a repetition penalty of the last so many tokens, of
+            which the prompt's last one is the first, as mlx-lm's `generate` counts.
         presence_penalty, frequency_penalty: of the generated tokens, 0 for none.
         logit_bias: what is added to the logits of tokens.
         logprobs: give the log-probability of each token, and those of so many of the
@@ -40,6 +42,7 @@ class Settings:
     xtc_probability: float = 0.0
     xtc_threshold: float = 0.0
     repetition_penalty: float = 1.0
+    repetition_context_size: int | None = None
     presence_penalty: float = 0.0
     frequency_penalty: float = 0.0
     logit_bias: Mapping[int, float] = field(default_factory=dict)

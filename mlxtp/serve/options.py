@@ -6,6 +6,7 @@ options with `_add_options_of_ranks`.
 """
 
 import argparse
+import json
 import os
 import re
 from collections.abc import Sequence
@@ -106,7 +107,10 @@ def parse_survive(arguments: Sequence[str]) -> Args:
             "--survive starts mpirun itself: start it without mpirun, with --ranks N "
             "or --hostfile HOSTFILE"
         )
-    return _checked(_survive_parser(), arguments, job_options.CONFLICTS)
+    args = _checked(_survive_parser(), arguments, job_options.CONFLICTS)
+    if args.prompt is None:
+        args.prompt = job_options.PROMPT
+    return args
 
 
 def ranks_arguments(args: Args) -> list[str]:
@@ -118,6 +122,8 @@ def ranks_arguments(args: Args) -> list[str]:
             continue
         if value is True:
             words.append(flag(name))
+        elif isinstance(value, dict):
+            words.append(f"{flag(name)}={json.dumps(value)}")
         elif isinstance(value, list):
             words.append(f"{flag(name)}={','.join(map(str, value))}")
         else:
@@ -143,7 +149,6 @@ def config(args: Args, port: int) -> Config:
         max_queue=args.max_queue,
         allowed_origins=tuple(args.allowed_origins),
         defaults=defaults,
-        template_arguments=args.chat_template_config,
         log_prompts=args.log_prompts,
         drain_seconds=args.drain_seconds,
     )
@@ -207,7 +212,11 @@ def _parser() -> argparse.ArgumentParser:
     job.add_options(result)
     _add_options_of_clients(result)
     _add_survival(result)
-    _add_sampling(result)
+    _add_sampling(
+        result,
+        "What a request gets that leaves it open. Default: what the model's "
+        "generation_config.json says, or else OpenAI's default.",
+    )
     _add_options_of_ranks(result)
     return result
 
@@ -220,15 +229,17 @@ def _survive_parser() -> argparse.ArgumentParser:
         "are left.",
     )
     result.add_argument(
-        "--prompt", "-p", default="Once upon a time", help="- for standard input"
+        "--prompt", "-p", help="- for standard input. Default: Once upon a time."
     )
-    result.add_argument("--prompt-file", metavar="FILE", help="Take it from this file")
+    result.add_argument(
+        "--prompt-file", metavar="FILE", help="Take the prompt from this file"
+    )
     result.add_argument("--system-prompt", help="Needs a chat template")
     result.add_argument("--seed", type=int, help="Default: one by chance")
     result.add_argument("--quiet", action="store_true", help="Print the text alone")
     job.add_options(result)
     _add_survival(result, rejoin="never")
-    _add_sampling(result)
+    _add_sampling(result, "Default: the likeliest token, 100 of them.")
     _add_options_of_ranks(result)
     result.set_defaults(max_tokens=100, temp=0.0, max_concurrency=1)
     return result
@@ -334,24 +345,12 @@ def _add_survival(parser: argparse.ArgumentParser, rejoin: str = "quiet") -> Non
     )
 
 
-def _add_sampling(parser: argparse.ArgumentParser) -> None:
-    """Add what a request gets that leaves it open."""
-    sampling = parser.add_argument_group(
-        "sampling",
-        "What a request gets that leaves it open. Default: what the model's "
-        "generation_config.json says, or else OpenAI's default.",
-    )
+def _add_sampling(parser: argparse.ArgumentParser, description: str) -> None:
+    """Add how tokens are drawn."""
+    sampling = parser.add_argument_group("sampling", description)
     for name in SAMPLING:
         kind: type = int if name in ("max_tokens", "top_k") else float
         sampling.add_argument(flag(name), type=kind, metavar="X")
-    sampling.add_argument(
-        "--chat-template-config",
-        "--chat-template-args",
-        type=job_options.json_object,
-        default={},
-        metavar="JSON",
-        help="Arguments for the chat template, as a JSON object",
-    )
 
 
 def _add_options_of_ranks(parser: argparse.ArgumentParser) -> None:
@@ -364,6 +363,14 @@ def _add_options_of_ranks(parser: argparse.ArgumentParser) -> None:
         "--ignore-chat-template",
         action="store_true",
         help="Write chats plainly, as for a model without a template",
+    )
+    parser.add_argument(
+        "--chat-template-config",
+        "--chat-template-args",
+        type=job_options.json_object,
+        default={},
+        metavar="JSON",
+        help="Arguments for the chat template, as a JSON object",
     )
     requests = parser.add_argument_group("requests and their caches")
     requests.add_argument(

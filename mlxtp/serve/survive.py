@@ -22,6 +22,9 @@ from mlxtp.serve.log import say
 from mlxtp.serve.messages import Start
 from mlxtp.serve.supervisor import first_of, signals, supervised
 
+# As `mlxtp.generate` counts repetitions, by mlx-lm's default.
+REPETITION_CONTEXT = 20
+
 # How long the end of the ranks may lag behind that of the request.
 LAST_SECONDS = 1.0
 
@@ -82,13 +85,11 @@ async def answer(args: argparse.Namespace, ranks: Ranks, text: str) -> None:
     await ranks.is_ready.wait()
     ready = ranks.ready
     assert ready is not None
-    if ready.has_template and not args.ignore_chat_template:
+    if ready.has_template:
         messages = [{"role": "user", "content": text}]
         if args.system_prompt is not None:
             messages.insert(0, {"role": "system", "content": args.system_prompt})
-        encoded = await ranks.call(
-            "chat", messages=messages, template_arguments=args.chat_template_config
-        )
+        encoded = await ranks.call("chat", messages=messages)
     elif args.system_prompt is not None:
         raise Mistake("--system-prompt needs a chat template: there is none")
     else:
@@ -101,7 +102,8 @@ async def answer(args: argparse.Namespace, ranks: Ranks, text: str) -> None:
         if (value := getattr(args, option)) is not None
     }
     seed = secrets.randbits(63) if args.seed is None else args.seed
-    settings = Settings(**{**given, "max_tokens": most, "seed": seed})
+    given |= {"max_tokens": most, "seed": seed}
+    settings = Settings(**given, repetition_context_size=REPETITION_CONTEXT)
     generation = ranks.start(Start(secrets.token_hex(12), encoded["tokens"], settings))
     await show(args, generation)
 

@@ -12,7 +12,7 @@ from toy_tokenizers import END, byte_level, naive, sentence_piece
 import mlxtp.stories
 from mlxtp.serve.messages import TokenLogprob
 from mlxtp.serve.ranks.logprobs import token_logprob
-from mlxtp.serve.ranks.text import Text
+from mlxtp.serve.ranks.text import Template, Text
 
 pytestmark = pytest.mark.once
 
@@ -45,7 +45,8 @@ TOOL = {
 def text_of(template: str | None = TEMPLATE, **options: Any) -> Text:
     special = options.pop("special", THINK)
     tokenizer = byte_level(special=special, template=template)
-    return Text(tokenizer, len(tokenizer), **options)
+    written = Template(tokenizer, ignore=options.pop("ignore", False))
+    return Text(tokenizer, len(tokenizer), template=written, **options)
 
 
 def said(role: str, content: str | None, **more: Any) -> dict[str, Any]:
@@ -63,7 +64,7 @@ HI = said("user", "Hi é")
 
 def test_in_the_template() -> None:
     text = text_of(template_arguments={"effort": "low"})
-    assert text.notes and text.has_template and not text.has_tools
+    assert text.notes and text.template.is_there and not text.template.has_tools
     assert prompt(text, HI) == "<|user|>Hi é<|end|><|assistant|>low"
     given = {"effort": "high"}
     assert prompt(text, HI, template_arguments=given).endswith("high")
@@ -153,8 +154,6 @@ def test_arguments_of_templates() -> None:
             text.chat([HI], template_arguments={name: ""})
     with pytest.raises(ValueError, match="template takes no argument reasoning_effort"):
         text.chat([HI], template_arguments={"reasoning_effort": "low"})
-    with pytest.raises(ValueError, match="tokenize cannot be set"):
-        text_of(template_arguments={"tokenize": True})
     # A model that does not reason can be told not to.
     text = text_of(special=[])
     assert text.chat([HI], template_arguments={"enable_thinking": False})
@@ -200,7 +199,7 @@ def test_boundaries_are_prefixes_of_the_next_prompts(template: str | None) -> No
 
 def test_a_model_without_a_template() -> None:
     text = text_of(None)
-    assert not text.has_template and "no chat template" in text.notes[0]
+    assert not text.template.is_there and "no chat template" in text.notes[0]
     call = {"function": {"name": "add", "arguments": {"a": 1}}}
     messages = [
         said("system", "Be brief."),
@@ -219,7 +218,7 @@ def test_a_model_without_a_template() -> None:
     )
     begun = said("assistant", "So ")
     assert prompt(text, HI, begun, continue_final=True) == "User: Hi é\nAssistant: So "
-    ignoring = text_of(ignore_chat_template=True)
+    ignoring = text_of(ignore=True)
     assert prompt(ignoring, HI) == "User: Hi é\nAssistant:"
 
 

@@ -137,9 +137,10 @@ def test_the_ranks_get_what_is_theirs(
     keys.write_text("first-secret\n\nsecond-secret\n")
     monkeypatch.setenv(options.KEY_VARIABLE, "third-secret")
     of_ranks = ["--model=-m", "--shares=2,1", "--kv-bits=8", "--trust-remote-code"]
+    of_ranks += ['--chat-template-config={"a": 1}']
     of_front = [*("--temp", "0", "--max-tokens", "-1"), "--api-key-file", str(keys)]
     of_front += ["--allowed-origins", "http://A.org/,https://b:1"]
-    of_front += ["--allowed-origins=*", "--chat-template-config", '{"a": 1}']
+    of_front += ["--allowed-origins=*"]
     args = options.parse([*of_ranks, *of_front])
     words = options.ranks_arguments(args)
     assert sorted(words) == sorted(of_ranks)
@@ -148,7 +149,7 @@ def test_the_ranks_get_what_is_theirs(
 
     config = options.config(args, 81)
     assert config.api_keys == ("first-secret", "second-secret") and config.port == 81
-    assert config.model_names == ("-m",) and config.template_arguments == {"a": 1}
+    assert config.model_names == ("-m",)
     assert config.allowed_origins == ("http://a.org", "https://b:1", "*")
     assert config.defaults == {"temperature": 0.0, "max_tokens": None}
     assert options.KEY_VARIABLE not in os.environ  # mpirun would pass it on

@@ -1,6 +1,7 @@
 """The ranks end, and the answers go on: with ranks that have no model."""
 
 import asyncio
+import inspect
 import json
 import os
 import signal
@@ -11,8 +12,10 @@ from contextlib import asynccontextmanager
 from unittest.mock import Mock
 
 import fake_ranks
+import mlx.core as mx
 import pytest
 from life import FAKE, Server
+from mlx_lm.sample_utils import make_logits_processors
 
 from mlxtp.cluster import cables
 from mlxtp.cluster import visit as visit_module
@@ -22,6 +25,9 @@ from mlxtp.cluster.remote import HostError
 from mlxtp.cluster.verdict import RankOnHost, Verdict, Why
 from mlxtp.cluster.visit import Visit, versions
 from mlxtp.comm.errors import UsageError
+from mlxtp.generate import SURVIVING
+from mlxtp.generate import main as generate
+from mlxtp.generation.drawing import Processors
 from mlxtp.generation.settings import Settings
 from mlxtp.generation.standard_input import text_of
 from mlxtp.partition.shares import Share, Shares
@@ -382,9 +388,52 @@ def test_mistakes_of_a_text_that_is_to_survive(monkeypatch, tmp_path, capsys) ->
     assert "error: --prompt-file: there is no file" in capsys.readouterr().err
     with pytest.raises(UsageError, match="unrecognized arguments: --prompt-cache-file"):
         options.parse_survive(["--prompt-cache-file", "x"])
+    for seed in ("-1", str(2**64)):
+        with pytest.raises(UsageError, match=f"--seed is {seed}: wanted from 0 to"):
+            options.parse_survive(["--seed", seed])
+    with pytest.raises(UsageError, match="--prompt and --prompt-file: give one"):
+        options.parse_survive(["--prompt", "a", "--prompt-file", "b"])
     monkeypatch.setenv("OMPI_COMM_WORLD_SIZE", "2")
     with pytest.raises(JobError, match="starts mpirun itself"):
         options.parse_survive([])
+
+
+def test_survival_is_an_option_of_generate(monkeypatch, capsys) -> None:
+    """Also where texts begin like options, and of its beginning."""
+
+    def execute(_: str, words: list[str]) -> None:
+        raise SystemExit(words)
+
+    monkeypatch.setattr(os, "execv", execute)
+    for given in (
+        ["--survive", "--prompt", "--what", "--seed", "1"],
+        ["--prompt", "--what", "--surv", "--seed", "1"],
+    ):
+        monkeypatch.setattr(sys, "argv", ["generate", *given])
+        with pytest.raises(SystemExit) as ended:
+            generate()
+        words = ended.value.code[len(SURVIVING) :]
+        assert words == ["--prompt=--what", "--seed", "1"]
+        assert options.parse_survive(words).prompt == "--what"
+    monkeypatch.setattr(sys, "argv", ["generate", "--help"])
+    with pytest.raises(SystemExit, match="0"):
+        generate()
+    assert "--survive" in capsys.readouterr().out
+
+
+def test_a_text_that_survives_is_penalized_like_another() -> None:
+    """By mlx-lm's last 20 tokens, of which the prompt's last is the first."""
+    usual = inspect.signature(make_logits_processors).parameters
+    assert usual["repetition_context_size"].default == survive.REPETITION_CONTEXT
+    prompt, answer = list(range(10)), list(range(10, 40))
+    x = mx.random.normal((1, 64))
+    for count in (0, 1, 18, 19, 20, 30):
+        generated = answer[:count]
+        settings = Settings(9, 0, repetition_penalty=1.3, repetition_context_size=20)
+        ours = Processors(settings, [*prompt, *generated], generated)(x)
+        [processor] = make_logits_processors(repetition_penalty=1.3)
+        theirs = processor(mx.array([prompt[-1], *generated]), mx.array(x))
+        assert mx.array_equal(ours, theirs), count
 
 
 @pytest.mark.parametrize("said", ["{}", "[1]", '{"routes": "refused"}', "no JSON"])

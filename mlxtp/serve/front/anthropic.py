@@ -264,7 +264,7 @@ async def count_tokens(
 ) -> dict[str, int]:
     """Count the tokens that a conversation's prompt has."""
     checked_model(ranks, config, body.model)
-    prompt = await encode(ranks, config, body.conversation())
+    prompt = await encode(ranks, body.conversation())
     return {"input_tokens": len(prompt.tokens)}
 
 

@@ -25,7 +25,6 @@ class Config:
         allowed_origins: origins of other sites whose pages may ask; "*" for all.
         defaults: what a request that leaves a setting open gets, in `Settings`' names;
             it holds what the command line gives.
-        template_arguments: arguments of the chat template, below a request's own.
         log_prompts: prompts and answers may stand in the log.
         drain_seconds: how long requests under way may take once the server is to end.
         max_body_bytes: the longest body of a request.
@@ -40,7 +39,6 @@ class Config:
     max_queue: int = 256
     allowed_origins: tuple[str, ...] = ()
     defaults: Mapping[str, Any] = field(default_factory=dict)
-    template_arguments: Mapping[str, Any] = field(default_factory=dict)
     log_prompts: bool = False
     drain_seconds: float = 30.0
     max_body_bytes: int = 32 << 20

@@ -88,7 +88,7 @@ async def begin_all(
     ready = ready_ranks(ranks)
     check_room(ranks, config, count)
     shown, grammar = _tools(conversation)
-    prompt = await encode(ranks, config, conversation)
+    prompt = await encode(ranks, conversation)
     if grammar is not None:
         is_reasoning = prompt.initial_state == "reasoning"
         grammar = {**grammar, "after_reasoning": is_reasoning}
@@ -109,7 +109,7 @@ async def begin_all(
     return admit(ranks, config, choices(start, count))
 
 
-async def encode(ranks: Ranks, config: Config, conversation: Conversation) -> Prompt:
+async def encode(ranks: Ranks, conversation: Conversation) -> Prompt:
     """Turn a conversation into tokens, by the model's chat template.
 
     Raises: Refusal, Mistake or Unavailable, with what the client is to read.
@@ -121,7 +121,6 @@ async def encode(ranks: Ranks, config: Config, conversation: Conversation) -> Pr
         messages=[dict(message) for message in conversation.messages],
         tools=[dict(tool) for tool in shown] or None,
         template_arguments={
-            **config.template_arguments,
             **_reasoning_arguments(ready, conversation),
             **conversation.template_arguments,
         },

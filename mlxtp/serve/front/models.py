@@ -122,7 +122,7 @@ async def tokenize(
     conversation = body.conversation()
     strings = None
     if conversation is not None:
-        tokens = (await encode(ranks, config, conversation)).tokens
+        tokens = (await encode(ranks, conversation)).tokens
         if body.return_token_strs:
             strings = (await ranks.call("decode_each", tokens=tokens))["texts"]
     else:

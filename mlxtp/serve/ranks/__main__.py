@@ -48,7 +48,7 @@ from mlxtp.serve import messages
 from mlxtp.serve.options import parse_ranks
 from mlxtp.serve.ranks.link import Link
 from mlxtp.serve.ranks.service import Service
-from mlxtp.serve.ranks.text import Text
+from mlxtp.serve.ranks.text import Template, Text
 from mlxtp.stories import PATH as STORIES
 
 # What generation_config.json may say of sampling, from and to.
@@ -138,6 +138,9 @@ def load(args: Args, comm: Communicator, link: Link | None) -> Job:
         trust_remote_code=args.trust_remote_code,
     )
     tokenizer = prepared.load_tokenizer()
+    template = Template(tokenizer, ignore=args.ignore_chat_template)
+    with comm.agreement():
+        template.check(args.chat_template_config)
     if args.kv_bits is not None:
         check_quantized_caches(args, prepared, tokenizer)
     defaults = sampling_defaults(prepared.location.folder)
@@ -198,7 +201,8 @@ def load(args: Args, comm: Communicator, link: Link | None) -> Job:
         tokenizer,
         rows,
         context=context,
-        ignore_chat_template=args.ignore_chat_template,
+        template=template,
+        template_arguments=args.chat_template_config,
         grammars=grammars,
     )
     scheduler = Scheduler(
@@ -218,9 +222,9 @@ def load(args: Args, comm: Communicator, link: Link | None) -> Job:
             vocabulary=rows,
             defaults=defaults,
             ranks=of_ranks,
-            has_template=text.has_template,
-            has_tools=text.has_tools,
-            has_reasoning=text.has_reasoning,
+            has_template=template.is_there,
+            has_tools=template.has_tools,
+            has_reasoning=template.has_reasoning,
             is_batched=against is None,
             notes=[
                 *text.notes,
@@ -228,7 +232,7 @@ def load(args: Args, comm: Communicator, link: Link | None) -> Job:
                 *notes_of_drafts(args, comm, drafts, in_batches or against is not None),
             ],
             links=comm.describe(),
-            reasoning_arguments=[x for x in REASONING if text.reads(x)],
+            reasoning_arguments=[x for x in REASONING if template.reads(x)],
             commit=prepared.location.commit,
         )
     )

@@ -52,6 +52,49 @@ _LONGEST_PROMPT = 32 << 20  # characters
 _CHARACTERS = 16
 
 
+class Template:
+    """The chat template of a model, and what it takes.
+
+    Args:
+        tokenizer: mlx-lm's, of the model.
+        ignore: write chats plainly, as for a model without a template.
+
+    Attributes:
+        is_there: the model has one, and it is not ignored.
+        has_tools, has_reasoning: the model has a form of tool calls, a mark for its
+            reasoning.
+    """
+
+    def __init__(self, tokenizer: TokenizerWrapper, *, ignore: bool = False) -> None:
+        self._tokenizer = tokenizer
+        self.is_there = tokenizer.has_chat_template and not ignore
+        self.has_tools = tokenizer.has_tool_calling
+        self.has_reasoning = tokenizer.has_thinking
+
+    def reads(self, name: str) -> bool:
+        """Whether it reads a variable of this name; a program may any."""
+        template: Any = PLAIN_TEMPLATE
+        if self.is_there:
+            template = self._tokenizer.chat_template
+            if self._tokenizer._chat_template is not None or template is None:
+                return True
+        return re.search(rf"\b{re.escape(name)}\b", str(template)) is not None
+
+    def check(self, arguments: Mapping[str, Any]) -> None:
+        """Raise ValueError for arguments that it is not to get, or does not know.
+
+        What is off anyway can be switched off.
+        """
+        internal = _INTERNAL | {*self._tokenizer.special_tokens_map}
+        for name, value in arguments.items():
+            if name in internal:
+                raise ValueError(f"chat_template_kwargs: {name} cannot be set")
+            if name == "enable_thinking" and not value and not self.has_reasoning:
+                continue
+            if not self.reads(name):
+                raise ValueError(f"the model's chat template takes no argument {name}")
+
+
 class Text:
     """The tokenizer of the model, as the front calls it; any thread may.
 
@@ -62,13 +105,12 @@ class Text:
         rows: V, of the model's vocabulary.
         context: the most tokens of a request.
         template_arguments: for the chat template, where a request gives no others.
-        ignore_chat_template: write chats plainly, as for a model without a template.
+        template: how chats are written; None for the model's, if it has one.
         grammars: what checks grammars, shared with the engine; None makes one.
 
     Attributes:
         notes: lines for the log, on what the model lacks.
-        has_template, has_tools, has_reasoning: the model has a chat template, a form of
-            tool calls, a mark for its reasoning.
+        template: how chats are written.
         stop: texts that end an answer to a chat, beside those of the request.
         known: the tokens that have a text.
     """
@@ -80,29 +122,26 @@ class Text:
         *,
         context: int = 1 << 20,
         template_arguments: Mapping[str, Any] | None = None,
-        ignore_chat_template: bool = False,
+        template: Template | None = None,
         grammars: Grammars | None = None,
     ) -> None:
         self.tokenizer, self.rows, self._context = tokenizer, rows, context
-        self.has_template = tokenizer.has_chat_template and not ignore_chat_template
-        self.has_tools = tokenizer.has_tool_calling
-        self.has_reasoning = tokenizer.has_thinking
+        self.template = template or Template(tokenizer)
         self.known = frozenset(known_tokens(tokenizer, rows))
-        self.stop = () if self.has_template else (PLAIN_STOP,)
+        self.stop = () if self.template.is_there else (PLAIN_STOP,)
         self.notes = []
-        if not self.has_template:
+        if not self.template.is_there:
             self.notes.append(
                 "the model has no chat template: chats are written plainly, as "
                 "'User: ...' and 'Assistant: ...', tools as JSON"
             )
-        elif not self.has_tools and self.reads("tools"):
+        elif not self.template.has_tools and self.template.reads("tools"):
             self.notes.append(
                 "mlx-lm has no parser for this model's tool calls: they are expected "
                 'as <tool_call>{"name": ..., "arguments": ...}</tool_call>'
             )
         self._grammars = grammars or Grammars(tokenizer, rows)
         self._arguments = dict(template_arguments or {})
-        self._check_arguments(self._arguments)
         # The first call sets a fast tokenizer's state, later ones only read it.
         tokenizer.encode("a")
 
@@ -132,7 +171,7 @@ class Text:
         if not messages:
             raise ValueError("messages: a chat needs at least one")
         arguments = {**self._arguments, **(template_arguments or {})}
-        self._check_arguments(arguments)
+        self.template.check(arguments)
         prepared = [self._prepared(message) for message in messages]
         chat = _Chat(self, prepared, tools, arguments)
         text = chat.write(chat.messages, answers=continue_final)
@@ -210,7 +249,7 @@ class Text:
         Raises: ValueError if arguments are no JSON object.
         """
         result = {**message, "content": message.get("content") or ""}
-        if message["role"] == "developer" and not self.reads("developer"):
+        if message["role"] == "developer" and not self.template.reads("developer"):
             result["role"] = "system"
         if calls := message.get("tool_calls"):
             result["tool_calls"] = [_prepared_call(call) for call in calls]
@@ -218,7 +257,9 @@ class Text:
 
     def _encoded(self, text: str) -> list[int]:
         # A template writes special tokens itself; ours does not know them.
-        return self.tokenizer.encode(text, add_special_tokens=not self.has_template)
+        return self.tokenizer.encode(
+            text, add_special_tokens=not self.template.is_there
+        )
 
     def _check_length(self, text: str) -> None:
         """Refuse a text that is much too long before all of it is encoded.
@@ -244,29 +285,6 @@ class Text:
         check_tokens(tokens, self.rows, self.tokenizer)
         return tokens
 
-    def _check_arguments(self, arguments: Mapping[str, Any]) -> None:
-        """Raise ValueError for arguments that a template is not to get, or not to know.
-
-        What is off anyway can be switched off.
-        """
-        internal = _INTERNAL | {*self.tokenizer.special_tokens_map}
-        for name, value in arguments.items():
-            if name in internal:
-                raise ValueError(f"chat_template_kwargs: {name} cannot be set")
-            if name == "enable_thinking" and not value and not self.has_reasoning:
-                continue
-            if not self.reads(name):
-                raise ValueError(f"the model's chat template takes no argument {name}")
-
-    def reads(self, name: str) -> bool:
-        """Whether the template reads a variable of this name; a program may any."""
-        if not self.has_template:
-            return re.search(rf"\b{re.escape(name)}\b", PLAIN_TEMPLATE) is not None
-        template = self.tokenizer.chat_template
-        if self.tokenizer._chat_template is not None or template is None:
-            return True
-        return re.search(rf"\b{re.escape(name)}\b", str(template)) is not None
-
     def _initial_state(self, chat: "_Chat", text: str, *, answers: bool) -> str:
         """The state of the answer's first token.
 
@@ -274,7 +292,7 @@ class Text:
         message that the model goes on with does. What people write does not count.
         """
         given = self.tokenizer.response_initial_state
-        if given is not None or not self.has_reasoning:
+        if given is not None or not self.template.has_reasoning:
             return given or "normal"
         before = ""
         with suppress(ValueError):
@@ -298,7 +316,7 @@ class _Chat:
     ) -> None:
         self.messages, self._tools, self._text = messages, tools, text
         self._arguments = dict(arguments)
-        if not text.has_template:
+        if not text.template.is_there:
             self._arguments["chat_template"] = PLAIN_TEMPLATE
 
     def write(
