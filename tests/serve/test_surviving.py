@@ -5,6 +5,7 @@ import inspect
 import json
 import os
 import signal
+import subprocess
 import sys
 import time
 from collections.abc import AsyncIterator
@@ -17,6 +18,7 @@ import pytest
 from life import FAKE, Server
 from mlx_lm.sample_utils import make_logits_processors
 
+from mlxtp import options as generate_options
 from mlxtp.cluster import cables
 from mlxtp.cluster import visit as visit_module
 from mlxtp.cluster.cables import Cable
@@ -25,8 +27,6 @@ from mlxtp.cluster.remote import HostError
 from mlxtp.cluster.verdict import RankOnHost, Verdict, Why
 from mlxtp.cluster.visit import Visit, versions
 from mlxtp.comm.errors import UsageError
-from mlxtp.generate import SURVIVING
-from mlxtp.generate import main as generate
 from mlxtp.generation.drawing import Processors
 from mlxtp.generation.settings import Settings
 from mlxtp.generation.standard_input import text_of
@@ -398,27 +398,15 @@ def test_mistakes_of_a_text_that_is_to_survive(monkeypatch, tmp_path, capsys) ->
         options.parse_survive([])
 
 
-def test_survival_is_an_option_of_generate(monkeypatch, capsys) -> None:
-    """Also where texts begin like options, and of its beginning."""
-
-    def execute(_: str, words: list[str]) -> None:
-        raise SystemExit(words)
-
-    monkeypatch.setattr(os, "execv", execute)
-    for given in (
-        ["--survive", "--prompt", "--what", "--seed", "1"],
-        ["--prompt", "--what", "--surv", "--seed", "1"],
-    ):
-        monkeypatch.setattr(sys, "argv", ["generate", *given])
-        with pytest.raises(SystemExit) as ended:
-            generate()
-        words = ended.value.code[len(SURVIVING) :]
-        assert words == ["--prompt=--what", "--seed", "1"]
-        assert options.parse_survive(words).prompt == "--what"
-    monkeypatch.setattr(sys, "argv", ["generate", "--help"])
+def test_survival_is_an_option_of_generate(capsys) -> None:
+    """Its beginning is, and where texts begin like options."""
     with pytest.raises(SystemExit, match="0"):
-        generate()
+        generate_options.parse(["--help"])
     assert "--survive" in capsys.readouterr().out
+    words = ["--prompt", "--what", "--surv", "--rejoin", "now", "--seed", "-1"]
+    program = [sys.executable, "-m", "mlxtp.generate", *words]
+    done = subprocess.run(program, capture_output=True, text=True, timeout=60)
+    assert "error: --seed is -1: wanted from 0" in done.stderr and done.returncode == 2
 
 
 def test_a_text_that_survives_is_penalized_like_another() -> None:
