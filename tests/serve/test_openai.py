@@ -518,7 +518,7 @@ def test_fields_without_effect(front: Front) -> None:
             "tool_choice",
             "the tools are: weather",
         ),
-        ("chat/completions", {"tools": [TOOL, TOOL]}, "tools", "same name"),
+        ("chat/completions", {"tools": [TOOL, TOOL]}, "tools.1", "another tool"),
         (
             "chat/completions",
             {
@@ -532,8 +532,26 @@ def test_fields_without_effect(front: Front) -> None:
         (
             "chat/completions",
             {"response_format": {"type": "json_schema"}},
-            "response_format.json_schema",
+            "response_format.json_schema.schema",
             "json_schema.schema",
+        ),
+        (
+            "chat/completions",
+            {"response_format": {"type": "json_object", "json_schema": {"schema": {}}}},
+            "response_format.json_schema.schema",
+            "the type is json_object",
+        ),
+        (
+            "chat/completions",
+            {
+                "tools": [TOOL],
+                "tool_choice": {
+                    "type": "function",
+                    "function": {"name": "weather", "strict": True},
+                },
+            },
+            "tool_choice",
+            '"required"',
         ),
         (
             "chat/completions",

@@ -431,6 +431,14 @@ REFUSED = [
         },
         "text.format",
     ),
+    (
+        {"text": {"format": {"type": "json_object", "schema": {}}}},
+        "text.format.schema",
+    ),
+    (
+        {"tools": [ADD], "tool_choice": {"type": "function", "name": "add", "odd": 1}},
+        "tool_choice",
+    ),
     ({"model": "other"}, "model"),
 ]
 

@@ -12,6 +12,7 @@ from pydantic import Field
 from mlxtp.serve.front import anthropic_input, errors
 from mlxtp.serve.front.answers import Pieces
 from mlxtp.serve.front.anthropic_blocks import TEXT, THINKING, Blocks
+from mlxtp.serve.front.chat_parts import Json, grammar
 from mlxtp.serve.front.config import TheConfig, TheRanks
 from mlxtp.serve.front.conversation import (
     Conversation,
@@ -24,8 +25,6 @@ from mlxtp.serve.front.fields import Fields
 from mlxtp.serve.front.ranks import Generation
 from mlxtp.serve.front.streaming import server_sent, stream
 from mlxtp.serve.messages import Event
-
-Json = dict[str, Any]
 
 router = APIRouter()
 
@@ -100,9 +99,11 @@ class Asked(Fields):
             tools=anthropic_input.functions(self.tools or []),
             tool_choice=_choice(choice),
             parallel_tool_calls=not choice.disable_parallel_tool_use,
-            grammar={"kind": "schema", "schema": output.format.schema_}
-            if output.format is not None
-            else None,
+            grammar=None
+            if output.format is None
+            else grammar(
+                output.format.type, output.format.schema_, "output_config.format"
+            ),
             effort=output.effort,
             default_effort="high",
             thinking=None

@@ -6,11 +6,9 @@ from typing import Any, Literal
 
 from pydantic import Field
 
+from mlxtp.serve.front.chat_parts import TOOL_NAME, Json, add_tool, tool, tool_call
 from mlxtp.serve.front.errors import Refusal
 from mlxtp.serve.front.fields import Fields, typed
-from mlxtp.serve.front.openai_chat import TOOL_NAME
-
-Json = dict[str, Any]
 
 # Claude Code puts this block first, with other words in every request: a model needs it
 # for nothing, and with it no prompt would begin like another.
@@ -120,8 +118,7 @@ def _assistant(content: Sequence[Json], where: str) -> Json:
                     message.get("reasoning_content", "") + text
                 )
             case ToolUseBlock() as use:
-                function = {"name": use.name, "arguments": json.dumps(use.input)}
-                call = {"id": use.id, "type": "function", "function": function}
+                call = tool_call(use.id, use.name, json.dumps(use.input))
                 message.setdefault("tool_calls", []).append(call)
     return message
 
@@ -173,19 +170,8 @@ def functions(tools: Sequence[Json]) -> list[Json]:
     """
     shown: list[Json] = []
     for index, value in enumerate(tools):
-        tool = typed({"custom": Tool}, value, f"tools.{index}", "custom")
-        if any(tool.name == other["function"]["name"] for other in shown):
-            raise Refusal(
-                400,
-                f"tools.{index}: there is another tool {tool.name}",
-                param=f"tools.{index}",
-            )
-        about: Json = {
-            "name": tool.name,
-            "description": tool.description or "",
-            "parameters": tool.input_schema,
-        }
-        if tool.strict:
-            about["strict"] = True
-        shown.append({"type": "function", "function": about})
+        where = f"tools.{index}"
+        given = typed({"custom": Tool}, value, where, "custom")
+        new = tool(given.name, given.description, given.input_schema, given.strict)
+        add_tool(shown, new, where)
     return shown

@@ -17,6 +17,13 @@ from mlxtp.serve.front.answers import (
     usage,
     visible_logprobs,
 )
+from mlxtp.serve.front.chat_parts import (
+    TOOL_NAME,
+    add_tool,
+    grammar,
+    tool,
+    tool_call,
+)
 from mlxtp.serve.front.config import TheConfig, TheRanks
 from mlxtp.serve.front.conversation import Conversation, begin_all, checked_model
 from mlxtp.serve.front.errors import Refusal
@@ -26,8 +33,6 @@ from mlxtp.serve.front.streaming import cancel_all, server_sent, stream
 from mlxtp.serve.messages import TokenLogprob
 
 router = APIRouter()
-
-TOOL_NAME = r"^[a-zA-Z0-9_.\-]{1,128}$"
 
 
 class Part(Fields):
@@ -107,14 +112,7 @@ class Message(Fields):
             message["name"] = self.name
         if self.tool_calls:
             message["tool_calls"] = [
-                {
-                    "id": call.id,
-                    "type": "function",
-                    "function": {
-                        "name": call.function.name,
-                        "arguments": call.function.arguments,
-                    },
-                }
+                tool_call(call.id, call.function.name, call.function.arguments)
                 for call in self.tool_calls
             ]
         if self.tool_call_id is not None:
@@ -142,14 +140,8 @@ class Tool(Fields):
 
     def plain(self) -> dict[str, Any]:
         """Give the tool as `Conversation` takes it."""
-        function: dict[str, Any] = {"name": self.function.name}
-        if self.function.description is not None:
-            function["description"] = self.function.description
-        empty = {"type": "object", "properties": {}}
-        function["parameters"] = self.function.parameters or empty
-        if self.function.strict:
-            function["strict"] = True
-        return {"type": "function", "function": function}
+        given = self.function
+        return tool(given.name, given.description, given.parameters, given.strict)
 
 
 class JsonSchema(Fields):
@@ -170,26 +162,21 @@ class ResponseFormat(Fields):
     def grammar(self) -> dict[str, Any] | None:
         """Give the grammar, as `Settings.grammar`.
 
-        Raises: Refusal (400) where the schema is missing.
+        Raises: Refusal (400) where the schema is missing, or of no use.
         """
-        if self.type == "text":
-            return None
-        if self.type == "json_object":
-            return {"kind": "json"}
-        if self.json_schema is None or self.json_schema.schema_ is None:
-            raise Refusal(
-                400,
-                "response_format of type json_schema needs json_schema.schema",
-                param="response_format.json_schema",
-            )
-        return {"kind": "schema", "schema": self.json_schema.schema_}
+        schema = None if self.json_schema is None else self.json_schema.schema_
+        return grammar(self.type, schema, "response_format.json_schema.schema")
 
 
 def _tool_choice(value: Any) -> str | dict[str, str] | None:
     match value:
         case None | "none" | "auto" | "required":
             return value
-        case {"type": "function", "function": {"name": str(name)}}:
+        case {
+            "type": "function",
+            "function": {"name": str(name), **inner},
+            **outer,
+        } if not (inner or outer):
             return {"name": name}
     raise ValueError(
         'one of "none", "auto", "required" and {"type": "function", "function": '
@@ -246,10 +233,9 @@ class ChatCompletion(Sampling):
         elif self.top_logprobs is not None:
             raise Refusal(400, "top_logprobs need logprobs: true", param="top_logprobs")
         answer = self.response_format
-        tools = [tool.plain() for tool in self.tools or []]
-        names = [tool["function"]["name"] for tool in tools]
-        if len(names) != len(set(names)):
-            raise Refusal(400, "two tools have the same name", param="tools")
+        tools: list[dict[str, Any]] = []
+        for index, given_tool in enumerate(self.tools or []):
+            add_tool(tools, given_tool.plain(), f"tools.{index}")
         return Conversation(
             messages=messages,
             tools=tools,

@@ -10,6 +10,7 @@ from pydantic import Field
 
 from mlxtp.serve.front import responses_input
 from mlxtp.serve.front.answers import Pieces, visible_logprobs
+from mlxtp.serve.front.chat_parts import Json, grammar
 from mlxtp.serve.front.config import TheConfig, TheRanks
 from mlxtp.serve.front.conversation import Conversation, begin, checked_model
 from mlxtp.serve.front.errors import Refusal
@@ -18,8 +19,6 @@ from mlxtp.serve.front.ranks import Generation
 from mlxtp.serve.front.responses_items import MESSAGE, REASONING, SUMMARY, Items, new_id
 from mlxtp.serve.front.streaming import server_sent, stream
 from mlxtp.serve.messages import Event, TokenLogprob
-
-Json = dict[str, Any]
 
 router = APIRouter()
 
@@ -216,12 +215,13 @@ def _conversation(body: Body, tools: list[Json]) -> Conversation:
     if allowed is not None:
         tools = [tool for tool in tools if tool["function"]["name"] in allowed]
     text, reasoning = body.text or Text(), body.reasoning or Reasoning()
+    shape = text.format or Format(type="text")
     return Conversation(
         messages=responses_input.messages(body.input, body.instructions),
         tools=tools,
         tool_choice=choice,
         parallel_tool_calls=body.parallel_tool_calls is not False,
-        grammar=_grammar(text.format),
+        grammar=grammar(shape.type, shape.schema_, "text.format.schema"),
         template_arguments=body.chat_template_kwargs or {},
         effort=reasoning.effort,
         settings=given,
@@ -246,7 +246,8 @@ def _choice(choice: str | Json) -> tuple[str | Json, set[str] | None]:
             "type": "allowed_tools",
             "mode": "auto" | "required" as mode,
             "tools": [*tools],
-        }:
+            **more,
+        } if not more:
             return mode, {_function_name(tool) for tool in tools}
     raise _no_choice(choice)
 
@@ -254,9 +255,14 @@ def _choice(choice: str | Json) -> tuple[str | Json, set[str] | None]:
 def _function_name(choice: Any) -> str:
     """The name by which the model knows the function that a choice names."""
     match choice:
-        case {"type": "function", "name": str(name), "namespace": str(namespace)}:
+        case {
+            "type": "function",
+            "name": str(name),
+            "namespace": str(namespace),
+            **more,
+        } if not more:
             return responses_input.flat_name(namespace, name)
-        case {"type": "function", "name": str(name)}:
+        case {"type": "function", "name": str(name), **more} if not more:
             return name
     raise _no_choice(choice)
 
@@ -269,21 +275,6 @@ def _no_choice(choice: Any) -> Refusal:
         param="tool_choice",
         code="unsupported",
     )
-
-
-def _grammar(wanted: Format | None) -> Json | None:
-    """Give the grammar that a format stands for."""
-    if wanted is None or wanted.type == "text":
-        return None
-    if wanted.type == "json_object":
-        return {"kind": "json"}
-    if wanted.schema_ is None:
-        raise Refusal(
-            400,
-            "text.format of type json_schema needs a schema",
-            param="text.format.schema",
-        )
-    return {"kind": "schema", "schema": wanted.schema_}
 
 
 def _about(body: Body, model: str, generation: Generation) -> Json:

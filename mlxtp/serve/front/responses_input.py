@@ -5,11 +5,9 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field
 
+from mlxtp.serve.front.chat_parts import TOOL_NAME, Json, add_tool, tool, tool_call
 from mlxtp.serve.front.errors import Refusal
 from mlxtp.serve.front.fields import Fields, typed
-from mlxtp.serve.front.openai_chat import TOOL_NAME
-
-Json = dict[str, Any]
 
 # The parts that are text.
 TEXT_PARTS = ("input_text", "output_text", "text", "reasoning_text", "summary_text")
@@ -139,11 +137,8 @@ def _add(messages: list[Json], item: Fields, where: str) -> None:
                 turn = _turn(messages, begun_by=("content", "tool_calls"))
                 turn["reasoning_content"] = turn.get("reasoning_content", "") + text
         case CallItem():
-            function = {
-                "name": flat_name(item.namespace, item.name),
-                "arguments": item.arguments,
-            }
-            call = {"id": item.call_id, "type": "function", "function": function}
+            name = flat_name(item.namespace, item.name)
+            call = tool_call(item.call_id, name, item.arguments)
             _turn(messages).setdefault("tool_calls", []).append(call)
         case OutputItem():
             text = text_of(item.output, f"{where}.output")
@@ -202,20 +197,9 @@ def functions(tools: Sequence[Any]) -> tuple[list[Json], dict[str, dict[str, str
         for place, other in places.items():
             function = typed({"function": FunctionTool}, other, place)
             name = flat_name(namespace.get("namespace"), function.name)
-            if name in names:
-                raise Refusal(
-                    400, f"{place}: there is another tool {name}", param=place
-                )
             names[name] = {"name": function.name, **namespace}
-            about: Json = {
-                "name": name,
-                "description": function.description or "",
-                "parameters": function.parameters
-                or {"type": "object", "properties": {}},
-            }
-            if function.strict:
-                about["strict"] = True
-            shown.append({"type": "function", "function": about})
+            new = tool(name, function.description, function.parameters, function.strict)
+            add_tool(shown, new, place)
     return shown, names
 
 

@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-Json = dict[str, Any]
+from mlxtp.serve.front.chat_parts import Json
 
 
 @dataclass(frozen=True)
