@@ -173,7 +173,10 @@ def test_a_rank_is_missing(fault: str, transport: str) -> None:
     verdict = "died" if fault == "killed" else "did not answer"
     for job, output in zip(jobs, printed, strict=True):
         assert job.returncode != 0
-        assert re.search(f"mlxtp: rank 2 on studio3 {verdict}", output), output
+        # MLX may end the neighbours in its ring before that is said.
+        others = r"(rank \d on \w+, )*" if transport == "ring" else ""
+        said = f"mlxtp: {others}rank 2 on studio3 {verdict}"
+        assert re.search(said, output), output
     loading, decoding = printed
     assert "token" not in loading
     where = {"mpi": r"all(reduce|gather) \d+", "ring": r"the graph with an all\w+"}
