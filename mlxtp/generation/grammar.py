@@ -15,9 +15,13 @@ allowed up to its end, by whatever tokens that is written.
 
 import functools
 import json
+import math
 import textwrap
-from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+import threading
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from decimal import Decimal
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 from llguidance import LLMatcher, LLParserLimits, LLTokenizer, regex_to_lark
@@ -31,6 +35,7 @@ if TYPE_CHECKING:  # not there at run time
     from llguidance._lib import JsonCompileOptions
 
 Spec = Mapping[str, Any]
+T = TypeVar("T")
 
 # They count work, not time, so that all ranks come to the same end. A grammar at these
 # limits takes 0.4 s to compile, and 15 ms and 40 MB for a mask.
@@ -39,6 +44,11 @@ _LIMITS = LLParserLimits(
 )
 _COMPILED = 32  # grammars that are kept
 _LONGEST = 1 << 18  # characters of a grammar, as llguidance takes it
+# llguidance calls itself for each reference behind another one: 1,000 of them take more
+# than the 8 MiB of a usual stack, the longest grammar less than 64 MiB.
+_STACK_BYTES = 256 << 20
+# Of `multipleOf`, its digits without zeros at the end: llguidance counts to it.
+_LARGEST_MULTIPLE = 100_000
 _TRIED = 4  # tokens: what is too complex mostly is so behind the first bracket
 # Where one text alone can come next, llguidance would allow only one way to cut it into
 # tokens, its own; the model is to choose.
@@ -122,7 +132,10 @@ class Grammars:
             raise ValueError(
                 "a grammar needs a token that ends the text: the tokenizer has none"
             )
-        matcher = LLMatcher(self._tokenizer, source, limits=_LIMITS, log_level=0)
+        tokenizer = self._tokenizer
+        matcher = _on_large_stack(
+            lambda: LLMatcher(tokenizer, source, limits=_LIMITS, log_level=0)
+        )
         _raise_error(matcher)
         return matcher
 
@@ -234,6 +247,17 @@ class _Vocabulary:
         return [self._of_byte.get(bytes([byte]), 0) for byte in text]
 
 
+def _on_large_stack(work: Callable[[], T]) -> T:
+    """Return what `work` does in a thread with a large stack."""
+    with ThreadPoolExecutor(1) as pool:
+        usual = threading.stack_size(_STACK_BYTES)
+        try:
+            done = pool.submit(work)
+        finally:
+            threading.stack_size(usual)
+        return done.result()
+
+
 def _raise_error(matcher: LLMatcher) -> None:
     if not matcher.is_error():
         return
@@ -283,6 +307,7 @@ def _schema(schema: Mapping[str, Any]) -> str:
 
 def _of_schema(schema: Mapping[str, Any], options: "JsonCompileOptions") -> str:
     """A schema as a term of a Lark grammar. Options of its own are not heard."""
+    _check_multiples(schema)
     return f"%json {json.dumps({**schema, 'x-guidance': options})}"
 
 
@@ -291,20 +316,51 @@ def _check_properties_count(schema: Any) -> None:
 
     Raises: ValueError.
     """
-    if isinstance(schema, list):
-        for part in schema:
-            _check_properties_count(part)
-    if not isinstance(schema, Mapping):
-        return
-    least = schema.get("minProperties")
-    is_open = schema.get("additionalProperties", True) or "patternProperties" in schema
-    if isinstance(least, int) and least > 1 and is_open:
+    for part in _parts(schema):
+        least = part.get("minProperties")
+        is_open = part.get("additionalProperties", True) or "patternProperties" in part
+        if isinstance(least, int) and least > 1 and is_open:
+            raise ValueError(
+                "minProperties above 1 cannot be honoured where names are not given "
+                "one by one: give properties, and additionalProperties false"
+            )
+
+
+def _check_multiples(schema: Any) -> None:
+    """Refuse `multipleOf` of a number that takes long to count to.
+
+    Where parts of a schema hold at once, so do their multiples.
+
+    Raises: ValueError.
+    """
+    digits, hold_at_once = [1], False
+    for part in _parts(schema):
+        multiple = part.get("multipleOf")
+        if isinstance(multiple, int | float) and not isinstance(multiple, bool):
+            number = Decimal(str(multiple))
+            if number.is_finite():  # llguidance refuses others
+                text = "".join(map(str, number.as_tuple().digits))
+                digits.append(int(text.rstrip("0") or "1"))
+        hold_at_once |= "allOf" in part or ("$ref" in part and len(part) > 1)
+    largest = math.lcm(*digits) if hold_at_once else max(digits)
+    if largest > _LARGEST_MULTIPLE:
         raise ValueError(
-            "minProperties above 1 cannot be honoured where names are not given one by "
-            "one: give properties, and additionalProperties false"
+            f"multipleOf: numbers up to {_LARGEST_MULTIPLE:,} are taken, zeros at the "
+            "end not counted"
+            + (", and their least common multiple with allOf" if hold_at_once else "")
         )
-    for part in schema.values():
-        _check_properties_count(part)
+
+
+def _parts(schema: Any) -> Iterator[Mapping[str, Any]]:
+    """Yield all objects of a schema."""
+    waiting = [schema]
+    while waiting:
+        part = waiting.pop()
+        if isinstance(part, Mapping):
+            yield part
+            waiting += part.values()
+        elif isinstance(part, list):
+            waiting += part
 
 
 def _tools(tools: Sequence[Mapping[str, Any]], parallel: bool) -> str:

@@ -3,13 +3,17 @@
 import itertools
 import json
 import re
+import subprocess
+import sys
 from collections.abc import Callable
 from contextlib import nullcontext
+from pathlib import Path
 from typing import Any
 from unittest.mock import Mock
 
 import numpy as np
 import pytest
+import toy_tokenizers
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 from toy_tokenizers import byte_level, naive, sentence_piece
 
@@ -308,6 +312,17 @@ def test_after_the_reasoning() -> None:
             "minimum .2. is greater than maximum",
         ),
         (schema({"type": "object", "minProperties": 2}), "minProperties above 1"),
+        (schema({"type": "integer", "multipleOf": 1000003}), "numbers up to 100,000"),
+        (schema({"type": "number", "multipleOf": 1e300 + 1e285}), "numbers up to"),
+        (schema({"multipleOf": 10**400 + 1}), "numbers up to 100,000"),
+        (
+            schema({"allOf": [{"multipleOf": 10007}, {"multipleOf": 10009}]}),
+            "least common multiple",
+        ),
+        (
+            of_tool({"properties": {"a": {"multipleOf": 123457}}}),
+            "numbers up to 100,000",
+        ),
         (schema({"oneOf": [{"type": "string"}] * 2}), "oneOf constraints are not"),
         *(
             (schema({"properties": {"a": {key: value}}, "type": "object"}), key)
@@ -340,8 +355,52 @@ def test_what_is_taken() -> None:
     notes = {"title": "x", "description": "x", "default": 1, "examples": [1]}
     notes |= {"$schema": "http://json-schema.org/draft-07/schema#", "$comment": "x"}
     grammars.check(schema({"type": "integer", **notes, "deprecated": True}))
+    several = [{"multipleOf": x} for x in (0.01, 5, 60, 86400)]
+    grammars.check(schema({"type": "number", "allOf": several}))
     # Only a tool that is strict promises its schema.
     grammars.check(of_tool({"not": {}, "format": "odd"}))
+
+
+REFERENCES = """
+import sys
+sys.path.insert(0, sys.argv[1])
+from toy_tokenizers import byte_level
+from mlxtp.generation.grammar import Grammars
+forms = {
+    "items": lambda part: {"items": part},
+    "allOf": lambda part: {"allOf": [part]},
+    "anyOf": lambda part: {"anyOf": [part, {"type": "null"}]},
+    "properties": lambda part: {"properties": {"a": part}},
+}
+tokenizer = byte_level()
+grammars = Grammars(tokenizer, len(tokenizer))
+for name, form in forms.items():
+    for count, levels in ((3000, 1), (1900, 5), (300, 40)):
+        definitions = {f"{count:x}": {"type": "string"}}
+        for number in range(count):
+            part = {"$ref": f"#/$defs/{number + 1:x}"}
+            for _ in range(levels):
+                part = form(part)
+            definitions[f"{number:x}"] = part
+        spec = {"kind": "schema", "schema": {"$ref": "#/$defs/0", "$defs": definitions}}
+        try:
+            grammars.check(spec)
+        except ValueError as error:
+            print(name, count, error)
+print("went on")
+"""
+
+
+def test_long_chains_of_references_are_taken_or_refused() -> None:
+    """They do not end the process, which others need."""
+    words = [
+        sys.executable,
+        "-c",
+        REFERENCES,
+        str(Path(toy_tokenizers.__file__).parent),
+    ]
+    done = subprocess.run(words, capture_output=True, text=True, timeout=100)
+    assert done.returncode == 0 and done.stdout.endswith("went on\n"), done
 
 
 @pytest.mark.parametrize(
