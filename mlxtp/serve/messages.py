@@ -59,6 +59,7 @@ class Start:
             taken back are kept there.
         parallel_tool_calls: False ends the answer behind the first tool call.
         is_chat: False gives all text as it stands, without reasoning or tools.
+        goes_on: the answer goes on with the text that the prompt ends with.
     """
 
     id: str
@@ -71,6 +72,7 @@ class Start:
     boundaries: list[int] = field(default_factory=list)
     parallel_tool_calls: bool = True
     is_chat: bool = False
+    goes_on: bool = False
     tells_generated: bool = False
     finished: str | None = None
 

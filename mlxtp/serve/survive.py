@@ -56,12 +56,12 @@ async def run(args: argparse.Namespace, text: str) -> int:
             Ranks() as ranks,
             supervised(args, None, ranks, name, second) as supervising,
         ):
-            answering = asyncio.create_task(answer(args, ranks, text))
+            answering = asyncio.create_task(answered(args, ranks, text))
             try:
                 await first_of(first, supervising, answering)
                 if answering.done():
                     try:
-                        answering.result()
+                        is_whole = answering.result()
                     except Unavailable as error:
                         # It has ended, or waits for hosts for longer than it should.
                         await first_of(supervising, timeout_seconds=LAST_SECONDS)
@@ -69,15 +69,17 @@ async def run(args: argparse.Namespace, text: str) -> int:
                             say(str(error))
                             return 1
                     else:
-                        return 0
+                        return 0 if is_whole else 1
                 return supervising.result() if supervising.done() else 1
             finally:
                 answering.cancel()
                 await asyncio.wait([answering])
 
 
-async def answer(args: argparse.Namespace, ranks: Ranks, text: str) -> None:
-    """Ask, and print the text as it comes.
+async def answered(args: argparse.Namespace, ranks: Ranks, text: str) -> bool:
+    """Ask, and print the text as it comes; return whether all of it has come.
+
+    The ranks that are left may have less room than there was.
 
     Raises: Mistake for a prompt or a setting that the model refuses; Unavailable where
         the ranks are lost and no others come.
@@ -105,20 +107,32 @@ async def answer(args: argparse.Namespace, ranks: Ranks, text: str) -> None:
     given |= {"max_tokens": most, "seed": seed}
     settings = Settings(**given, repetition_context_size=REPETITION_CONTEXT)
     generation = ranks.start(Start(secrets.token_hex(12), encoded["tokens"], settings))
-    await show(args, generation)
+    finish = await show(args, generation)
+    length = len(generation.tokens)
+    if finish != "length" or length >= most:
+        return True
+    say(
+        f"the text is cut behind {length:,} tokens: the ranks that are left have no "
+        "room for more"
+    )
+    return False
 
 
-async def show(args: argparse.Namespace, generation: Generation) -> None:
-    """Print the text of a request as it comes, and figures at the end."""
+async def show(args: argparse.Namespace, generation: Generation) -> str | None:
+    """Print the text of a request as it comes, and figures at the end.
+
+    Returns: the `finish` of its last event.
+    """
     line = "" if args.quiet else f"{'=' * 10}\n"
     print(line, end="", flush=True)
-    is_first = True
+    is_first, finish = True, None
     async for event in generation:
         for _, piece in event.pieces:
             # As mlx-lm's detokenizers have it, which know nothing of the prompt.
             shown = piece.removeprefix(" ") if is_first else piece
             print(shown, end="", flush=True)
             is_first = False
+        finish = event.finish
     print(f"\n{line}", end="", flush=True)
     if not args.quiet:
         seconds, tokens = time.monotonic() - generation.begun, len(generation.tokens)
@@ -128,6 +142,7 @@ async def show(args: argparse.Namespace, generation: Generation) -> None:
             "all pauses",
             flush=True,
         )
+    return finish
 
 
 if __name__ == "__main__":

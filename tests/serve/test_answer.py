@@ -298,8 +298,11 @@ def test_the_text_begins_where_the_prompt_ends(kind: Any) -> None:
     pieces, _ = told(tokenizer, tokens, prompt=prompt, is_chat=False)
     assert pieces == [("text", " cé")]
     grammar = {"kind": "regex", "pattern": " c."}
-    pieces, _ = told(tokenizer, tokens, prompt=prompt, grammar=grammar)
-    assert pieces == [("text", " cé")]
+    for more in ({"grammar": grammar}, {"goes_on": True}):
+        pieces, _ = told(tokenizer, tokens, prompt=prompt, **more)
+        assert pieces == [("text", " cé")]
+    pieces, answer = told(tokenizer, tokens, prompt=prompt, goes_on=True, stop=[" c"])
+    assert pieces == [] and answer.stopped == " c"
 
 
 def test_tokens_without_text(kind: Any) -> None:
@@ -325,6 +328,8 @@ def test_calls_of_a_grammar() -> None:
     options: dict[str, Any] = {"grammar": grammar, "initial_state": "reasoning"}
     pieces, answer = told(tokenizer, tokens, **options)
     assert pieces == expected and answer.has_tool_calls
+    blank = tokenizer.encode(" \n")
+    assert told(tokenizer, [*blank, *tokens], **options)[0] == expected
     pieces, _ = told(tokenizer, tokens[:-9], "length", **options)
     assert pieces[0] == expected[0] and pieces[1][1].startswith('{"name":"weather"')
     options["grammar"] = {**grammar, "after_reasoning": True}

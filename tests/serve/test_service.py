@@ -1,6 +1,7 @@
 """What rank 0 decides, and what it tells the front of a pass."""
 
 import time
+from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 
@@ -12,7 +13,7 @@ from mlxtp.fetch.spare import Spare
 from mlxtp.generation.drawing import Score
 from mlxtp.generation.engine import Drawn, Result
 from mlxtp.generation.settings import Settings
-from mlxtp.generation.step import Step
+from mlxtp.generation.step import Admission, GenerationRequest, Step
 from mlxtp.serve import messages
 from mlxtp.serve.messages import Event, Events, Start
 from mlxtp.serve.ranks.answer import AnswerText, Piece
@@ -175,3 +176,59 @@ def test_tokens_that_come_together_are_told_one_by_one() -> None:
     ]
     assert added == [(name, x.token) for name in ("short", "stopped") for x in drawn]
     assert ended == ["short", "stopped"]
+
+
+def test_who_is_admitted_is_told_before_the_pass() -> None:
+    """It may end the ranks."""
+    tokenizer = byte_level()
+    sent: list[Events] = []
+    start = Start("a", [3], Settings(max_tokens=3, seed=0))
+    given: list[Any] = [start]
+    link: Any = SimpleNamespace(
+        send=sent.append, take=lambda wait: [given.pop()] if given else []
+    )
+    request = GenerationRequest("a", (3,), 1, start.settings)
+    step = Step(admit=(Admission(request, cached=0),))
+    scheduler: Any = SimpleNamespace(
+        submit=lambda request: None, is_idle=False, decide=lambda: step
+    )
+    nothing: Any = None
+    service = Service(
+        *(link, Text(tokenizer, len(tokenizer)), scheduler, nothing, nothing),
+        Spare(nothing, None),
+        context=100,
+        ends=(),
+        rows=len(tokenizer),
+    )
+    service._last_counts = time.monotonic()
+    assert service.decide() == step
+    assert [line.events for line in sent] == [[Event("a", admitted=True)]]
+
+
+@pytest.mark.parametrize("tells", [True, False])
+def test_an_answer_for_which_no_room_is_left(tells: bool) -> None:
+    """As at the end of the context: with what was held back, and no mistake."""
+    tokenizer = byte_level(special=["<tool_call>", "</tool_call>"])
+    sent: list[Events] = []
+    link: Any = SimpleNamespace(send=sent.append)
+    nothing: Any = None
+    service = Service(
+        *(link, Text(tokenizer, len(tokenizer)), nothing, nothing, nothing),
+        Spare(nothing, None),
+        context=9,
+        ends=(),
+        rows=len(tokenizer),
+    )
+    tool = {"type": "function", "function": {"name": "f", "parameters": {}}}
+    generated = tokenizer.encode('Hi <tool_call>{"name"')
+    settings = Settings(max_tokens=99, seed=0)
+    start = Start("a", [3, 3], settings, generated, tools=[tool], is_chat=True)
+    service._take(replace(start, tells_generated=tells))
+    ((event,),) = [line.events for line in sent]
+    held = '<tool_call>{"name"'
+    assert "".join(text for _, text in event.pieces) == ("Hi " if tells else "") + held
+    assert event.tokens == (generated if tells else [])
+    assert event.finish == "length" and not event.is_mistake
+    finished = replace(start, tells_generated=True, finished="stop")
+    service._take(finished)
+    assert sent[-1].events[0].finish == "stop"

@@ -301,11 +301,8 @@ def test_what_a_job_is_told_that_follows_another() -> None:
         ranks.recover("a host is lost", "waiting")
         with pytest.raises(Unavailable, match="a host is lost"):
             ranks.start(Start("b", [1], settings))
-        # With less room than before it ends, as at the end of the context.
-        ranks._hand_in(messages.Ready(**{**vars(fake_ranks.READY), "context": 6}))
-        assert generation.is_over
+        ranks._take(Event("a", finish="length"))
         told = [event async for event in generation]
-        assert told[-1].finish == "length"
         assert sum(len(event.prompt_logprobs or ()) for event in told) == 4
         await ranks.close()
 
@@ -329,6 +326,76 @@ def test_a_text_survives(start, monkeypatch: pytest.MonkeyPatch, capsys, tmp_pat
     assert capsys.readouterr().out == ""
 
 
+@pytest.mark.parametrize(("most", "is_whole"), [("3", True), ("100", False)])
+def test_a_text_that_is_cut_says_so(most: str, is_whole: bool, monkeypatch, capfd):
+    """The ranks that are left have room for three tokens alone."""
+
+    async def call(name: str, **arguments: object) -> dict[str, list[int]]:
+        return {"tokens": [1]}
+
+    async def life() -> bool:
+        async with Ranks() as ranks:
+            ranks.ready = fake_ranks.READY
+            ranks.is_ready.set()
+            monkeypatch.setattr(ranks, "call", call)
+            args = options.parse_survive(["--quiet", "--max-tokens", most])
+            answered = asyncio.create_task(survive.answered(args, ranks, "x"))
+            while not ranks.generations:
+                await asyncio.sleep(0)
+            [name] = ranks.generations
+            pieces = [("text", "abc")]
+            event = Event(name, tokens=[1, 2, 3], pieces=pieces, finish="length")
+            ranks._take(event)
+            return await answered
+
+    assert asyncio.run(life()) == is_whole
+    out, said = capfd.readouterr()
+    assert out == "abc\n" and ("cut behind 3 tokens" in said) != is_whole
+
+
+def test_calls_that_may_have_ended_the_ranks(monkeypatch) -> None:
+    """Are handed in once more, if their client is there; those of this job alone."""
+
+    async def life() -> None:
+        async with Ranks() as ranks:
+            ranks.ready = fake_ranks.READY
+            sent: list[int] = []
+            is_there = True
+
+            def send(message: messages.Message) -> bool:
+                if is_there and isinstance(message, messages.Call):
+                    sent.append(message.call)
+                return is_there
+
+            monkeypatch.setattr(ranks, "_send", send)
+            bad, gone = (
+                asyncio.create_task(ranks.call("chat", messages=[])) for _ in range(2)
+            )
+            await asyncio.sleep(0)
+            assert sent == [0, 1]
+            gone.cancel()
+            for expected in ([0], []):
+                ranks.suspect()
+                is_there = False
+                ranks.recover("rank 2 died")
+                ranks.suspect()  # a job that was lost before it had the call
+                ranks.recover("rank 2 died")
+                sent.clear()
+                is_there = True
+                await asyncio.sleep(0)
+                ranks._hand_in()
+                assert sent == expected
+            with pytest.raises(Unavailable, match="lost 2 times in turn with it"):
+                await bad
+            await asyncio.sleep(0)
+            well = asyncio.create_task(ranks.call("chat", messages=[]))
+            await asyncio.sleep(0)  # those before have left their room
+            ranks._hear(messages.Answer(2, {"tokens": [1]}))
+            assert await well == {"tokens": [1]}
+
+    asyncio.run(life())
+
+
 def test_who_may_have_ended_the_ranks() -> None:
     """Who was worked on in each job that was lost, without a token; the last alone."""
 
@@ -340,7 +407,7 @@ def test_who_may_have_ended_the_ranks() -> None:
             def handed_in() -> list[str]:
                 """What a new job is given at first."""
                 sent.clear()
-                ranks._hand_in(fake_ranks.READY)
+                ranks._hand_in()
                 return list(sent)
 
             def lost(*at_work: str) -> None:

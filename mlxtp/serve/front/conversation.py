@@ -105,6 +105,7 @@ async def begin_all(
         boundaries=prompt.boundaries,
         parallel_tool_calls=conversation.parallel_tool_calls,
         is_chat=True,
+        goes_on=conversation.continue_final,
     )
     return admit(ranks, config, choices(start, count))
 

@@ -15,7 +15,7 @@ import time
 from collections import deque
 from collections.abc import AsyncIterator, Callable
 from contextlib import suppress
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, Self
 
@@ -29,6 +29,8 @@ State = Literal[
 
 # A request may be what ends the ranks: others are not to suffer from it for ever.
 MOST_FRUITLESS = 3
+# A call that so many jobs were lost with gets an error: others do not wait for it.
+MOST_FRUITLESS_CALLS = 2
 
 # Calls that rank 0 has at once: one that it answers, and one to go on with.
 CALLS_AT_ONCE = 2
@@ -152,6 +154,26 @@ class Generation:
             self._ranks.cancel(self.start.id)
 
 
+@dataclass
+class _Call:
+    """A call that is not answered yet.
+
+    `fruitless` counts the jobs that were lost while they had it; `is_sent`: this job
+    has it; `is_wanted`: its client is there.
+    """
+
+    message: messages.Call
+    result: asyncio.Future[Any]
+    is_sent: bool = False
+    is_wanted: bool = True
+    fruitless: int = 0
+
+    def fail(self, words: str) -> None:
+        """Tell its client that there is no answer to come."""
+        if not self.result.done():
+            self.result.set_exception(Unavailable(words))
+
+
 class Ranks:
     """The connection to rank 0: calls, requests, and what it says of itself.
 
@@ -186,7 +208,7 @@ class Ranks:
         self.folder = Path(tempfile.mkdtemp(prefix="mlxtp-"))  # for this user alone
         self._key = secrets.token_hex(32)
         self._numbers = itertools.count()
-        self._calls: dict[int, tuple[messages.Call, asyncio.Future[Any]]] = {}
+        self._calls: dict[int, _Call] = {}
         self._room_for_calls = asyncio.Semaphore(CALLS_AT_ONCE)
         # Of those that were handed in again: who has not gone on, and who waits for it.
         self._awaited: list[Generation] = []
@@ -236,16 +258,21 @@ class Ranks:
         except Unavailable:
             self._room_for_calls.release()
             raise
-        call = messages.Call(next(self._numbers), name, arguments)
-        future: asyncio.Future[Any] = asyncio.get_running_loop().create_future()
-        self._calls[call.call] = call, future
-        future.add_done_callback(lambda done: self._called(call, done))
-        self._send(call)
-        return await asyncio.shield(future)
+        number = next(self._numbers)
+        result: asyncio.Future[Any] = asyncio.get_running_loop().create_future()
+        call = _Call(messages.Call(number, name, arguments), result)
+        self._calls[number] = call
+        result.add_done_callback(lambda done: self._called(number, done))
+        call.is_sent = self._send(call.message)
+        try:
+            return await asyncio.shield(result)
+        except asyncio.CancelledError:
+            call.is_wanted = False
+            raise
 
-    def _called(self, call: messages.Call, done: asyncio.Future[Any]) -> None:
+    def _called(self, number: int, done: asyncio.Future[Any]) -> None:
         """Note that a call has been answered, or will not be."""
-        del self._calls[call.call]
+        del self._calls[number]
         self._room_for_calls.release()
         if not done.cancelled():
             done.exception()  # its client may be gone: asyncio would print it
@@ -283,6 +310,8 @@ class Ranks:
 
     def suspect(self) -> None:
         """Note that the ranks were lost, maybe by what a request makes them do."""
+        for call in self._calls.values():
+            call.fruitless += call.is_sent
         for generation in self.generations.values():
             generation.suspect()
 
@@ -298,9 +327,8 @@ class Ranks:
 
     def fail(self, words: str) -> None:
         """Fail all that is under way."""
-        for _, future in self._calls.values():
-            if not future.done():
-                future.set_exception(Unavailable(words))
+        for call in self._calls.values():
+            call.fail(words)
         for request_id in list(self.generations):
             self._take(Event(request_id, finish="error", error=words))
 
@@ -308,6 +336,8 @@ class Ranks:
         if self._writer is not None:
             self._writer.close()  # so that `_serve` ends too
         self._writer, self.state, self.words, self.done = None, state, words, None
+        for call in self._calls.values():
+            call.is_sent = False
         self.stats, self.refusal = None, None
         self.recent_stats.clear()
         self.has_come.clear()
@@ -322,10 +352,15 @@ class Ranks:
         if self.ready is None or self.state in ("waiting", "ended"):
             raise Unavailable(self.words)
 
-    def _hand_in(self, ready: Ready) -> None:
+    def _hand_in(self) -> None:
         """Let a new job go on with all that is under way."""
-        for call, _ in self._calls.values():
-            self._send(call)
+        for call in self._calls.values():
+            if not call.is_wanted:
+                call.result.cancel()
+            elif call.fruitless == MOST_FRUITLESS_CALLS:
+                call.fail(f"the ranks were lost {call.fruitless} times in turn with it")
+            else:
+                call.is_sent = self._send(call.message)
         held = deque[Generation]()
         self._held.clear()
         self._awaited.clear()
@@ -333,23 +368,19 @@ class Ranks:
             if generation.fruitless == MOST_FRUITLESS - 1:
                 held.append(generation)
             else:
-                self._go_on_with(generation, ready)
+                self._go_on_with(generation)
         self._held = held
         self._go_on_with_held()
 
-    def _go_on_with(self, generation: Generation, ready: Ready) -> None:
+    def _go_on_with(self, generation: Generation) -> None:
         """Hand one request to a job that has not heard of it."""
         start = generation.again()
-        length = len(start.prompt) + len(start.generated)
         if generation.fruitless == MOST_FRUITLESS:
             words = (
                 f"the ranks were lost {MOST_FRUITLESS} times in turn while they worked "
                 "on this request, without a token of it"
             )
             self._take(Event(start.id, finish="error", error=words))
-        elif generation.tokens and length >= ready.context:
-            # There is less room than there was.
-            self._take(Event(start.id, finish="length"))
         else:
             self._awaited.append(generation)
             self._send(start)
@@ -360,19 +391,21 @@ class Ranks:
         So one that ends the ranks ends them when nobody else waits for a first token.
         """
         self._awaited = [g for g in self._awaited if not g.has_gone_on]
-        while self._held and not self._awaited and self.ready is not None:
+        while self._held and not self._awaited:
             generation = self._held.popleft()
             if not generation.is_over:
-                self._go_on_with(generation, self.ready)
+                self._go_on_with(generation)
 
     def _observe(self, generation: Generation, event: Event | None) -> None:
         for observer in self.observers:
             observer(generation, event)
 
-    def _send(self, message: messages.Message) -> None:
-        """Tell rank 0 something, if it is there and knows the model."""
-        if self._writer is not None and self.is_ready.is_set():
-            self._writer.write(messages.encoded(message))
+    def _send(self, message: messages.Message) -> bool:
+        """Tell rank 0 something, if it is there and knows the model; say whether."""
+        if self._writer is None or not self.is_ready.is_set():
+            return False
+        self._writer.write(messages.encoded(message))
+        return True
 
     async def _serve(
         self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter
@@ -409,12 +442,12 @@ class Ranks:
                 for event in events:
                     self._take(event)
             case messages.Answer(call, result, error):
-                _, future = self._calls.get(call, (None, None))
-                if future is not None and not future.done():
+                asked = self._calls.get(call)
+                if asked is not None and not asked.result.done():
                     if error is None:
-                        future.set_result(result)
+                        asked.result.set_result(result)
                     else:
-                        future.set_exception(Mistake(error))
+                        asked.result.set_exception(Mistake(error))
             case messages.Stats():
                 self.stats = message
                 self.recent_stats.append((time.monotonic(), message))
@@ -425,7 +458,7 @@ class Ranks:
                 self.state = "draining" if self.is_draining else "ready"
                 self.ready, self.words, self.done = message, "ready", 1.0
                 self.is_ready.set()
-                self._hand_in(message)
+                self._hand_in()
             case messages.Refused(words):
                 self.refusal = words
 

@@ -56,7 +56,8 @@ class AnswerText:
             self._stops += text.stop
         self._state = _beginning(self._format, self._stops, start.initial_state)
         self._detokenizer = tokenizer.detokenizer
-        if not start.is_chat or start.settings.grammar is not None:
+        is_new = start.is_chat and not start.goes_on
+        if not is_new or start.settings.grammar is not None:
             # All of the text counts, also a space that it begins with.
             for token in start.prompt[-_PROMPT_TAIL:]:
                 self._add(token)
@@ -132,7 +133,8 @@ class AnswerText:
 
     def _say(self, text: str) -> None:
         if self._is_calls:
-            self._calls += text
+            # White space may come with the end of the reasoning, in one token.
+            self._calls = (self._calls + text).lstrip()
             return
         if self._is_behind_call:
             text = text.lstrip()

@@ -112,6 +112,9 @@ class Service:
             self._last_counts = now
             step = replace(step, counts=True)
         self._step = step
+        # Before the pass: where it ends the ranks, the front knows who was in it.
+        if admitted := [*self._admitted()]:
+            self._link.send(messages.Events(admitted))
         return step
 
     def report(self, result: Result) -> None:
@@ -126,7 +129,7 @@ class Service:
         )
         self._last_pass = now
         self._steps += 1
-        events = [*self._admitted()]
+        events: list[Event] = []
         for event in self._read(result):
             events.append(event)
             if event.prompt_logprobs is not None:  # a line of its own, they are long
@@ -169,15 +172,14 @@ class Service:
 
     def _take(self, start: Start) -> None:
         """Take a request, or say what is wrong with it."""
-        tokens = (*start.prompt, *start.generated)
-        mistake = self._mistake(start, len(tokens))
+        mistake = self._mistake(start)
         if mistake is not None:
             event = Event(start.id, finish="error", error=mistake, is_mistake=True)
             self._link.send(messages.Events([event]))
             return
         try:
             answer = AnswerText(self._text, start)
-            told = self._told_again(start, answer) if start.tells_generated else None
+            told = self._told_at_once(start, answer)
         except Exception:
             self._link.send(messages.Events([self._broken(start.id)]))
             return
@@ -189,25 +191,35 @@ class Service:
         self._scheduler.submit(
             GenerationRequest(
                 start.id,
-                tokens,
+                (*start.prompt, *start.generated),
                 len(start.prompt),
                 start.settings,
                 tuple(start.boundaries),
             )
         )
 
-    def _told_again(self, start: Start, answer: AnswerText) -> Event:
-        """What a request's new client is told of the tokens that it has."""
-        pieces, finish = answer.replayed, self._finish_of(start, answer)
+    def _told_at_once(self, start: Start, answer: AnswerText) -> Event | None:
+        """What is told of the tokens that a request has, to a new client or at the end.
+
+        None where it goes on and its client knows them.
+        """
+        if not start.generated:
+            return None
+        tells, finish = start.tells_generated, self._finish_of(start, answer)
+        if not tells and finish is None:
+            return None
+        pieces = answer.replayed if tells else []
         if finish is not None:
             pieces = [*pieces, *answer.finish(finish)]
+        if finish == "stop" and answer.has_tool_calls:
+            finish = "tool_calls"
         return Event(
             start.id,
-            tokens=start.generated,
+            tokens=start.generated if tells else [],
             pieces=pieces,
             finish=finish,
             stop=answer.stopped,
-            is_told_again=True,
+            is_told_again=tells,
         )
 
     def _broken(self, name: str) -> Event:
@@ -218,20 +230,25 @@ class Service:
         return Event(name, finish="error", error=BROKEN)
 
     def _finish_of(self, start: Start, answer: AnswerText) -> str | None:
-        """Return how an answer ended that was generated before; None if it goes on."""
+        """Return how an answer ends that was generated before; None if it goes on.
+
+        There may be less room for it than there was.
+        """
         if start.finished is not None:
             return start.finished
         is_end = start.generated[-1] in self._ends and not start.settings.ignore_eos
         if is_end or answer.is_over:
             return "stop"
-        return "length" if len(start.generated) == start.settings.max_tokens else None
+        length = len(start.prompt) + len(start.generated)
+        is_full = len(start.generated) == start.settings.max_tokens
+        return "length" if is_full or length >= self._context else None
 
-    def _mistake(self, start: Start, length: int) -> str | None:
+    def _mistake(self, start: Start) -> str | None:
         """Say what is wrong with a request, as far as the ranks must know."""
         if not start.prompt:
             return "the prompt has no tokens"
-        last = length if start.settings.max_tokens == 0 else length + 1
-        if last > self._context:
+        last = len(start.prompt) + (start.settings.max_tokens != 0)
+        if last > self._context and not start.generated:
             return (
                 f"the prompt has {len(start.prompt):,} tokens; there is room for "
                 f"{self._context:,}, prompt and answer"
