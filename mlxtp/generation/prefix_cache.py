@@ -109,6 +109,19 @@ class PrefixIndex:
 
         It counts as used. Matches below `LEAST_TOKENS` are none.
         """
+        most, key = self._best(tokens, at_most)
+        if most < LEAST_TOKENS:
+            return None
+        self._use(key)
+        return Match(key, most)
+
+    def spares(self, tokens: Sequence[int]) -> int:
+        """How many tokens of a prompt `find` would spare; no entry counts as used."""
+        most, _ = self._best(tokens, None)
+        return most if most >= LEAST_TOKENS else 0
+
+    def _best(self, tokens: Sequence[int], at_most: int | None) -> tuple[int, int]:
+        """The most tokens that an entry spares, and its key."""
         text = _text(tokens)[: None if at_most is None else at_most * TOKEN_BYTES]
         place = bisect_left(self._trimmable, text)
         beside = self._trimmable[max(0, place - 1) : place + 1]
@@ -116,11 +129,7 @@ class PrefixIndex:
         whole = _longest_prefix(self._fixed, text)
         if whole is not None:
             matches.append((len(whole) // TOKEN_BYTES, self._key_of[whole]))
-        most, key = max(matches, default=(0, -1))
-        if most < LEAST_TOKENS:
-            return None
-        self._use(key)
-        return Match(key, most)
+        return max(matches, default=(0, -1))
 
     def add(self, tokens: Sequence[int], is_trimmable: bool) -> Added:
         """Take in an entry, if it is worth it.
@@ -189,6 +198,11 @@ def _text(tokens: Sequence[int]) -> bytes:
 
 def _less(these: Iterable[int], those: Iterable[int]) -> tuple[int, ...]:
     return tuple(a - b for a, b in zip(these, those, strict=True))
+
+
+def in_common(one: Sequence[int], other: Sequence[int]) -> int:
+    """How many tokens two prompts begin with in common."""
+    return _common(_text(one), _text(other))
 
 
 def _common(one: bytes, other: bytes) -> int:

@@ -24,7 +24,7 @@ from mlxtp.generation.capacity import Capacity
 from mlxtp.generation.draft_lengths import DraftLengths
 from mlxtp.generation.pace import Pace
 from mlxtp.generation.pays import MOST
-from mlxtp.generation.prefix_cache import PrefixIndex
+from mlxtp.generation.prefix_cache import PrefixIndex, in_common
 from mlxtp.generation.step import Admission, GenerationRequest, Step
 
 # Prompts that are read at the same time: each has caches of its own.
@@ -44,6 +44,8 @@ class _Active:
     done: int = 0  # tokens that its caches hold, while it is read
     decodes: bool = False
     boundaries: list[int] = field(default_factory=list)
+    # While it waits: how many tokens it has in common with one that is read, by number.
+    in_common: dict[int, int] = field(default_factory=dict)
 
     @property
     def left(self) -> int:
@@ -321,16 +323,31 @@ class Scheduler:
         return Admission(request, match.key, match.tokens)
 
     def _is_served_soon(self, waiting: _Active) -> bool:
-        """Whether a prompt that is being read will spare most of this one's reading."""
+        """Whether a prompt that is being read will spare this one much of its reading.
+
+        It has to be half of what is left of that one, besides what is known already.
+        """
         if waiting.request.settings.prompt_logprobs is not None:
             return False
-        return any(
-            active.left > 0
+        # How much may be known where it still pays to wait.
+        most_known = [
+            self._in_common(active, waiting) - active.left / 2
+            for active in self._active.values()
+            if active.left > 0
             and not active.decodes
             and begin_alike(active.tokens, waiting.tokens)
             and len(active.tokens) < self._trimmable_below
-            for active in self._active.values()
-        )
+        ]
+        if max(most_known, default=-1) < 0:
+            return False
+        return self._prefixes.spares(waiting.tokens) <= max(most_known)
+
+    def _in_common(self, active: _Active, waiting: _Active) -> int:
+        """How many tokens of a prompt one that is read has in common with it."""
+        if active.number not in waiting.in_common:
+            common = in_common(active.tokens, waiting.tokens)
+            waiting.in_common[active.number] = common
+        return waiting.in_common[active.number]
 
     def _read(self) -> list[tuple[str, int]]:
         """Choose which prompts are read, and how many tokens of each."""

@@ -189,6 +189,27 @@ def test_prompts_in_common_are_read_once() -> None:
     assert one.found_tokens == 2 * 299
 
 
+def test_who_has_little_in_common_does_not_wait() -> None:
+    """Nor who finds as much in the prefix cache."""
+    one = scheduler(tokens=100_000, prefix_tokens=50_000)
+    turn = (*range(100), *range(20_000, 22_000))
+    one.submit(GenerationRequest("turn", turn, len(turn), GREEDY))
+    run_until(one, "turn")
+    one.end("turn")
+    submit(one, "long", 9000)
+    assert admitted(one.decide()) == ["long"]
+    prompts = {
+        "short": (*range(100), 7),
+        "next turn": (*turn, 7, 7),
+        "alike": (*range(8000), 7),
+    }
+    for name, prompt in prompts.items():
+        one.submit(GenerationRequest(name, prompt, len(prompt), GREEDY))
+    step = one.decide()
+    assert admitted(step) == ["short", "next turn"]
+    assert [admission.cached for admission in step.admit] == [100, 2100]
+
+
 def test_caches_that_cannot_be_taken_back_are_kept_at_turns() -> None:
     one = scheduler(prefix_tokens=10_000, trimmable_below=0)
     submit(one, "a", 100, boundaries=(40, 90))
