@@ -50,9 +50,3 @@ class Settings:
     prompt_logprobs: int | None = None
     ignore_eos: bool = False
     grammar: Mapping[str, Any] | None = None
-
-    @classmethod
-    def from_json(cls, content: Mapping[str, Any]) -> "Settings":
-        """Make settings of what `dataclasses.asdict` and JSON have made of some."""
-        bias = {int(token): x for token, x in content.get("logit_bias", {}).items()}
-        return cls(**{**content, "logit_bias": bias})

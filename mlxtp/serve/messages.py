@@ -8,9 +8,12 @@ sends the key; then each message is one line: an object whose "is" names the cla
     rank 0 -> front    Hello, State, Refused, Ready, Answer, Events, Stats
 """
 
+import functools
 import json
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, get_args
+
+from pydantic import TypeAdapter
 
 from mlxtp.generation.settings import Settings
 
@@ -292,52 +295,14 @@ def decoded(line: bytes) -> Message:
     """
     try:
         content = json.loads(line)
-        kind = content.pop("is")
-        return _READERS[kind](content)
-    except (KeyError, TypeError, AttributeError) as error:
+        message: Message = _reader(content.pop("is")).validate_python(content)
+    except (KeyError, TypeError, AttributeError, ValueError) as error:
         raise ValueError(f"not a message: {line[:200]!r}") from error
+    return message
 
 
-def _start(content: dict[str, Any]) -> Start:
-    settings = Settings.from_json(content.pop("settings"))
-    return Start(settings=settings, **content)
-
-
-def _ready(content: dict[str, Any]) -> Ready:
-    ranks = [Rank(**rank) for rank in content.pop("ranks")]
-    return Ready(ranks=ranks, **content)
-
-
-def _logprob(content: dict[str, Any]) -> TokenLogprob:
-    top = [_logprob(other) for other in content.pop("top")]
-    return TokenLogprob(top=top, **content)
-
-
-def _event(content: dict[str, Any]) -> Event:
-    of_prompt = content.pop("prompt_logprobs")
-    return Event(
-        logprobs=[_logprob(x) for x in content.pop("logprobs")],
-        prompt_logprobs=of_prompt and [x and _logprob(x) for x in of_prompt],
-        pieces=[(kind, value) for kind, value in content.pop("pieces")],
-        **content,
-    )
-
-
-def _stats(content: dict[str, Any]) -> Stats:
-    ranks = [RankStats(**rank) for rank in content.pop("ranks")]
-    return Stats(ranks=ranks, **content)
-
-
-_READERS: dict[str, Any] = {
-    "Call": lambda content: Call(**content),
-    "Start": _start,
-    "Cancel": lambda content: Cancel(**content),
-    "End": lambda content: End(**content),
-    "Hello": lambda content: Hello(**content),
-    "State": lambda content: State(**content),
-    "Refused": lambda content: Refused(**content),
-    "Ready": _ready,
-    "Answer": lambda content: Answer(**content),
-    "Events": lambda content: Events([_event(event) for event in content["events"]]),
-    "Stats": _stats,
-}
+@functools.cache
+def _reader(kind: str) -> TypeAdapter[Any]:
+    """What reads a kind of message."""
+    kinds = {message.__name__: message for message in get_args(Message)}
+    return TypeAdapter(kinds[kind])

@@ -29,7 +29,7 @@ pytestmark = pytest.mark.once
 # A rank 0 that is never ready, and one that does not hear that it is to end.
 LOADING = FAKE.replace("runpy.", "import time; time.sleep(60); runpy.")
 DEAF = FAKE.replace(
-    "runpy.", "import fake_ranks; fake_ranks.messages._READERS['End'] = dict; runpy."
+    "runpy.", "import fake_ranks; fake_ranks.messages.End = fake_ranks.Start; runpy."
 )
 REFUSING = "from mlxtp.comm import launcher; launcher.refuse('mlxtp.serve', 'no model')"
 
