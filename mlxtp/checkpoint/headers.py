@@ -86,14 +86,6 @@ class Checkpoint:
         pieces = self.tensors[tensor.name].pieces
         return (str(pieces[0].file), pieces[0].offset) if pieces else ("~", 0)
 
-    def missing(self, slices: Mapping[Tensor, Slice]) -> dict[Tensor, Slice]:
-        """What of `slices` is not here, by tensor; others are left out."""
-        missing = {
-            tensor: self.tensors[tensor.name].missing(part)
-            for tensor, part in slices.items()
-        }
-        return {tensor: part for tensor, part in missing.items() if part}
-
     def renamed(self, pattern: str) -> "Checkpoint":
         """The same tensors with other names: `pattern` with the name in place of {}."""
         tensors = {}

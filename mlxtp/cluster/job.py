@@ -2,21 +2,20 @@
 
 Only the standard library is used, so that `launch/run` works before anything is
 installed. A program over ranks starts itself with `start_if_asked`; a program that
-supervises a job calls `Job.start` or `Job.run` and reads the `Outcome`.
+supervises a job calls `Job.start` and reads the `Outcome`.
 """
 
 import argparse
 import os
 import shlex
 import shutil
-import signal
 import socket
 import subprocess
 import sys
 import tempfile
 import threading
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any, NoReturn
@@ -153,30 +152,6 @@ class Job:
         )
         return RunningJob(process)
 
-    def run(self, **streams: Any) -> Outcome:
-        """Start the job and wait for its end, as `start` and `RunningJob.wait` do.
-
-        SIGINT, SIGTERM and SIGHUP end it on all hosts; mpirun is killed if it has not
-        ended `END_SECONDS` later. Called in the main thread.
-        """
-        job: RunningJob | None = None
-        asked = False
-
-        def end() -> None:
-            nonlocal asked
-            asked = True
-            if job is not None:
-                job.process.terminate()
-                limit = threading.Timer(END_SECONDS, job.process.kill)
-                limit.daemon = True
-                limit.start()
-
-        with _signals_call(end):
-            job = self.start(**streams)
-            if asked:  # between the first line of this block and the second
-                end()
-            return job.wait()
-
     def _hosts(self, file: str | Path) -> list[str]:
         try:
             return list(hostfile.read(file))
@@ -236,28 +211,13 @@ class RunningJob:
         """Whether its ranks have said why it ends, and no later word can change it."""
         return self._stderr.is_final
 
-    def wait(self, timeout_seconds: float | None = None) -> Outcome:
-        """Wait for the end of the job.
-
-        Raises: subprocess.TimeoutExpired if it runs for longer.
-        """
-        status = self.process.wait(timeout_seconds)
+    def wait(self) -> Outcome:
+        """Wait for the end of the job."""
+        status = self.process.wait()
         if self._reader is not None:
             # What ssh has left behind may hold the pipe open.
             self._reader.join(END_SECONDS if self._stderr.verdict is None else 0.5)
         return Outcome(status if status >= 0 else 128 - status, self._stderr.verdict)
-
-    def end(self) -> Outcome:
-        """End the job on all hosts, and wait for that.
-
-        mpirun is killed if it has not ended within `END_SECONDS`.
-        """
-        self.process.terminate()
-        try:
-            return self.wait(END_SECONDS)
-        except subprocess.TimeoutExpired:
-            self.process.kill()
-            return self.wait()
 
     def _pass_on(self, stderr: IO[bytes]) -> None:
         with stderr:
@@ -368,22 +328,3 @@ def start_if_asked(
     _, others = parser.parse_known_args(arguments)
     command = [sys.executable, "-m", module, *others]
     Job(command, args.hostfile, args.ranks).exec(with_input=asks_for_input(others))
-
-
-@contextmanager
-def _signals_call(end: Callable[[], None]) -> Iterator[None]:
-    """Call `end` when a signal asks this process to end, as long as the block runs.
-
-    A signal that is ignored stays so: nohup lets a process outlive its terminal.
-    """
-    ending = [
-        number
-        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
-        if signal.getsignal(number) not in (signal.SIG_IGN, None)
-    ]
-    before = {number: signal.signal(number, lambda *_: end()) for number in ending}
-    try:
-        yield
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)

@@ -226,11 +226,6 @@ class Engine:
         self._passes = 0
         maybe_set_recommended_wired_limit()  # of a GPU of Apple's
 
-    @property
-    def is_busy(self) -> bool:
-        """Whether requests are read or decode."""
-        return bool(self._readers or self._of)
-
     def run(self, step: Step) -> Result:
         """Make one pass.
 

@@ -173,16 +173,15 @@ class Acceptance:
         return tokens
 
 
-def best_count(acceptance: Acceptance, costs: Costs, most: int = MOST) -> int:
-    """The number of drafted tokens, 0 to `most`, that makes most tokens a second."""
+def best_count(acceptance: Acceptance, costs: Costs) -> int:
+    """The number of drafted tokens, 0 to `MOST`, that makes most tokens a second."""
     plain = costs.plain_seconds
-    first = min(FIRST, most)
     if plain is None:
-        return first
+        return FIRST
     share = acceptance.share
     alone = costs.seconds(0) or plain
     best, best_rate = 0, MARGIN / plain
-    for count in range(1, most + 1) if costs.knows_drafts else (first,):
+    for count in range(1, MOST + 1) if costs.knows_drafts else (FIRST,):
         with_draft = costs.seconds(count) or plain
         seconds = share * with_draft + (1 - share) * alone
         tokens = share * acceptance.tokens(count) + 1 - share

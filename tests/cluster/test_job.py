@@ -152,7 +152,7 @@ echo 'mlxtp-verdict: {{}}' >&2
 printf 'mlxtp-ver' >&2; sleep 0.1; echo 'sion 1' >&2
 echo 'mlxtp: rank 2 on studio3 died' >&2
 exit 7"""
-    assert fake(tmp_path, script, verdict=True).run() == Outcome(7, DIED)
+    assert fake(tmp_path, script, verdict=True).start().wait() == Outcome(7, DIED)
     said = capfd.readouterr()
     assert said.out == "told 1\n"
     assert said.err == (
@@ -165,9 +165,9 @@ def test_a_verdict_that_nobody_asks_for(
     tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
     script = 'echo "told $MLXTP_VERDICT"; echo words >&2; exit 3'
-    assert fake(tmp_path, script).run() == Outcome(3, None)
+    assert fake(tmp_path, script).start().wait() == Outcome(3, None)
     assert capfd.readouterr() == ("told \n", "words\n")
-    assert fake(tmp_path, "exit 0", verdict=True).run() == Outcome(0, None)
+    assert fake(tmp_path, "exit 0", verdict=True).start().wait() == Outcome(0, None)
 
 
 def test_what_is_said_comes_at_once(
@@ -182,7 +182,7 @@ def test_what_is_said_comes_at_once(
     assert said == "half a line"
     assert running.process.stdin is not None
     running.process.stdin.close()
-    assert running.wait(10) == Outcome(0, None)
+    assert running.wait() == Outcome(0, None)
 
 
 @given(st.data())
@@ -204,50 +204,18 @@ def test_the_last_line_may_have_no_end() -> None:
     assert reader.close() == b"" and reader.verdict == DIED
 
 
-def test_run_kills_an_mpirun_that_does_not_end(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(job, "END_SECONDS", 0.3)
-    script = "trap '' TERM; kill -TERM $PPID; exec sleep 30"
-    assert fake(tmp_path, script).run().status == 128 + signal.SIGKILL
-
-
-def test_what_is_ignored_stays_ignored(tmp_path: Path) -> None:
-    """nohup lets a process, and the job that it has started, outlive its terminal."""
-    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
-    try:
-        assert fake(tmp_path, "kill -HUP $PPID; sleep 0.2").run().status == 0
-        assert signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
-    finally:
-        signal.signal(signal.SIGHUP, before)
-
-
 def test_a_signal_that_ends_mpirun_is_its_status(tmp_path: Path) -> None:
-    assert fake(tmp_path, "kill -9 $$").run().status == 128 + signal.SIGKILL
-
-
-def test_a_job_that_does_not_end_is_killed(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(job, "END_SECONDS", 0.5)
-    script = "trap '' TERM; echo up; while :; do sleep 0.1; done"
-    running = fake(tmp_path, script).start(stdout=subprocess.PIPE)
-    assert running.process.stdout is not None
-    assert running.process.stdout.readline() == b"up\n"
-    with pytest.raises(subprocess.TimeoutExpired):
-        running.wait(0.1)
-    assert running.end().status == 128 + signal.SIGKILL
+    assert fake(tmp_path, "kill -9 $$").start().wait().status == 128 + signal.SIGKILL
 
 
 SUPERVISOR = """
 import signal, sys
 from pathlib import Path
 from mlxtp.cluster.job import Job
-# The tests may have been started by nohup, say, which ignores some of them.
 for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-    signal.signal(number, signal.SIG_DFL)
-words = sys.argv[2:]
-sys.exit(Job(words, ranks=2, mpirun=Path(sys.argv[1]), verdict=True).run().status)
+    signal.signal(number, lambda *_: job.process.terminate())
+job = Job(sys.argv[2:], ranks=2, mpirun=Path(sys.argv[1]), verdict=True).start()
+sys.exit(job.wait().status)
 """
 
 
@@ -307,7 +275,7 @@ def test_a_rank_writes_a_verdict(capfd: pytest.CaptureFixture[str]) -> None:
         "    sys.exit(3)\n"
         "import time; time.sleep(20)\n"
     )
-    outcome = Job([sys.executable, "-c", rank], ranks=2, verdict=True).run()
+    outcome = Job([sys.executable, "-c", rank], ranks=2, verdict=True).start().wait()
     assert outcome == Outcome(3, DIED)
     assert "mlxtp-verdict" not in capfd.readouterr().err
 
@@ -370,7 +338,7 @@ def test_a_length_of_other_input_does_not_go_along(
     become: bool, tmp_path: Path
 ) -> None:
     program = "Job(['true'], mpirun=Path(sys.argv[1]))"
-    program += ".exec()" if become else ".run()"
+    program += ".exec()" if become else ".start().wait()"
     script = 'echo "${MLXTP_INPUT_BYTES-none} $*"'
     command = [
         *(sys.executable, "-c"),

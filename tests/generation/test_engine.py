@@ -307,7 +307,7 @@ def test_cancelled_at_any_stage(
     alone = Driven(model, comm)
     alone.submit("stays", prompt[3:50], max_tokens=12)
     assert alone.run()["stays"] == tokens
-    assert not driven.engine.is_busy
+    assert not driven.engine._readers and not driven.engine._of
 
 
 def test_interrupted_and_gone_on(

@@ -284,7 +284,7 @@ def test_cancelled_beside_others(
     count = len(drafted.tokens["goes"])
     assert drafted.run()["stays"] == expected
     assert len(drafted.tokens["goes"]) == count
-    assert not drafted.engine.is_busy
+    assert not drafted.engine._readers and not drafted.engine._of
 
 
 def test_interrupted_and_gone_on(
