@@ -2,8 +2,9 @@
 
 import asyncio
 import json
+import re
 import time
-from collections.abc import AsyncGenerator, Iterator
+from collections.abc import AsyncGenerator, Iterable, Iterator
 from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
@@ -15,7 +16,14 @@ import pytest
 from fake_ranks import END, READY, FakeRanks
 from front import Front, serving, until
 
-from mlxtp.serve.front import conversation, fields, streaming
+from mlxtp.serve.front import (
+    anthropic,
+    conversation,
+    fields,
+    models,
+    responses,
+    streaming,
+)
 from mlxtp.serve.front.openai_chat import ChatCompletion
 from mlxtp.serve.front.openai_completions import Completion
 
@@ -785,10 +793,29 @@ def test_what_makes_a_stream_ends_with_it() -> None:
     asyncio.run(life())
 
 
-def test_what_the_docs_list() -> None:
-    """The page of the endpoints names every field."""
-    page = Path(__file__).parents[2] / "docs" / "serving.md"
-    content = page.read_text()
-    names = {*ChatCompletion.model_fields, *Completion.model_fields}
-    for name in names | fields.WITHOUT_EFFECT.keys():
-        assert f"`{name}`" in content, name
+OF_BOTH = "Fields of both kinds of completions"
+
+
+@pytest.mark.parametrize(
+    ("names", "titles"),
+    [
+        (ChatCompletion.model_fields, (OF_BOTH, "`/v1/chat/completions`")),
+        (Completion.model_fields, (OF_BOTH, "`/v1/completions`")),
+        (models.Tokenize.model_fields, ("`/tokenize`, `/detokenize`",)),
+        (models.Detokenize.model_fields, ("`/tokenize`, `/detokenize`",)),
+        (responses.Body.model_fields, ("`POST /v1/responses`",)),
+        (
+            anthropic.Body.model_fields,
+            ("`POST /v1/messages`, `/v1/messages/count_tokens`",),
+        ),
+        (fields.WITHOUT_EFFECT, ("Fields without effect",)),
+    ],
+)
+def test_what_the_docs_list(names: Iterable[str], titles: tuple[str, ...]) -> None:
+    """The parts of the page that are about an endpoint name all of its fields."""
+    page = (Path(__file__).parents[2] / "docs" / "serving.md").read_text()
+    parts = dict(
+        part.split("\n", 1) for part in re.split("^##+ ", page, flags=re.MULTILINE)[1:]
+    )
+    content = "".join(parts[title] for title in titles)
+    assert {name for name in names if f"`{name}`" not in content} == set()

@@ -4,7 +4,6 @@ import asyncio
 import json
 from collections.abc import Iterator
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import openai
@@ -15,9 +14,8 @@ from openai.types.responses import Response, ResponseStreamEvent
 from pydantic import BaseModel, TypeAdapter
 
 from mlxtp.generation.settings import Settings
-from mlxtp.serve.front import anthropic, responses, streaming
+from mlxtp.serve.front import responses, streaming
 from mlxtp.serve.front.errors import Refusal
-from mlxtp.serve.front.fields import Fields
 from mlxtp.serve.front.ranks import Generation, Ranks
 from mlxtp.serve.messages import Start
 
@@ -452,13 +450,6 @@ def test_what_cannot_be_honoured_is_refused_by_name(
     assert response.status_code == (404 if param == "model" else 400)
     assert error["param"].startswith(param)
     assert param in error["message"] or param == "model"
-
-
-@pytest.mark.parametrize("body", [responses.Body, anthropic.Body])
-def test_the_docs_name_every_field(body: type[Fields]) -> None:
-    page = Path(__file__).parents[2] / "docs" / "serving.md"
-    section = page.read_text().partition("## Other interfaces")[2]
-    assert {name for name in body.model_fields if f"`{name}`" not in section} == set()
 
 
 def test_what_changes_no_answer_is_taken(front: Front) -> None:

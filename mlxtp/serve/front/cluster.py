@@ -1,4 +1,4 @@
-"""`GET /health` and `/cluster`: whether requests are taken, and how the ranks are."""
+"""`GET /health` and `/cluster`: whether the ranks are ready, and how they are."""
 
 import time
 from collections import deque
@@ -19,7 +19,7 @@ router = APIRouter()
 
 @router.get("/health")
 async def health(ranks: TheRanks) -> JSONResponse:
-    """Answer 200 when the ranks take requests, else 503, with the state."""
+    """Answer 200 when the ranks are ready, else 503, with the state."""
     is_ready = ranks.state == "ready"
     content = {"state": ranks.state, "message": ranks.words, "done": ranks.done}
     headers = {} if is_ready else {"Retry-After": "5"}
