@@ -1,9 +1,11 @@
 """A checkpoint cut for several ranks: loaded, verified, joined, and misused."""
 
+import errno
 import json
 import os
 import shutil
 import signal
+import stat
 import subprocess
 import sys
 import time
@@ -24,11 +26,15 @@ import mlxtp
 from mlxtp import Communicator
 from mlxtp.checkpoint import writing
 from mlxtp.checkpoint.cut import (
+    MANIFEST,
+    Origin,
+    begin,
     keep_shares,
     manifest_of,
     rank_folders,
     stamp,
     write_json,
+    write_text,
 )
 from mlxtp.checkpoint.verify import drop_damaged
 from mlxtp.cluster.measured import Host
@@ -364,6 +370,35 @@ def test_a_sound_file_with_another_time_is_hashed_once(tmp_path: Path) -> None:
     drop_damaged(tmp_path / "cut")
     [entry] = manifest_of(part)["files"].values()
     assert entry["stamp"] == stamp(file)
+
+
+@once
+def test_what_is_written_at_once_outlives_a_power_failure(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """All of it is on the disk before it has its name, and the name after that."""
+    file, on_disk = tmp_path / MANIFEST, []
+
+    def fsync(descriptor: int) -> None:
+        status = os.fstat(descriptor)
+        is_folder = stat.S_ISDIR(status.st_mode)
+        on_disk.append((is_folder or status.st_size, file.exists()))
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    write_text(file, "a" * 100)
+    assert on_disk == [(100, False), (True, True)]
+    on_disk.clear()
+    begin(tmp_path / "cut", Origin("a model", None, {}, {}), {"config.json": b"{}"})
+    assert len(on_disk) == 4 and on_disk[0][0] == len("{}")
+    shutil.rmtree(tmp_path / "cut")
+
+    def refuse(descriptor: int) -> None:
+        if stat.S_ISDIR(os.fstat(descriptor).st_mode):
+            raise OSError(errno.EINVAL, "Invalid argument")
+
+    monkeypatch.setattr(os, "fsync", refuse)
+    write_text(file, "b")
+    assert file.read_text() == "b" and list(tmp_path.iterdir()) == [file]
 
 
 @once

@@ -225,7 +225,7 @@ def begin(folder: Path, origin: Origin, small: Mapping[str, bytes]) -> None:
         raise ValueError(f"{folder} is not empty, and no cut checkpoint")
     folder.mkdir(parents=True, exist_ok=True)
     for name, content in small.items():
-        (folder / name).write_bytes(content)
+        write_bytes(folder / name, content)
     write_json(folder / CHECKPOINT, origin.to_json())
 
 
@@ -385,8 +385,25 @@ def write_json(file: Path, content: Mapping[str, Any]) -> None:
 
 
 def write_text(file: Path, text: str) -> None:
-    """Write a file at once: nobody sees half of it, whoever else writes it."""
+    """Write a file of text at once, as `write_bytes`."""
+    write_bytes(file, text.encode())
+
+
+def write_bytes(file: Path, content: bytes) -> None:
+    """Write a file at once: nobody sees half of it, whoever else writes it.
+
+    That holds where the power fails, too.
+    """
     own = f"{file.name}.{socket.gethostname()}.{os.getpid()}"
     partial = file.with_name(own)
-    partial.write_text(text)
+    with open(partial, "wb") as out:
+        out.write(content)
+        out.flush()
+        os.fsync(out.fileno())
     partial.rename(file)
+    with suppress(OSError):  # not every file system does this for folders
+        folder = os.open(file.parent, os.O_RDONLY)
+        try:
+            os.fsync(folder)
+        finally:
+            os.close(folder)

@@ -1,6 +1,8 @@
 """Whether slices are as they were written: their hashes."""
 
 import hashlib
+import logging
+import shutil
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -17,6 +19,8 @@ from mlxtp.checkpoint.headers import Header, read_header
 from mlxtp.checkpoint.progress import Advance, ignore
 from mlxtp.checkpoint.tensors import StoredTensor
 from mlxtp.partition.spans import Slice
+
+logger = logging.getLogger(__name__)
 
 
 def sha256(stored: StoredTensor, part: Slice, advance: Advance = ignore) -> str:
@@ -82,12 +86,19 @@ def _file_fault(file: str, header: Header) -> str | None:
 
 
 def drop_damaged(folder: Path) -> None:
-    """Remove files of slices that are not as they were written.
+    """Remove files of slices that are not as they were written, to be fetched again.
 
-    A file whose size and time are those of its manifest is taken as it is.
+    A file whose size and time are those of its manifest is taken as it is. Without a
+    manifest that can be read nothing of a rank's folder counts.
     """
     for part in rank_folders(folder):
-        manifest = manifest_of(part)
+        try:
+            manifest = manifest_of(part)
+        except ValueError:
+            words = "says nothing: its folder is removed, and its slices fetched again"
+            logger.warning(f"{part / MANIFEST} {words}")
+            shutil.rmtree(part, ignore_errors=True)  # on other hosts it may be the same
+            continue
         stamps = {
             file: _stamp_if_sound(part, file, entry)
             for file, entry in manifest["files"].items()

@@ -77,6 +77,9 @@ class Journal:
                 with open(self._path / file, "wb") as out:
                     out.write(header)
                     out.truncate(len(header) + bytes_of(slices))
+                    out.flush()
+                    # Before the layout is, from which on a next job relies on them.
+                    os.fsync(out.fileno())
         (self._path / JOURNAL).touch()
         (self._path / LAYOUT).write_text(json.dumps(self._layout()))
 

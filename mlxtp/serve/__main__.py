@@ -42,7 +42,7 @@ def main() -> None:
     """Check the command line, start the ranks and serve until a signal comes.
 
     The status is 0 after a signal, 2 for a mistake of the person who started it, and
-    the job's where that has ended by itself.
+    the last job's where no other follows: never 2 once the server was ready.
     """
     try:
         # What the front logs stands beside what `say` prints.

@@ -1,7 +1,7 @@
 """What the front and rank 0 tell each other: lines of JSON over a local socket.
 
-The front makes a folder that only its user can enter, with a Unix socket in it and a
-file that holds a key, and names the folder in `FOLDER_VARIABLE`. Rank 0 connects and
+For each job the front makes a folder that only its user can enter, with a Unix socket
+in it and a file that holds a key. `FOLDER_VARIABLE` names it. Rank 0 connects and
 sends the key; then each message is one line: an object whose "is" names the class.
 
     front -> rank 0    Call, Start, Cancel, End

@@ -16,12 +16,20 @@ from collections import Counter
 from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager, contextmanager
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 from mlxtp.cluster import hostfile
 from mlxtp.cluster.addresses import CABLES_VARIABLE
 from mlxtp.cluster.allocation import Allocation
-from mlxtp.cluster.job import END_SECONDS, Job, Outcome, RunningJob, start_alone
+from mlxtp.cluster.job import (
+    END_SECONDS,
+    Job,
+    JobError,
+    Outcome,
+    RunningJob,
+    start_alone,
+)
 from mlxtp.serve import options
 from mlxtp.serve.front.ranks import Generation, Ranks, State
 from mlxtp.serve.hosts import OF_HOSTS, Hosts, Loss, lost_hosts
@@ -37,7 +45,8 @@ PROGRAM = (sys.executable, "-m", "mlxtp.serve.ranks")
 # So many losses without a token between them end it.
 MOST_LOSSES = 3
 
-# The status of a program that has said itself what is wrong with what it was given.
+# The status of a program that has said itself what is wrong with what it was given: it
+# is not to be started again (docs/serving.md).
 MISTAKE = 2
 
 # How long it may take until rank 0 comes: mpirun's daemons, Python and its imports, on
@@ -75,33 +84,40 @@ class Supervisor:
         name: str,
     ) -> None:
         self._args, self._given, self._ranks, self._name = args, given, ranks, name
-        slots = hostfile.read(args.hostfile) if args.hostfile is not None else {}
-        self._hosts = Hosts(slots, str(args.hostfile))
+        file = args.hostfile
+        self._hostfile = None if file is None else Path(file).read_bytes()
+        self._hosts = Hosts({} if file is None else hostfile.read(file), str(file))
         self._next = NextJob(args, self._hosts)
         self._was_ready = False
         self._give_up_at: float | None = None  # while the model does not fit
         self._losses: list[Loss] = []  # without a token between them
         self._job: RunningJob | None = None
         self._ended: Future | None = None  # of the job that runs
-        os.environ[FOLDER_VARIABLE] = str(ranks.folder)
         ranks.observers.append(self._observe)
 
-    def start(self) -> None:
+    async def start(self) -> None:
         """Start a job on the hosts that take part, and print its line.
 
-        Raises: JobError where there is no mpirun, or for a wrong number of ranks.
+        Raises: JobError where there is no mpirun, or for a wrong number of ranks;
+            OSError where a file cannot be written, or a process not be started.
         """
         args, hosts = self._args, self._hosts
+        folder = await self._ranks.listen()
+        os.environ[FOLDER_VARIABLE] = str(folder)
         command = [*PROGRAM, *options.ranks_arguments(self._next.arguments())]
         if args.ranks is None and args.hostfile is None and self._given is None:
             say_line(command)  # one rank needs no mpirun
             self._job = start_alone(command, stdin=subprocess.DEVNULL)
         else:
             job = Job(command, args.hostfile, args.ranks, verdict=True)
+            file = folder / "hosts"
             if hosts.part != hosts.slots:
-                file = self._ranks.folder / "hosts"
                 file.write_text(hostfile.text(hosts.part))
                 job = replace(job, hostfile=file, ranks=self._next.count())
+            elif self._hostfile is not None and self._job is not None:
+                # Who has edited the hostfile meanwhile means the next service.
+                file.write_bytes(self._hostfile)
+                job = replace(job, hostfile=file)
             with _cables(hosts.takes_cables):
                 say_line(job.line())
                 self._job = job.start(stdin=subprocess.DEVNULL)
@@ -112,22 +128,36 @@ class Supervisor:
         """Let jobs follow each other; return the status when there is none to come."""
         looking = asyncio.create_task(self._hosts.look())
         try:
+            loss = await self._until_it_ends()
             while True:
-                loss = await self._until_it_ends()
                 await asyncio.wait([looking])
                 if loss is None:
                     self._next.note_fitted()
                     await self._choose()
                 elif self._is_the_last(loss):
                     self._ranks.lost(loss.words)
-                    return loss.status
+                    return self._status(loss)
                 elif loss.is_refusal:
                     await self._make_it_fit(loss.words)
                 else:
                     await self._choose(loss)
-                self.start()
+                loss = await self._follow()
         finally:
             looking.cancel()
+
+    async def _follow(self) -> Loss | None:
+        """Start a job that follows another, and wait for its end; None as there."""
+        try:
+            await self.start()
+        except (JobError, OSError) as error:
+            # A full disk may have room again, and mpirun be installed anew.
+            await asyncio.sleep(VISIT_EVERY_SECONDS)
+            return Loss(f"no job could be started: {error}")
+        return await self._until_it_ends()
+
+    def _status(self, last: Loss) -> int:
+        """Return the status of the end: no MISTAKE of what was ready once."""
+        return 1 if self._was_ready and last.status == MISTAKE else last.status
 
     async def end(self, second: Future) -> None:
         """End the job that runs: in order, else by a signal, else by force."""
@@ -350,7 +380,7 @@ async def supervised(
     Raises: JobError where there is no mpirun, or for a wrong number of ranks.
     """
     supervisor = Supervisor(args, given, ranks, name)
-    supervisor.start()
+    await supervisor.start()
     supervising = asyncio.create_task(supervisor.run())
     try:
         yield supervising

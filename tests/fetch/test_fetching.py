@@ -1,5 +1,6 @@
 """Each rank fetches its own bytes from a hub on loopback, with huggingface-hub."""
 
+import json
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -418,9 +419,34 @@ def test_mistakes_name_what_was_given(
     (manifest,) = tmp_path.glob("assets/**/rank-*/manifest.json")
     manifest.write_text("{}")
     said = rf"(host-0: |^){NAME}/rank-\d-of-\d/manifest.json is no manifest of slices"
-    for load in (prepared.load, lambda: load_model(NAME, comm)):
-        with pytest.raises(UsageError, match=said):
-            load()
+    with pytest.raises(UsageError, match=said):
+        prepared.load()
+
+
+@pytest.mark.parametrize(
+    "content", ["", "{}", "\0" * 100], ids=["empty", "no manifest", "zeros"]
+)
+def test_a_manifest_that_says_nothing_is_mended(
+    content: str,
+    comm: Communicator,
+    served: Served,
+    client: Client,
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """As after a power failure: its slices are fetched again."""
+    client.use(served[1], tmp_path)
+    load_model(NAME, comm)
+    (manifest,) = tmp_path.glob("assets/**/rank-*/manifest.json")
+    before = json.loads(manifest.read_text())
+    manifest.write_text(content)
+    load_model(NAME, comm)
+    after = json.loads(manifest.read_text())
+    for each in (before, after):
+        for file in each["files"].values():
+            del file["stamp"]
+    assert after == before
+    assert f"{manifest} says nothing: its folder is removed" in caplog.text
 
 
 def test_few_collectives_find_a_model(

@@ -1,13 +1,14 @@
 """What the journal of slices on their way remembers for the next job."""
 
+import os
 from pathlib import Path
 
 import numpy as np
 import pytest
 from tiny import Tiny
 
-from mlxtp.checkpoint.cut import Shard
-from mlxtp.fetch.journal import Journal
+from mlxtp.checkpoint.cut import Origin, Shard
+from mlxtp.fetch.journal import LAYOUT, Journal
 from mlxtp.fetch.location import Location
 from mlxtp.partition.shares import Shares
 from mlxtp.partition.spans import Slice, Span, Spans
@@ -15,8 +16,7 @@ from mlxtp.partition.spans import Slice, Span, Spans
 pytestmark = pytest.mark.once
 
 
-def test_what_came_from_the_hub_is_remembered(tmp_path: Path) -> None:
-    """A job that is broken off may leave the hub's bytes, which nobody has compared."""
+def model_of_two_slices(tmp_path: Path) -> tuple[Origin, dict[str, Slice]]:
     folder = tmp_path / "model"
     folder.mkdir()
     Tiny().save(folder)
@@ -25,6 +25,31 @@ def test_what_came_from_the_hub_is_remembered(tmp_path: Path) -> None:
         name: Slice(origin.tensors[name].tensor.shape)
         for name in ("model.norm.weight", "model.layers.0.self_attn.o_proj.weight")
     }
+    return origin, slices
+
+
+def test_files_have_their_headers_before_a_job_goes_on_with_them(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Though the power fails: what lacks one would never become whole."""
+    origin, slices = model_of_two_slices(tmp_path)
+    shard = Shard(Shares([1, 1]), 0)
+    on_disk: list[tuple[int, int]] = []
+
+    def fsync(descriptor: int) -> None:
+        assert not [*tmp_path.glob(f"*/{LAYOUT}")]
+        status = os.fstat(descriptor)
+        on_disk.append((status.st_ino, status.st_size))
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    Journal(tmp_path, shard, origin, slices).begin()
+    [file] = tmp_path.glob("*.partial/*.safetensors")
+    assert on_disk == [(file.stat().st_ino, file.stat().st_size)]
+
+
+def test_what_came_from_the_hub_is_remembered(tmp_path: Path) -> None:
+    """A job that is broken off may leave the hub's bytes, which nobody has compared."""
+    origin, slices = model_of_two_slices(tmp_path)
     shard = Shard(Shares([1, 1]), 0)
     journal = Journal(tmp_path, shard, origin, slices)
     journal.begin()

@@ -45,7 +45,7 @@ class Callee:
 async def linked() -> AsyncIterator[tuple[Ranks, Link, Callee]]:
     """A front and the rank 0 that has come to it, which is ready."""
     async with Ranks() as ranks:
-        link = await asyncio.to_thread(Link, ranks.folder)
+        link = await asyncio.to_thread(Link, await ranks.listen())
         link.callee = callee = Callee()
         link.send(fake_ranks.READY)
         await ranks.is_ready.wait()
@@ -166,8 +166,7 @@ def test_ranks_that_load_end_with_their_front(
     async def life() -> None:
         for is_killed in (False, True):
             ranks = Ranks()
-            await ranks.listen()
-            link = await asyncio.to_thread(Link, ranks.folder)
+            link = await asyncio.to_thread(Link, await ranks.listen())
             link.callee = None if loads else Callee()
             await ranks.has_come.wait()
             if is_killed:

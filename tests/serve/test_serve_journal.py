@@ -4,8 +4,11 @@ import asyncio
 import json
 import os
 import re
+import resource
 import signal
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
@@ -92,6 +95,70 @@ def test_what_is_written_and_found(tmp_path: Path) -> None:
         assert not file.exists()
         await ranks.close()
         await after.close()
+
+    asyncio.run(life())
+
+
+@contextmanager
+def full_disk(most_bytes: int) -> Iterator[None]:
+    """Let no file grow above so many bytes in this block."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (most_bytes, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+@pytest.mark.parametrize("room_bytes", [0, 3, 8])
+def test_nothing_is_kept_behind_a_hole(
+    room_bytes: int, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A disk is full for a moment: the tokens before it are what the next front has."""
+
+    async def life() -> None:
+        ranks = Ranks()
+        ranks.ready = fake_ranks.READY
+        journal = Journal(tmp_path, ranks)
+        one, two = map(ranks.start, journal.begin(asked("key"), starts()))
+        ranks._take(Event(one.start.id, tokens=[5, 6]))
+        [file] = tmp_path.iterdir()
+        with full_disk(file.stat().st_size + room_bytes):
+            ranks._take(Event(one.start.id, tokens=[71, 72]))
+            ranks._take(Event(two.start.id, tokens=[81]))
+        ranks._take(Event(one.start.id, tokens=[73], finish="stop"))
+        ranks._take(Event(two.start.id, tokens=[82]))
+        assert refused(journal, "key") == 409
+        # The front dies.
+        again = Journal(tmp_path, Ranks()).begin(asked("key"), starts())
+        assert [start.generated for start in again] == [[5, 6], []]
+        assert [start.finished for start in again] == [None, None]
+        # It does not die: a whole answer is forgotten.
+        ranks._take(Event(two.start.id, finish="stop"))
+        assert not list(tmp_path.iterdir())
+
+    asyncio.run(life())
+    assert caplog.text.count("keeps a request no further") == 1
+
+
+def test_a_request_that_could_not_be_noted(tmp_path: Path) -> None:
+    """It is under way as others are, and what was known of it is forgotten with it."""
+
+    async def life() -> None:
+        ranks = Ranks()
+        ranks.ready = fake_ranks.READY
+        journal = Journal(tmp_path, ranks)
+        [start] = journal.begin(asked("key"), starts(count=1))
+        generation = ranks.start(start)
+        ranks._take(Event(start.id, tokens=[5, 6]))
+        generation.cancel()
+        with full_disk(10):
+            [start] = journal.begin(asked("key"), starts(count=1))
+        assert start.generated == [5, 6]
+        assert refused(journal, "key") == 409
+        ranks.start(start)
+        ranks._take(Event(start.id, tokens=[7], finish="stop"))
+        assert not list(tmp_path.glob("*.jsonl"))
 
     asyncio.run(life())
 

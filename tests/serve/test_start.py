@@ -299,9 +299,9 @@ def test_the_job_ends_by_itself(start, capfd: pytest.CaptureFixture[str]) -> Non
     async def outlived() -> None:
         """By a rank 0 that keeps its end of the connection."""
         ranks = Ranks()
-        await ranks.listen()
-        socket_name = ranks.folder / messages.SOCKET_NAME
-        hello = messages.Hello((ranks.folder / messages.KEY_NAME).read_text())
+        folder = await ranks.listen()
+        socket_name = folder / messages.SOCKET_NAME
+        hello = messages.Hello((folder / messages.KEY_NAME).read_text())
         reader, writer = await asyncio.open_unix_connection(socket_name)
         writer.write(messages.encoded(hello))
         while ranks.state == "starting":

@@ -1,15 +1,18 @@
 """The ranks end, and the answers go on: with ranks that have no model."""
 
 import asyncio
+import errno
 import inspect
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
 import time
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from pathlib import Path
 from unittest.mock import Mock
 
 import fake_ranks
@@ -42,6 +45,7 @@ from mlxtp.serve.hosts import (
     lost_hosts,
     lost_in_turn,
 )
+from mlxtp.serve.log import say_line
 from mlxtp.serve.messages import Event, Start
 
 pytestmark = pytest.mark.once
@@ -54,6 +58,9 @@ print(os.getpid(), file=open(sys.argv.pop(1), "a"))
 sys.argv += [] if is_first else ["--refusal", "it does not fit: 8 GB are lacking"]
 runpy.run_path({fake_ranks.__file__!r}, run_name="__main__")
 """
+
+# The first job serves; those that follow end with the status of a mistake.
+MISTAKEN = TOO_LARGE.replace("sys.argv +=", "is_first or sys.exit(2); sys.argv +=")
 
 
 def texts(stream: str) -> str:
@@ -159,6 +166,106 @@ def test_requests_wait_for_hosts_and_get_an_error_at_last(
         assert await server.end() == 0
 
     asyncio.run(life())
+
+
+@pytest.mark.parametrize("what", [messages.KEY_NAME, messages.SOCKET_NAME, "."])
+def test_what_is_removed_from_temporary_files_is_made_anew(start, what: str) -> None:
+    """As systems remove what nobody has read for days."""
+
+    async def life() -> None:
+        server: Server = start(FAKE, "--served-model-name", "stories")
+        await server.is_ready()
+        path = Path(os.environ[messages.FOLDER_VARIABLE]) / what
+        if path.is_dir():
+            shutil.rmtree(path)
+        else:
+            path.unlink()
+        assert texts((await server.ask("a\nwait: 0.2\ndie:\nb")).text) == "a\nb"
+        os.kill(os.getpid(), signal.SIGTERM)
+        assert await server.end() == 0
+
+    asyncio.run(life())
+
+
+def test_a_server_that_was_ready_may_be_started_again(start) -> None:
+    """Status 2 would keep it from that (docs/serving.md), though ranks end with it."""
+
+    async def life() -> None:
+        server: Server = start(MISTAKEN, "--served-model-name", "stories")
+        await server.is_ready()
+        assert "the ranks have ended with status 2" in (await server.ask("die:")).text
+        assert await server.end() == 1
+
+    asyncio.run(life())
+
+
+@pytest.mark.parametrize("slots", ["", " slots=2"])
+def test_jobs_that_follow_take_the_hostfile_of_the_start(
+    slots: str, start, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capfd
+) -> None:
+    """Whoever edits it does so for the next start."""
+    monkeypatch.setattr(hosts_module, "visit", lambda *_: Visit(None, None, versions()))
+    file = tmp_path / "hosts"
+    file.write_text(f"localhost{slots}\n")
+    used = []  # what is in the hostfile of each job
+
+    def note(line: list[str]) -> None:
+        used.append(Path(line[line.index("-hostfile") + 1]).read_text())
+        say_line(line)
+
+    monkeypatch.setattr(supervisor, "say_line", note)
+
+    async def life() -> None:
+        server: Server = start(
+            FAKE, "--hostfile", str(file), "--served-model-name", "stories"
+        )
+        await server.is_ready()
+        file.write_text("no hostfile at all\n")
+        assert texts((await server.ask("a\nwait: 0.2\ndie:\nb")).text) == "a\nb"
+        os.kill(os.getpid(), signal.SIGTERM)
+        assert await server.end() == 0
+
+    asyncio.run(life())
+    assert used == [f"localhost{slots}\n"] * 2
+    first = capfd.readouterr().err.splitlines()[0]
+    assert f" -hostfile {file} --map-by " in first  # what a person would type
+
+
+@pytest.mark.parametrize(
+    ("failures", "error"),
+    [
+        (1, OSError(errno.ENOSPC, "No space left on device")),
+        (2, OSError(errno.ENOSPC, "No space left on device")),
+        (2, JobError("there is no mpirun")),
+    ],
+)
+def test_a_job_that_cannot_be_started_is_a_loss(
+    failures: int, error: Exception, start, monkeypatch: pytest.MonkeyPatch, capfd
+) -> None:
+    """It is tried again, and at last the server ends with words, and so do streams."""
+    monkeypatch.setattr(supervisor, "VISIT_EVERY_SECONDS", 0.05)
+    starts = [supervisor.start_alone, *[Mock(side_effect=error)] * failures]
+    starts.append(supervisor.start_alone)
+    monkeypatch.setattr(
+        supervisor, "start_alone", lambda *words, **how: starts.pop(0)(*words, **how)
+    )
+
+    async def life() -> None:
+        server: Server = start(FAKE, "--served-model-name", "stories")
+        await server.is_ready()
+        text = (await server.ask("a\nwait: 0.2\ndie:\nb")).text
+        if failures == 2:
+            assert f"no job could be started: {error}" in text
+            assert await server.end() == 1
+            return
+        assert texts(text) == "a\nb"
+        os.kill(os.getpid(), signal.SIGTERM)
+        assert await server.end() == 0
+
+    asyncio.run(life())
+    said = capfd.readouterr().err
+    assert f"mlxtp.serve: no job could be started: {error}: going on\n" in said
+    assert "Traceback" not in said
 
 
 def test_requests_are_not_blamed_for_hosts(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -740,9 +847,8 @@ def test_a_host_that_was_left_out_is_taken_in_once(monkeypatch) -> None:
     ],
 )
 def test_ranks_and_shares_that_are_left(
-    options_given, part, shares, count, tmp_path, monkeypatch
+    options_given, part, shares, count, tmp_path
 ) -> None:
-    monkeypatch.setenv(messages.FOLDER_VARIABLE, "")
     file = tmp_path / "hosts"
     file.write_text("".join(f"{host} slots=1\n" for host in "abcd"))
     args = options.parse(["--hostfile", str(file), *options_given])

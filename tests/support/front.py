@@ -63,8 +63,7 @@ def serving(fake: FakeRanks | None = None, **config: Any) -> Iterator[Front]:
 
     async def run() -> None:
         ranks = Ranks()
-        await ranks.listen()
-        serving_ranks = asyncio.create_task(fake.run(ranks.folder))
+        serving_ranks = asyncio.create_task(fake.run(await ranks.listen()))
         app = create_app(ranks, Config(**{"model_names": NAMES, **config}))
         options = uvicorn.Config(
             app, port=0, log_level="warning", http=Connection, lifespan="off"

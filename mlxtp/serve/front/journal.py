@@ -8,6 +8,9 @@ when the answer is whole:
     {"request": digest of all that was asked, "seeds": [of each choice]}
     [choice, token, token, ...]
     [choice, finish]
+
+What stands there is the beginning of what was told: where a line cannot be written (the
+disk is full), none follows it. The next front goes on from there, with the same tokens.
 """
 
 import hashlib
@@ -70,6 +73,7 @@ class _Open:
     file: Path
     choices: dict[str, int]  # by the request's id
     is_broken_off: bool = False
+    is_kept: bool = True  # all that was told stands in the file
 
 
 @dataclass
@@ -130,12 +134,12 @@ class Journal:
             )
         if known is not None and len(known[1]) == len(starts):
             starts = [_again(s, c) for s, c in zip(starts, known[1], strict=True)]
+        entry = _Open(file, {start.id: i for i, start in enumerate(starts)})
         try:
             self._write(file, asked, starts)
-        except OSError as error:
+        except OSError as error:  # what stood in the file is right, and stays
+            entry.is_kept = False
             log.warning("the journal does not keep a request: %s", error)
-            return list(starts)
-        entry = _Open(file, {start.id: i for i, start in enumerate(starts)})
         self._open[name] = entry
         self._of |= dict.fromkeys(entry.choices, entry)
         return list(starts)
@@ -174,13 +178,14 @@ class Journal:
                     entry.file.unlink()
 
     def _append(self, entry: _Open, lines: Sequence[list[Any]]) -> None:
-        if not lines:
+        if not lines or not entry.is_kept:
             return
         try:
             descriptor = os.open(entry.file, os.O_WRONLY | os.O_APPEND)
             with os.fdopen(descriptor, "a") as writing:
                 writing.writelines(f"{json.dumps(line)}\n" for line in lines)
         except OSError as error:
+            entry.is_kept = False
             log.warning("the journal keeps a request no further: %s", error)
 
     def _forget_old(self) -> None:

@@ -205,8 +205,8 @@ class Ranks:
         self.is_ready = asyncio.Event()
         self.is_gone = asyncio.Event()  # rank 0, that was there
         self.refusal: str | None = None  # why a job could not load the model
-        self.folder = Path(tempfile.mkdtemp(prefix="mlxtp-"))  # for this user alone
-        self._key = secrets.token_hex(32)
+        self._folder: Path | None = None  # of the job that runs
+        self._key = ""
         self._numbers = itertools.count()
         self._calls: dict[int, _Call] = {}
         self._room_for_calls = asyncio.Semaphore(CALLS_AT_ONCE)
@@ -217,30 +217,46 @@ class Ranks:
         self._server: asyncio.Server | None = None
 
     async def __aenter__(self) -> Self:
-        """Listen in this block; at its end nothing is left."""
-        await self.listen()
+        """Let jobs come in this block; at its end nothing is left."""
         return self
 
     async def __aexit__(self, *error: object) -> None:
         """Close."""
         await self.close()
 
-    async def listen(self) -> None:
-        """Wait for rank 0 in the background; `folder` is what it has to be told."""
-        key = os.open(self.folder / messages.KEY_NAME, os.O_WRONLY | os.O_CREAT, 0o600)
+    async def listen(self) -> Path:
+        """Wait in the background for rank 0 of the next job.
+
+        Each job has a folder and a key of its own: systems remove what lies among
+        temporary files for days.
+
+        Returns: the folder, for this user alone, that rank 0 has to be told.
+
+        Raises: OSError if there can be none.
+        """
+        self._stop_listening()
+        folder = self._folder = Path(tempfile.mkdtemp(prefix="mlxtp-"))
+        self._key = secrets.token_hex(32)
+        key = os.open(folder / messages.KEY_NAME, os.O_WRONLY | os.O_CREAT, 0o600)
         with os.fdopen(key, "w") as file:
             file.write(self._key)
         self._server = await asyncio.start_unix_server(
-            self._serve, self.folder / messages.SOCKET_NAME, limit=messages.LONGEST_LINE
+            self._serve, folder / messages.SOCKET_NAME, limit=messages.LONGEST_LINE
         )
+        return folder
 
     async def close(self) -> None:
         """End the ranks in order, if they are there, and remove the folder."""
         self.state = "ended"
         self._send(messages.End())
+        self._stop_listening()
+
+    def _stop_listening(self) -> None:
         if self._server is not None:
             self._server.close()
-        shutil.rmtree(self.folder, ignore_errors=True)
+            self._server = None
+        if self._folder is not None:
+            shutil.rmtree(self._folder, ignore_errors=True)
 
     async def call(self, name: str, **arguments: Any) -> Any:
         """Call a method of `serve.ranks.text.Text` on rank 0.
