@@ -18,6 +18,7 @@ from prometheus_client.parser import text_string_to_metric_families
 from pyramid import sweep
 from server import Server, running
 from serving import in_float32
+from soak import idle
 
 pytestmark = pytest.mark.once
 
@@ -373,3 +374,14 @@ def test_what_can_never_fit(client: openai.OpenAI) -> None:
         client.completions.create(model=model, prompt=STORY * 100)
     with pytest.raises(openai.NotFoundError, match="other"):
         client.completions.create(model="other", prompt=STORY)
+
+
+@pytest.mark.slow
+def test_nobody_asks_for_longer_than_a_collective_may_take() -> None:
+    """The ranks stay, take next to nothing of a core, and answer."""
+    with running("--ranks", 2, "--timeout", 5) as server:
+        assert idle(server, 8)["of a core, idle, the busiest rank"] < 0.1
+        body = {"prompt": STORY, "max_tokens": 4}
+        answer = httpx2.post(f"{server.url}/v1/completions", json=body, timeout=60)
+        assert answer.status_code == 200
+        assert metric(server, "mlxtp:job_losses") == 0
