@@ -17,10 +17,14 @@ from serving import MODEL, Server, client, prompt
 KINDS = 40
 # One in so many clients behaves badly.
 BAD = 8
-# Of two tokens that are as good as tied, the log-probabilities differ by less.
+# Log-probabilities that are as good as the same differ by less.
 TIE = 1e-3
-# What explains that two answers part: the last is not seen in the two likeliest tokens.
+# What explains that two answers part: two tokens that are as good as tied, nothing, or
+# a draw that falls just between two tokens.
 TIED, NOT_TIED, SEED = "tied", "NOT TIED", "with a seed"
+# Such a draw explains one parting in so many tokens, or a single one: it is rare, and
+# with another seed answers part in the same way.
+TOKENS_OF_SEED = 10_000
 # Memory counts from here on.
 WARM_SECONDS = 60.0
 
@@ -84,7 +88,8 @@ def parting(
 ) -> tuple[str, str] | None:
     """Where two answers part, in words, and what explains it; None if they do not.
 
-    A seed draws between many, so what parts such answers cannot be seen in two.
+    Nothing does where the likeliest tokens are others, or not as likely: the ranks have
+    read something else before, as where a token is doubled or missing.
     """
     if other.tokens == alone.tokens:
         return None
@@ -95,12 +100,29 @@ def parting(
         return f"{lengths}, the shorter as the longer begins", NOT_TIED
     place = places[0]
     a, b = alone.tokens[place], other.tokens[place]
-    scores = alone.likeliest[place]
-    words = f"token {place}: {a!r} alone, {b!r} among others, scores {scores}"
-    if body["temperature"]:
-        return f"seed {body['seed']}, {words}", SEED
-    near = {a, b} <= scores.keys() and abs(scores[a] - scores[b]) < TIE
+    here, there = alone.likeliest[place], other.likeliest[place]
+    words = f"token {place}: {a!r} alone, {b!r} among others, scores {here} and {there}"
+    seed = body["seed"] if body["temperature"] else None
+    words = words if seed is None else f"seed {seed}, {words}"
+    # Completions name the token that was drawn as well, which is not the same.
+    both = here.keys() & there.keys()
+    if len(both) < 2 or any(abs(here[x] - there[x]) >= TIE for x in both):
+        return words, NOT_TIED
+    if seed is not None:
+        return words, SEED
+    near = {a, b} <= both and abs(here[a] - here[b]) < TIE
     return words, TIED if near else NOT_TIED
+
+
+def counts(partings: list[tuple[str, str]], tokens: int) -> dict[str, int]:
+    """Count answers that part, by what explains them; in `tokens` of all answers."""
+    seeds = sum(why == SEED for _, why in partings)
+    return {
+        "answers that part": len(partings),
+        "of these without a tie": sum(why == NOT_TIED for _, why in partings),
+        "of these with a seed": seeds,
+        "of these too many": max(0, seeds - max(1, tokens // TOKENS_OF_SEED)),
+    }
 
 
 async def good_client(
@@ -185,9 +207,7 @@ async def run(server: Server, clients: int, seconds: float) -> dict[str, Any]:
         "bad ones among them": len(bad),
         "tokens": tokens,
         "tokens a second": round(tokens / seconds, 1),
-        "answers that part": len(partings),
-        "of these without a tie": sum(why == NOT_TIED for _, why in partings),
-        "of these with a seed": sum(why == SEED for _, why in partings),
+        **counts(partings, tokens),
         "partings in 10,000 tokens": round(1e4 * len(partings) / max(tokens, 1), 3),
         "memory, most / median": round(max(sizes) / median(sizes), 3),
         "memory, least / median": round(min(sizes) / median(sizes), 3),
@@ -210,8 +230,9 @@ def idle(server: Server, seconds: float) -> dict[str, Any]:
     before = used()
     time.sleep(seconds)
     after = used()
+    assert before and after.keys() == before.keys(), "the ranks are not the same"
     shares = [(after[pid] - before[pid]) / seconds for pid in before]
-    return {"of a core, idle, the busiest rank": round(max(shares, default=0.0), 4)}
+    return {"of a core, idle, the busiest rank": round(max(shares), 4)}
 
 
 def soak(

@@ -5,7 +5,8 @@ all the while. A seeded die chooses faults, and each strikes when eight streams 
 are in mid-answer; with --each all kinds strike once, and some while prompts are read,
 while nothing is asked, and while the ranks load. Then what was broken is mended, and
 the host is taken in again. Every answer is compared with the one that the same request
-got before anything was broken.
+got before anything was broken; the status is 1 where one is lost, or parts from that
+and nothing explains it.
 
     launch/lab up --delay-ms 1
     launch/lab run python benchmarks/survive.py --hostfile hostfiles/studio5
@@ -30,7 +31,7 @@ from typing import Any, Literal
 
 import httpx2
 from serving import MODEL, Server, client, in_float32, served
-from soak import NOT_TIED, SEED, Answer, parting
+from soak import NOT_TIED, Answer, counts, parting
 
 ROOT = Path(__file__).parent.parent
 LAB = ROOT / "launch" / "lab"
@@ -507,9 +508,7 @@ async def run(server: Server, args: argparse.Namespace) -> dict[str, Any]:
         "requests begun": load.begun,
         "ended right": load.right,
         "lost": len(load.lost),
-        "answers that part": len(load.partings),
-        "of these without a tie": sum(why == NOT_TIED for _, why in load.partings),
-        "of these with a seed": sum(why == SEED for _, why in load.partings),
+        **counts(load.partings, load.tokens),
         "tokens": load.tokens,
         "seconds to notice": round(median(one.notice for one in seen), 2),
         "seconds until ready": round(median(one.ready - one.notice for one in seen), 2),
@@ -568,6 +567,8 @@ def main() -> None:
     for name, value in result.items():
         print(f"{name:40} {value}")
     print(json.dumps(result))
+    wrong = ("lost", "of these without a tie", "of these too many")
+    sys.exit(1 if any(result[name] for name in wrong) else 0)
 
 
 if __name__ == "__main__":

@@ -774,6 +774,52 @@ def test_what_was_taken_in_and_does_not_fit_goes_again() -> None:
     asyncio.run(life())
 
 
+@pytest.mark.parametrize("what", ["a host", "cables"])
+@pytest.mark.parametrize("rejoin", ["quiet", "now", "never"])
+def test_when_what_is_back_takes_part_again(
+    rejoin: str, what: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """When no request is under way, at once, or not by itself."""
+    monkeypatch.setattr(supervisor, "VISIT_EVERY_SECONDS", 0.01)
+
+    async def life() -> None:
+        async with on_two_hosts() as supervised:
+            hosts, ranks = supervised._hosts, supervised._ranks
+            supervised._args.rejoin = rejoin
+            visits, is_back = 0, False
+
+            async def returned() -> list[str]:
+                nonlocal visits
+                visits += 1
+                if is_back and what == "cables":
+                    hosts._seen_back = CABLE_VISITS
+                return ["b"] if is_back and what == "a host" else []
+
+            async def ends_job(expected: bool) -> bool:
+                """Whether a better job is to follow: for a No that takes a while."""
+                await asyncio.wait([waiting], timeout=20 if expected else 0.2)
+                return waiting.done()
+
+            monkeypatch.setattr(hosts, "returned", returned)
+            if what == "cables":
+                hosts._broken = {Cable(1, 2)}
+            else:
+                hosts.part, hosts.missing = {"a": 1}, {"b": "it does not answer"}
+            waiting = asyncio.create_task(supervised._until_hosts_are_back())
+            ranks._hear(fake_ranks.READY)
+            ranks.start(Start("x", [1], Settings(max_tokens=8, seed=1)))
+            assert not await ends_job(False)
+            is_back, is_now = True, rejoin == "now"
+            assert await ends_job(is_now) == is_now
+            ranks._take(Event("x", finish="length"))
+            is_at_last = rejoin != "never"
+            assert await ends_job(is_at_last) == is_at_last
+            assert bool(visits) == is_at_last
+            waiting.cancel()
+
+    asyncio.run(life())
+
+
 @pytest.mark.parametrize("loss", [None, Loss("studio3 died", ("studio3",))])
 def test_a_draft_model_has_another_try_with_more_hosts(loss: Loss | None) -> None:
     """However they come to take part."""

@@ -24,4 +24,5 @@ def test_every_answer_is_the_one_that_nobody_disturbed(part: str) -> None:
     said = good("run", *command, timeout=600)
     seen = json.loads(said.splitlines()[-1])
     assert seen["lost"] == 0 and seen["of these without a tie"] == 0, said
+    assert seen["of these too many"] == 0, said
     assert seen["ended right"] > 12 and seen["status at the end"] == 0
