@@ -145,7 +145,7 @@ class Halves:
             options.keys() != {"cache"}
         ):
             return call(tokens, **options)
-        # What a window that keeps its first tokens hides depends on where a pass begins.
+        # What a window with first tokens hides depends on where a pass begins.
         if tokens_at_once(options["cache"]) < length:
             return call(tokens, **options)
         costs = self.costs()

@@ -1,5 +1,6 @@
 """Streaming text from a split model."""
 
+import sys
 import time
 from collections.abc import Generator, Iterator
 from functools import partial
@@ -65,7 +66,8 @@ def stream_generate(
         num_draft_tokens: how many tokens are drafted for a pass, or "auto" for as many
             as pay.
         kwargs: those of `mlx_lm.stream_generate`, such as `max_tokens`. A
-            `prompt_cache` is the model's alone.
+            `prompt_cache` is the model's alone. It holds prompt and text when the
+            stream ends, or is left (closed), on all ranks behind the same token.
 
     Yields: mlx-lm's responses, one for each token.
 
@@ -128,7 +130,8 @@ def _with_drafts(
 ) -> Iterator[GenerationResponse]:
     """Generate with drafts; arguments are those of `stream_generate`.
 
-    A `prompt_cache` holds all tokens of prompt and text when the last was given.
+    A `prompt_cache` holds all tokens of prompt and text when the last was given, or
+    when the caller leaves.
     """
     if max_tokens == 0:
         raise ValueError("max_tokens is 0: wanted a number of tokens, or -1 for all")
@@ -153,9 +156,17 @@ def _with_drafts(
         begin = time.perf_counter()
         speculation.read(prompt_progress_callback)
         drawn = speculation.tokens(max_tokens)
-        yield from _responses(drawn, tokenizer, len(prompt), max_tokens, begin)
+        try:
+            yield from _responses(drawn, tokenizer, len(prompt), max_tokens, begin)
+        except GeneratorExit:
+            # By an exception a rank may leave alone: it is not to wait for the others.
+            # What nobody closes is closed when Python ends, behind MPI.
+            if prompt_cache is not None and not sys.is_finalizing():
+                speculation.finish()
+            raise
         if prompt_cache is not None:
             speculation.finish()
+            mx.eval([cache.state for cache in prompt_cache])
 
 
 def _responses(

@@ -259,7 +259,7 @@ def test_what_is_left_whole(
 def test_a_full_window_that_keeps_its_first_tokens(
     comm: Communicator, always: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The first part of a prompt fits it, and is read in halves; the second does not."""
+    """The first part of a prompt fits, and is read in halves; the second does not."""
     model = always(split("qwen2", comm))
     taken: list[int] = []
     real = comm.take_turns
