@@ -346,3 +346,15 @@ def test_options_that_are_none(loaded: Loaded) -> None:
     ):
         with pytest.raises(error):
             made(loaded, PROMPT, **{"draft_model": "ngram", **options})
+
+
+@pytest.mark.parametrize("number", [0, -3, 17, 2.5, "x", None])
+def test_numbers_of_drafts_that_are_none(number: Any, loaded: Loaded) -> None:
+    """As the command line says it, and before the prompt is read."""
+
+    def told(*_: int) -> None:
+        pytest.fail("the prompt is read")
+
+    given = {"draft_model": "ngram", "num_draft_tokens": number}
+    with pytest.raises(ValueError, match=f"{number!r}: wanted auto, or from 1 to 16"):
+        made(loaded, PROMPT, **given, prompt_progress_callback=told)
