@@ -17,7 +17,7 @@ from mlxtp.comm.choices import (
     WIRES,
 )
 from mlxtp.comm.errors import UsageError
-from mlxtp.generation.choices import NGRAM
+from mlxtp.generation.choices import DRAFT_LENGTH, NGRAM
 from mlxtp.partition.shares import Shares
 
 Args = argparse.Namespace
@@ -59,7 +59,7 @@ LIMITS: Limits = {
         lambda name: bool(name.strip()),
     ),
     "draft_rank": ("the number of a rank", lambda n: n >= 0),
-    "num_draft_tokens": ("auto, or from 1 to 16", lambda n: n == AUTO or 1 <= n <= 16),
+    "num_draft_tokens": DRAFT_LENGTH,
 }
 
 CONFLICTS: Conflicts = [

@@ -18,6 +18,7 @@ import mlx.nn as nn
 import numpy as np
 from mlx_lm.models.cache import make_prompt_cache
 
+from mlxtp.generation.rollback import tokens_at_once
 from mlxtp.layers.sums import outputs_unread
 
 # Less is read whole: two calls of a few tokens cost about as much as two of many.
@@ -143,6 +144,9 @@ class Halves:
         if length < (LEAST_TOKENS if is_known else MEASURED_FROM) or (
             options.keys() != {"cache"}
         ):
+            return call(tokens, **options)
+        # What a window with first tokens hides depends on where a pass begins.
+        if tokens_at_once(options["cache"]) < length:
             return call(tokens, **options)
         costs = self.costs()
         if costs is None or not costs.pay(tokens.size):

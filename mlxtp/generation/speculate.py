@@ -114,7 +114,10 @@ class Speculation:
         self._quantized = quantized
         self._stream = stream
         self._tokens = list(prompt)  # all that are known
-        self._pending = self._tokens[-1:]  # those that the caches lack
+        self._held = len(self._tokens) - 1  # so many are in the caches
+        self._given = len(self._tokens)  # so many the caller has
+        # Where the caches stood before the pass of a round, and how many they held.
+        self._point, self._held_at_point = Point([]), 0
         self._costs = Costs()  # by this rank's clock
         self._is_fixed = fixed is not None
         self._pays = DraftLength(self._costs, fixed)
@@ -146,19 +149,34 @@ class Speculation:
                 plain = left
             for drawn in self._plain(plain) if plain else self._round(left):
                 made += 1
+                self._given += 1
                 if made % CLEAR_TOKENS == 0:
                     mx.clear_cache()
                 yield drawn
 
     def finish(self) -> None:
-        """Read what the caches lack, so that they hold all tokens."""
-        if not self._pending:
-            return
+        """Bring the caches to the tokens that were given: to all of them, and no more.
+
+        The caller may have left in the middle of a round. What has to be read is put
+        into MLX's graph and not evaluated (over "mpi-eager" it is, in part).
+
+        Communicates: what a pass does, where the caches lack a token.
+        """
+        del self._tokens[self._given :]
+        surplus = self._held - self._given
+        if surplus > 0:
+            was_cut = self._point.take_back(surplus)
+            self._held = self._given if was_cut else self._held_at_point
         with mx.stream(self._stream):
-            self._model(mx.array([self._pending]), cache=self._caches)
+            if self._pending:
+                self._model(mx.array([self._pending]), cache=self._caches)
+                self._held = self._given
             self._quantize()
-            mx.eval([cache.state for cache in self._caches])
-        self._pending = []
+
+    @property
+    def _pending(self) -> list[int]:
+        """The tokens that the caches lack."""
+        return self._tokens[self._held :]
 
     def _plain(self, passes: int) -> Iterator[DrawnToken]:
         """Make passes without drafts, each begun before the last token is known."""
@@ -178,7 +196,7 @@ class Speculation:
             token = _value(y)
             self._tokens.append(token)
             # What was begun is in the caches: only the last token is not.
-            self._pending = [token] if number + 1 == passes else []
+            self._held = len(self._tokens) - (number + 1 == passes)
             if number:  # the first fills the pipeline
                 times.append(time.perf_counter() - begin)
             if len(times) == MEASURED_TOGETHER or (times and number + 1 == passes):
@@ -210,22 +228,25 @@ class Speculation:
             proposed = self._drafts_of(wanted) if wanted > 0 else None
             drafted = proposed or []
             # Not of a pass without drafts: a window would be copied to be kept.
-            point = Point(self._caches if drafted else [])
+            self._point = Point(self._caches if drafted else [])
+            self._held_at_point = self._held
             inputs = mx.array([*self._pending, *drafted], mx.uint32)
             logits = self._model(inputs[None], cache=self._caches)[0]
             drawn, logprobs = self._draw(logits[-1 - len(drafted) :], drafted)
             accepted = len(drawn) - 1
-            if point.take_back(len(drafted) - accepted):
-                self._pending = drawn[-1:]
-            else:
-                self._pending += drawn
             self._tokens += drawn
-            self._quantize()
+            if self._point.take_back(len(drafted) - accepted):
+                self._held = len(self._tokens) - 1
         if proposed is not None:
             seconds = self._note(len(drafted), time.perf_counter() - begin)
             self._pays.judged(len(drafted), accepted, seconds)
         for place, token in enumerate(drawn):
             yield DrawnToken(token, logprobs[place], place < accepted)
+        # All are given, and nothing goes back any more: caches that are quantized now
+        # are other ones.
+        self._point = Point([])
+        with mx.stream(self._stream):
+            self._quantize()
 
     def _note(self, drafted: int, seconds: float) -> float | None:
         """Note what a round took; by rank 0's clock, where it tells that, or None."""

@@ -1,5 +1,6 @@
 """Streaming text from a split model."""
 
+import sys
 import time
 from collections.abc import Generator, Iterator
 from functools import partial
@@ -19,6 +20,7 @@ from mlx_lm.sample_utils import greedy_sampler
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 
 from mlxtp.generation.agreed import agreed
+from mlxtp.generation.choices import DRAFT_LENGTH
 from mlxtp.generation.drafts import Drafts, drafts_of
 from mlxtp.generation.halves import Halves
 from mlxtp.generation.prompt import check_tokens, tokens_of
@@ -62,14 +64,16 @@ def stream_generate(
             model of the same tokens, split as `mlxtp.load` splits it; or what
             `mlxtp.generation.drafts` makes, such as a model that is whole on a rank.
             The tokens are those of `model` alone, whatever drafts.
-        num_draft_tokens: how many tokens are drafted for a pass, or "auto" for as many
-            as pay.
+        num_draft_tokens: how many tokens are drafted for a pass, from 1 to 16, or
+            "auto" for as many as pay.
         kwargs: those of `mlx_lm.stream_generate`, such as `max_tokens`. A
-            `prompt_cache` is the model's alone.
+            `prompt_cache` is the model's alone. It holds prompt and text when the
+            stream ends, or is left (closed), on all ranks behind the same token.
 
     Yields: mlx-lm's responses, one for each token.
 
-    Raises: ValueError for a token of the prompt that the model has no row for.
+    Raises: ValueError for a token of the prompt that the model has no row for; for
+        drafts, or a number of them, that do not exist.
     """
     tokens = tokens_of(prompt, tokenizer)
     check_tokens(tokens, model.slice_table.vocabulary_rows, tokenizer)
@@ -94,6 +98,11 @@ def stream_generate(
     change_forward(stream, call)
     kwargs["prompt_progress_callback"] = progress
     if draft_model is not None:
+        wanted, is_allowed = DRAFT_LENGTH
+        if not is_allowed(num_draft_tokens):
+            raise ValueError(
+                f"num_draft_tokens is {num_draft_tokens!r}: wanted {wanted}"
+            )
         drafts = drafts_of(draft_model, model.comm)
         fixed = None if num_draft_tokens == "auto" else num_draft_tokens
         yield from _with_drafts(
@@ -128,7 +137,8 @@ def _with_drafts(
 ) -> Iterator[GenerationResponse]:
     """Generate with drafts; arguments are those of `stream_generate`.
 
-    A `prompt_cache` holds all tokens of prompt and text when the last was given.
+    A `prompt_cache` holds all tokens of prompt and text when the last was given, or
+    when the caller leaves.
     """
     if max_tokens == 0:
         raise ValueError("max_tokens is 0: wanted a number of tokens, or -1 for all")
@@ -153,9 +163,17 @@ def _with_drafts(
         begin = time.perf_counter()
         speculation.read(prompt_progress_callback)
         drawn = speculation.tokens(max_tokens)
-        yield from _responses(drawn, tokenizer, len(prompt), max_tokens, begin)
+        try:
+            yield from _responses(drawn, tokenizer, len(prompt), max_tokens, begin)
+        except GeneratorExit:
+            # By an exception a rank may leave alone: it is not to wait for the others.
+            # What nobody closes is closed when Python ends, behind MPI.
+            if prompt_cache is not None and not sys.is_finalizing():
+                speculation.finish()
+            raise
         if prompt_cache is not None:
             speculation.finish()
+            mx.eval([cache.state for cache in prompt_cache])
 
 
 def _responses(

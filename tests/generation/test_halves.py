@@ -1,6 +1,6 @@
 """Prompts in two halves: caches to the bit, equal tokens, and whether it pays."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import mlx.core as mx
@@ -253,6 +253,27 @@ def test_what_is_left_whole(
     call = lambda *args, **options: None  # noqa: E731
     reader(call, mx.array([PROMPT]), cache=[], input_embeddings=embeddings)
     assert not taken
+
+
+@pytest.mark.ranks(1, 3)
+def test_a_full_window_that_keeps_its_first_tokens(
+    comm: Communicator, always: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The first part of a prompt fits, and is read in halves; the second does not."""
+    model = always(split("qwen2", comm))
+    taken: list[int] = []
+    real = comm.take_turns
+    monkeypatch.setattr(comm, "take_turns", lambda *x: taken.append(len(x)) or real(*x))
+
+    def read(reader: Callable[..., mx.array]) -> mx.array:
+        caches = make_prompt_cache(model, max_kv_size=40)
+        for part in (PROMPT[:35], PROMPT[35:]):
+            reader(model, mx.array([part]), cache=caches)
+        return model(mx.array([[7]]), cache=caches)
+
+    whole = read(lambda call, tokens, **options: call(tokens, **options))
+    assert mx.allclose(read(Halves(model)), whole, atol=1e-4)
+    assert len(taken) == 1
 
 
 @pytest.mark.ranks(3)

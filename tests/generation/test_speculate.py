@@ -1,5 +1,7 @@
 """One stream with drafts: the tokens of the model alone, whatever the options."""
 
+import sys
+from itertools import islice
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -8,10 +10,12 @@ import mlx.core as mx
 import mlx.nn as nn
 import pytest
 from equal import Tokens
+from every_type import LONG, split
 from kept import kept, kept_model
 from mlx_lm.models.cache import make_prompt_cache
 from mlx_lm.sample_utils import make_logits_processors, make_sampler
 from mlx_lm.tokenizer_utils import TokenizerWrapper
+from mlx_lm.utils import load_tokenizer
 from reference import PROMPT, heads
 from tiny import Tiny
 
@@ -22,6 +26,7 @@ from mlxtp.generation.drafts import Drafts, ModelDrafts
 from mlxtp.generation.sampling import tokens_in
 from mlxtp.generation.speculate import Speculation
 from mlxtp.layers.forward import change_forward, twin
+from mlxtp.stories import PATH as STORIES
 
 # Worlds of 2 and 5 add no case: what drafts is whole on a rank, or split like any.
 pytestmark = pytest.mark.ranks(1, 3)
@@ -132,6 +137,53 @@ def test_caches_go_on(loaded: Loaded, drafts: dict[str, Any]) -> None:
         assert tokens_in(caches) == len(PROMPT) + len(text)
 
 
+def left(
+    loaded: Loaded, prompt: list[int], count: int, **options: Any
+) -> tuple[Tokens, int, Tokens]:
+    """Leave a stream behind `count` tokens, and go on with its caches.
+
+    Returns: the tokens that were given, how many the caches hold, and what follows.
+    """
+    caches = make_prompt_cache(loaded[0], options.pop("max_kv_size", None))
+    of_drafts = options.keys() & {"draft_model", "num_draft_tokens"}
+    drafts = {name: options.pop(name) for name in of_drafts}
+    options = {"prefill_step_size": 4, "prompt_cache": caches, **options}
+    stream = mlxtp.stream_generate(*loaded, prompt, **drafts, **options)
+    said = Tokens.of((x.token, x.logprobs) for x in islice(stream, count))
+    stream.close()
+    held = tokens_in(caches)
+    return said, held, made(loaded, [3], **{**options, "max_tokens": 4})
+
+
+@pytest.mark.parametrize("kind", ["greedy", "quantized", "rotating"])
+def test_a_caller_who_leaves_early(
+    kind: str, loaded: Loaded, drafts: dict[str, Any]
+) -> None:
+    """In the middle of a round or at its end: the caches hold what was given."""
+    for count in (1, 3, 4, 7):
+        expected = left(loaded, PROMPT, count, **OPTIONS[kind])
+        assert expected[1] == len(PROMPT) + count
+        for draft in drafts.values():
+            for number in (5, "auto"):
+                given = {"draft_model": draft, "num_draft_tokens": number}
+                got = left(loaded, PROMPT, count, **OPTIONS[kind], **given)
+                assert got == expected
+
+
+@pytest.mark.parametrize("model_type", ["gemma3_text", "mamba2", "qwen3_next"])
+def test_a_caller_who_leaves_windows_and_states(
+    model_type: str, comm: Communicator
+) -> None:
+    """Of drafts that are all right, and of some that are wrong."""
+    model, tokenizer = split(model_type, comm), load_tokenizer(STORIES)
+    tokenizer.eos_token_ids = set()
+    for count in (1, 3, 5, 6):
+        expected = left((model, tokenizer), LONG[:20], count)
+        for draft in (model, "ngram"):
+            given = {"draft_model": draft, "num_draft_tokens": 4}
+            assert left((model, tokenizer), LONG[:20], count, **given) == expected
+
+
 class Nothing:
     """Drafts that never propose anything."""
 
@@ -140,6 +192,47 @@ class Nothing:
 
     def propose(self, tokens: list[int], count: int) -> list[int]:
         return []
+
+
+class Interrupted(Nothing):
+    """Drafts that somebody interrupts."""
+
+    def propose(self, tokens: list[int], count: int) -> list[int]:
+        raise KeyboardInterrupt
+
+
+@pytest.mark.parametrize("how", ["in a round", "by the caller", "at Python's end"])
+def test_nothing_is_waited_for_behind_an_exception(
+    how: str, loaded: Loaded, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A rank may leave alone: what it begins, nobody else comes to."""
+    model, tokenizer = twin(loaded[0]), loaded[1]
+    calls: list[int] = []
+
+    def call(former: Any, model: nn.Module, *args: Any, **options: Any) -> Any:
+        calls.append(1)
+        return former(model, *args, **options)
+
+    change_forward(model, call)
+    stream = mlxtp.stream_generate(
+        *(model, tokenizer, PROMPT),
+        prompt_cache=make_prompt_cache(model),
+        draft_model=Interrupted() if how == "in a round" else Nothing(),
+        num_draft_tokens=2,
+    )
+    if how == "in a round":
+        with pytest.raises(KeyboardInterrupt):
+            next(stream)
+        assert len(calls) == 1
+        return
+    next(stream)
+    begun = len(calls)
+    monkeypatch.setattr(sys, "is_finalizing", lambda: how == "at Python's end")
+    with monkeypatch.context() as patch:
+        patch.setattr(mx, "eval", lambda *_: pytest.fail("waits for the others"))
+        stream.close()
+    # What the caches lack stands in the graph, where MPI is not yet over.
+    assert len(calls) == begun + (how == "by the caller")
 
 
 def test_a_draft_that_is_right_saves_passes(
@@ -253,3 +346,15 @@ def test_options_that_are_none(loaded: Loaded) -> None:
     ):
         with pytest.raises(error):
             made(loaded, PROMPT, **{"draft_model": "ngram", **options})
+
+
+@pytest.mark.parametrize("number", [0, -3, 17, 2.5, "x", None])
+def test_numbers_of_drafts_that_are_none(number: Any, loaded: Loaded) -> None:
+    """As the command line says it, and before the prompt is read."""
+
+    def told(*_: int) -> None:
+        pytest.fail("the prompt is read")
+
+    given = {"draft_model": "ngram", "num_draft_tokens": number}
+    with pytest.raises(ValueError, match=f"{number!r}: wanted auto, or from 1 to 16"):
+        made(loaded, PROMPT, **given, prompt_progress_callback=told)
