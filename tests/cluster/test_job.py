@@ -215,6 +215,7 @@ from mlxtp.cluster.job import Job
 for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
     signal.signal(number, lambda *_: job.process.terminate())
 job = Job(sys.argv[2:], ranks=2, mpirun=Path(sys.argv[1]), verdict=True).start()
+print("started", flush=True)
 sys.exit(job.wait().status)
 """
 
@@ -241,11 +242,13 @@ echo up
 until [ -n "$count" ]; do sleep 0.1; done
 sleep 0.3; echo "$count"; exit 5"""
     process = supervised(fake(tmp_path, script).mpirun, "true")
-    assert process.stdout is not None and process.stdout.readline() == "up\n"
+    assert process.stdout is not None
+    said = sorted(process.stdout.readline() for _ in range(2))
+    assert said == ["started\n", "up\n"]
     send = os.kill if whom == "the program" else os.killpg
     send(process.pid, getattr(signal, sent))
-    said, _ = process.communicate(timeout=20)
-    assert said == "TERM\nx\n"
+    rest, _ = process.communicate(timeout=20)
+    assert rest == "TERM\nx\n"
     assert process.returncode == 5
 
 
@@ -254,8 +257,9 @@ def test_ctrl_c_ends_the_ranks() -> None:
     ranks = "import os, time; print(os.getpid(), flush=True); time.sleep(100)"
     process = supervised(find_mpirun(), sys.executable, "-c", ranks)
     assert process.stdout is not None
-    pids = [int(process.stdout.readline()) for _ in range(2)]
-    assert all(map(is_running, pids))
+    lines = [process.stdout.readline() for _ in range(3)]
+    pids = [int(line) for line in lines if line != "started\n"]
+    assert len(pids) == 2 and all(map(is_running, pids))
     os.killpg(process.pid, signal.SIGINT)
     process.communicate(timeout=20)
     assert process.returncode != 0
