@@ -38,8 +38,9 @@ import mlxtp
 from mlxtp.checkpoint.runs import PAGE_BYTES
 from mlxtp.checkpoint.tensors import StoredTensor, Tensor
 from mlxtp.layers import parallelize as parallelize  # not timed: load imports it
-from mlxtp.loading import load_model, read_slices
+from mlxtp.loading import load_model
 from mlxtp.model import sources
+from mlxtp.model.reading import read_slices
 from mlxtp.model.skeleton import EmptyModel, build
 from mlxtp.model.sources import Computed
 from mlxtp.native import loader

@@ -1,24 +1,19 @@
 """`load`: from a checkpoint to a model of which each rank holds its slices."""
 
-import gc
 import logging
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypedDict, Unpack, overload
 
-import mlx.core as mx
 import mlx.nn as nn
-from mlx.utils import tree_unflatten
 
 from mlxtp.checkpoint.cut import CHOSEN, Shard
 from mlxtp.checkpoint.headers import Checkpoint
 from mlxtp.checkpoint.memory import gpu_limit_bytes
 from mlxtp.checkpoint.progress import Advance, ignore, progress_bar
-from mlxtp.checkpoint.readahead import ReadAhead
 from mlxtp.checkpoint.tensors import Tensor
 from mlxtp.cluster import memory
 from mlxtp.comm.communicator import Communicator
@@ -26,12 +21,18 @@ from mlxtp.comm.errors import MemoryLackingError
 from mlxtp.fetch.fetch import check_there, fill, filling
 from mlxtp.fetch.location import Location, locate, named
 from mlxtp.fetch.spare import STEP_BYTES, bytes_besides, kept_besides
-from mlxtp.model.skeleton import EmptyModel, build, check_values
-from mlxtp.model.sources import Computed, needed
+from mlxtp.model.reading import compute_slices, read_slices
+from mlxtp.model.skeleton import (
+    EmptyModel,
+    build,
+    check_quantized_activations,
+    check_values,
+)
+from mlxtp.model.sources import needed
+from mlxtp.model.tokenizer import load_tokenizer
 from mlxtp.model.turns import (
     bytes_of_turn,
     compute_alike,
-    compute_for_all,
     computed,
     tensors_behind,
 )
@@ -247,8 +248,9 @@ class Prepared:
             self.comm.agreement(),
             named(location.name, location.folder),
         ):
-            return _load_tokenizer(
-                location, tokenizer_config, self.config, self.trust_remote_code
+            return load_tokenizer(
+                *(location.folder, location.name, tokenizer_config),
+                *(self.config, self.trust_remote_code),
             )
 
     def load(
@@ -433,7 +435,7 @@ def _prepared(
     with comm.agreement(), named(location.name, location.folder):
         rank_shares = _checked_shares(shares, comm)
         empty = rebuild()
-        _check_quantized_activations(empty.model)
+        check_quantized_activations(empty.model)
         table = slice_table(empty.model, rank_shares)
         slices = table.slices(comm.rank)
         empty.settle(slices)
@@ -459,32 +461,6 @@ def _prepared(
     held = sum(model.nbytes for model in both)
     check_memory(comm, held, names, max(model.turn_bytes for model in both))
     return prepared
-
-
-def _check_quantized_activations(model: nn.Module) -> None:
-    """Try MLX's product of quantized activations, which not every device has.
-
-    mlx-lm finds out in the middle of a prompt.
-
-    Raises: ValueError, with the first layer that needs it.
-    """
-    layers = (
-        (path, module)
-        for path, module in model.named_modules()
-        if isinstance(module, nn.QQLinear)
-    )
-    path, layer = next(layers, ("", None))
-    if layer is None:
-        return
-    x, kind = mx.zeros((32, 128)), (layer.group_size, layer.bits, layer.mode)
-    weight, scales, *_ = mx.quantize(x, *kind)
-    try:
-        mx.eval(mx.qqmm(x, weight, scales, *kind))
-    except RuntimeError as error:
-        raise ValueError(
-            f"config.json asks for quantize_activations, as in {path}, and MLX cannot "
-            f"on this device ({error}): set it to false there"
-        ) from error
 
 
 def _checked_shares(shares: Sequence[int | Share] | None, comm: Communicator) -> Shares:
@@ -522,98 +498,3 @@ def check_memory(
             f"it has {available[host] / 1e9:.1f} GB free: use more hosts, give it a "
             "smaller share with --shares, or take a model with fewer bits"
         )
-
-
-def _load_tokenizer(
-    location: Location,
-    tokenizer_config: dict[str, Any] | None,
-    config: dict[str, Any],
-    trust_remote_code: bool,
-) -> "TokenizerWrapper":
-    from mlx_lm.utils import load_tokenizer
-    from transformers import logging as of_transformers
-
-    extra = {**(tokenizer_config or {}), "trust_remote_code": trust_remote_code}
-    verbosity = of_transformers.get_verbosity()
-    # It warns of model types that it does not know, which mlx-lm may.
-    of_transformers.set_verbosity(logging.ERROR)
-    try:
-        return load_tokenizer(
-            location.folder, extra, eos_token_ids=config.get("eos_token_id")
-        )
-    except Exception as error:  # all that transformers may stumble over in files
-        raise ValueError(
-            f"the tokenizer in {location.name} does not load: {error!r}"
-        ) from error
-    finally:
-        of_transformers.set_verbosity(verbosity)
-
-
-def read_slices(
-    empty: EmptyModel,
-    checkpoint: Checkpoint,
-    slices: dict[str, Slice],
-    advance: Advance = ignore,
-) -> None:
-    """Put the slices that this rank reads into the model, in the order of the files.
-
-    What has to be computed whole is left to `compute_slices`.
-
-    Raises: OSError if a file cannot be read.
-    """
-    reads = {
-        name: list(source.reads(slices[name]))
-        for name, source in empty.sources.items()
-        if not isinstance(source, Computed)
-    }
-
-    def position(name: str) -> tuple[str, int]:
-        return min(
-            (checkpoint.position(tensor) for tensor, _ in reads[name]), default=("", 0)
-        )
-
-    order = sorted(reads, key=position)
-    wanted = [tensor_and_part for name in order for tensor_and_part in reads[name]]
-    kept = {source for source in empty.sources.values() if isinstance(source, Tensor)}
-    arrays: list[tuple[str, mx.array]] = []
-    with _no_collection(), ReadAhead(checkpoint, wanted, kept) as reader:
-        for name in order:
-            array = empty.sources[name].read(slices[name], reader.read)
-            arrays.append((name, array))
-            advance(array.nbytes)
-    empty.model.update(tree_unflatten(arrays))
-
-
-@contextmanager
-def _no_collection() -> Iterator[None]:
-    """Keep Python from looking for garbage: once through all that was imported takes as
-    long as reading 200 MB, and reading leaves none.
-    """
-    was_enabled = gc.isenabled()
-    gc.disable()
-    try:
-        yield
-    finally:
-        if was_enabled:
-            gc.enable()
-
-
-def compute_slices(
-    empty: EmptyModel,
-    checkpoint: Checkpoint,
-    slices: dict[str, Slice],
-    comm: Communicator,
-    advance: Advance = ignore,
-) -> None:
-    """Put the slices of what has to be computed whole into the model.
-
-    The ranks take turns with the parameters, in the order of their names.
-
-    Communicates: what `compute_for_all` does, for each parameter.
-    Raises: UsageError as `compute_for_all`.
-    """
-    for number, (name, source) in enumerate(computed(empty.sources).items()):
-        root = number % comm.size
-        array = compute_for_all(comm, root, source, checkpoint, slices[name])
-        empty.model.update(tree_unflatten([(name, array)]))
-        advance(array.nbytes)

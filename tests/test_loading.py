@@ -23,7 +23,7 @@ import mlxtp
 from mlxtp import Communicator
 from mlxtp.checkpoint.memory import gpu_limit_bytes
 from mlxtp.cluster import memory
-from mlxtp.loading import read_slices
+from mlxtp.model.reading import read_slices
 from mlxtp.model.skeleton import build
 from mlxtp.sharding.decide import slice_table
 

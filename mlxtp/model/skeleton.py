@@ -459,3 +459,29 @@ def read_json(file: Path, needed: list[str] | None = None) -> dict[str, Any]:
         if key not in content:
             raise ValueError(f"{file} lacks {key}")
     return content
+
+
+def check_quantized_activations(model: nn.Module) -> None:
+    """Try MLX's product of quantized activations, which not every device has.
+
+    mlx-lm finds out in the middle of a prompt.
+
+    Raises: ValueError, with the first layer that needs it.
+    """
+    layers = (
+        (path, module)
+        for path, module in model.named_modules()
+        if isinstance(module, nn.QQLinear)
+    )
+    path, layer = next(layers, ("", None))
+    if layer is None:
+        return
+    x, kind = mx.zeros((32, 128)), (layer.group_size, layer.bits, layer.mode)
+    weight, scales, *_ = mx.quantize(x, *kind)
+    try:
+        mx.eval(mx.qqmm(x, weight, scales, *kind))
+    except RuntimeError as error:
+        raise ValueError(
+            f"config.json asks for quantize_activations, as in {path}, and MLX cannot "
+            f"on this device ({error}): set it to false there"
+        ) from error

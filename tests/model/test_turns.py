@@ -18,6 +18,7 @@ from mlxtp import Communicator, loading
 from mlxtp.checkpoint.headers import Checkpoint
 from mlxtp.checkpoint.tensors import StoredTensor
 from mlxtp.comm.errors import UsageError
+from mlxtp.model.reading import compute_slices
 from mlxtp.model.skeleton import EmptyModel, _Loader, build
 from mlxtp.model.sources import Computed, cut_out
 from mlxtp.model.turns import compute_for_all, tensors_behind
@@ -102,7 +103,7 @@ def test_each_slice_is_that_of_the_whole(comm: Communicator, folder: Path) -> No
     mx.clear_cache()
     before = mx.get_active_memory()
     mx.reset_peak_memory()
-    loading.compute_slices(empty, empty.checkpoint, slices, comm)
+    compute_slices(empty, empty.checkpoint, slices, comm)
     peak = mx.get_peak_memory() - before
     held = sum(part.size * 4 for part in slices.values())
     under_way = max(part.size * 4 for part in slices.values())
