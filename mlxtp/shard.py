@@ -41,8 +41,8 @@ from mlxtp.sharding.decide import slice_table
 def main() -> None:
     """Run the command line: status 2 for a mistake, 1 for slices that are damaged."""
     launcher.replace_unprintable()
-    args = _parse()
     try:
+        args = _parse(sys.argv[1:])
         if args.verify:
             sys.exit(0 if report(args.verify, show=not args.quiet) else 1)
         elif args.join:
@@ -177,7 +177,7 @@ def report(folder: Path, *, show: bool = False) -> bool:
 
 
 def _parser() -> argparse.ArgumentParser:
-    result = argparse.ArgumentParser(
+    result = job_options.Parser(
         prog="mlxtp.shard",
         description="Cut a checkpoint into the slices of each rank, ahead of time and "
         "with little memory; check such slices; join them again.",
@@ -229,9 +229,10 @@ def _parser() -> argparse.ArgumentParser:
     return result
 
 
-def _parse() -> argparse.Namespace:
+def _parse(arguments: Sequence[str]) -> argparse.Namespace:
     parser = _parser()
-    args = parser.parse_args()
+    args = launcher.parse(parser, arguments)
+    job_options.check(args, job_options.LIMITS, ())
     if args.model and not args.shares:
         if args.ranks is None or args.ranks < 1:
             parser.error("--model goes with --ranks, at least 1, or --shares")

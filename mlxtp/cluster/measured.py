@@ -1,6 +1,7 @@
 """What `mlxtp.doctor` measures of a cluster: `mlxtp.plan --measured` reads it."""
 
 import json
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -58,6 +59,24 @@ class Measured:
     pairs: tuple[Pair, ...]
     collectives: tuple[Collective, ...]
 
+    def ranks_of(self, names: Sequence[str]) -> list[int]:
+        """Return the measured rank for each of some hosts' names.
+
+        A host of several ranks is named as often. studio1 is studio1.local as well.
+
+        Raises: ValueError for a host on which not as many ranks were measured.
+        """
+        ranks: list[int] = []
+        for name in names:
+            there = [r for r, host in enumerate(self.hosts) if _is(host.host, name)]
+            left = [rank for rank in there if rank not in ranks]
+            if not left:
+                hosts = ", ".join(dict.fromkeys(host.host for host in self.hosts))
+                count = f"only {len(there)} of its ranks were" if there else "was not"
+                raise ValueError(f"{name}: {count} measured; measured were {hosts}")
+            ranks.append(left[0])
+        return ranks
+
     def write(self, file: Path) -> None:
         """Write it as JSON, in bytes and seconds."""
         file.write_text(json.dumps(asdict(self), indent=1) + "\n")
@@ -82,3 +101,9 @@ class Measured:
             raise ValueError(
                 f"{file} is not what mlxtp.doctor --json writes: {error!r}"
             ) from None
+
+
+def _is(host: str, name: str) -> bool:
+    """Whether two names are of one host; one of them may be without its domain."""
+    host, name = host.lower(), name.lower()
+    return name in (host, host.partition(".")[0]) or name.partition(".")[0] == host

@@ -3,6 +3,7 @@
 import argparse
 from pathlib import Path
 
+from mlxtp import job_options
 from mlxtp.cluster import job
 from mlxtp.comm import launcher
 from mlxtp.comm.choices import TIMEOUT_SECONDS, TRANSPORTS
@@ -10,12 +11,15 @@ from mlxtp.doctor.speed import DTYPES
 
 
 def parse(arguments: list[str]) -> argparse.Namespace:
-    """Parse the command line, the same on all ranks, as `launcher.parse` does."""
+    """Parse the command line, the same on all ranks, as `launcher.parse` does.
+
+    Raises: UsageError, that says what was given and what was wanted.
+    """
     return launcher.parse(_parser(), arguments)
 
 
 def _parser() -> argparse.ArgumentParser:
-    result = argparse.ArgumentParser(
+    result = job_options.Parser(
         prog="mlxtp.doctor",
         usage="python -m mlxtp.doctor [--ranks N] [--hostfile HOSTFILE] [OPTION ...]",
         description="Examine the machines of a cluster and the links between them: say "

@@ -9,7 +9,7 @@ python -m mlxtp.plan --model MODEL --measured FILE
 import argparse
 import json
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from math import inf
 from pathlib import Path
@@ -21,6 +21,8 @@ from mlxtp import job_options
 from mlxtp.cluster import hostfile
 from mlxtp.cluster.measured import Measured
 from mlxtp.comm import launcher
+from mlxtp.generation.choices import NGRAM
+from mlxtp.job_options import Args, Conflicts, Limits
 from mlxtp.partition.shares import Shares
 from mlxtp.plan import hardware
 from mlxtp.plan.auto import auto, longest
@@ -29,7 +31,7 @@ from mlxtp.plan.disk import Disk, disks
 from mlxtp.plan.drafts import ACCEPTANCE, Draft, drafts
 from mlxtp.plan.hardware import LINKS, TOPOLOGIES, Link, Machine, Network
 from mlxtp.plan.model import GROUP_SIZE, PlannedModel, open_model
-from mlxtp.plan.planning import Setting, plan
+from mlxtp.plan.planning import MOST_TOKENS, Setting, plan
 from mlxtp.plan.plot import plot
 from mlxtp.plan.remedies import remedies
 from mlxtp.plan.report import as_json, show
@@ -38,28 +40,85 @@ DEFAULT_CHIP = "M2 Ultra"
 DEFAULT_MEMORY_GB = 64.0
 DEFAULT_LINK = "thunderbolt4"
 CONTEXT = 8192
-# Of tokens or sequences: MLX counts the elements of an axis in 32 bits.
-MOST = 1 << 30
+# No model has as many heads, and more ranks would be slow to refuse.
+MOST_RANKS = 1024
+
+# What an option may be, beside `job_options.LIMITS`.
+LIMITS: Limits = {
+    "draft_model": (
+        "a config.json, a folder, a Hugging Face repo, or ngram",
+        lambda name: bool(name.strip()),
+    ),
+    "ranks": (f"from 1 to {MOST_RANKS}", lambda n: 1 <= n <= MOST_RANKS),
+    "group_size": job_options.LIMITS["kv_group_size"],
+    "context": (
+        f"from 1 to {MOST_TOKENS}, or max",
+        lambda n: n == "max" or 1 <= n <= MOST_TOKENS,
+    ),
+    "batch": (f"from 1 to {MOST_TOKENS}", lambda n: 1 <= n <= MOST_TOKENS),
+    "acceptance": ("from 0 to 1", lambda x: 0 <= x <= 1),
+}
+
+CONFLICTS: Conflicts = [
+    (
+        lambda args: args.chip is not None and args.chips is not None,
+        "--chip and --chips: give one of them",
+    ),
+    (
+        lambda args: (
+            args.group_size is not None
+            and args.bits is None
+            and args.draft_bits is None
+        ),
+        "--group-size {args.group_size} goes with --bits or --draft-bits",
+    ),
+    (
+        lambda args: args.draft_bits is not None and args.draft_model in (None, NGRAM),
+        "--draft-bits {args.draft_bits} is for a draft model: give --draft-model a "
+        "model, or leave --draft-bits out",
+    ),
+    (
+        lambda args: args.acceptance is not None and args.draft_model is None,
+        "--acceptance {args.acceptance:g} is for drafts: give --draft-model, or leave "
+        "--acceptance out",
+    ),
+    (
+        lambda args: args.context != "max" and args.context * args.batch > MOST_TOKENS,
+        "--context {args.context} and --batch {args.batch} are too many tokens: "
+        f"wanted at most {MOST_TOKENS} together",
+    ),
+]
 
 
 def main() -> None:
     """Run the program; exit with status 2 for a mistake on the command line."""
     launcher.replace_unprintable()
-    args = _parser().parse_args()
     try:
-        run(args)
+        run(parse(sys.argv[1:]))
     except (ValueError, OSError, OverflowError) as error:
         launcher.refuse("mlxtp.plan", error)
 
 
-def run(args: argparse.Namespace) -> None:
+def parse(arguments: Sequence[str]) -> Args:
+    """Parse the command line, and check it against the rules above.
+
+    Raises: UsageError, that says what was given and what was wanted.
+    """
+    args = launcher.parse(_parser(), arguments)
+    job_options.check(args, {**job_options.LIMITS, **LIMITS}, CONFLICTS)
+    if args.group_size is None:
+        args.group_size = GROUP_SIZE
+    if args.acceptance is None:
+        args.acceptance = ACCEPTANCE
+    return args
+
+
+def run(args: Args) -> None:
     """Make the plan that the command line asks for, and print it.
 
     Raises: ValueError that says what was given wrong.
     """
     setting = setting_of(args)
-    if not 0 <= args.acceptance <= 1:
-        raise ValueError(f"--acceptance is {args.acceptance:g}: wanted 0 to 1")
     with (
         open_model(args.model, args.bits, args.group_size) as model,
         _draft_model(args) as draft_model,
@@ -90,39 +149,40 @@ def run(args: argparse.Namespace) -> None:
 
 
 @contextmanager
-def _draft_model(args: argparse.Namespace) -> Iterator[PlannedModel | None]:
+def _draft_model(args: Args) -> Iterator[PlannedModel | None]:
     """The draft model; None without one, and for n-grams."""
-    if args.draft_model in (None, "ngram"):
+    if args.draft_model in (None, NGRAM):
         yield None
         return
-    with open_model(args.draft_model, args.draft_bits, args.group_size) as model:
+    how = args.draft_bits, args.group_size, "--draft-bits"
+    with open_model(args.draft_model, *how) as model:
         yield model
 
 
-def setting_of(args: argparse.Namespace) -> Setting:
+def setting_of(args: Args) -> Setting:
     """Read machines and links from the command line, or from what doctor measured.
 
     Raises: ValueError for options that contradict each other.
     """
-    for name in ("context", "batch", "group_size"):
-        value = getattr(args, name)
-        if value != "max" and value < 1:
-            raise ValueError(f"--{name.replace('_', '-')} is below 1")
-        if value != "max" and value > MOST:
-            raise ValueError(f"--{name.replace('_', '-')} is above {MOST}")
     measured = Measured.read(args.measured) if args.measured else None
     hosts = _hosts(args, measured)
-    machines = _machines(args, hosts, measured)
+    chosen = measured.ranks_of(hosts) if measured else []
+    if measured:
+        machines = _measured_machines(args, measured, chosen)
+    else:
+        machines = _published_machines(args, hosts)
     if args.shares not in (None, "auto") and len(args.shares) != len(hosts):
         raise ValueError(
             f"--shares gives {len(args.shares)} shares to {len(hosts)} ranks"
         )
     context = CONTEXT if args.context == "max" else args.context
-    network = _network(args, len(hosts), measured)
-    return Setting(tuple(machines), network, context, args.batch)
+    network = _network(args, len(hosts), measured, chosen)
+    lists = args.chips, args.hostfile, measured, args.shares not in (None, "auto")
+    is_listed = any(lists) or len(args.memory or []) > 1
+    return Setting(tuple(machines), network, context, args.batch, is_listed)
 
 
-def _hosts(args: argparse.Namespace, measured: Measured | None) -> list[str]:
+def _hosts(args: Args, measured: Measured | None) -> list[str]:
     """A name for each rank."""
     if args.hostfile:
         named = hostfile.by_rank(hostfile.read(args.hostfile))
@@ -138,28 +198,25 @@ def _hosts(args: argparse.Namespace, measured: Measured | None) -> list[str]:
             raise ValueError("say on how many ranks: --ranks, --hostfile or --measured")
     else:
         ranks = args.ranks
-    if ranks < 1:
-        raise ValueError(f"--ranks is {ranks}: wanted at least 1")
+    if ranks > MOST_RANKS:
+        raise ValueError(f"{ranks} ranks are named: wanted at most {MOST_RANKS}")
     if named and ranks > len(named):
         raise ValueError(f"--ranks is {ranks}, and {len(named)} hosts are named")
     return named[:ranks] or [f"host {number}" for number in range(1, ranks + 1)]
 
 
-def _machines(
-    args: argparse.Namespace, hosts: list[str], measured: Measured | None
+def _measured_machines(
+    args: Args, measured: Measured, chosen: list[int]
 ) -> list[Machine]:
-    if measured:
-        if args.chip or args.chips or args.fast_synch:
-            raise ValueError(
-                "--measured says what chips there are, and how long they take: leave "
-                "--chip and --fast-synch out"
-            )
-        if len(measured.hosts) < len(hosts):
-            raise ValueError(
-                f"{args.measured} measures {len(measured.hosts)} ranks, wanted are "
-                f"{len(hosts)}"
-            )
-        return measured_machines(measured.hosts[: len(hosts)])
+    if args.chip or args.chips or args.memory or args.fast_synch:
+        raise ValueError(
+            "--measured says what machines there are, and how long they take: leave "
+            "--chip, --chips, --memory and --fast-synch out"
+        )
+    return measured_machines([measured.hosts[rank] for rank in chosen])
+
+
+def _published_machines(args: Args, hosts: list[str]) -> list[Machine]:
     crossing = hardware.CROSSING_SECONDS
     if args.fast_synch:
         crossing = hardware.FAST_CROSSING_SECONDS
@@ -176,7 +233,7 @@ def _machines(
 
 
 def _network(
-    args: argparse.Namespace, ranks: int, measured: Measured | None
+    args: Args, ranks: int, measured: Measured | None, chosen: list[int]
 ) -> Network:
     own = args.hop_us is not None or args.gbps is not None
     if own and (args.hop_us is None or args.gbps is None):
@@ -191,13 +248,18 @@ def _network(
         link = Link(args.hop_us / 1e6, args.gbps * 1e9 / 8, "ring")
         return Network(ranks, link, args.topology or "ring")
     if measured:
-        return hardware.network_of(measured, ranks, args.topology or "ring")
+        return hardware.network_of(measured, chosen, args.topology or "ring")
     link = LINKS[args.link or DEFAULT_LINK]
     return Network(ranks, link, args.topology or link.topology)
 
 
 def _context(text: str) -> int | Literal["max"]:
-    return "max" if text == "max" else int(text)
+    try:
+        return "max" if text == "max" else int(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(
+            f"{text!r}: wanted a number of tokens, or max"
+        ) from None
 
 
 def _sizes(text: str) -> list[float]:
@@ -215,7 +277,7 @@ def _names(text: str) -> list[str]:
 
 
 def _parser() -> argparse.ArgumentParser:
-    result = argparse.ArgumentParser(
+    result = job_options.Parser(
         prog="mlxtp.plan",
         description="Say what each rank needs to run a model, whether it fits, and "
         "how fast it would be. All of it is calculated: no weights, no MPI and none of "
@@ -228,8 +290,9 @@ def _parser() -> argparse.ArgumentParser:
     )
     result.add_argument("--bits", type=int, choices=[2, 3, 4, 5, 6, 8, 16],
         help="plan the config's model quantized with so many bits")  # fmt: skip
-    result.add_argument("--group-size", type=int, default=GROUP_SIZE,
-        help=f"group size of --bits. Default: {GROUP_SIZE}")  # fmt: skip
+    result.add_argument("--group-size", type=int,
+        help="group size of --bits and --draft-bits: 32, 64 or 128. "
+        f"Default: {GROUP_SIZE}")  # fmt: skip
     hosts = result.add_argument_group("machines")
     hosts.add_argument("--ranks", type=int, help="number of ranks")
     hosts.add_argument(
@@ -283,7 +346,7 @@ def _parser() -> argparse.ArgumentParser:
         "model")  # fmt: skip
     use.add_argument("--draft-bits", type=int, choices=[2, 3, 4, 5, 6, 8, 16],
         help="as --bits, of the draft model")  # fmt: skip
-    use.add_argument("--acceptance", type=float, default=ACCEPTANCE, metavar="A",
+    use.add_argument("--acceptance", type=float, metavar="A",
         help="how probably a drafted token is accepted, if those before it are. "
         f"Default: {ACCEPTANCE}")  # fmt: skip
     use.add_argument("--shares", type=job_options.shares, metavar="SHARES",

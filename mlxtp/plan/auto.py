@@ -8,7 +8,7 @@ from mlxtp.dryrun.requirements import WorldNeeds
 from mlxtp.model.context import longest_context
 from mlxtp.partition.shares import Shares
 from mlxtp.plan.model import PlannedModel
-from mlxtp.plan.planning import Plan, Setting, plan
+from mlxtp.plan.planning import MOST_TOKENS, Plan, Setting, plan
 
 # How often an estimate is corrected by what is exact.
 CORRECTIONS = 3
@@ -40,7 +40,7 @@ def longest(model: PlannedModel, setting: Setting, shares: Shares | None) -> Pla
     """
     if None in [machine.limit_bytes for machine in setting.machines]:
         raise ValueError("--context max: some hosts' limits of memory are not known")
-    most = longest_context(model.config)
+    most = min(longest_context(model.config), MOST_TOKENS // setting.batch)
     if shares is None and len(setting.machines) > 1:
         usual = replace(setting, context=min(most, USUAL_CONTEXT))
         first = plan(model, usual, [1] * len(setting.machines))

@@ -1,5 +1,6 @@
 """Machines and links: what is published of them, or what doctor has measured."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from mlxtp.cluster.curve import interpolate
@@ -239,19 +240,20 @@ class MeasuredNetwork(Network):
         return interpolate(part_bytes, *self.curves[kind])
 
 
-def network_of(measured: Measured, ranks: int, topology: str) -> Network:
-    """Describe the network of the first `ranks` ranks that doctor measured.
+def network_of(measured: Measured, chosen: Sequence[int], topology: str) -> Network:
+    """Describe the network of some of the ranks that doctor measured.
 
-    The times of collectives hold for all measured ranks together. For fewer ranks
-    they are calculated from the links.
+    The times of collectives hold for all measured ranks together, in their order. For
+    others they are calculated from the links.
     """
-    pairs = [p for p in measured.pairs if max(p.ranks) < ranks]
+    ranks = len(chosen)
+    pairs = [pair for pair in measured.pairs if {*pair.ranks} <= {*chosen}]
     link = Link(
         min((p.latency_seconds for p in pairs), default=0.0),
         max((p.bytes_per_second for p in pairs), default=float("inf")),
         topology,
     )
-    if ranks != len(measured.hosts):
+    if list(chosen) != list(range(len(measured.hosts))):
         return Network(ranks, link, topology)
     curves = {}
     for kind in {collective.name for collective in measured.collectives}:

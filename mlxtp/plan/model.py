@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
+import mlx.nn as nn
 from mlx.utils import tree_flatten
 from mlx_lm.utils import quantize_model
 
@@ -49,21 +50,25 @@ class PlannedModel:
 
 @contextmanager
 def open_model(
-    model: str, bits: int | None = None, group_size: int = GROUP_SIZE
+    model: str,
+    bits: int | None = None,
+    group_size: int = GROUP_SIZE,
+    option: str = "--bits",
 ) -> Iterator[PlannedModel]:
     """Open a folder, a name on the hub, or with `bits` a config alone.
 
     Without `bits` the headers of the checkpoint are read. With them it is the config's
-    model as mlx-lm would quantize it; 16 bits are not quantized.
+    model as mlx-lm would quantize it; 16 bits are not quantized. `option` is
+    the one that gives `bits`, for messages.
 
     Raises: ValueError that says what is wrong.
     """
     if bits is None:
         file = Path(model).expanduser()
         if file.is_file():
-            raise ValueError(f"{model} is a config alone: say with how many --bits")
+            raise ValueError(f"{model} is a config alone: say with how many {option}")
         if file.is_dir() and not files_of(file) and not cut.is_cut(file):
-            raise ValueError(f"{model} has no weights: say with how many --bits")
+            raise ValueError(f"{model} has no weights: say with how many {option}")
         folder = locate(model, Communicator()).folder
         with named(model, folder):
             config = skeleton.read_json(folder / "config.json", needed=["model_type"])
@@ -123,6 +128,8 @@ def _headers(
         if bits < 16:
             with contextlib.redirect_stdout(io.StringIO()):  # mlx-lm prints the bits
                 model, config = quantize_model(model, config, group_size, bits)
+            if not any(name.endswith(".scales") for name in _parameters(model)):
+                raise ValueError(f"no matrix has rows of whole groups of {group_size}")
     except Exception as error:  # all that mlx-lm may stumble over in a config
         reason = str(error) if isinstance(error, ValueError) else repr(error)
         raise ValueError(
@@ -130,7 +137,11 @@ def _headers(
         ) from error
     tensors = {
         Tensor(name, kind_of(array.dtype), array.shape): Slice(array.shape)
-        for name, array in tree_flatten(model.parameters())
+        for name, array in _parameters(model).items()
     }
     beginning, _ = writing.layout(tensors)
     return header_of(Path("model.safetensors"), beginning), config
+
+
+def _parameters(model: nn.Module) -> dict[str, mx.array]:
+    return dict(tree_flatten(model.parameters()))

@@ -11,19 +11,26 @@ from mlxtp.plan.hardware import Machine, Network
 from mlxtp.plan.model import PlannedModel
 from mlxtp.plan.timing import Time
 
+# Of all sequences together: MLX counts the elements of an axis in 32 bits, and a
+# mixture of experts takes each token as often as it chooses experts.
+MOST_TOKENS = 1 << 27
+
 
 @dataclass(frozen=True)
 class Setting:
     """On what, and for what, a model is planned.
 
     One machine for each rank, in rank order; ranks may share a host. `context` are the
-    tokens in the caches, `batch` the sequences at once.
+    tokens in the caches, `batch` the sequences at once. `is_listed` says that the
+    command line lists the ranks' machines or shares, so that `--ranks` alone does not
+    change how many there are.
     """
 
     machines: tuple[Machine, ...]
     network: Network
     context: int
     batch: int
+    is_listed: bool = False
 
     def with_machines(self, machines: Sequence[Machine]) -> "Setting":
         """Return the same setting with other machines, on links like these."""

@@ -68,7 +68,7 @@ def _higher_limit(plan: Plan) -> Iterator[Remedy]:
 
 def _less_context(plan: Plan) -> Iterator[Remedy]:
     least, most = 1, -(-plan.setting.context // CONTEXT_STEP)
-    if not _fits(plan, replace(plan.setting, context=CONTEXT_STEP)):
+    if most == 1 or not _fits(plan, replace(plan.setting, context=CONTEXT_STEP)):
         return
     while most - least > 1:
         middle = (least + most) // 2
@@ -111,7 +111,9 @@ def _more_hosts(plan: Plan) -> Iterator[Remedy]:
         if setting.fits(needs):
             added = len(machines) - len(plan.shares)
             hosts = "one more host" if added == 1 else f"{added} more hosts"
-            yield Remedy(f"{hosts} like the last", f"--ranks {len(machines)}")
+            ranks = f"{len(machines)} ranks"
+            how = ranks if plan.setting.is_listed else f"--ranks {len(machines)}"
+            yield Remedy(f"{hosts} like the last", how)
             return
 
 

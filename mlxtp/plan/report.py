@@ -216,10 +216,11 @@ def fewer_are_faster(plan: Plan) -> str:
     if faster is None:
         return ""
     first = "One host alone" if faster.ranks == 1 else f"The first {faster.ranks} alone"
+    option = "" if plan.setting.is_listed else f" (--ranks {faster.ranks})"
     return (
         f"{first} would be faster than all {len(plan.needs)}: modelled "
         f"{rate(faster.tokens_per_second)} tokens/s in place of "
-        f"{rate(plan.setting.batch / plan.decode.seconds)} (--ranks {faster.ranks})."
+        f"{rate(plan.setting.batch / plan.decode.seconds)}{option}."
     )
 
 

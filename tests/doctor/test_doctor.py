@@ -6,6 +6,7 @@ Outputs are in the format that macOS prints; they were not recorded on a cluster
 import io
 import json
 import queue
+import sys
 import threading
 import time
 from collections.abc import Callable
@@ -24,6 +25,7 @@ from mlxtp.comm.arithmetic import Arithmetic
 from mlxtp.comm.communicator import Communicator
 from mlxtp.comm.line import Line, LostError
 from mlxtp.doctor import linux, macos
+from mlxtp.doctor.__main__ import main
 from mlxtp.doctor.computing import token_seconds
 from mlxtp.doctor.facts import Facts, Interface, Route
 from mlxtp.doctor.faults import faults
@@ -674,6 +676,28 @@ def test_speeds(dtype: str, monkeypatch: pytest.MonkeyPatch) -> None:
     # From a slow core to a GPU that nobody has yet.
     assert 1e7 < speed.bytes_per_second < 1e13
     assert 1e7 < speed.flops < 1e15
+
+
+@pytest.mark.parametrize(
+    ("words", "says"),
+    [
+        (["--need-gb", "much"], "--need-gb: 'much': wanted a number above 0"),
+        (["--transport", "pigeon"], "invalid choice: 'pigeon'"),
+        (["--ranks", "two"], "invalid int value: 'two'"),
+    ],
+)
+def test_a_mistake_in_the_options_is_one_line(
+    words: list[str],
+    says: str,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["doctor", *words])
+    with pytest.raises(SystemExit) as ended:
+        main()
+    [line] = capsys.readouterr().err.splitlines()
+    assert ended.value.code == 2
+    assert line.startswith("mlxtp.doctor: error: ") and says in line
 
 
 class Slow(Communicator):

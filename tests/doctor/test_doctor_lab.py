@@ -219,6 +219,7 @@ def test_mistakes_on_the_command_line(options: list[str], says: str) -> None:
     done = mpirun(*command, timeout_seconds=60)
     assert done.returncode == 2 and done.stdout == ""
     assert done.stderr.count(says) == 1, done.stderr
+    assert "usage:" not in done.stderr
 
 
 @pytest.mark.slow

@@ -274,6 +274,10 @@ def test_ports_in_order_meet(hosts):
         (["one", "5"], "invalid int value: 'one'"),
         (["1", "2", "3"], "where is a hostfile, or K N, two numbers"),
         (["nowhere"], "no hostfile nowhere: No such file or directory"),
+        (["hostfiles/studio5", "--ports", "2=en2"], "--ports and --os go with K N"),
+        (["hostfiles/studio5", "--os", "macos"], "--ports and --os go with K N"),
+        (["4", "5", "--topology", "1-2,2-3"], "none of the cables leads to host 4"),
+        (["1", "5", "--topology", ",", "--apply"], "none of the cables leads to host"),
         (["1", "5", "--topology", "star"], "wanted ring, mesh, or cables between"),
         (["1", "5", "--ports", "3=en2"], "wanted one for each of 5=thunderbolt0,2="),
         (["1", "5", "--ports", "2=en2"], "--ports: none leads to host 5"),
@@ -284,9 +288,9 @@ def test_ports_in_order_meet(hosts):
 )
 def test_wrong_input_gets_one_line(arguments, says):
     words = [sys.executable, CABLES, *arguments]
-    if len(arguments) > 1:
+    if arguments[0].isdecimal():
         words += ["--os", "linux"]
-    done = subprocess.run(words, capture_output=True, text=True)
+    done = subprocess.run(words, capture_output=True, text=True, cwd=CABLES.parents[1])
     assert done.returncode != 0
     assert says in done.stderr and done.stderr.count("\n") == 1
 

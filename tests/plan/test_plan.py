@@ -141,7 +141,11 @@ def test_what_spare_slices_cost_on_disk(
     [
         (["--ranks", "99"], "start at most 16 ranks"),
         ([], "say on how many ranks"),
-        (["--ranks", "0"], "wanted at least 1"),
+        (["--ranks", "0"], "--ranks is 0: wanted from 1 to 1024"),
+        (["--ranks", "1000000"], "--ranks is 1000000: wanted from 1 to 1024"),
+        (["--ranks", "two"], "argument --ranks: invalid int value: 'two'"),
+        (["--ranks", "2", "--model", " "], "--model is ' ': wanted a folder or a"),
+        (["--ranks", "2", "--draft-model", ""], "--draft-model is '': wanted a"),
         (["--ranks", "2", "--chip", "Z80"], "known are M1 Max"),
         (["--ranks", "2", "--chips", "M2 Max"], "gives 1 for 2 ranks"),
         (["--ranks", "2", "--memory", "64,64,64"], "gives 3 for 2 ranks"),
@@ -151,10 +155,34 @@ def test_what_spare_slices_cost_on_disk(
         (["--ranks", "2", "--hop-us", "nan", "--gbps", "9"], "--hop-us is at least 0"),
         (["--ranks", "2", "--hop-us", "9", "--gbps", "inf"], "--gbps above 0 Gb/s"),
         (["--ranks", "2", "--measured", "nowhere"], "not what mlxtp.doctor"),
-        (["--ranks", "2", "--context", "0"], "--context is below 1"),
-        (["--ranks", "2", "--context", "9999999999"], "--context is above 1073741824"),
-        (["--ranks", "2", "--batch", "1000000000"], "outside the supported range"),
-        (["--ranks", "2", "--acceptance", "2"], "--acceptance is 2: wanted 0 to 1"),
+        (["--ranks", "2", "--context", "x"], "'x': wanted a number of tokens, or max"),
+        (["--ranks", "2", "--context", "0"], "--context is 0: wanted from 1 to"),
+        (["--ranks", "2", "--context", "9999999999"], "wanted from 1 to 134217728"),
+        (["--ranks", "2", "--batch", "1000000000"], "wanted from 1 to 134217728"),
+        (["--ranks", "2", "--batch", "1000000"], "at most 134217728 together"),
+        (
+            ["--ranks", "2", "--context", "max", "--batch", "134217728"],
+            "does not fit with any context",
+        ),
+        (
+            ["--ranks", "2", "--draft-model", "ngram", "--acceptance", "2"],
+            "--acceptance is 2.0: wanted from 0 to 1",
+        ),
+        (["--ranks", "2", "--acceptance", "0.5"], "--acceptance 0.5 is for drafts"),
+        (["--ranks", "2", "--draft-bits", "4"], "--draft-bits 4 is for a draft model"),
+        (
+            ["--ranks", "2", "--draft-bits", "4", "--draft-model", "ngram"],
+            "--draft-bits 4 is for a draft model",
+        ),
+        (["--ranks", "2", "--group-size", "32"], "--group-size 32 goes with --bits"),
+        (
+            ["--ranks", "2", "--bits", "4", "--group-size", "48"],
+            "--group-size is 48: wanted 32, 64 or 128",
+        ),
+        (
+            ["--chip", "M2 Max", "--chips", "M2 Max,M2 Max"],
+            "--chip and --chips: give one of them",
+        ),
         (
             ["--ranks", "9", "--link", "rdma", "--topology", "mesh"],
             "no mesh of 9 ranks",
@@ -231,6 +259,68 @@ def test_without_weights_it_asks_for_bits(tmp_path: Path) -> None:
             pass
         with open_model(model, 4) as planned:
             assert planned.config["quantization"]["bits"] == 4
+
+
+@pytest.mark.once
+def test_of_a_draft_it_asks_for_its_own_bits(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    config = tmp_path / "1b.json"
+    config.write_text(json.dumps(LLAMA_3_2_1B))
+    given = ["plan", "--model", str(STORIES), "--ranks", "2"]
+    monkeypatch.setattr(sys, "argv", [*given, "--draft-model", str(config)])
+    with pytest.raises(SystemExit):
+        main()
+    said = capsys.readouterr().err
+    assert said.endswith("is a config alone: say with how many --draft-bits\n")
+
+
+@pytest.mark.once
+def test_bits_that_quantize_nothing_are_refused() -> None:
+    """Groups of 64, and no matrix with a row of 64."""
+    config = LLAMA_3_2_1B | {
+        **{"hidden_size": 96, "intermediate_size": 160, "num_hidden_layers": 1},
+        **{"num_attention_heads": 4, "num_key_value_heads": 4, "head_dim": 24},
+    }
+    with model_of_config("32", config, 4, 32):
+        pass
+    match = "no matrix has rows of whole groups of 64"
+    with pytest.raises(ValueError, match=match), model_of_config("64", config, 4):
+        pass
+
+
+@pytest.mark.once
+def test_no_ranks_are_offered_that_a_list_contradicts(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """One host alone is faster; where memory is too little, more hosts would do."""
+    hosts = tmp_path / "two"
+    hosts.write_text("a\nb\n")
+    lacking = ["--memory", "0.038", "--context", "16384"]
+
+    def said(*words: str) -> str:
+        given = ["plan", "--model", str(STORIES), "--context", "64", *words]
+        monkeypatch.setattr(sys, "argv", given)
+        main()
+        return capsys.readouterr().out
+
+    assert " (--ranks 1).\n" in said("--ranks", "2")
+    more = "one more host like the last would do: "
+    assert f"{more}--ranks 3\n" in said("--ranks", "2", *lacking)
+    assert f"{more}3 ranks\n" in said("--hostfile", str(hosts), *lacking)
+    for listed in (
+        ["--chips", "M4 Max,M4 Max"],
+        ["--ranks", "2", "--memory", "64,64"],
+        ["--hostfile", str(hosts)],
+        ["--shares", "2,1"],
+    ):
+        shown = said(*listed)
+        assert "One host alone would be faster than all 2: " in shown
+        assert "--ranks" not in shown
 
 
 def command(*words: object) -> subprocess.CompletedProcess[str]:

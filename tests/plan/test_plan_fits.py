@@ -17,7 +17,7 @@ from mlxtp.partition.shares import Shares
 from mlxtp.plan.auto import _lacking_of_ranks, auto, longest
 from mlxtp.plan.hardware import LINKS, Machine, Network, published
 from mlxtp.plan.model import PlannedModel, model_of_config, open_model
-from mlxtp.plan.planning import Plan, Setting, plan
+from mlxtp.plan.planning import MOST_TOKENS, Plan, Setting, plan
 from mlxtp.plan.remedies import SYSTEM_BYTES, remedies
 
 pytestmark = pytest.mark.once
@@ -150,6 +150,13 @@ def test_the_next_context_that_fits(llama: PlannedModel) -> None:
     setting = replace(on([192.0], context=1000), machines=(machine,))
     offered = remedies(plan(llama, setting, [1]))
     assert "--context 768" in (remedy.how for remedy in offered)
+
+
+def test_no_longer_context_is_offered(llama: PlannedModel) -> None:
+    """Below a step there is none to offer; of so many sequences MLX has no step."""
+    setting = replace(on([39.0] * 3, context=1), batch=MOST_TOKENS)
+    offered = [remedy.how for remedy in remedies(plan(llama, setting, [1] * 3))]
+    assert not any("--context" in how for how in offered)
 
 
 def test_a_limit_is_raised_as_far_as_a_host_has_memory(llama: PlannedModel) -> None:

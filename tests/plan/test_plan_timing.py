@@ -53,7 +53,7 @@ MEASURED = Measured(
 
 
 def test_a_collective_takes_what_was_measured() -> None:
-    network = network_of(MEASURED, 3, "ring")
+    network = network_of(MEASURED, [0, 1, 2], "ring")
     assert isinstance(network, MeasuredNetwork)
     assert network.seconds("allreduce", 1500, 2) == pytest.approx(2.5e-3)
     assert network.seconds("allreduce", 10, 2) == pytest.approx(2e-3)
@@ -61,14 +61,33 @@ def test_a_collective_takes_what_was_measured() -> None:
     assert network.seconds("allreduce", 4000, 2) == pytest.approx(5e-3)
     assert network.seconds("allgather", 9000, 2) == pytest.approx(5e-3)
     # Of two ranks no collective was measured, but their link.
-    assert network_of(MEASURED, 2, "ring").seconds("allreduce", 2, 2) == pytest.approx(
-        1e-3, rel=1e-3
-    )
+    two = network_of(MEASURED, [0, 1], "ring")
+    assert two.seconds("allreduce", 2, 2) == pytest.approx(1e-3, rel=1e-3)
+    # Nor of all in another order.
+    assert not isinstance(network_of(MEASURED, [1, 0, 2], "ring"), MeasuredNetwork)
+
+
+def test_ranks_are_chosen_by_their_hosts_names() -> None:
+    """With or without a domain; a host of several ranks is named as often."""
+    names = "studio1.local", "studio2", "STUDIO3", "studio2"
+    hosts = (replace(HOSTS[0], host=name) for name in names)
+    measured = replace(MEASURED, hosts=tuple(hosts))
+    chosen = measured.ranks_of(["studio3.lan", "studio2", "studio1", "studio2"])
+    assert chosen == [2, 1, 0, 3]
+    with pytest.raises(
+        ValueError, match=r"^studio3: only 1 of its ranks were measured"
+    ):
+        measured.ranks_of(["studio3", "studio3"])
+    with pytest.raises(ValueError, match=r"^studio1\.lan: was not measured; measured"):
+        measured.ranks_of(["studio1.lan"])
+    # The link of the two that are chosen counts, and no other.
+    far = replace(MEASURED, pairs=(MEASURED.pairs[0], Pair((1, 2), 7e-3, 1e8)))
+    assert network_of(far, [2, 1], "ring").link.hop_seconds == 7e-3
 
 
 def test_a_token_is_the_sum_of_its_steps() -> None:
     machines = tuple(measured_machines(HOSTS))
-    setting = Setting(machines, network_of(MEASURED, 3, "ring"), 256, 1)
+    setting = Setting(machines, network_of(MEASURED, range(3), "ring"), 256, 1)
     with open_model(str(STORIES)) as model:
         found = plan(model, setting, [1, 1, 1])
     token = found.decode
@@ -153,6 +172,26 @@ def test_the_command_line_reads_what_doctor_wrote(
     assert [rank["limit_bytes"] for rank in found["ranks"]] == [8 * 10**9] * 3
     # The slow one gets less.
     assert found["shares"][2]["mlp"] < found["shares"][0]["mlp"]
+    hostfile = tmp_path / "two"
+    hostfile.write_text("studio3\nstudio1\n")
+    words += ["--hostfile", str(hostfile), "--context", "256"]
+    monkeypatch.setattr("sys.argv", [*words, "--shares", "auto"])
+    main()
+    found = json.loads(capsys.readouterr().out)
+    assert [rank["host"] for rank in found["ranks"]] == ["studio3", "studio1"]
+    assert found["shares"][0]["mlp"] < found["shares"][1]["mlp"]
+    hostfile.write_text("studio1\nstudio9\n")
+    for more, message in (
+        ([], "studio9: was not measured; measured were studio1, studio2, studio3"),
+        (["--memory", "64"], "leave --chip, --chips, --memory and --fast-synch out"),
+    ):
+        if more:
+            hostfile.write_text("studio1\n")
+        monkeypatch.setattr("sys.argv", [*words, *more])
+        with pytest.raises(SystemExit):
+            main()
+        [line] = capsys.readouterr().err.splitlines()
+        assert line.endswith(message)
 
 
 def test_a_token_reads_the_experts_that_it_chooses() -> None:
