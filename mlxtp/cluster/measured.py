@@ -1,6 +1,7 @@
 """What `mlxtp.doctor` measures of a cluster: `mlxtp.plan --measured` reads it."""
 
 import json
+import socket
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -105,5 +106,7 @@ class Measured:
 
 def _is(host: str, name: str) -> bool:
     """Whether two names are of one host; one of them may be without its domain."""
+    if name == "localhost":
+        name = socket.gethostname()
     host, name = host.lower(), name.lower()
     return name in (host, host.partition(".")[0]) or name.partition(".")[0] == host
