@@ -25,15 +25,15 @@ def tool(
     return {"type": "function", "function": function}
 
 
-def add_tool(tools: list[Json], new: Json, where: str) -> None:
-    """Add a tool to those so far.
+def add_tool(tools: dict[str, Json], new: Json, where: str) -> None:
+    """Add a tool to those so far, which stand under their names.
 
     Raises: Refusal (400) for a second one of a name, by its place.
     """
     name = new["function"]["name"]
-    if any(name == other["function"]["name"] for other in tools):
+    if name in tools:
         raise Refusal(400, f"{where}: there is another tool {name}", param=where)
-    tools.append(new)
+    tools[name] = new
 
 
 def tool_call(call_id: str | None, name: str, arguments: str) -> Json:

@@ -233,12 +233,12 @@ class ChatCompletion(Sampling):
         elif self.top_logprobs is not None:
             raise Refusal(400, "top_logprobs need logprobs: true", param="top_logprobs")
         answer = self.response_format
-        tools: list[dict[str, Any]] = []
+        tools: dict[str, dict[str, Any]] = {}
         for index, given_tool in enumerate(self.tools or []):
             add_tool(tools, given_tool.plain(), f"tools.{index}")
         return Conversation(
             messages=messages,
-            tools=tools,
+            tools=[*tools.values()],
             tool_choice=self.tool_choice or "auto",
             parallel_tool_calls=self.parallel_tool_calls is not False,
             grammar=None if answer is None else answer.grammar(),
