@@ -3,6 +3,7 @@
 import asyncio
 import json
 import time
+import weakref
 from collections.abc import AsyncGenerator, Iterator
 from contextlib import ExitStack
 from dataclasses import replace
@@ -15,9 +16,17 @@ import pytest
 from fake_ranks import END, READY, FakeRanks
 from front import Front, serving, until
 
-from mlxtp.serve.front import conversation, fields, streaming
+from mlxtp.serve.front import (
+    conversation,
+    fields,
+    openai_chat,
+    openai_completions,
+    streaming,
+)
+from mlxtp.serve.front.answers import MOST_HELD
 from mlxtp.serve.front.openai_chat import ChatCompletion
 from mlxtp.serve.front.openai_completions import Completion
+from mlxtp.serve.messages import Event, TokenLogprob
 
 pytestmark = pytest.mark.once
 
@@ -31,6 +40,7 @@ TOOL = {
 }
 OTHER_TOOL = {"type": "function", "function": {"name": "time"}}
 SCHEMA = {"type": "object", "properties": {"a": {"type": "integer"}}}
+TOKENS = [str(token) for token in range(END + 1)]
 
 
 @pytest.fixture(scope="module")
@@ -587,6 +597,18 @@ def test_fields_without_effect(front: Front) -> None:
             "logprobs",
             "at most 1,048,576",
         ),
+        (
+            "chat/completions",
+            {"logprobs": True, "top_logprobs": 20, "n": 128},
+            "logprobs",
+            "or for a stream",
+        ),
+        (
+            "completions",
+            {"prompt": ["a", "b"], "n": 128, "logit_bias": dict.fromkeys(TOKENS, 1)},
+            "logit_bias",
+            "65,792 entries, counted for each answer; at most 65,536",
+        ),
         ("completions", {"prompt": "mistake: too odd"}, None, "too odd"),
     ],
 )
@@ -606,6 +628,72 @@ def test_prompts_that_are_too_long_together(
     assert refused(front, "completions", prompt=["abc", "abc"])["param"] == "n"
     answer = front.post("/v1/completions", {"prompt": "abcdef"})
     assert answer.status_code == 200
+
+
+def test_log_probabilities_that_are_too_many_to_be_kept(
+    front: Front, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Those of answers that are whole, and of prompts that are echoed, together."""
+    monkeypatch.setattr(conversation, "MOST_LOGPROBS", 24)
+    asked = {"messages": user("a"), "logprobs": True, "top_logprobs": 2, "n": 2}
+    words = refused(front, "chat/completions", **asked, max_tokens=5)["message"]
+    assert "30 log-probabilities" in words and "or for a stream" in words
+    assert "fewer tokens" in refused(front, "chat/completions", **asked)["message"]
+    for some in ({"max_tokens": 4}, {"max_tokens": 5, "stream": True}):
+        answer = front.post("/v1/chat/completions", {**asked, **some})
+        assert answer.status_code == 200
+    asked = {"prompt": ["abc", "abc"], "logprobs": 1, "max_tokens": 4}
+    assert front.post("/v1/completions", asked).status_code == 200
+    words = refused(front, "completions", **asked, echo=True)["message"]
+    assert "28 log-probabilities" in words and "or for a stream" in words
+    echoed = {**asked, "echo": True, "stream": True}
+    assert front.post("/v1/completions", echoed).status_code == 200
+    echoed["prompt"] = ["abcdef", "abcdefg"]
+    words = refused(front, "completions", **echoed)["message"]
+    assert "26 log-probabilities" in words and "stream" not in words
+
+
+class Told:
+    """A generation that tells these events; `tokens` are of no matter."""
+
+    def __init__(self, events: Iterator[Event]) -> None:
+        self._events = events
+
+    async def __aiter__(self) -> AsyncGenerator[Event]:
+        for event in self._events:
+            yield event
+
+
+@pytest.mark.parametrize("pieces", [[("text", "a")], []], ids=["text", "no text"])
+@pytest.mark.parametrize("is_chat", [True, False])
+def test_a_stream_keeps_no_log_probabilities(
+    is_chat: bool, pieces: list[tuple[str, Any]]
+) -> None:
+    made: list[weakref.ref[TokenLogprob]] = []
+    most = 0  # that were there at once
+
+    def events() -> Iterator[Event]:
+        nonlocal most
+        for _ in range(2000):
+            logprob = TokenLogprob(97, "a", [97], -0.5)
+            made.append(weakref.ref(logprob))
+            most = max(most, sum(one() is not None for one in made))
+            yield Event("x", tokens=[97], pieces=pieces, logprobs=[logprob])
+        yield Event("x", finish="length")
+
+    async def told() -> int:
+        generations: Any = [Told(events())]
+        if is_chat:
+            head = openai_chat.Head("x", 0, "small")
+            chunks = openai_chat._chunks(head, generations, True, False)
+        else:
+            choices = [openai_completions.Choice(0, None, True)]
+            chunks = openai_completions._chunks({}, generations, choices, None)
+        written = '"bytes": [97]' if is_chat else '{"a": -0.5}'
+        return sum([chunk.count(written) async for chunk in chunks])
+
+    assert asyncio.run(told()) == 2000
+    assert most <= MOST_HELD + 1
 
 
 def test_the_ranks_fail(client: openai.OpenAI, front: Front) -> None:
