@@ -30,6 +30,16 @@ def test_one_tool(description: str | None, parameters: dict[str, object]) -> Non
     assert chat["function"].get("description") == (description or None)
 
 
+def test_a_tool_without_parameters() -> None:
+    """It takes no arguments; one with an empty schema takes any."""
+    chat = Tool.model_validate({"type": "function", "function": {"name": "now"}})
+    [response], _ = of_responses([{"type": "function", "name": "now"}])
+    assert chat.plain() == response
+    assert response["function"]["parameters"]["additionalProperties"] is False
+    open_ = tool("now", None, {}, None)["function"]["parameters"]
+    assert open_ == {"type": "object", "properties": {}}
+
+
 def test_many_tools() -> None:
     """Each name is looked up, not compared with all before it."""
     compared = 0

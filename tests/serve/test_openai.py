@@ -371,7 +371,7 @@ def test_tools(client: openai.OpenAI, front: Front) -> None:
             model="small", messages=user("call: time {}"), **asked, **more
         ).choices[0]
 
-    parameters = {"type": "object", "properties": {}}
+    parameters = {"type": "object", "properties": {}, "additionalProperties": False}
     plain = [TOOL, {"type": "function", "function": {"name": "time"}}]
     plain[1]["function"] = {"name": "time", "parameters": parameters}
 

@@ -15,11 +15,17 @@ TOOL_NAME = r"^[a-zA-Z0-9_.\-]{1,128}$"
 def tool(
     name: str, description: str | None, parameters: Json | None, strict: bool | None
 ) -> Json:
-    """Make OpenAI's tool of a function; what it leaves open is not shown."""
+    """Make OpenAI's tool of a function; what it leaves open is not shown.
+
+    One without parameters takes no arguments, as OpenAI has it.
+    """
     function: Json = {"name": name}
     if description:
         function["description"] = description
-    function["parameters"] = parameters or {"type": "object", "properties": {}}
+    any_object: Json = {"type": "object", "properties": {}}
+    if parameters is None:
+        parameters = {**any_object, "additionalProperties": False}
+    function["parameters"] = parameters or any_object
     if strict:
         function["strict"] = True
     return {"type": "function", "function": function}
