@@ -715,8 +715,11 @@ def test_the_ranks_fail(client: openai.OpenAI, front: Front) -> None:
 
 
 def test_models(client: openai.OpenAI, front: Front) -> None:
-    assert [model.id for model in client.models.list()] == ["small", "fake"]
-    model = client.models.retrieve("fake-model")  # the model's own name
+    names = [model.id for model in client.models.list()]
+    assert names == ["small", "fake", "fake-model"]  # the model's own name comes last
+    for name in names:  # each is taken
+        client.completions.create(model=name, prompt="a", max_tokens=1)
+    model = client.models.retrieve("fake-model")
     assert model.model_extra is not None
     assert model.model_extra["max_model_len"] == 4096
     with pytest.raises(openai.NotFoundError, match="small, fake, fake-model") as caught:

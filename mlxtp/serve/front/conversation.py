@@ -187,14 +187,20 @@ def ready_ranks(ranks: Ranks) -> Ready:
     return ranks.ready
 
 
+def model_names(ranks: Ranks, config: Config) -> list[str]:
+    """Give the names that requests may use: those it is served by, and its own."""
+    names = [*config.model_names]
+    if ranks.ready is not None and ranks.ready.model not in names:
+        names.append(ranks.ready.model)
+    return names
+
+
 def checked_model(ranks: Ranks, config: Config, model: str | None) -> str:
     """Give the name of the model that a request asks for; without one it is the first.
 
     Raises: Refusal (404), with the names that there are.
     """
-    names = list(config.model_names)
-    if ranks.ready is not None and ranks.ready.model not in names:
-        names.append(ranks.ready.model)
+    names = model_names(ranks, config)
     if model is None:
         return names[0]
     if model not in names:
