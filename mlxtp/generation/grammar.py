@@ -374,12 +374,13 @@ def _tools(tools: Sequence[Mapping[str, Any]], parallel: bool) -> str:
     rules.append("call: " + " | ".join(f"call_{i}" for i in range(len(tools))))
     for i, tool in enumerate(tools):
         function = tool["function"]
-        name, parameters = function["name"], function.get("parameters") or {}
+        name, parameters = function["name"], function.get("parameters")
+        if parameters is None:  # it takes no arguments, as OpenAI has it
+            parameters = {"additionalProperties": False}
         if parameters.get("type", "object") != "object":
             raise ValueError(f"parameters of tool {name}: their type is not object")
-        open_ = {} if parameters else {"additionalProperties": False}
         options = _STRICT if function.get("strict") else _LENIENT
-        schema = _of_schema({"type": "object", **open_, **parameters}, options)
+        schema = _of_schema({"type": "object", **parameters}, options)
         head = f'{{"name":{json.dumps(name)},"arguments":'
         rules.append(f'call_{i}: {json.dumps(head)} {schema} "}}"')
     return "\n".join(rules)

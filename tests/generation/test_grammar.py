@@ -434,6 +434,23 @@ def test_names_that_come_twice(text: str, is_right: bool) -> None:
             grammars.matcher(spec, SHARED.encode(text))
 
 
+@pytest.mark.parametrize(
+    ("parameters", "arguments", "is_right"),
+    [(None, "{}", True), (None, '{"a":1}', False), ({}, '{"a":1}', True)],
+)
+def test_a_tool_without_parameters_takes_no_arguments(
+    parameters: Any, arguments: str, is_right: bool
+) -> None:
+    """One with an empty schema takes any."""
+    grammars = Grammars(SHARED, len(SHARED))
+    tokens = SHARED.encode(f'[{{"name":"f","arguments":{arguments}}}]')
+    if is_right:
+        grammars.matcher(of_tool(parameters), tokens)
+    else:
+        with pytest.raises(ValueError, match="cannot be followed"):
+            grammars.matcher(of_tool(parameters), tokens)
+
+
 def test_a_token_that_is_not_allowed() -> None:
     grammars = Grammars(SHARED, len(SHARED))
     [a], [b] = SHARED.encode("a"), SHARED.encode("b")

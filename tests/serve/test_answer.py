@@ -256,6 +256,27 @@ def test_forced_calls_that_are_nested_too_deeply() -> None:
     assert pieces == [("text", answer)]
 
 
+@pytest.mark.parametrize("opens", ["[", '{"a":'])
+@pytest.mark.parametrize("is_forced", [True, False])
+def test_arguments_are_nested_so_far_and_no_further(
+    opens: str, is_forced: bool
+) -> None:
+    tokenizer = byte_level(parser="json_tools", template=TEMPLATE)
+    grammar = {"kind": "tools", "tools": TOOLS, "parallel": True}
+    options: dict[str, Any] = {"grammar": grammar} if is_forced else {"tools": TOOLS}
+    begin, end = ("[", "]") if is_forced else ("<tool_call>", "</tool_call>")
+    for depth in (190, 191, 500, 1500, 5000):
+        inner = opens * (depth - 1) + "0" + ("]" if opens == "[" else "}") * (depth - 1)
+        arguments = f'{{"a":{inner}}}'
+        answer = f'{begin}{{"name":"add","arguments":{arguments}}}{end}'
+        [(kind, value)], _ = told(tokenizer, tokenizer.encode(answer), **options)
+        if depth > 190:
+            assert (kind, value) == ("text", answer)
+        else:
+            assert kind == "tool"
+            assert value["arguments"].replace(" ", "") == arguments
+
+
 @pytest.mark.parametrize("answer", ["[1]", "x[{}]", '["name"]', '[{"a":1}]'])
 def test_forced_calls_that_are_none(answer: str) -> None:
     """Are given as the text that they are."""

@@ -15,6 +15,7 @@ from front import Front, serving, until
 from pydantic import TypeAdapter
 
 from mlxtp.serve.front import streaming
+from mlxtp.serve.ranks.answer import DEEPEST
 
 pytestmark = pytest.mark.once
 
@@ -131,6 +132,17 @@ def test_arguments_that_no_body_can_hold(client: anthropic.Anthropic) -> None:
     """A number beyond all floats, half of a surrogate pair: JSON all the same."""
     message = create(client, 'call: add {"a": 1e400, "b": "x\\ud800"}', tools=[ADD])
     assert message.content[0].input == {"a": sys.float_info.max, "b": "x?"}
+
+
+def test_the_deepest_arguments_are_told_and_taken_back(
+    client: anthropic.Anthropic,
+) -> None:
+    deep = '{"a":' * DEEPEST + "1" + "}" * DEEPEST
+    [call] = create(client, f"call: add {deep}", tools=[ADD]).content
+    assert call.input == json.loads(deep)
+    said = {"role": "assistant", "content": [call.model_dump(exclude_unset=True)]}
+    result = {"type": "tool_result", "tool_use_id": call.id, "content": "2"}
+    create(client, [said, {"role": "user", "content": [result]}], tools=[ADD])
 
 
 def test_helpers_of_the_client(client: anthropic.Anthropic) -> None:

@@ -4,6 +4,7 @@ import asyncio
 import json
 import re
 import time
+import weakref
 from collections.abc import AsyncGenerator, Iterable, Iterator
 from contextlib import ExitStack
 from dataclasses import replace
@@ -21,11 +22,15 @@ from mlxtp.serve.front import (
     conversation,
     fields,
     models,
+    openai_chat,
+    openai_completions,
     responses,
     streaming,
 )
+from mlxtp.serve.front.answers import MOST_HELD
 from mlxtp.serve.front.openai_chat import ChatCompletion
 from mlxtp.serve.front.openai_completions import Completion
+from mlxtp.serve.messages import Event, TokenLogprob
 
 pytestmark = pytest.mark.once
 
@@ -39,6 +44,7 @@ TOOL = {
 }
 OTHER_TOOL = {"type": "function", "function": {"name": "time"}}
 SCHEMA = {"type": "object", "properties": {"a": {"type": "integer"}}}
+TOKENS = [str(token) for token in range(END + 1)]
 
 
 @pytest.fixture(scope="module")
@@ -369,7 +375,7 @@ def test_tools(client: openai.OpenAI, front: Front) -> None:
             model="small", messages=user("call: time {}"), **asked, **more
         ).choices[0]
 
-    parameters = {"type": "object", "properties": {}}
+    parameters = {"type": "object", "properties": {}, "additionalProperties": False}
     plain = [TOOL, {"type": "function", "function": {"name": "time"}}]
     plain[1]["function"] = {"name": "time", "parameters": parameters}
 
@@ -595,6 +601,18 @@ def test_fields_without_effect(front: Front) -> None:
             "logprobs",
             "at most 1,048,576",
         ),
+        (
+            "chat/completions",
+            {"logprobs": True, "top_logprobs": 20, "n": 128},
+            "logprobs",
+            "or for a stream",
+        ),
+        (
+            "completions",
+            {"prompt": ["a", "b"], "n": 128, "logit_bias": dict.fromkeys(TOKENS, 1)},
+            "logit_bias",
+            "65,792 entries, counted for each answer; at most 65,536",
+        ),
         ("completions", {"prompt": "mistake: too odd"}, None, "too odd"),
     ],
 )
@@ -616,6 +634,72 @@ def test_prompts_that_are_too_long_together(
     assert answer.status_code == 200
 
 
+def test_log_probabilities_that_are_too_many_to_be_kept(
+    front: Front, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Those of answers that are whole, and of prompts that are echoed, together."""
+    monkeypatch.setattr(conversation, "MOST_LOGPROBS", 24)
+    asked = {"messages": user("a"), "logprobs": True, "top_logprobs": 2, "n": 2}
+    words = refused(front, "chat/completions", **asked, max_tokens=5)["message"]
+    assert "30 log-probabilities" in words and "or for a stream" in words
+    assert "fewer tokens" in refused(front, "chat/completions", **asked)["message"]
+    for some in ({"max_tokens": 4}, {"max_tokens": 5, "stream": True}):
+        answer = front.post("/v1/chat/completions", {**asked, **some})
+        assert answer.status_code == 200
+    asked = {"prompt": ["abc", "abc"], "logprobs": 1, "max_tokens": 4}
+    assert front.post("/v1/completions", asked).status_code == 200
+    words = refused(front, "completions", **asked, echo=True)["message"]
+    assert "28 log-probabilities" in words and "or for a stream" in words
+    echoed = {**asked, "echo": True, "stream": True}
+    assert front.post("/v1/completions", echoed).status_code == 200
+    echoed["prompt"] = ["abcdef", "abcdefg"]
+    words = refused(front, "completions", **echoed)["message"]
+    assert "26 log-probabilities" in words and "stream" not in words
+
+
+class Told:
+    """A generation that tells these events; `tokens` are of no matter."""
+
+    def __init__(self, events: Iterator[Event]) -> None:
+        self._events = events
+
+    async def __aiter__(self) -> AsyncGenerator[Event]:
+        for event in self._events:
+            yield event
+
+
+@pytest.mark.parametrize("pieces", [[("text", "a")], []], ids=["text", "no text"])
+@pytest.mark.parametrize("is_chat", [True, False])
+def test_a_stream_keeps_no_log_probabilities(
+    is_chat: bool, pieces: list[tuple[str, Any]]
+) -> None:
+    made: list[weakref.ref[TokenLogprob]] = []
+    most = 0  # that were there at once
+
+    def events() -> Iterator[Event]:
+        nonlocal most
+        for _ in range(2000):
+            logprob = TokenLogprob(97, "a", [97], -0.5)
+            made.append(weakref.ref(logprob))
+            most = max(most, sum(one() is not None for one in made))
+            yield Event("x", tokens=[97], pieces=pieces, logprobs=[logprob])
+        yield Event("x", finish="length")
+
+    async def told() -> int:
+        generations: Any = [Told(events())]
+        if is_chat:
+            head = openai_chat.Head("x", 0, "small")
+            chunks = openai_chat._chunks(head, generations, True, False)
+        else:
+            choices = [openai_completions.Choice(0, None, True)]
+            chunks = openai_completions._chunks({}, generations, choices, None)
+        written = '"bytes": [97]' if is_chat else '{"a": -0.5}'
+        return sum([chunk.count(written) async for chunk in chunks])
+
+    assert asyncio.run(told()) == 2000
+    assert most <= MOST_HELD + 1
+
+
 def test_the_ranks_fail(client: openai.OpenAI, front: Front) -> None:
     """A status before the stream has begun; an error in it after that."""
     asked: dict[str, Any] = {"model": "small", "messages": user("error: out of luck")}
@@ -635,8 +719,11 @@ def test_the_ranks_fail(client: openai.OpenAI, front: Front) -> None:
 
 
 def test_models(client: openai.OpenAI, front: Front) -> None:
-    assert [model.id for model in client.models.list()] == ["small", "fake"]
-    model = client.models.retrieve("fake-model")  # the model's own name
+    names = [model.id for model in client.models.list()]
+    assert names == ["small", "fake", "fake-model"]  # the model's own name comes last
+    for name in names:  # each is taken
+        client.completions.create(model=name, prompt="a", max_tokens=1)
+    model = client.models.retrieve("fake-model")
     assert model.model_extra is not None
     assert model.model_extra["max_model_len"] == 4096
     with pytest.raises(openai.NotFoundError, match="small, fake, fake-model") as caught:

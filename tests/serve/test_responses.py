@@ -14,7 +14,7 @@ from openai.types.responses import Response, ResponseStreamEvent
 from pydantic import BaseModel, TypeAdapter
 
 from mlxtp.generation.settings import Settings
-from mlxtp.serve.front import responses, streaming
+from mlxtp.serve.front import conversation, responses, streaming
 from mlxtp.serve.front.errors import Refusal
 from mlxtp.serve.front.ranks import Generation, Ranks
 from mlxtp.serve.messages import Start
@@ -318,6 +318,21 @@ def test_log_probabilities(front: Front, client: openai.OpenAI) -> None:
     deltas = [e["logprobs"] for e in events if e["type"].endswith("output_text.delta")]
     assert [len(part) for part in deltas] == [1, 2]
     assert create(client, "Hi").output[0].content[0].logprobs == []
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_log_probabilities_that_are_too_many_to_be_kept(
+    front: Front, monkeypatch: pytest.MonkeyPatch, stream: bool
+) -> None:
+    """The last event of a stream has them all."""
+    monkeypatch.setattr(conversation, "MOST_LOGPROBS", 10)
+    asked = {"model": "small", "input": "x", "stream": stream, "max_output_tokens": 5}
+    for name, value in (("include", [responses.LOGPROBS]), ("top_logprobs", 1)):
+        body = {**asked, name: value}
+        assert front.post("/v1/responses", body).status_code == 200
+        answer = front.post("/v1/responses", {**body, "max_output_tokens": 11})
+        assert answer.status_code == 400
+        assert answer.json()["error"]["param"] == name
 
 
 def test_the_form_of_the_text(front: Front, client: openai.OpenAI) -> None:

@@ -10,6 +10,10 @@ from typing import Any
 from mlxtp.serve.front.ranks import Generation
 from mlxtp.serve.messages import Event, TokenLogprob
 
+# Tokens of a stream's answer whose log-probabilities wait for text. A call may be long
+# before it is whole, and some tokens have no text at all.
+MOST_HELD = 256
+
 
 async def merged(
     generations: Sequence[Generation],
@@ -72,12 +76,11 @@ class Pieces:
 
 @dataclass
 class Answer:
-    """The text of one request, as far as it has come."""
+    """The text of one request, as far as it has come, without log-probabilities."""
 
     text: str = ""
     reasoning: str = ""
     calls: list[dict[str, Any]] = field(default_factory=list)
-    logprobs: list[TokenLogprob] = field(default_factory=list)
     finish: str | None = None
 
     def take(self, event: Event) -> None:
@@ -89,7 +92,6 @@ class Answer:
                 self.reasoning += value
             else:
                 self.calls.append(tool_call(value))
-        self.logprobs += visible_logprobs(event)
         self.finish = event.finish
 
 

@@ -108,18 +108,23 @@ def messages(
 
 
 def _assistant(content: Sequence[Json], where: str) -> Json:
-    message: Json = {"role": "assistant", "content": ""}
+    # Joined once: to lengthen a text by each block takes the square of its length.
+    texts: list[str] = []
+    thoughts: list[str] = []
+    calls: list[Json] = []
     for index, value in enumerate(content):
         match typed(ASSISTANT, value, f"{where}.{index}"):
             case TextBlock(text=text):
-                message["content"] += text
+                texts.append(text)
             case ThinkingBlock(thinking=text):
-                message["reasoning_content"] = (
-                    message.get("reasoning_content", "") + text
-                )
+                thoughts.append(text)
             case ToolUseBlock() as use:
-                call = tool_call(use.id, use.name, json.dumps(use.input))
-                message.setdefault("tool_calls", []).append(call)
+                calls.append(tool_call(use.id, use.name, json.dumps(use.input)))
+    message: Json = {"role": "assistant", "content": "".join(texts)}
+    if thoughts:
+        message["reasoning_content"] = "".join(thoughts)
+    if calls:
+        message["tool_calls"] = calls
     return message
 
 
@@ -127,14 +132,19 @@ def _user(content: Sequence[Json], where: str) -> list[Json]:
     if not content:
         raise Refusal(400, f"{where} is empty", param=where, code="invalid")
     all_messages: list[Json] = []
+    texts: list[str] = []  # of the blocks that come in a row
+
+    def end_text() -> None:
+        if texts:
+            all_messages.append({"role": "user", "content": "\n".join(texts)})
+            texts.clear()
+
     for index, value in enumerate(content):
         match typed(USER, value, f"{where}.{index}"):
             case TextBlock(text=text):
-                if all_messages and all_messages[-1]["role"] == "user":
-                    all_messages[-1]["content"] += "\n" + text
-                else:
-                    all_messages.append({"role": "user", "content": text})
+                texts.append(text)
             case ToolResultBlock() as result:
+                end_text()
                 text = text_of(result.content, f"{where}.{index}.content")
                 all_messages.append(
                     {
@@ -143,6 +153,7 @@ def _user(content: Sequence[Json], where: str) -> list[Json]:
                         "content": f"Error: {text}" if result.is_error else text,
                     }
                 )
+    end_text()
     return all_messages
 
 
@@ -168,10 +179,10 @@ def functions(tools: Sequence[Json]) -> list[Json]:
 
     Raises: Refusal for a tool that this server cannot offer.
     """
-    shown: list[Json] = []
+    shown: dict[str, Json] = {}
     for index, value in enumerate(tools):
         where = f"tools.{index}"
         given = typed({"custom": Tool}, value, where, "custom")
         new = tool(given.name, given.description, given.input_schema, given.strict)
         add_tool(shown, new, where)
-    return shown
+    return [*shown.values()]

@@ -15,25 +15,31 @@ TOOL_NAME = r"^[a-zA-Z0-9_.\-]{1,128}$"
 def tool(
     name: str, description: str | None, parameters: Json | None, strict: bool | None
 ) -> Json:
-    """Make OpenAI's tool of a function; what it leaves open is not shown."""
+    """Make OpenAI's tool of a function; what it leaves open is not shown.
+
+    One without parameters takes no arguments, as OpenAI has it.
+    """
     function: Json = {"name": name}
     if description:
         function["description"] = description
-    function["parameters"] = parameters or {"type": "object", "properties": {}}
+    any_object: Json = {"type": "object", "properties": {}}
+    if parameters is None:
+        parameters = {**any_object, "additionalProperties": False}
+    function["parameters"] = parameters or any_object
     if strict:
         function["strict"] = True
     return {"type": "function", "function": function}
 
 
-def add_tool(tools: list[Json], new: Json, where: str) -> None:
-    """Add a tool to those so far.
+def add_tool(tools: dict[str, Json], new: Json, where: str) -> None:
+    """Add a tool to those so far, which stand under their names.
 
     Raises: Refusal (400) for a second one of a name, by its place.
     """
     name = new["function"]["name"]
-    if any(name == other["function"]["name"] for other in tools):
+    if name in tools:
         raise Refusal(400, f"{where}: there is another tool {name}", param=where)
-    tools.append(new)
+    tools[name] = new
 
 
 def tool_call(call_id: str | None, name: str, arguments: str) -> Json:

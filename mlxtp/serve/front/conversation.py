@@ -20,6 +20,10 @@ from mlxtp.serve.messages import Ready, Start
 
 # The tokens of all prompts of one request, each counted as often as it is answered.
 MOST_PROMPT_TOKENS = 1 << 22
+# Entries of logit_bias, counted alike: ranks read each answer's for itself.
+MOST_BIASES = 1 << 16
+# Log-probabilities of one request that the front keeps until the answer is whole.
+MOST_LOGPROBS = 1 << 20
 
 
 @dataclass(frozen=True)
@@ -41,7 +45,9 @@ class Conversation:
         stop: texts that end the answer.
         continue_final: the answer goes on with the last message, an assistant's.
         is_cut: `max_tokens` that lead beyond the context are cut, not refused.
-        grammar_field, effort_field: where the client gave these, for messages.
+        is_streamed: log-probabilities are told as they come, and not kept.
+        grammar_field, effort_field, logprobs_field: where the client gave these, for
+            messages.
     """
 
     messages: Sequence[Mapping[str, Any]]
@@ -57,8 +63,10 @@ class Conversation:
     stop: Sequence[str] = ()
     continue_final: bool = False
     is_cut: bool = False
+    is_streamed: bool = False
     grammar_field: str = "response_format"
     effort_field: str = "reasoning_effort"
+    logprobs_field: str = "logprobs"
 
 
 @dataclass(frozen=True)
@@ -107,7 +115,13 @@ async def begin_all(
         is_chat=True,
         goes_on=conversation.continue_final,
     )
-    return admit(ranks, config, choices(start, count))
+    return admit(
+        ranks,
+        config,
+        choices(start, count),
+        is_streamed=conversation.is_streamed,
+        logprobs_field=conversation.logprobs_field,
+    )
 
 
 async def encode(ranks: Ranks, conversation: Conversation) -> Prompt:
@@ -174,14 +188,20 @@ def ready_ranks(ranks: Ranks) -> Ready:
     return ranks.ready
 
 
+def model_names(ranks: Ranks, config: Config) -> list[str]:
+    """Give the names that requests may use: those it is served by, and its own."""
+    names = [*config.model_names]
+    if ranks.ready is not None and ranks.ready.model not in names:
+        names.append(ranks.ready.model)
+    return names
+
+
 def checked_model(ranks: Ranks, config: Config, model: str | None) -> str:
     """Give the name of the model that a request asks for; without one it is the first.
 
     Raises: Refusal (404), with the names that there are.
     """
-    names = list(config.model_names)
-    if ranks.ready is not None and ranks.ready.model not in names:
-        names.append(ranks.ready.model)
+    names = model_names(ranks, config)
     if model is None:
         return names[0]
     if model not in names:
@@ -298,14 +318,34 @@ def check_room(ranks: Ranks, config: Config, count: int) -> None:
         )
 
 
-def admit(ranks: Ranks, config: Config, starts: Sequence[Start]) -> list[Generation]:
+def admit(
+    ranks: Ranks,
+    config: Config,
+    starts: Sequence[Start],
+    *,
+    is_streamed: bool,
+    logprobs_field: str = "logprobs",
+) -> list[Generation]:
     """Hand requests to the ranks, all or none.
 
-    Those with an Idempotency-Key go on where they were begun.
+    Those with an Idempotency-Key go on where they were begun. `is_streamed` and
+    `logprobs_field` are a `Conversation`'s.
 
-    Raises: Refusal, as `check_room`, `ready_ranks` and `Journal.begin`; 400 for several
-        answers to prompts that are too long together.
+    Raises: Refusal, as `check_room`, `ready_ranks` and `Journal.begin`; 400 for answers
+        that cost too much together.
     """
+    _check_cost(starts)
+    _check_logprobs(starts, logprobs_field, is_streamed=is_streamed)
+    ready_ranks(ranks)  # both may have changed while prompts were encoded
+    check_room(ranks, config, len(starts))
+    asked = asked_now.get()
+    if asked is not None and config.journal is not None:
+        starts = config.journal.begin(asked, starts)
+    return [ranks.start(start) for start in starts]
+
+
+def _check_cost(starts: Sequence[Start]) -> None:
+    """Raise Refusal for prompts that are too long together, and for too many biases."""
     tokens = sum(len(start.prompt) for start in starts)
     if len(starts) > 1 and tokens > MOST_PROMPT_TOKENS:
         raise Refusal(
@@ -314,12 +354,39 @@ def admit(ranks: Ranks, config: Config, starts: Sequence[Start]) -> list[Generat
             f"together; at most {MOST_PROMPT_TOKENS:,} are taken",
             param="n",
         )
-    ready_ranks(ranks)  # both may have changed while prompts were encoded
-    check_room(ranks, config, len(starts))
-    asked = asked_now.get()
-    if asked is not None and config.journal is not None:
-        starts = config.journal.begin(asked, starts)
-    return [ranks.start(start) for start in starts]
+    biases = sum(len(start.settings.logit_bias) for start in starts)
+    if biases > MOST_BIASES:
+        raise Refusal(
+            400,
+            f"logit_bias: {biases:,} entries, counted for each answer; at most "
+            f"{MOST_BIASES:,} are taken: give fewer, or ask for fewer answers",
+            param="logit_bias",
+        )
+
+
+def _check_logprobs(starts: Sequence[Start], field: str, *, is_streamed: bool) -> None:
+    """Raise Refusal where more log-probabilities may be kept than there is room for."""
+    of_prompts = of_answers = 0
+    for start in starts:
+        settings = start.settings
+        if settings.prompt_logprobs is not None:
+            of_prompts += len(start.prompt) * (settings.prompt_logprobs + 1)
+        if settings.logprobs is not None and not is_streamed:
+            assert settings.max_tokens is not None  # `complete` has filled it in
+            of_answers += settings.max_tokens * (settings.logprobs + 1)
+    count = of_prompts + of_answers
+    if count <= MOST_LOGPROBS:
+        return
+    remedy = "ask for fewer tokens or answers"
+    if of_answers and of_prompts <= MOST_LOGPROBS:
+        remedy += ", or for a stream of completions, which keeps none of its answers'"
+    raise Refusal(
+        400,
+        f"{field}: the request may have {count:,} log-probabilities, counted as tokens "
+        f"x answers x (likeliest tokens + 1); at most {MOST_LOGPROBS:,} are kept: "
+        f"{remedy}",
+        param=field,
+    )
 
 
 def _tools(

@@ -12,6 +12,7 @@ from mlxtp.serve.front.conversation import (
     Conversation,
     checked_model,
     encode,
+    model_names,
     ready_ranks,
 )
 from mlxtp.serve.front.errors import Refusal
@@ -80,7 +81,7 @@ class Detokenize(Fields):
 @router.get("/v1/models")
 async def models(ranks: TheRanks, config: TheConfig) -> dict[str, Any]:
     """List the names of the model, in OpenAI's and in Anthropic's form at once."""
-    listed = [_model(ranks, config, name) for name in config.model_names]
+    listed = [_model(ranks, config, name) for name in model_names(ranks, config)]
     return {
         "object": "list",
         "data": listed,

@@ -11,6 +11,7 @@ from fastapi.responses import JSONResponse
 from pydantic import BeforeValidator, Field, PlainValidator
 
 from mlxtp.serve.front.answers import (
+    MOST_HELD,
     Answer,
     chat_logprobs,
     merged,
@@ -233,12 +234,12 @@ class ChatCompletion(Sampling):
         elif self.top_logprobs is not None:
             raise Refusal(400, "top_logprobs need logprobs: true", param="top_logprobs")
         answer = self.response_format
-        tools: list[dict[str, Any]] = []
+        tools: dict[str, dict[str, Any]] = {}
         for index, given_tool in enumerate(self.tools or []):
             add_tool(tools, given_tool.plain(), f"tools.{index}")
         return Conversation(
             messages=messages,
-            tools=tools,
+            tools=[*tools.values()],
             tool_choice=self.tool_choice or "auto",
             parallel_tool_calls=self.parallel_tool_calls is not False,
             grammar=None if answer is None else answer.grammar(),
@@ -247,6 +248,7 @@ class ChatCompletion(Sampling):
             settings=given,
             stop=self.stop or [],
             continue_final=self._continues(),
+            is_streamed=bool(self.stream),
         )
 
     def _continues(self) -> bool:
@@ -317,8 +319,10 @@ async def _whole(
     head: Head, generations: Sequence[Generation], with_logprobs: bool
 ) -> dict[str, Any]:
     answers = [Answer() for _ in generations]
+    logprobs: list[list[TokenLogprob]] = [[] for _ in generations]
     async for index, event in merged(generations):
         answers[index].take(event)
+        logprobs[index] += visible_logprobs(event)
     choices = []
     for index, answer in enumerate(answers):
         message: dict[str, Any] = {
@@ -330,12 +334,11 @@ async def _whole(
             message["reasoning_content"] = message["reasoning"] = answer.reasoning
         if answer.calls:
             message["tool_calls"] = answer.calls
-        logprobs = chat_logprobs(answer.logprobs) if with_logprobs else None
         choices.append(
             {
                 "index": index,
                 "message": message,
-                "logprobs": logprobs,
+                "logprobs": chat_logprobs(logprobs[index]) if with_logprobs else None,
                 "finish_reason": answer.finish,
             }
         )
@@ -351,7 +354,8 @@ async def _chunks(
 ) -> AsyncGenerator[str]:
     """Yield an answer's chunks: a role, then what each event brings, then the finish.
 
-    Log-probabilities of tokens that bring no text yet come with the next ones that do.
+    Log-probabilities of tokens that bring no text yet come with the next ones that do,
+    or, where they get many, in a chunk that brings nothing else.
     """
     kind = "chat.completion.chunk"
     answers = [Answer() for _ in generations]
@@ -383,7 +387,7 @@ async def _chunks(
                 call = {"index": calls, **answer.calls[calls]}
                 yield chunk(index, {"tool_calls": [call]})
                 calls += 1
-        if event.finish is not None:
+        if event.finish is not None or len(kept[index]) >= MOST_HELD:
             yield chunk(index, {}, event.finish)
     if with_usage:
         counted = usage(generations, choices=len(generations))

@@ -11,6 +11,7 @@ from fastapi.responses import JSONResponse
 from pydantic import Field, PlainValidator
 
 from mlxtp.serve.front.answers import (
+    MOST_HELD,
     Answer,
     CompletionLogprobs,
     merged,
@@ -37,8 +38,6 @@ router = APIRouter()
 
 DEFAULT_MAX_TOKENS = 16  # OpenAI's
 MOST_PROMPTS = 128
-# Log-probabilities of the prompts of one request, each choice's.
-MOST_PROMPT_LOGPROBS = 1 << 20
 
 
 def _is_tokens(value: Any) -> bool:
@@ -122,6 +121,11 @@ class Choice:
         self._writer = CompletionLogprobs() if with_logprobs else None
         self._logprobs: list[TokenLogprob] = []
 
+    @property
+    def holds_many(self) -> bool:
+        """Whether many log-probabilities wait to be written; an echo's may."""
+        return self._echo is None and len(self._logprobs) >= MOST_HELD
+
     def take(self, event: Event) -> str:
         """Add what an event brings, and give the new text."""
         text = ""
@@ -168,19 +172,15 @@ async def completions(body: Completion, ranks: TheRanks, config: TheConfig) -> R
     check_room(ranks, config, len(body.prompt) * count)
     starts: list[Start] = []
     echoes: list[Echo | None] = []
-    scores = 0
     for prompt in body.prompt:
         tokens = await _tokens(ranks, prompt)
-        if body.echo and body.logprobs is not None:
-            scores += len(tokens) * count * (body.logprobs + 1)
-            _check_scores(scores)
         settings = complete(
             config, ready, Prompt(tokens), given, max_tokens=DEFAULT_MAX_TOKENS
         )
         start = Start("", tokens, settings, stop=body.stop or [])
         starts += choices(start, count)
         echoes += [await _echo(ranks, prompt, tokens) if body.echo else None] * count
-    generations = admit(ranks, config, starts)
+    generations = admit(ranks, config, starts, is_streamed=bool(body.stream))
     with_logprobs = body.logprobs is not None
     told = [Choice(i, echo, with_logprobs) for i, echo in enumerate(echoes)]
     head = {
@@ -204,18 +204,6 @@ async def completions(body: Completion, ranks: TheRanks, config: TheConfig) -> R
     return JSONResponse({**head, "choices": written, "usage": counted})
 
 
-def _check_scores(count: int) -> None:
-    """Raise Refusal where prompts have too many log-probabilities to be echoed."""
-    if count > MOST_PROMPT_LOGPROBS:
-        raise Refusal(
-            400,
-            f"echo with logprobs: the prompts have {count:,} log-probabilities or "
-            f"more, counted as tokens x choices x (logprobs + 1); at most "
-            f"{MOST_PROMPT_LOGPROBS:,} are told",
-            param="logprobs",
-        )
-
-
 async def _chunks(
     head: dict[str, Any],
     generations: Sequence[Generation],
@@ -226,7 +214,7 @@ async def _chunks(
     with_usage = {} if counted_by is None else {"usage": None}
     async for index, event in merged(generations):
         text = told[index].take(event)
-        if text or event.finish is not None:
+        if text or event.finish is not None or told[index].holds_many:
             choice = told[index].write(text)
             yield server_sent({**head, "choices": [choice], **with_usage})
     if counted_by is not None:

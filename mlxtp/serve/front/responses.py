@@ -229,6 +229,7 @@ def _conversation(body: Body, tools: list[Json]) -> Conversation:
         is_cut=True,
         grammar_field="text.format",
         effort_field="reasoning.effort",
+        logprobs_field="include" if body.top_logprobs is None else "top_logprobs",
     )
 
 

@@ -1,6 +1,7 @@
 """What `/v1/responses` takes: items and tools, made into a conversation's."""
 
 from collections.abc import Mapping, Sequence
+from itertools import takewhile
 from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field
@@ -113,11 +114,19 @@ def messages(given: str | Sequence[Any], instructions: str | None) -> list[Json]
     for index, item in enumerate(given):
         where = f"input.{index}"
         _add(all_messages, typed(ITEMS, item, where, "message"), where)
+    # Once, at the end: to lengthen a text by each item takes the square of its length.
+    begin = [*takewhile(lambda message: message["role"] == "system", all_messages)]
+    if begin:
+        whole = "\n\n".join(message["content"] for message in begin)
+        all_messages[: len(begin)] = [{"role": "system", "content": whole}]
+    for message in all_messages:
+        if "reasoning_content" in message:
+            message["reasoning_content"] = "".join(message["reasoning_content"])
     return all_messages
 
 
 def _add(messages: list[Json], item: Fields, where: str) -> None:
-    """Add what an item says to the messages so far."""
+    """Add what an item says to the messages so far; reasoning in parts."""
     match item:
         case MessageItem(role="assistant"):
             text = text_of(item.content, f"{where}.content")
@@ -127,15 +136,12 @@ def _add(messages: list[Json], item: Fields, where: str) -> None:
             messages.append({"role": "user", "content": text})
         case MessageItem():
             text = text_of(item.content, f"{where}.content")
-            if len(messages) == 1 and messages[0]["role"] == "system":
-                messages[0]["content"] += "\n\n" + text
-            else:
-                messages.append({"role": "system", "content": text})
+            messages.append({"role": "system", "content": text})
         case ReasoningItem():
             text = text_of(item.content or item.summary or (), f"{where}.content")
             if text:
                 turn = _turn(messages, begun_by=("content", "tool_calls"))
-                turn["reasoning_content"] = turn.get("reasoning_content", "") + text
+                turn.setdefault("reasoning_content", []).append(text)
         case CallItem():
             name = flat_name(item.namespace, item.name)
             call = tool_call(item.call_id, name, item.arguments)
@@ -184,7 +190,7 @@ def functions(tools: Sequence[Any]) -> tuple[list[Json], dict[str, dict[str, str
 
     Raises: Refusal for a tool that this server cannot offer.
     """
-    shown: list[Json] = []
+    shown: dict[str, Json] = {}
     names: dict[str, dict[str, str]] = {}
     for index, value in enumerate(tools):
         where = f"tools.{index}"
@@ -200,7 +206,7 @@ def functions(tools: Sequence[Any]) -> tuple[list[Json], dict[str, dict[str, str
             names[name] = {"name": function.name, **namespace}
             new = tool(name, function.description, function.parameters, function.strict)
             add_tool(shown, new, place)
-    return shown, names
+    return [*shown.values()], names
 
 
 def flat_name(namespace: str | None, name: str) -> str:

@@ -16,6 +16,9 @@ Piece = tuple[str, Any]
 
 # Enough of the prompt that the text goes on as in one piece.
 _PROMPT_TAIL = 8
+# Arrays and objects in each other, in a call's arguments. Bodies are read 200 deep, and
+# a client may give the call back within one.
+DEEPEST = 190
 
 
 class AnswerText:
@@ -257,13 +260,14 @@ def _checked(call: Any, tools: Sequence[dict[str, Any]]) -> dict[str, str]:
         arguments = json.loads(arguments)
     if not isinstance(arguments, dict):
         raise ValueError(f"arguments of {name} are no object")
+    _check_depth(arguments)
     return {"name": name, "arguments": _json(arguments)}
 
 
 def _read_calls(text: str) -> tuple[list[dict[str, str]], str]:
     """Read an array of calls, as their grammar writes it, as far as it goes.
 
-    Returns: the calls, and the text behind the last whole one if the array has no end.
+    Returns: the calls, and the text behind them: of one without an end, or of none.
     """
     calls: list[dict[str, str]] = []
     position = 1
@@ -271,6 +275,7 @@ def _read_calls(text: str) -> tuple[list[dict[str, str]], str]:
         try:
             call, end = json.JSONDecoder().raw_decode(text, position)
             name = call["name"]
+            _check_depth(call["arguments"])
         # No end, nested too deeply, or no call at all.
         except (ValueError, RecursionError, TypeError, LookupError):
             return calls, text[position if calls else 0 :]
@@ -279,6 +284,24 @@ def _read_calls(text: str) -> tuple[list[dict[str, str]], str]:
         calls.append({"name": name, "arguments": arguments})
         position = end + 1  # behind a comma, or the end of the array
     return calls, ""
+
+
+def _check_depth(arguments: Any) -> None:
+    """Raise ValueError for arguments that are nested too deeply.
+
+    By levels: how deep recursion may go depends on who calls.
+    """
+    level = [arguments]
+    for _ in range(DEEPEST + 1):
+        level = [one for one in level if isinstance(one, dict | list | tuple)]
+        if not level:
+            return
+        level = [
+            inner
+            for one in level
+            for inner in (one.values() if isinstance(one, dict) else one)
+        ]
+    raise ValueError(f"arguments are nested more than {DEEPEST} deep")
 
 
 def _json(arguments: dict[str, Any]) -> str:
