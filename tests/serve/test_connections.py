@@ -52,6 +52,17 @@ def test_a_head_that_does_not_come(
         assert received.count(b" 200 ") == sent.count(b"\r\n\r\n")
 
 
+@pytest.mark.parametrize(("bytes_", "status"), [(30_000, b" 200 "), (50_000, b" 431 ")])
+def test_a_long_head_may_come_in_parts(
+    front: Front, bytes_: int, status: bytes
+) -> None:
+    with connect(front) as connection:
+        connection.sendall(HEAD + b"Connection: close\r\nX: " + b"a" * bytes_)
+        time.sleep(0.1)  # so that it is read apart
+        connection.sendall(b"\r\n\r\n")
+        assert status in read_all(connection)
+
+
 def test_an_answer_may_take_longer_than_a_head(
     front: Front, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -97,7 +108,7 @@ def test_who_hangs_up_after_sending_more(front: Front, early: bytes) -> None:
 def test_who_sends_too_much_meanwhile(front: Front) -> None:
     with front.connected("/v1/completions", {"prompt": "hang:"}) as connection:
         until(lambda: len(front.fake.starts) == 1)
-        connection.sendall(b"a" * (connections.MOST_EARLY_BYTES + 1))
+        connection.sendall(b"a" * (connections.MOST_HEAD_BYTES + 1))
         assert read_all(connection) == b""
     until(lambda: bool(front.fake.cancelled))
 

@@ -12,8 +12,9 @@ from uvicorn.protocols.http.h11_impl import H11Protocol
 
 # How long the head of a request may take, from the connection or the answer before it.
 HEAD_SECONDS = 30.0
-# What a client may send while it is answered, in bytes: the head of its next request.
-MOST_EARLY_BYTES = 64 << 10
+# The longest head of a request that is read, and refused in words if it is longer than
+# `security.MAX_HEADER_BYTES`. A client may send one while it is answered.
+MOST_HEAD_BYTES = 64 << 10
 # Files that are open besides connections: sockets, pipes, logs, the journal.
 SPARE_FILES = 64
 # As many as macOS lets a process have, OPEN_MAX. With launchd it begins with 256.
@@ -47,6 +48,8 @@ class Connection(H11Protocol):
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
+        # h11 would read 16 KiB of a head that comes in parts.
+        self.conn = type(self.conn)(self.conn.our_role, MOST_HEAD_BYTES)
         self._head: asyncio.TimerHandle | None = None
         self._unsent = 0  # bytes of answers, when the head's time began
         self._early = b""
@@ -69,7 +72,7 @@ class Connection(H11Protocol):
         """Take what has come."""
         if self._is_answering and not self.cycle.more_body:
             self._early += data
-            if len(self._early) > MOST_EARLY_BYTES:
+            if len(self._early) > MOST_HEAD_BYTES:
                 self.transport.abort()
             return
         super().data_received(data)
