@@ -182,9 +182,8 @@ class Ranks:
     is ready, and "waiting" while there are too few hosts for one. It is "draining"
     while no more requests are taken, and "ended" at the end. `words` says more to
     people. Requests and calls outlive a job: they are handed to the next one. Each of
-    `observers` is called with a generation and
-    None when it starts, with each `Event`, and, where a client has gone, with one whose
-    `finish` is "cancelled".
+    `observers` is called with a generation and None when it starts, with each `Event`,
+    and, where a client has gone, with one whose `finish` is "cancelled".
     """
 
     def __init__(self) -> None:
