@@ -88,12 +88,17 @@ def _file_fault(file: str, header: Header) -> str | None:
 def drop_damaged(folder: Path) -> None:
     """Remove files of slices that are not as they were written, to be fetched again.
 
-    A file whose size and time are those of its manifest is taken as it is. Without a
-    manifest that can be read nothing of a rank's folder counts.
+    A file whose size and time are those of its manifest is taken as it is. Where that
+    is no manifest, nothing of a rank's folder counts.
+
+    Raises: OSError if a manifest cannot be read: it may be sound.
     """
     for part in rank_folders(folder):
         try:
+            (part / MANIFEST).read_bytes()
             manifest = manifest_of(part)
+        except FileNotFoundError:  # another host has removed it
+            continue
         except ValueError:
             words = "says nothing: its folder is removed, and its slices fetched again"
             logger.warning(f"{part / MANIFEST} {words}")

@@ -2,7 +2,6 @@
 
 import hashlib
 import json
-import os
 import shutil
 from collections.abc import Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -16,6 +15,7 @@ from mlxtp.checkpoint.cut import (
     open_cut,
     shards,
     small_files,
+    sync,
     write_manifest,
 )
 from mlxtp.checkpoint.headers import Checkpoint, Header, read_header
@@ -188,5 +188,5 @@ def _write_file(
                 advance(block.size)
             hashes[tensor.name] = digest.hexdigest()
         out.flush()
-        os.fsync(out.fileno())
+        sync(out.fileno())
     return hashes

@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 
 from mlxtp.checkpoint import writing
-from mlxtp.checkpoint.cut import Origin, Shard
+from mlxtp.checkpoint.cut import Origin, Shard, sync
 from mlxtp.checkpoint.tensors import Piece, StoredTensor, bytes_of
 from mlxtp.partition.spans import Slice, Span, Spans
 
@@ -79,7 +79,7 @@ class Journal:
                     out.truncate(len(header) + bytes_of(slices))
                     out.flush()
                     # Before the layout is, from which on a next job relies on them.
-                    os.fsync(out.fileno())
+                    sync(out.fileno())
         (self._path / JOURNAL).touch()
         (self._path / LAYOUT).write_text(json.dumps(self._layout()))
 
@@ -126,12 +126,12 @@ class Journal:
         if not self._slices:
             return
         for file in self._open.values():
-            os.fsync(file.fileno())
+            sync(file.fileno())
         with open(self._path / JOURNAL, "a") as out:
             for line in self._noted:
                 out.write(json.dumps(line) + "\n")
             out.flush()
-            os.fsync(out.fileno())
+            sync(out.fileno())
         self._noted.clear()
 
     def tensors(self, stored: Mapping[str, StoredTensor]) -> dict[str, StoredTensor]:

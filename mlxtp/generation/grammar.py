@@ -49,6 +49,7 @@ _LONGEST = 1 << 18  # characters of a grammar, as llguidance takes it
 _STACK_BYTES = 256 << 20
 # Of `multipleOf`, its digits without zeros at the end: llguidance counts to it.
 _LARGEST_MULTIPLE = 100_000
+_AT_ONCE = {"allOf", "anyOf", "oneOf", "$ref"}
 _TRIED = 4  # tokens: what is too complex mostly is so behind the first bracket
 # Where one text alone can come next, llguidance would allow only one way to cut it into
 # tokens, its own; the model is to choose.
@@ -247,14 +248,18 @@ class _Vocabulary:
         return [self._of_byte.get(bytes([byte]), 0) for byte in text]
 
 
+_changing_stacks = threading.Lock()  # their size is that of all threads to come
+
+
 def _on_large_stack(work: Callable[[], T]) -> T:
     """Return what `work` does in a thread with a large stack."""
     with ThreadPoolExecutor(1) as pool:
-        usual = threading.stack_size(_STACK_BYTES)
-        try:
-            done = pool.submit(work)
-        finally:
-            threading.stack_size(usual)
+        with _changing_stacks:
+            usual = threading.stack_size(_STACK_BYTES)
+            try:
+                done = pool.submit(work)  # starts the thread
+            finally:
+                threading.stack_size(usual)
         return done.result()
 
 
@@ -302,12 +307,12 @@ def _json() -> str:
 
 def _schema(schema: Mapping[str, Any]) -> str:
     _check_properties_count(schema)
+    _check_multiples(schema)
     return f"start: {_of_schema(schema, _STRICT)}"
 
 
 def _of_schema(schema: Mapping[str, Any], options: "JsonCompileOptions") -> str:
     """A schema as a term of a Lark grammar. Options of its own are not heard."""
-    _check_multiples(schema)
     return f"%json {json.dumps({**schema, 'x-guidance': options})}"
 
 
@@ -327,9 +332,10 @@ def _check_properties_count(schema: Any) -> None:
 
 
 def _check_multiples(schema: Any) -> None:
-    """Refuse `multipleOf` of a number that takes long to count to.
+    """Refuse `multipleOf` of numbers that take long to count to.
 
-    Where parts of a schema hold at once, so do their multiples.
+    Each number is counted to; where parts of a schema may hold at once, so is the least
+    common multiple.
 
     Raises: ValueError.
     """
@@ -341,13 +347,13 @@ def _check_multiples(schema: Any) -> None:
             if number.is_finite():  # llguidance refuses others
                 text = "".join(map(str, number.as_tuple().digits))
                 digits.append(int(text.rstrip("0") or "1"))
-        hold_at_once |= "allOf" in part or ("$ref" in part and len(part) > 1)
-    largest = math.lcm(*digits) if hold_at_once else max(digits)
-    if largest > _LARGEST_MULTIPLE:
+        hold_at_once |= not _AT_ONCE.isdisjoint(part)
+    most = max(sum(digits), math.lcm(*digits) if hold_at_once else 0)
+    if most > _LARGEST_MULTIPLE:
         raise ValueError(
             f"multipleOf: numbers up to {_LARGEST_MULTIPLE:,} are taken, zeros at the "
-            "end not counted"
-            + (", and their least common multiple with allOf" if hold_at_once else "")
+            "end not counted, and so much for their sum; beside allOf, anyOf, oneOf or "
+            "$ref for their least common multiple as well"
         )
 
 
@@ -370,6 +376,7 @@ def _tools(tools: Sequence[Mapping[str, Any]], parallel: bool) -> str:
     """
     if not tools:
         raise ValueError("a grammar of kind tools needs a tool")
+    _check_multiples(list(tools))
     rules = ['start: "[" call' + (' ("," call)*' if parallel else "") + ' "]"']
     rules.append("call: " + " | ".join(f"call_{i}" for i in range(len(tools))))
     for i, tool in enumerate(tools):

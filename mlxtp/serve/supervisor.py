@@ -380,7 +380,10 @@ async def supervised(
     Raises: JobError where there is no mpirun, or for a wrong number of ranks.
     """
     supervisor = Supervisor(args, given, ranks, name)
-    await supervisor.start()
+    try:
+        await supervisor.start()
+    except OSError as error:
+        raise JobError(f"no job could be started: {error}") from None
     supervising = asyncio.create_task(supervisor.run())
     try:
         yield supervising

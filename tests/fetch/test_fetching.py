@@ -1,5 +1,6 @@
 """Each rank fetches its own bytes from a hub on loopback, with huggingface-hub."""
 
+import errno
 import json
 import shutil
 from collections.abc import Iterator
@@ -447,6 +448,26 @@ def test_a_manifest_that_says_nothing_is_mended(
             del file["stamp"]
     assert after == before
     assert f"{manifest} says nothing: its folder is removed" in caplog.text
+
+
+def test_a_manifest_that_cannot_be_read_is_left(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It may be sound: a disk on the network was away for a moment, say."""
+
+    def fail(file: Path) -> bytes:
+        raise OSError(errno.ESTALE, "stale")
+
+    manifest = tmp_path / "rank-0-of-1" / "manifest.json"
+    manifest.parent.mkdir()
+    manifest.write_text("{}")
+    monkeypatch.setattr(Path, "read_bytes", fail)
+    with pytest.raises(OSError, match="stale"):
+        verify.drop_damaged(tmp_path)
+    assert manifest.exists()
+    monkeypatch.undo()
+    verify.drop_damaged(tmp_path)
+    assert not manifest.exists()
 
 
 def test_few_collectives_find_a_model(

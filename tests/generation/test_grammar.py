@@ -5,7 +5,9 @@ import json
 import re
 import subprocess
 import sys
+import threading
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
@@ -17,7 +19,7 @@ import toy_tokenizers
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 from toy_tokenizers import byte_level, naive, sentence_piece
 
-from mlxtp.generation.grammar import Grammars, Matcher
+from mlxtp.generation.grammar import Grammars, Matcher, _on_large_stack
 from mlxtp.generation.token_bytes import token_bytes
 
 pytestmark = pytest.mark.once
@@ -320,6 +322,11 @@ def test_after_the_reasoning() -> None:
             "least common multiple",
         ),
         (
+            schema({"multipleOf": 1009, "anyOf": [{"multipleOf": 1013}]}),
+            "least common multiple",
+        ),
+        (schema({"items": [{"multipleOf": 49999}] * 3}), "for their sum"),
+        (
             of_tool({"properties": {"a": {"multipleOf": 123457}}}),
             "numbers up to 100,000",
         ),
@@ -389,6 +396,15 @@ for name, form in forms.items():
             print(name, count, error)
 print("went on")
 """
+
+
+def test_a_large_stack_is_that_of_one_thread_alone() -> None:
+    """Also where two ask for one at once: rank 0's text thread and its main one."""
+    usual = threading.stack_size()
+    with ThreadPoolExecutor(2) as pool:
+        for _ in pool.map(lambda _: _on_large_stack(lambda: None), range(400)):
+            pass
+    assert threading.stack_size() == usual
 
 
 def test_long_chains_of_references_are_taken_or_refused() -> None:

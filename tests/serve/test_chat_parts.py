@@ -27,7 +27,8 @@ def test_one_tool(description: str | None, parameters: dict[str, object]) -> Non
     [message] = of_anthropic([{**about, "input_schema": parameters}])
     assert chat == response == message
     assert chat["function"]["strict"] is True
-    assert chat["function"].get("description") == (description or None)
+    # gpt-oss's template, for one, cannot do without.
+    assert chat["function"]["description"] == (description or "")
 
 
 def test_a_tool_without_parameters() -> None:

@@ -376,8 +376,8 @@ def test_tools(client: openai.OpenAI, front: Front) -> None:
         ).choices[0]
 
     parameters = {"type": "object", "properties": {}, "additionalProperties": False}
-    plain = [TOOL, {"type": "function", "function": {"name": "time"}}]
-    plain[1]["function"] = {"name": "time", "parameters": parameters}
+    time_alone = {"name": "time", "description": "", "parameters": parameters}
+    plain = [TOOL, {"type": "function", "function": time_alone}]
 
     assert choose("auto").message.tool_calls[0].function.name == "time"
     start = front.fake.starts[-1]

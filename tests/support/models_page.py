@@ -52,7 +52,9 @@ Long prompts are read in two halves where that is faster, one of which computes 
 the sums of the other travel (`mlxtp/generation/halves.py`). The caches are, to the
 bit, those of a prompt that is read in two parts, and the second half sends nothing that
 waits for a later collective of the first: both are tried with every type
-(`tests/generation/test_halves.py`), and there is none for which it does not hold.
+(`tests/generation/test_halves.py`), and there is none for which it does not hold. With
+`--max-kv-size` a part that does not fit the window is read whole: mlx-lm's mask hides
+the first tokens, which such a window keeps, from all but the first token of a pass.
 
 mlx-lm loads as others: {aliases}.
 

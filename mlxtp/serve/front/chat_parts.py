@@ -15,13 +15,11 @@ TOOL_NAME = r"^[a-zA-Z0-9_.\-]{1,128}$"
 def tool(
     name: str, description: str | None, parameters: Json | None, strict: bool | None
 ) -> Json:
-    """Make OpenAI's tool of a function; what it leaves open is not shown.
+    """Make OpenAI's tool of a function. Templates may read a description of each.
 
     One without parameters takes no arguments, as OpenAI has it.
     """
-    function: Json = {"name": name}
-    if description:
-        function["description"] = description
+    function: Json = {"name": name, "description": description or ""}
     any_object: Json = {"type": "object", "properties": {}}
     if parameters is None:
         parameters = {**any_object, "additionalProperties": False}

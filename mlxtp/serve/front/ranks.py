@@ -325,8 +325,10 @@ class Ranks:
 
     def suspect(self) -> None:
         """Note that the ranks were lost, maybe by what a request makes them do."""
-        for call in self._calls.values():
-            call.fruitless += call.is_sent
+        # Rank 0 answers one after the other: it was at the first.
+        first = next((call for call in self._calls.values() if call.is_sent), None)
+        if first is not None:
+            first.fruitless += 1
         for generation in self.generations.values():
             generation.suspect()
 

@@ -140,7 +140,7 @@ def load(args: Args, comm: Communicator, link: Link | None) -> Job:
     tokenizer = prepared.load_tokenizer()
     template = Template(tokenizer, ignore=args.ignore_chat_template)
     with comm.agreement():
-        template.check(args.chat_template_config)
+        template.check(args.chat_template_config, "--chat-template-config")
     if args.kv_bits is not None:
         check_quantized_caches(args, prepared, tokenizer)
     defaults = sampling_defaults(prepared.location.folder)

@@ -80,19 +80,21 @@ class Template:
                 return True
         return re.search(rf"\b{re.escape(name)}\b", str(template)) is not None
 
-    def check(self, arguments: Mapping[str, Any]) -> None:
+    def check(self, arguments: Mapping[str, Any], field: str) -> None:
         """Raise ValueError for arguments that it is not to get, or does not know.
 
-        What is off anyway can be switched off.
+        What is off anyway can be switched off. `field` is where they were given.
         """
         internal = _INTERNAL | {*self._tokenizer.special_tokens_map}
         for name, value in arguments.items():
             if name in internal:
-                raise ValueError(f"chat_template_kwargs: {name} cannot be set")
+                raise ValueError(f"{field}: {name} cannot be set")
             if name == "enable_thinking" and not value and not self.has_reasoning:
                 continue
             if not self.reads(name):
-                raise ValueError(f"the model's chat template takes no argument {name}")
+                raise ValueError(
+                    f"{field}: the model's chat template takes no argument {name}"
+                )
 
 
 class Text:
@@ -171,7 +173,7 @@ class Text:
         if not messages:
             raise ValueError("messages: a chat needs at least one")
         arguments = {**self._arguments, **(template_arguments or {})}
-        self.template.check(arguments)
+        self.template.check(arguments, "chat_template_kwargs")
         prepared = [self._prepared(message) for message in messages]
         chat = _Chat(self, prepared, tools, arguments)
         text = chat.write(chat.messages, answers=continue_final)
