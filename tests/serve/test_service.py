@@ -23,6 +23,18 @@ from mlxtp.serve.ranks.text import Text
 pytestmark = pytest.mark.once
 
 
+def service_of(tokenizer: Any, link: Any, scheduler: Any, *, context: int) -> Service:
+    """A service without a prefix cache and spare slices, and whose text has no end."""
+    nothing: Any = None
+    return Service(
+        *(link, Text(tokenizer, len(tokenizer)), scheduler, nothing, nothing),
+        Spare(nothing, None),
+        context=context,
+        ends=(),
+        rows=len(tokenizer),
+    )
+
+
 def test_prompt_logprobs_come_in_parts_and_once() -> None:
     """In lines that the front can read; not again for a request that was set back."""
     tokenizer = byte_level()
@@ -152,14 +164,7 @@ def test_tokens_that_come_together_are_told_one_by_one() -> None:
         add=lambda *pair: added.append(pair),
         end=ended.append,
     )
-    nothing: Any = None
-    service = Service(
-        *(link, Text(tokenizer, len(tokenizer)), scheduler, nothing, nothing),
-        Spare(nothing, None),
-        context=100,
-        ends=(),
-        rows=len(tokenizer),
-    )
+    service = service_of(tokenizer, link, scheduler, context=100)
     settings = Settings(max_tokens=3, seed=0)
     service._take(Start("short", [a], settings))
     service._take(Start("stopped", [a], Settings(max_tokens=9, seed=0), stop=["b"]))
@@ -192,14 +197,7 @@ def test_who_is_admitted_is_told_before_the_pass() -> None:
     scheduler: Any = SimpleNamespace(
         submit=lambda request: None, is_idle=False, decide=lambda: step
     )
-    nothing: Any = None
-    service = Service(
-        *(link, Text(tokenizer, len(tokenizer)), scheduler, nothing, nothing),
-        Spare(nothing, None),
-        context=100,
-        ends=(),
-        rows=len(tokenizer),
-    )
+    service = service_of(tokenizer, link, scheduler, context=100)
     service._last_counts = time.monotonic()
     assert service.decide() == step
     assert [line.events for line in sent] == [[Event("a", admitted=True)]]
@@ -211,14 +209,7 @@ def test_an_answer_for_which_no_room_is_left(tells: bool) -> None:
     tokenizer = byte_level(special=["<tool_call>", "</tool_call>"])
     sent: list[Events] = []
     link: Any = SimpleNamespace(send=sent.append)
-    nothing: Any = None
-    service = Service(
-        *(link, Text(tokenizer, len(tokenizer)), nothing, nothing, nothing),
-        Spare(nothing, None),
-        context=9,
-        ends=(),
-        rows=len(tokenizer),
-    )
+    service = service_of(tokenizer, link, None, context=9)
     tool = {"type": "function", "function": {"name": "f", "parameters": {}}}
     generated = tokenizer.encode('Hi <tool_call>{"name"')
     settings = Settings(max_tokens=99, seed=0)
